@@ -1,0 +1,54 @@
+"""What a training task is to a study: a model, batches, a loss, and a score on three disjoint parts of the data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+__all__ = ["Batch", "Part", "Score", "Task"]
+
+Batch = tuple[Tensor, ...]
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over a part of the data. loss: cross-entropy in nats an answer, inf where it is not finite. accuracy: in [0, 1]."""
+
+    loss: float
+    accuracy: float
+
+
+class Task(ABC):
+    """A supervised task. Nothing here knows of optimizers or norms.
+
+    name: ``"cnn"``, ``"resnet"``, ``"lstm"`` or ``"gpt"``. metric: what runs are judged by, ``"accuracy"`` (higher is better) or
+    ``"loss"`` (lower is better). batch: samples a step, by default. samples: how many a pass over the training part has.
+    key: a fingerprint of the data and of everything else that decides a run, for the store of finished runs.
+    """
+
+    name: str
+    metric: Literal["accuracy", "loss"]
+    batch: int
+    samples: int
+    key: str
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """A model with initial weights from torch's global generator: the caller seeds it."""
+
+    @abstractmethod
+    def batches(self, batch: int, seed: int) -> Iterator[Batch]:
+        """Training batches without end, decided by the seed alone (order, crops, flips); ``batch`` samples each."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean training loss of a batch, a scalar."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, part: Part) -> Score:
+        """The score on a part, in evaluation mode; the model's mode is put back. The training part is sampled where it is large."""
