@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normwise.errors import DataError
+from normwise.tasks import hub
 from normwise.tasks.readers import Part, RawImages, read_digits, read_folder
 
 __all__ = ["ImageData", "Part", "load"]
@@ -20,6 +21,7 @@ _TEST_SHARE = 0.2
 _VALIDATION_SHARE = 0.2  # of all images where the test part is cut from them too, of the train file otherwise
 _VALIDATION_MOST = 5000  # beyond this the spread over seeds, not the size of the part, limits what can be told apart
 _LEAST_PER_CLASS = 3
+_COUNTED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class ImageData:
     @property
     def scale(self) -> tuple[float, float]:
         """Mean and standard deviation of the training part's bytes; a deviation of 1 where all are equal."""
-        counts = np.bincount(self.train.images.reshape(-1), minlength=256)
+        pixels = self.train.images.reshape(-1)
+        # numpy counts bytes by way of an int64 copy: in pieces, that copy stays in the cache.
+        counts = sum((np.bincount(pixels[i : i + _COUNTED], minlength=256) for i in range(0, len(pixels), _COUNTED)), np.zeros(256))
         shades = np.arange(256.0)
         mean = float(counts @ shades / counts.sum())
         return mean, float(np.sqrt(counts @ (shades - mean) ** 2 / counts.sum())) or 1.0
@@ -82,13 +86,14 @@ class ImageData:
 def load(folder: str | Path | None = None, *, seed: int = 0) -> ImageData:
     """Images in three parts.
 
-    folder: parquet or IDX files (see ``read_folder``), or None for scikit-learn's digits, which are bundled with it.
+    folder: parquet or IDX files (see ``read_folder``), a Hugging Face data set (``"hf:NAME"``, see ``tasks.hub``), or None for
+    scikit-learn's digits, which are bundled with it.
     seed: of the split. The test part is the source's own where it has one, else a fifth of the images; the validation part
     is another fifth, 5000 at most. Both are stratified: every class has its share in each part, to within one image.
 
     Raises DataError, in one sentence, for files that are missing, truncated or of the wrong kind.
     """
-    raw = read_digits() if folder is None else read_folder(Path(folder))
+    raw = _read(folder)
     _check(raw)
     rng = np.random.default_rng(seed)
     everything = len(raw.train)
@@ -102,6 +107,12 @@ def load(folder: str | Path | None = None, *, seed: int = 0) -> ImageData:
     parts = raw.train.take(rest), raw.train.take(validation), test
     classes = int(raw.train.labels.max()) + 1
     return ImageData(raw.name, *parts, classes, own, len(rest), _fingerprint(parts))
+
+
+def _read(folder: str | Path | None) -> RawImages:
+    if folder is None:
+        return read_digits()
+    return hub.read_images(folder) if hub.is_dataset(folder) else read_folder(Path(folder))
 
 
 def _split(

@@ -84,8 +84,8 @@ def _parquet_part(files: list[Path], part: str) -> Part | None:
     for shard in shards:
         table = _parquet_table(shard)
         labels.append(_integer_labels(shard, table))
-        images.extend(_decode(shard, row, cell) for row, cell in enumerate(table.column("image").to_pylist()))
-    return Part(_stack(shards[0], images), np.concatenate(labels))
+        images.extend(decode(shard, row, cell) for row, cell in enumerate(table.column("image").to_pylist()))
+    return Part(stack(shards[0], images), np.concatenate(labels))
 
 
 def _parquet_table(path: Path) -> Any:
@@ -95,7 +95,7 @@ def _parquet_table(path: Path) -> Any:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: expected a parquet file, found one that cannot be read ({_first_line(error)}).") from None
+        raise DataError(f"{path}: expected a parquet file, found one that cannot be read ({first_line(error)}).") from None
     columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
     is_image = "image" in table.column_names and pa.types.is_struct(table.schema.field("image").type)
     if not is_image or table.schema.field("image").type.get_field_index("bytes") < 0 or "label" not in table.column_names:
@@ -110,7 +110,7 @@ def _integer_labels(path: Path, table: Any) -> NDArray[np.int64]:
     return labels.astype(np.int64)
 
 
-def _decode(path: Path, row: int, cell: Any) -> NDArray[np.uint8]:
+def decode(path: Path, row: int, cell: Any) -> NDArray[np.uint8]:
     """One image as (channels, height, width): grey stays one channel, every other mode becomes RGB."""
     from PIL import Image
 
@@ -121,11 +121,11 @@ def _decode(path: Path, row: int, cell: Any) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(content)) as image:
             pixels = np.asarray(image.convert("L" if image.mode in _GREY_MODES else "RGB"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{path}: the image in row {row} cannot be read ({_first_line(error)}).") from None
+        raise DataError(f"{path}: the image in row {row} cannot be read ({first_line(error)}).") from None
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _stack(path: Path, images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def stack(path: Path, images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     sizes = {image.shape[1:] for image in images}
     if len(sizes) != 1:
         listed = ", ".join(f"{height}×{width}" for height, width in sorted(sizes)[:4]) or "no images"
@@ -169,8 +169,8 @@ def _unpacked(path: Path) -> bytes:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: expected a readable IDX file, found one that is not ({_first_line(error)}).") from None
+        raise DataError(f"{path}: expected a readable IDX file, found one that is not ({first_line(error)}).") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,82 @@
+"""A character transformer: pre-norm, learned places, GELU (Radford et al. 2019), with optional QK-norm (Henry et al. 2020)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normwise.errors import StudyError
+
+WEIGHT_STD = 0.02
+
+
+class Attention(nn.Module):
+    """Causal self-attention; q, k and v are layers of their own, as each is a matrix of its own.
+
+    qk_norm: queries and keys of every head are brought to RMS 1, times a learned gain, which bounds the attention's logits.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v, is_causal=True)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and an MLP of four times the width, each added to a stream that only they write to."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, qk_norm)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Characters ``(n, length)`` to the next character's logits ``(n, length, vocabulary)``; length at most ``context``.
+
+    Weights are drawn from a normal of standard deviation 0.02; the two projections of each block that write to the stream are
+    divided by √(2 · layers), so that the stream starts at one size whatever the depth (GPT-2).
+    """
+
+    def __init__(
+        self, vocabulary: int, width: int = 128, layers: int = 4, heads: int = 4, context: int = 128, qk_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.places = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*[Block(width, heads, qk_norm) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self._initialise()
+
+    def forward(self, characters: Tensor) -> Tensor:
+        length = characters.shape[1]
+        if length > self.places.num_embeddings:
+            raise StudyError(f"This GPT reads at most {self.places.num_embeddings} characters at once, got {length}; cut the text.")
+        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(characters) + self.places.weight[:length])))
+        return logits
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=WEIGHT_STD)
+        for block in self.blocks:
+            for writer in (block.attention.out, block.down):  # type: ignore[union-attr]
+                writer.weight.div_(math.sqrt(2 * len(self.blocks)))  # type: ignore[union-attr,operator]
