@@ -30,6 +30,10 @@ class DataError(NormwiseError, ValueError):
     """A missing, truncated or wrong data file, or an output folder that cannot be written."""
 
 
+class MissingExtra(NormwiseError, ImportError):
+    """Packages of an extra that are not installed; the message names the extra."""
+
+
 class StudyError(NormwiseError, ValueError):
     """A study that cannot be run as asked."""
 

@@ -4,7 +4,8 @@ Needs the extra ``normwise[report]`` and says so when imported without it, so th
 the packages themselves are imported when a page is written.
 """
 
-from normwise.report.files import MissingExtra, require
+from normwise.errors import MissingExtra
+from normwise.report.files import require
 from normwise.report.page import write
 from normwise.report.picture import picture
 

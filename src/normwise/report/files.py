@@ -6,11 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from normwise.errors import DataError, NormwiseError
-
-
-class MissingExtra(NormwiseError, ImportError):
-    """Packages of an extra that are not installed."""
+from normwise.errors import DataError, MissingExtra
 
 
 def require(*modules: str) -> None:
