@@ -27,9 +27,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v, is_causal=True)
-        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(attend(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(2))
         return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention over ``(n, heads, length, width)``: ``F.scaled_dot_product_attention(q, k, v, is_causal=True)``.
+
+    Written out because torch's fused backward pass takes three times as long in bf16 as in fp32 on the CPU, this one half.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    future = scores.new_full(scores.shape[-2:], -math.inf).triu(1)
+    return (scores + future).softmax(-1) @ v
 
 
 class Block(nn.Module):

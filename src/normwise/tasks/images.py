@@ -49,6 +49,10 @@ class ImageTask(Supervised):
         for some in torch.split(rows, _SCORED_AT_ONCE):
             yield self._standardised(images[some]), labels[some]
 
+    def part(self, name: Part) -> tuple[Tensor, Tensor]:
+        """Images of a part as bytes ``(n, channels, height, width)`` and their labels ``(n,)``."""
+        return self._parts[name]
+
     def _standardised(self, images: Tensor) -> Tensor:
         plain = images.float().sub_(self.mean).div_(self.deviation)
         return plain.contiguous(memory_format=torch.channels_last)

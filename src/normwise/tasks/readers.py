@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwise.errors import DataError
+from normwise.tasks.cache import Arrays, cached
 
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _IDX_NAMES = {"train": ("train",), "test": ("t10k", "test")}
@@ -77,15 +78,17 @@ def read_folder(folder: Path) -> RawImages:
 
 def _parquet_part(files: list[Path], part: str) -> Part | None:
     shards = [path for path in files if path.suffix == ".parquet" and path.name.startswith(part)]
-    if not shards:
-        return None
+    return Part(*cached(shards, lambda: _decoded(shards))) if shards else None
+
+
+def _decoded(shards: list[Path]) -> Arrays:
     images: list[NDArray[np.uint8]] = []
     labels: list[NDArray[np.int64]] = []
     for shard in shards:
         table = _parquet_table(shard)
         labels.append(_integer_labels(shard, table))
         images.extend(decode(shard, row, cell) for row, cell in enumerate(table.column("image").to_pylist()))
-    return Part(stack(shards[0], images), np.concatenate(labels))
+    return stack(shards[0], images), np.concatenate(labels)
 
 
 def _parquet_table(path: Path) -> Any:
