@@ -20,16 +20,22 @@ from normwise.errors import DataError, StudyError
 from normwise.study import cells as cells_module
 from normwise.study import pool, progress, results, search, tables, trial
 from normwise.study.compare import BUDGETS, Budget, Options, compare
+from normwise.study.optimizers import OPTIMIZERS, PRESETS, SPHERES, TORCH
 from normwise.study.search import Axis
 from normwise.study.store import Store, key_of
-from normwise.study.strategies import OPTIMIZERS, STRATEGIES, axes
+from normwise.study.strategies import ARTICLE, STRATEGIES, axes, why_not
 from normwise.study.trial import Run, batches, train
 from normwise.tasks.cnn import CNN, kernels_for
 from normwise.tasks.data import ImageData, load
 
+# CPR looks every 50 steps whether the growth of a matrix slows down, ZClip waits for its first 25 norms.
+LATE: dict[str, dict[str, Any]] = {"cpr": {"optimizer": "adam", "lr": 0.01, "epochs": 8, "batch": 16}, "zclip": {"epochs": 8}}
 TINY = Budget(trials=10, epochs=1, batch=64, channels=(4, 4), train_most=256, marks=2, rounds=1)
 ONE = Options(strategies=("max_norm",), optimizers=("adam",), seeds=2)
-STRENGTHS = {"l2": 1e-3, "l1": 1e-3, "radius": 0.06, "bound": 0.03, "decay": 0.5}
+STRENGTHS = {
+    "l2": 1e-3, "l1": 1e-3, "radius": 0.06, "bound": 0.03, "decay": 0.5, "multiple": 4.0, "scale": 0.5, "keep": 0.5, "percentile": 30.0,
+    "z": 1.25, "strength": 0.1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +105,7 @@ def test_of_equal_scores_the_smallest_learning_rate_is_taken() -> None:
 
 def test_positions_are_factors() -> None:
     assert Axis("lr", 0.4, 3.0).value(2) == pytest.approx(3.6)
+    assert [Axis("keep", 0.5, 2.0, off=1, most=1.0).value(position) for position in (0, 1, 3)] == [0.5, 1, 1]
     assert search.values((Axis("a", 1.0, 10.0), Axis("b", 2.0, 4.0)), (-1.0, 0.5)) == {"a": 0.1, "b": 4.0}
 
 
@@ -197,7 +204,8 @@ def test_the_decay_strategy_is_torchs_adamw_on_the_weights(data: ImageData) -> N
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "nothing"])
 def test_every_strategy_changes_the_run_and_holds_its_bounds(data: ImageData, strategy: str) -> None:
-    baseline, result = train(run_of(data, lr=0.5), data), train(run_of(data, strategy, lr=0.5), data)
+    change = LATE.get(strategy, {})
+    baseline, result = (train(run_of(data, name, **{"lr": 0.5, **change}), data) for name in ("nothing", strategy))
     assert result["curve"]["norms"] != baseline["curve"]["norms"]
     assert result["breaches"] == []
     json.dumps(result, allow_nan=False)
@@ -243,6 +251,162 @@ def test_batches_are_whole_and_pass_over_each_image_once_an_epoch(data: ImageDat
     assert [len(batch) for batch in rows] == [64] * 12
     for epoch in range(4):
         assert len(torch.cat(rows[3 * epoch : 3 * epoch + 3]).unique()) == 192
+
+
+# --------------------------------------------------------------------------------- presets and rules of the field
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_pair_trains_and_holds_its_bounds(data: ImageData, optimizer: str) -> None:
+    few = data.thinned(128)
+    for strategy in [name for name in STRATEGIES if why_not(name, optimizer) is None]:
+        run = run_of(few, strategy, optimizer, axes(strategy, optimizer)[0].centre, epochs=2, marks=2)
+        result = train(run, few)
+        assert (result["diverged"], result["breaches"], result["steps"]) == (False, [], 4), strategy
+        assert all(math.isfinite(norm["l2"]) for norm in result["norms"].values()), strategy
+
+
+@pytest.mark.parametrize("optimizer", PRESETS)
+def test_a_preset_learns_digits_at_the_centre_of_its_axis(optimizer: str) -> None:
+    whole = load()
+    run = run_of(whole, "nothing", optimizer, OPTIMIZERS[optimizer].lr.centre, batch=32, epochs=12, channels=(16, 32))
+    assert train(run, whole)["validation_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_decays_nothing_by_itself(optimizer: str) -> None:
+    torch.manual_seed(0)
+    model = CNN((1, 8, 8), 10, (6, 8))
+    steps = OPTIMIZERS[optimizer].build(model, 0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    steps.step()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert torch.allclose(parameter, old, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", SPHERES)
+def test_the_spheres_have_the_norms_that_he_gives_and_are_kept(data: ImageData, optimizer: str) -> None:
+    norms = train(run_of(data, "nothing", optimizer, 0.02), data)["norms"]
+    assert norms["conv1.weight"]["l2"] == pytest.approx(math.sqrt(2 * 6), rel=1e-5)
+    assert norms["conv2.weight"]["l2"] == pytest.approx(math.sqrt(2 * 8), rel=1e-5)
+
+
+class WrittenOut(torch.optim.Optimizer):
+    """w ← step(w, g, lr), with what it wants to remember of each parameter in a dictionary."""
+
+    def __init__(self, parameters: Any, lr: float, step: Any) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.rule = step
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.copy_(self.rule(parameter, parameter.grad, group["lr"], self.state[parameter]))
+
+
+def averaged(gradient: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    state["average"] = 0.9 * state.get("average", 0) + 0.1 * gradient
+    average: torch.Tensor = state["average"]
+    return average
+
+
+def hyperball_of_four(w: torch.Tensor, g: torch.Tensor, lr: float, state: dict[str, Any]) -> torch.Tensor:
+    if w.ndim < 4:
+        return w - lr * g
+    radius = state.setdefault("radius", 4 * w.norm())
+    moved = w - lr * radius * g / g.norm()
+    return radius * moved / moved.norm()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "optimizer", "formula"),
+    [
+        ("nothing", "signum", lambda w, g, lr, state: w - lr * averaged(g, state).sign()),
+        ("nothing", "normalized_sgd", lambda w, g, lr, state: w - lr * averaged(g, state) / averaged_norm(state)),
+        ("hyperball", "gd", hyperball_of_four),
+    ],
+)
+def test_a_preset_and_a_rule_are_their_formulas(data: ImageData, strategy: str, optimizer: str, formula: Any) -> None:
+    run = run_of(data, strategy, optimizer, 0.01)
+    expected = written_out(run, data, lambda model: WrittenOut(model.parameters(), run.lr, formula))
+    assert close(train(run, data)["curve"], expected)
+
+
+def averaged_norm(state: dict[str, Any]) -> torch.Tensor:
+    norm: torch.Tensor = state["average"].norm()
+    return norm
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_policy_of_every_strategy_is_read_again_as_it_was_written(strategy: str) -> None:
+    import normwise as nw
+
+    strengths = {axis.name: axis.centre for axis in STRATEGIES[strategy].axes}
+    text = results.policy_yaml(strategy, strengths, 1000)
+    assert bool(text) == (strategy != "nothing")
+    if text:
+        assert nw.Policy.from_yaml(text) == nw.Policy(STRATEGIES[strategy].rules(strengths, 1000))
+
+
+def test_the_article_is_compared_where_nothing_is_named_and_all_is_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[tuple[str, str]]] = []
+
+    class Asked(Exception):
+        pass
+
+    def run(study: Any, cells: Any) -> Any:
+        asked.append([(cell.strategy, cell.optimizer) for cell in cells])
+        raise Asked
+
+    monkeypatch.setattr("normwise.study.compare._Study.run", run)
+    for options in (Options(), Options(strategies=("all",), optimizers=("all",)), Options(optimizers=("lion", "gd"))):
+        with pytest.raises(Asked):
+            compare(options)
+    assert asked[0] == [(strategy, optimizer) for optimizer in ("gd", "momentum", "adam") for strategy in ARTICLE]
+    every = [(strategy, optimizer) for optimizer in OPTIMIZERS for strategy in STRATEGIES]
+    assert asked[1] == [pair for pair in every if why_not(*pair) is None]
+    assert len(every) - len(asked[1]) == 7
+    assert [optimizer for _, optimizer in asked[2]] == 12 * ["gd"] + 12 * ["lion"]
+
+
+def test_the_help_names_every_strategy_and_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    from normwise import cli
+
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    told = set(capsys.readouterr().out.translate(dict.fromkeys(map(ord, ",;:)'"), " ")).split())
+    assert {*STRATEGIES, *OPTIMIZERS, "all"} <= told
+
+
+@pytest.fixture(scope="module")
+def with_presets() -> dict[str, Any]:
+    few = replace(TINY, trials=9, train_most=128)
+    with pool.one_thread():
+        return compare(Options(strategies=("hyperball", "cpr"), optimizers=("adam", "muonh"), seeds=1), budget=few)
+
+
+def test_what_says_nothing_is_left_out_and_told(with_presets: dict[str, Any]) -> None:
+    assert [(cell["strategy"], cell["optimizer_label"]) for cell in with_presets["cells"]] == [
+        ("nothing", "Adam"), ("hyperball", "Adam"), ("cpr", "Adam"), ("nothing", "MuonH"), ("cpr", "MuonH"),
+    ]  # fmt: skip
+    (reason,) = with_presets["protocol"]["left_out"]
+    assert reason.startswith("hyperball with muonh, which already keeps its matrices on a sphere")
+    assert set(with_presets["protocol"]["optimizers"]) == {"adam", "muonh"}
+    stream = io.StringIO()
+    tables.show(with_presets, stream)
+    assert f"Left out: {reason}." in stream.getvalue()
+    assert "Adam's" in stream.getvalue()
+
+
+def test_steps_to_adam_are_to_what_nothing_with_adam_reached(with_presets: dict[str, Any]) -> None:
+    cells = with_presets["cells"]
+    goal = max(cells[0]["curves"][0]["validation_accuracy"])
+    for cell in cells:
+        assert cell["steps_to_adam"]["values"] == [results.steps_to(cell["curves"][0], goal)]
+    assert cells[0]["steps_to_adam"] == cells[0]["steps_to_baseline"]
 
 
 # ------------------------------------------------------------------------------------------------------ kept runs
@@ -408,6 +572,10 @@ def test_the_baseline_is_always_run_and_one_that_did_not_learn_is_a_defect(unint
         ({"optimizers": ("adamm",)}, "optimizer 'adamm' is not known. Did you mean 'adam'?"),
         ({"optimizers": ()}, "No optimizer was given"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"optimizers": ("moun",)}, "optimizer 'moun' is not known. Did you mean 'muon'?"),
+        ({"strategies": ("cpr", "qk_clip")}, "strategy 'qk_clip' scales the queries and keys of attention heads, and the networks"),
+        ({"strategies": ("hyperball",), "optimizers": ("muonh",)}, "nothing to compare in hyperball with muonh, which already keeps its"),
+        ({"strategies": ("relative_update",), "optimizers": ("lamb", "adamh")}, "relative_update with lamb, which already takes steps"),
         ({"workers": -1}, "workers is -1"),
     ],
 )
@@ -421,8 +589,8 @@ def test_every_strategy_of_the_article_is_there_with_every_optimizer() -> None:
     assert {
         "nothing", "l2", "l1", "clip_value", "clip_tensor_norm", "normalise", "max_norm", "spectral_cap", "soft_threshold",
         "weight_decay", "l2+max_norm", "l1+clip_tensor_norm",
-    } <= set(STRATEGIES)  # fmt: skip
-    assert list(OPTIMIZERS) == ["gd", "momentum", "adam"]
+    } == set(ARTICLE)  # fmt: skip
+    assert list(TORCH) == ["gd", "momentum", "adam"]
     for strategy in STRATEGIES:
         for optimizer in OPTIMIZERS:
             assert axes(strategy, optimizer)[0].name == "lr"

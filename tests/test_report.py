@@ -254,8 +254,19 @@ def test_every_cells_details_hold_its_seeds_norms_and_policy(parsed: Page) -> No
 def test_every_entry_of_every_row_is_labelled_for_a_phone(parsed: Page) -> None:
     entries = [a["data-label"] for tag, a in parsed.tags if tag == "td" and "data-label" in a]
     cells = len(example()["cells"])
-    assert len(entries) == cells * len(table.COLUMNS)
-    assert entries == [column.name for column in table.COLUMNS] * cells
+    names = [column.name for column in table.columns_of(example()["cells"])]
+    assert len(entries) == cells * len(names)
+    assert entries == names * cells
+
+
+def test_the_way_to_adams_baseline_has_a_column_where_it_is_told() -> None:
+    cells = [cell("nothing", [0.95]), cell("cap", [0.96])]
+    assert "Steps to Adam’s" not in [column.name for column in table.columns_of(cells)]
+    cells[1]["steps_to_adam"] = {"median": None, "values": [None, 40, None]}
+    columns = table.columns_of(cells)
+    assert columns == list(table.COLUMNS)
+    rows = table.lines(list(enumerate(cells)), columns, scale.fit([0.9], 360), 1)
+    assert [next(e.text for e in row.entries if e.name == "Steps to Adam’s") for row in rows] == ["missed 2 of 3", "–"]
 
 
 def test_a_link_from_each_row_leads_to_its_details(parsed: Page) -> None:
@@ -272,7 +283,7 @@ def test_the_sections_stand_in_their_order(parsed: Page) -> None:
 
 def test_rows_are_sorted_by_accuracy_and_the_unknown_comes_last() -> None:
     group = [(i, cell) for i, cell in enumerate(example()["cells"]) if cell["optimizer"] == "adam"]
-    rows = table.lines(group, scale.fit([0.9, 0.98], 360), 1)
+    rows = table.lines(group, table.COLUMNS, scale.fit([0.9, 0.98], 360), 1)
     means = [dict(group)[row.index]["test_accuracy"]["mean"] for row in rows]
     known = [mean for mean in means if mean is not None]
     assert len(known) == len(means) - 1 and means[-1] is None
@@ -281,7 +292,7 @@ def test_rows_are_sorted_by_accuracy_and_the_unknown_comes_last() -> None:
 
 def entries(name: str, optimizer: str = "gd") -> dict[str, table.Entry]:
     group = [(i, cell) for i, cell in enumerate(example()["cells"]) if cell["optimizer"] == optimizer]
-    rows = table.lines(group, scale.fit([0.9, 0.98], 360), 1)
+    rows = table.lines(group, table.COLUMNS, scale.fit([0.9, 0.98], 360), 1)
     return {row.strategy: next(entry for entry in row.entries if entry.name == name) for row in rows}
 
 
@@ -460,10 +471,10 @@ def test_long_curves_are_thinned_and_keep_their_ends(length: int) -> None:
 
 
 def test_strategies_look_different_and_the_baseline_is_grey() -> None:
-    found = [{"strategy": f"s{i}", "optimizer": "sgd"} for i in range(18)]
+    found = [{"strategy": f"s{i}", "optimizer": "sgd"} for i in range(24)]
     every = tidy.looks([*found, {"strategy": "nothing", "optimizer": "sgd"}])
     assert every[0].strategy == "nothing" and every[0].colour == tidy.GREY
-    assert len({(look.colour, tuple(look.dash)) for look in every}) == len({(look.colour, look.shape) for look in every}) == 19
+    assert len({(look.colour, tuple(look.dash)) for look in every}) == len({(look.colour, look.shape) for look in every}) == 25
 
 
 @pytest.mark.parametrize("accuracies", [[0.1, 0.97, 0.995], [0.95, 0.96], [1.0], [0.0], [], [None, 0.5]])

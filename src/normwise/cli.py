@@ -71,6 +71,17 @@ def _help(parser: argparse.ArgumentParser) -> int:
 # ------------------------------------------------------------------------------------------------------------- compare
 
 
+_STRATEGIES = (
+    "these, beside 'nothing', which is always among them (default: the article's l2, l1, clip_value, clip_tensor_norm, normalise, "
+    "max_norm, spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm); rules of the field: hyperball, "
+    "relative_update, radial_brake, cpr, autoclip, zclip, orthogonal, orthogonal_penalty; all: every one"
+)
+_OPTIMIZERS = (
+    "these (default: gd, momentum, adam); presets of normwise.optim: normalized_sgd, signum, lion, lars, lamb, muon, normuon, scion, "
+    "adamh, muonh; all: every one"
+)
+
+
 def _add_compare(commands: Any) -> None:
     parser = commands.add_parser(
         "compare", help="train a task under every strategy and optimizer, each tuned equally, and report on test images",
@@ -80,8 +91,8 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("task", metavar="TASK", help="cnn: the article's convolutional network")
     parser.add_argument("--data", type=Path, metavar="DIR", help="parquet or IDX files (default: scikit-learn's digits)")
     parser.add_argument("--budget", default="standard", metavar="NAME", help="quick, standard (default) or long")
-    parser.add_argument("--strategies", type=_names, metavar="A,B", help="only these; 'nothing' is always among them")
-    parser.add_argument("--optimizers", type=_names, metavar="A,B", help="only these of gd, momentum, adam")
+    parser.add_argument("--strategies", type=_names, metavar="A,B", help=_STRATEGIES)
+    parser.add_argument("--optimizers", type=_names, metavar="A,B", help=_OPTIMIZERS)
     parser.add_argument("--seeds", type=_whole, default=3, metavar="N", help="reported runs of each cell (default 3)")
     parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")

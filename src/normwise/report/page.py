@@ -77,7 +77,7 @@ def context(results: dict[str, Any]) -> dict[str, Any]:
         "task": str(results.get("task") or "compare"),
         "about": about(results),
         "defects": [words.describe(defect) for defect in results.get("baseline_defects") or []],
-        "columns": [column.name for column in table.COLUMNS],
+        "columns": [column.name for column in table.columns_of(found)],
         "groups": _groups(found, data.get("test"), digits),
         "sheets": [_sheet(index, cell, digits) for index, cell in enumerate(found)],
         **_protocol(results.get("protocol") or {}),
@@ -125,10 +125,11 @@ def _groups(found: Sequence[Cell], samples: Any, digits: int) -> list[tuple[str,
     means = [(stat(cell, "test_accuracy"), stat(cell, "test_accuracy", "std") or 0.0) for cell in found]
     scale = fit((mean + sign * std for mean, std in means if mean is not None for sign in (-1, 0, 1)), samples).around(
         [stat(cell, "test_accuracy") for cell in found if cell["strategy"] == tidy.BASELINE])
+    columns = table.columns_of(found)
     groups: dict[str, list[tuple[int, Cell]]] = {}
     for index, cell in enumerate(found):
         groups.setdefault(cell["optimizer"], []).append((index, cell))
-    return [(key, tidy.optimizer(group[0][1]), table.lines(group, scale, digits)) for key, group in groups.items()]
+    return [(key, tidy.optimizer(group[0][1]), table.lines(group, columns, scale, digits)) for key, group in groups.items()]
 
 
 def _figures(found: Sequence[Cell], data: dict[str, Any]) -> dict[str, Any]:

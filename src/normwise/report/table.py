@@ -53,16 +53,22 @@ class Column:
     value: Callable[[Cell], float | None]
     sign: int = 0
     rivals_only: bool = False  # the baseline has no control, so that its share of nothing is no merit
+    needs: str = ""  # a key of the results: without it in any cell there is no such column
 
 
-def lines(group: Sequence[tuple[int, Cell]], scale: ErrorScale, digits: int) -> list[Line]:
+def columns_of(found: Sequence[Cell]) -> list[Column]:
+    """The columns that these cells have something to say in."""
+    return [column for column in COLUMNS if not column.needs or any(cell.get(column.needs) for cell in found)]
+
+
+def lines(group: Sequence[tuple[int, Cell]], columns: Sequence[Column], scale: ErrorScale, digits: int) -> list[Line]:
     """One optimizer's rows, the most accurate first, cells without an accuracy last."""
     ordered = sorted(group, key=lambda pair: -(_accuracy(pair[1]) or -1.0))
     base = next((_accuracy(cell) for _, cell in group if cell["strategy"] == BASELINE), None)
-    rows = [_line(index, cell, digits) for index, cell in ordered]
+    rows = [_line(index, cell, columns, digits) for index, cell in ordered]
     for row, (_, cell) in zip(rows, ordered, strict=True):
         row.strip = _strip(cell, base, scale)
-    for position, column in enumerate(COLUMNS):
+    for position, column in enumerate(columns):
         _mark(column, [(row.entries[position], cell) for row, (_, cell) in zip(rows, ordered, strict=True)])
     return rows
 
@@ -71,9 +77,9 @@ def _accuracy(cell: Cell) -> float | None:
     return stat(cell, "test_accuracy")
 
 
-def _line(index: int, cell: Cell, digits: int) -> Line:
+def _line(index: int, cell: Cell, columns: Sequence[Column], digits: int) -> Line:
     row = Line(label(cell), cell["strategy"], setting(cell), index)
-    for column in COLUMNS:
+    for column in columns:
         text, note = column.show(cell, digits)
         row.entries.append(Entry(column.name, text, note))
     row.entries[-1].bad = bool(number(cell.get("violations")))
@@ -139,6 +145,8 @@ COLUMNS: tuple[Column, ...] = (
            lambda c: stat(c, "steps_to_baseline", "median"), -1),
     Column("Seconds to baseline", lambda c, d: _to_baseline(c, "seconds_to_baseline"),
            lambda c: stat(c, "seconds_to_baseline", "median"), -1),
+    Column("Steps to Adam’s", lambda c, d: _to_baseline(c, "steps_to_adam"),
+           lambda c: stat(c, "steps_to_adam", "median"), -1, needs="steps_to_adam"),
     Column("Step, ms", lambda c, d: (plain(_short(stat(c, "step_ms"))), ""), lambda c: stat(c, "step_ms"), -1),
     Column("Control’s share", lambda c, d: (_percentage(stat(c, "control_share")), ""),
            lambda c: stat(c, "control_share"), -1, rivals_only=True),

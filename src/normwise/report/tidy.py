@@ -15,7 +15,9 @@ MOST_POINTS = 100  # a curve 1100 px wide shows no more, and 36 cells with every
 GREY = "#808080"  # the baseline: readable on white and on near-black, and no colour among the colours
 # Okabe & Ito, "Color Universal Design" (2008), without the yellow, which vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-FAMILIES: tuple[tuple[list[int], str], ...] = (([1, 0], "circle"), ([6, 3], "square"), ([2, 2], "triangle-up"))
+FAMILIES: tuple[tuple[list[int], str], ...] = (
+    ([1, 0], "circle"), ([6, 3], "square"), ([2, 2], "triangle-up"), ([8, 3, 2, 3], "diamond"),
+)
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -69,7 +71,7 @@ def label(cell: Cell) -> str:
 def optimizer(cell: Cell) -> str:
     """What the reader calls the cell's optimizer."""
     key: str = cell["optimizer"]
-    return OPTIMIZERS.get(key, key)
+    return str(cell.get("optimizer_label") or OPTIMIZERS.get(key, key))
 
 
 def unique(words: Iterable[str]) -> list[str]:
@@ -78,7 +80,7 @@ def unique(words: Iterable[str]) -> list[str]:
 
 
 def looks(found: Sequence[Cell]) -> list[Look]:
-    """A look for each strategy, in order of appearance; beyond 18 strategies they repeat."""
+    """A look for each strategy, in order of appearance; beyond 24 strategies they repeat."""
     labels: dict[str, str] = {}
     for cell in found:
         labels.setdefault(cell["strategy"], label(cell))

@@ -14,10 +14,11 @@ import torch
 from normwise.errors import StudyError, nearest
 from normwise.study import results, timing
 from normwise.study.cells import TUNING_SEED, Cell, Loop
+from normwise.study.optimizers import OPTIMIZERS, TORCH
 from normwise.study.pool import pool
 from normwise.study.progress import Progress
 from normwise.study.store import Store
-from normwise.study.strategies import OPTIMIZERS, STRATEGIES, axes, chosen
+from normwise.study.strategies import ARTICLE, STRATEGIES, axes, chosen, why_not
 from normwise.study.trial import Run, steps_of
 from normwise.tasks.data import ImageData, load
 
@@ -53,7 +54,10 @@ BUDGETS: dict[str, tuple[Budget, Budget]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare. None means: all strategies, all optimizers, scikit-learn's digits, no file of finished runs."""
+    """What to compare. None means: the article's strategies, gd, momentum and adam, scikit-learn's digits, no file of finished runs.
+
+    strategies, optimizers: names of ``STRATEGIES`` and ``OPTIMIZERS``, or ``("all",)``; the baseline "nothing" is always run.
+    """
 
     task: str = "cnn"
     data: Path | None = None
@@ -76,21 +80,31 @@ def compare(options: Options, progress: Progress | None = None, budget: Budget |
     """
     _check(options)
     strategies = [results.BASELINE, *_others(options)]
-    optimizers = chosen(options.optimizers, OPTIMIZERS, "optimizer")
+    optimizers = chosen(options.optimizers, OPTIMIZERS, TORCH, "optimizer")
+    pairs, left_out = _sensible([(strategy, optimizer) for optimizer in optimizers for strategy in strategies])
     store = Store(options.state)
     data = load(options.data)
     plan = budget or _budget(options.budget, data)
-    study = _Study(options, plan, data.thinned(plan.train_most), store, progress or Progress())
-    cells = [Cell(strategy, optimizer) for optimizer in optimizers for strategy in strategies]
+    study = _Study(options, plan, data.thinned(plan.train_most), store, progress or Progress(), left_out)
     try:
-        return study.run(cells)
+        return study.run([Cell(*pair) for pair in pairs])
     finally:
         study.progress.stop()
 
 
 def _others(options: Options) -> Iterable[str]:
     """The strategies beside the baseline, which is always run: two columns are measured against it."""
-    return (name for name in chosen(options.strategies, STRATEGIES, "strategy") if name != results.BASELINE)
+    return (name for name in chosen(options.strategies, STRATEGIES, ARTICLE, "strategy") if name != results.BASELINE)
+
+
+def _sensible(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The pairs of strategy and optimizer that say something, and why the others do not. StudyError where only baselines would be left
+    of a study that asks for more."""
+    reasons = {pair: f"{pair[0]} with {pair[1]}, which {why}" for pair in pairs if (why := why_not(*pair))}
+    kept = [pair for pair in pairs if pair not in reasons]
+    if reasons and all(strategy == results.BASELINE for strategy, _ in kept):
+        raise StudyError(f"There is nothing to compare in {'; '.join(reasons.values())}. Name another strategy or optimizer.")
+    return kept, list(reasons.values())
 
 
 def _check(options: Options) -> None:
@@ -109,12 +123,17 @@ def _budget(name: str, data: ImageData) -> Budget:
 
 
 class _Study:
-    def __init__(self, options: Options, budget: Budget, data: ImageData, store: Store, progress: Progress) -> None:
+    def __init__(
+        self, options: Options, budget: Budget, data: ImageData, store: Store, progress: Progress, left_out: list[str]
+    ) -> None:
         self.options, self.budget, self.data, self.store, self.progress = options, budget, data, store, progress
+        self.left_out = left_out
 
     def run(self, cells: list[Cell]) -> dict[str, Any]:
         """All runs, then the step times, then the results."""
         loop = Loop(cells, self.make, self.budget.trials, self.options.seeds, self.store, self.progress)
+        for reason in self.left_out:
+            self.progress.note(f"Left out: {reason}.")
         self.progress.start(len(cells) * (self.budget.trials + self.options.seeds))
         loop.run(self.options.workers, self._pool)
         self.progress.note("Measuring step times, all strategies of an optimizer in turn.")
@@ -122,7 +141,7 @@ class _Study:
         base = {cell.optimizer: cell for cell in cells if cell.strategy == results.BASELINE}
         samples = len(self.data.train)
         steps = steps_of(self.make(cells[0], cells[0].numbers(), 0, True), samples)
-        lines = [results.cell_results(cell, base[cell.optimizer], costs[id(cell)], samples) for cell in cells]
+        lines = [results.cell_results(cell, base[cell.optimizer], base.get("adam"), costs[id(cell)], samples) for cell in cells]
         return {
             "task": self.options.task, "data": results.describe(self.data), "machine": results.machine(),
             "budget": self.options.budget, "protocol": self.protocol(lines, steps), "cells": lines,
@@ -162,6 +181,7 @@ class _Study:
             **asdict(self.budget), "steps": steps, "seeds": self.options.seeds,
             "tuning_seed": TUNING_SEED, "widenings": sum(line["widenings"] for line in lines),
             "cells_on_edge": _listed(lines, "on_edge"), "cells_fading_out": _listed(lines, "fades_out"),
+            "left_out": self.left_out, "optimizers": {name: OPTIMIZERS[name].about for name in {line["optimizer"]: 0 for line in lines}},
             "search": {f"{line['strategy']} with {line['optimizer']}": _grid(line) for line in lines},
             "notes": list(NOTES),
         }  # fmt: skip
@@ -197,7 +217,7 @@ NOTES = (
     "Every run keeps its learning rate for half of its steps and then lowers it linearly to zero.",
     "Strengths l1 and l2 are λ/m, the factor beside the mean loss; the policy states the article's λ and m.",
     "steps_to_baseline: to the best validation accuracy of 'nothing' with the same optimizer and seed; null where it is missed. "
-    "seconds_to_baseline is that many times step_ms.",
+    "seconds_to_baseline is that many times step_ms. steps_to_adam: the same way to the baseline of adam, where that is compared too.",
     "step_ms and control_share are medians of bursts of steps in which all strategies of an optimizer take turns on one thread.",
     "spread is the sample standard deviation over seeds; the split into parts is the same for all of them.",
     "violations counts the bounds that do not hold when every one is measured again in float64 at the end of each reported run.",

@@ -14,6 +14,7 @@ import torch
 
 from normwise.study import search
 from normwise.study.cells import Cell
+from normwise.study.optimizers import OPTIMIZERS
 from normwise.study.strategies import STRATEGIES, axes
 from normwise.study.tables import median_reached, spread
 from normwise.tasks.data import ImageData
@@ -22,25 +23,33 @@ BASELINE = "nothing"
 _OVER_SEEDS = ("test_accuracy", "train_accuracy", "validation_accuracy", "sparsity")
 
 
-def cell_results(cell: Cell, base: Cell, cost: Mapping[str, float], samples: int) -> dict[str, Any]:
-    """One cell. base: the cell of "nothing" with the same optimizer. cost: of a step. samples: training images."""
+def cell_results(cell: Cell, base: Cell, adam: Cell | None, cost: Mapping[str, float], samples: int) -> dict[str, Any]:
+    """One cell. base: the cell of "nothing" with the same optimizer; adam: with Adam, where it is compared too. cost: of a step.
+    samples: training images."""
     finals = [cell.finals[seed] for seed in sorted(cell.finals)]
     numbers = cell.numbers()
     lr = numbers.pop("lr")
-    steps = [steps_to(cell.finals[seed]["curve"], target(base, seed)) for seed in sorted(cell.finals)]
+    steps = steps_to_cell(cell, base)
     return {
-        "strategy": cell.strategy, "label": STRATEGIES[cell.strategy].label, "optimizer": cell.optimizer,
+        "strategy": cell.strategy, "label": STRATEGIES[cell.strategy].label,
+        "optimizer": cell.optimizer, "optimizer_label": OPTIMIZERS[cell.optimizer].label,
         "about": STRATEGIES[cell.strategy].about, "lr": lr, "strength": _one_strength(numbers), "strengths": numbers,
         "policy_yaml": policy_yaml(cell.strategy, numbers, samples), **_searched(cell),
         **{name: spread([final[name] for final in finals]) for name in _OVER_SEEDS},
         "generalisation_gap": spread([final["train_accuracy"] - final["test_accuracy"] for final in finals]),
         "steps_to_baseline": median_reached(steps),
         "seconds_to_baseline": median_reached([None if n is None else n * cost["step_ms"] / 1e3 for n in steps]),
+        "steps_to_adam": None if adam is None else median_reached(steps_to_cell(cell, adam)),
         **cost, "norms": _mean_norms([final["norms"] for final in finals]),
         "violations": sum(len(final["breaches"]) for final in finals),
         "breaches": sorted({breach for final in finals for breach in final["breaches"]}),
         "curves": [{"seed": seed, **cell.finals[seed]["curve"]} for seed in sorted(cell.finals)],
     }  # fmt: skip
+
+
+def steps_to_cell(cell: Cell, base: Cell) -> list[int | None]:
+    """Of each seed, the steps to what the other cell's run with this seed reached."""
+    return [steps_to(cell.finals[seed]["curve"], target(base, seed)) for seed in sorted(cell.finals)]
 
 
 def target(base: Cell, seed: int) -> float:

@@ -7,6 +7,7 @@ finished trials only, so an interrupted search goes on where it was, and every c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -23,16 +24,18 @@ class Axis:
     """A positive number searched by factors: position k stands for ``centre · ratio**k``.
 
     off: the direction, 1 or -1, in which a strength fades to nothing (a penalty of 0, a radius without end); 0 for others.
+    most: no value is above it (a share, a percentile).
     """
 
     name: str
     centre: float
     ratio: float
     off: int = 0
+    most: float = math.inf
 
     def value(self, position: float) -> float:
         """Three significant digits: what is tried is exactly what is printed."""
-        return float(f"{self.centre * self.ratio**position:.3g}")
+        return float(f"{min(self.most, self.centre * self.ratio**position):.3g}")
 
 
 def values(axes: Iterable[Axis], point: Point) -> dict[str, float]:

@@ -39,12 +39,13 @@ def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
 
 @dataclass(frozen=True)
 class _Column:
-    """width: the narrowest terminal that shows it; the JSON file has all of them."""
+    """width: the narrowest terminal that shows it; the JSON file has all of them. needs: a key without which there is no column."""
 
     head: str
     text: Callable[[Mapping[str, Any]], str]
     width: int = 0
     right: bool = True
+    needs: str = ""
 
 
 def _table(results: Mapping[str, Any], width: int) -> Any:
@@ -52,7 +53,7 @@ def _table(results: Mapping[str, Any], width: int) -> Any:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = [column for column in _COLUMNS if column.width <= width]
+    columns = [column for column in _COLUMNS if column.width <= width and _is_told(column, results["cells"])]
     for column in columns:
         table.add_column(column.head, justify="right" if column.right else "left", no_wrap=True)
     cells = results["cells"]
@@ -60,6 +61,10 @@ def _table(results: Mapping[str, Any], width: int) -> Any:
         last = place + 1 == len(cells) or cells[place + 1]["optimizer"] != cell["optimizer"]
         table.add_row(*(column.text(cell) for column in columns), end_section=last)
     return table
+
+
+def _is_told(column: _Column, cells: Sequence[Mapping[str, Any]]) -> bool:
+    return not column.needs or any(cell.get(column.needs) for cell in cells)
 
 
 def _title(results: Mapping[str, Any]) -> str:
@@ -71,10 +76,11 @@ def _title(results: Mapping[str, Any]) -> str:
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
-    edge, fading = (results["protocol"][name] for name in ("cells_on_edge", "cells_fading_out"))
+    edge, fading, left_out = (results["protocol"].get(name, []) for name in ("cells_on_edge", "cells_fading_out", "left_out"))
     remarks = {
         "Best at the edge of what was tried, so that more trials may find better (--budget long)": edge,
         "Best at the weakest strength tried, so better left out": fading,
+        "Left out": left_out,
     }
     return [f"{remark}: {'; '.join(cells)}." for remark, cells in remarks.items() if cells]
 
@@ -108,6 +114,7 @@ _COLUMNS = (
     _Column("test %", _percent("test_accuracy")),
     _Column("gap %", _percent("generalisation_gap"), width=92),
     _Column("steps to\nbaseline", _reached("steps_to_baseline", 0)),
+    _Column("steps to\nAdam's", _reached("steps_to_adam", 0), width=120, needs="steps_to_adam"),
     _Column("seconds to\nbaseline", _reached("seconds_to_baseline", 2), width=150),
     _Column("step\nms", lambda cell: f"{cell['step_ms']:.2f}"),
     _Column("control", lambda cell: f"{100 * cell['control_share']:.0f}%", width=100),

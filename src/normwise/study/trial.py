@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.study.strategies import OPTIMIZERS, STRATEGIES
+from normwise.study.optimizers import OPTIMIZERS
+from normwise.study.strategies import STRATEGIES
 from normwise.tasks.cnn import CNN
 from normwise.tasks.data import ImageData
 
@@ -68,7 +69,7 @@ def prepare(run: Run, data: ImageData, *, timed: bool = False) -> Training:
     """The model with its initial weights, its optimizer and the control attached to it."""
     torch.manual_seed(run.seed)
     model = CNN(data.shape, data.classes, run.channels)
-    optimizer = OPTIMIZERS[run.optimizer].build(model.parameters(), run.lr)
+    optimizer = OPTIMIZERS[run.optimizer].build(model, run.lr)
     images, labels = data.tensors("train")
     rules = STRATEGIES[run.strategy].rules(run.strengths, len(labels))
     control = None
