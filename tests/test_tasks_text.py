@@ -150,11 +150,12 @@ def test_the_gpt_starts_with_the_documented_deviations_and_near_uniform() -> Non
     model = GPT(65)
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
-            wanted = 0.02 / math.sqrt(8) if name.endswith(("attention.out.weight", "down.weight")) else 0.02
+            wanted = 0.02 if name in ("tokens.weight", "places.weight") else 1 / math.sqrt(3 * weight.shape[1])
+            wanted /= math.sqrt(8) if name.endswith(("attention.out.weight", "down.weight")) else 1
             assert float(weight.detach().std()) == pytest.approx(wanted, rel=0.05), name
     x = torch.randint(65, (4, 129), generator=torch.Generator().manual_seed(1))
     loss = nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
-    assert float(loss.detach()) == pytest.approx(math.log(65), abs=0.1)
+    assert float(loss.detach()) == pytest.approx(math.log(65), abs=0.3)
 
 
 def test_a_text_longer_than_the_context_is_refused() -> None:

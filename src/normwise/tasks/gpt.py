@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from normwise.errors import StudyError
 
-WEIGHT_STD = 0.02
+EMBEDDING_STD = 0.02
 
 
 class Attention(nn.Module):
@@ -59,8 +59,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Characters ``(n, length)`` to the next character's logits ``(n, length, vocabulary)``; length at most ``context``.
 
-    Weights are drawn from a normal of standard deviation 0.02; the two projections of each block that write to the stream are
-    divided by √(2 · layers), so that the stream starts at one size whatever the depth (GPT-2).
+    Embeddings are drawn from a normal of standard deviation 0.02, matrices of 1/√(3 · inputs), which is GPT-2's 0.02 at its
+    width of 768 and 0.05 at 128; with 0.02 at 128 too, 500 steps of AdamW end at 2.07 on tinyshakespeare instead of 1.88. The two
+    projections of each block that write to the stream are divided by √(2 · layers), so that it starts at one size whatever the
+    depth (GPT-2).
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=WEIGHT_STD)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=EMBEDDING_STD)
         for block in self.blocks:
             for writer in (block.attention.out, block.down):  # type: ignore[union-attr]
                 writer.weight.div_(math.sqrt(2 * len(self.blocks)))  # type: ignore[union-attr,operator]
