@@ -7,16 +7,17 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from multiprocessing import get_context, parent_process
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from normwise.study.trial import Run, train
 from normwise.tasks.data import ImageData
 
-_data: ImageData | None = None
+_context: Any = None
 
 
 @contextmanager
@@ -44,14 +45,14 @@ class Here(Executor):
 
 
 @contextmanager
-def pool(workers: int, data: ImageData) -> Iterator[Executor]:
-    """An executor of ``execute(run)``. The processes ignore Ctrl-C, which is for the study to handle: it lets the runs that
-    are under way finish, and keeps them."""
+def open_pool(workers: int, setup: Callable[[], Any]) -> Iterator[Executor]:
+    """An executor of ``call(run)``. setup: gives what runs are trained on, once in every process; it is pickled. The processes ignore
+    Ctrl-C, which is for the study to handle: it lets the runs that are under way finish, and keeps them."""
     if workers == 1:
-        _start(data, own_process=False)
+        _start(setup, own_process=False)
         yield Here()
         return
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(data,))
+    executor = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start, initargs=(setup,))
     with _ignoring_interrupts():
         for _ in range(workers):  # each submission that finds nobody idle starts one process
             executor.submit(_ready)
@@ -61,16 +62,40 @@ def pool(workers: int, data: ImageData) -> Iterator[Executor]:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def pool(workers: int, data: ImageData) -> AbstractContextManager[Executor]:
+    """An executor of ``execute(run)`` on the data."""
+    return open_pool(workers, partial(_itself, data))
+
+
+def _itself(data: ImageData) -> ImageData:
+    return data
+
+
+class Trainable(Protocol):
+    """A run that knows how it is trained."""
+
+    def train(self, context: Any, /) -> dict[str, Any]: ...
+
+
+def call(run: Trainable) -> dict[str, Any]:
+    """One run on what this process was set up with."""
+    return run.train(_known())
+
+
 def execute(run: Run) -> dict[str, Any]:
-    """One run on the data that this process was started with."""
-    if _data is None:
-        raise RuntimeError("execute was called outside a pool, so there is no data; call trial.train(run, data).")
-    return train(run, _data)
+    """One run of ``compare`` on the data that this process was started with."""
+    return train(run, _known())
 
 
-def _start(data: ImageData, own_process: bool = True) -> None:
-    global _data
-    _data = data
+def _known() -> Any:
+    if _context is None:
+        raise RuntimeError("a run was called outside a pool, so there is no data; call trial.train(run, data).")
+    return _context
+
+
+def _start(setup: Callable[[], Any], own_process: bool = True) -> None:
+    global _context
+    _context = setup()
     if own_process:
         torch.set_num_threads(1)
         threading.Thread(target=_leave_with_parent, daemon=True).start()

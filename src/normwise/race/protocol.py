@@ -1,0 +1,54 @@
+"""The numbers of docs/race.md: where horizons start, what a budget pays for, and which seeds are for what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normwise.errors import StudyError, nearest
+
+PROTOCOL = 1
+"""Changes when a change of the code or of the rules would give a run other numbers; kept runs of another protocol are not used."""
+TUNING_SEED, LADDER_SEED = 1000, 1001
+RUNGS, RATIO = 17, 0.87
+SATURATED = 0.02
+ROBUST_AT = (0.1, 0.316, 3.16, 10.0)
+STEPS = {"gpt": 500, "lstm": 600, "resnet": 600}
+PASSES = {"cnn": 4}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """trials: of every contender. seeds: that are reported. doublings: of the baseline's horizon, at most. scale: of the first horizon.
+    contenders: by default; None for all. rounds: of the interleaved timing."""
+
+    trials: int
+    seeds: int
+    doublings: int
+    scale: float
+    contenders: tuple[str, ...] | None
+    rounds: int
+
+
+BUDGETS = {
+    "quick": Budget(6, 2, 0, 0.25, ("muon", "muonh"), 8),
+    "standard": Budget(12, 5, 0, 1.0, ("muon", "normuon", "muonh", "scion"), 20),
+    "long": Budget(24, 8, 2, 1.0, None, 40),
+}
+
+
+def budget(name: str) -> Budget:
+    """StudyError for a name that is not known."""
+    if name not in BUDGETS:
+        raise StudyError(f"There is no budget {name!r}.{nearest(name, BUDGETS)}")
+    return BUDGETS[name]
+
+
+def first_horizon(task: str, samples: int, batch: int, scale: float) -> int:
+    """H before any doubling, in samples."""
+    whole = STEPS[task] * batch if task in STEPS else PASSES[task] * samples
+    return max(batch, round(whole * scale))
+
+
+def rung(horizon: int, k: int) -> int:
+    """Samples of the k-th horizon of the ladder."""
+    return max(1, round(horizon * RATIO**k))
