@@ -16,7 +16,7 @@ from normwise.errors import NormwiseError
 
 _BROKEN, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _EXTRAS = {"sklearn": "study", "rich": "study", "pyarrow": "study", "PIL": "study", "yaml": "yaml",
-           "altair": "report", "vl_convert": "report", "jinja2": "report"}  # fmt: skip
+           "altair": "report", "vl_convert": "report", "jinja2": "report", "torch_pruning": "prune"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=lambda given: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add_compare(commands)
+    _add_prune(commands)
     _add_bench(commands)
     _add_policies(commands)
     return parser
@@ -128,6 +129,32 @@ def _whole(text: str) -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --------------------------------------------------------------------------------------------------------------- prune
+
+
+def _add_prune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prune", help="train under the group lasso, remove the zero units for good, and measure the smaller network",
+        description="Trains TASK with and without the group lasso, removes the units that became zero for good, and measures accuracy, "
+        "size, training step and inference of the smaller network against the full one. Started again, it goes on where it was.",
+    )  # fmt: skip
+    parser.add_argument("task", metavar="TASK", help="cnn or resnet")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="parquet or IDX files (default: scikit-learn's digits)")
+    parser.add_argument("--budget", default="standard", metavar="NAME", help="quick, standard (default) or long")
+    parser.add_argument("--seeds", type=_whole, default=3, metavar="N", help="reported runs of each network (default 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="finished runs, to go on from (default: beside --json)")
+    parser.set_defaults(command=_prune)
+
+
+def _prune(given: argparse.Namespace) -> int:
+    from normwise.study.prune import Options
+    from normwise.study.prune_job import run
+
+    run(Options(given.task, given.data, given.budget, given.seeds, given.state), given.json)
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------- bench and policies

@@ -103,6 +103,25 @@ def cut(model: M, example_input: Tensor, units: Mapping[str, Sequence[int]]) -> 
     return small
 
 
+def targets(model: nn.Module, example_input: Tensor) -> dict[str, int]:
+    """The parameters on which a group lasso makes units removable, by name, each with how many numbers of it one unit has.
+
+    Of a layer that nothing normalises: its weight. Of a layer behind a BatchNorm: that norm's gain and shift instead. There the length
+    of a filter has no meaning, since the BatchNorm takes it out again, and a gain of zero silences the channel (Liu et al., Learning
+    efficient convolutional networks through network slimming, 2017); with the shift zero as well its constant is nothing, so that it can
+    go before a zero padding too. Raises MissingExtra without torch-pruning.
+    """
+    opened = _opened(model)
+    names = {module: name for name, module in opened.named_modules()}
+    found: dict[str, int] = {}
+    for writer in (writer for group in groups(opened, _probe(example_input)) if not group.obstacle for writer in group.writers):
+        if not writer.norms:
+            found[f"{writer.name}.weight"] = writer.layer.weight[0].numel()
+        for norm in writer.norms:
+            found |= {f"{names[norm]}.{name}": 1 for name, _ in norm.named_parameters()}
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------ one round
 
 
