@@ -94,6 +94,21 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def smaller(results: dict[str, Any]) -> str:
+    """What ``normwise prune`` found: the setting, the networks, the strengths that were tried."""
+    from normwise.study.prune_job import networks, trial
+
+    plan, machine, timing = results["protocol"], results["machine"], results["timing"]
+    said = (
+        f"Learning rate {results['lr']:.3g}, strength {results['strength']:.3g}; {plan['steps']} + {plan['fine_tuning']} steps of batch "
+        f"{plan['batch']}, {plan['seeds']} seeds (mean ± sample standard deviation); {machine['cpu']}, 1 thread, torch {machine['torch']}, "
+        f"Python {machine['python']}, {machine['date'][:10]}, budget {results['budget']}. Largest output difference by removing units: "
+        f"{results['summary']['difference']:.0e}. A step under the lasso takes {timing['lasso_ratio']:.2f} times a step without it."
+    )
+    tried = bench({"rows": [trial(line) for line in results["strengths"]]})
+    return f"{said}\n\n{bench({'rows': networks(results)})}\n\nStrengths, with the tuning seed:\n\n{tried}"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits": ("cnn-digits", by_strategy),
     "digits setting": ("cnn-digits", setting),
@@ -101,6 +116,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mnist": ("cnn-mnist", by_strategy),
     "mnist setting": ("cnn-mnist", setting),
     "mnist in full": ("cnn-mnist", in_full),
+    **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
+       for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10")},
     "bench control": ("bench-control", bench),
     "bench polar": ("bench-polar", bench),
     "bench step": ("bench-step", bench),
