@@ -1,8 +1,8 @@
 """Writes the tables and the picture of README.md and docs/ from the committed results: ``python docs/make.py``; ``--check`` only compares.
 
 Raw results lie in ``docs/results/``: ``cnn-digits.json`` and ``cnn-mnist.json`` by ``normwise compare cnn --json``, each of their single
-runs in ``*.runs.jsonl``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table stands between ``<!-- NAME -->`` and
-``<!-- end NAME -->``.
+runs in ``*.runs.jsonl``; ``gan.json`` by ``normwise race gan --json``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table
+stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``.
 """
 
 from __future__ import annotations
@@ -116,6 +116,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mnist": ("cnn-mnist", by_strategy),
     "mnist setting": ("cnn-mnist", setting),
     "mnist in full": ("cnn-mnist", in_full),
+    "gan setting": ("gan", lambda results: results["setting"]),
+    "gan": ("gan", bench),
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10")},
     "bench control": ("bench-control", bench),
