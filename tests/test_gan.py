@@ -73,7 +73,7 @@ def test_a_run_is_the_loop_written_out(data: JudgedData, loss: str) -> None:
     generator, discriminator = Generator(data.shape, 8), Discriminator(data.shape, 8)
     betas = (0.5, 0.999) if loss == "usual" else (0.0, 0.9)
     generator_steps, discriminator_steps = (torch.optim.Adam(side.parameters(), 2e-3, betas) for side in (generator, discriminator))
-    noise, between = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4)
+    noise, between = torch.Generator().manual_seed(10_003), torch.Generator().manual_seed(30_003)
     for _, real in zip(range(run.steps), batches(run, data), strict=False):
         drawn = generator(torch.randn(16, 64, generator=noise))
         u = torch.rand(16, 1, 1, 1, generator=between)
@@ -331,6 +331,17 @@ def test_the_budgets_fill_the_first_grid_and_the_issue_is_covered() -> None:
     )
     assert all(math.isfinite(axis.centre) and len({a.name for a in axes(name)}) == len(axes(name)) for name in STRATEGIES
                for axis in axes(name))  # fmt: skip
+
+
+def test_the_page_tells_the_protocol_that_is_run() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "gan.md").read_text()
+    for strategy in STRATEGIES.values():
+        assert f"\n| {strategy.label} |" in page
+    for loss in LOSSES.values():
+        assert f"\n| {loss.label} |" in page
+        assert f"| {loss.betas[0]:g}, {loss.betas[1]:g} |" in page
+    plan = BUDGETS["standard"][1]
+    assert f"{plan.trials} + {plan.again} trials, {plan.steps} steps of {plan.batch} images" in page
 
 
 def test_gradients_of_the_generators_step_leave_the_discriminator_alone(data: JudgedData) -> None:

@@ -53,7 +53,7 @@ class Budget:
 _FEW = ("nothing", "clip_value", "spectral_cap", "gradient_penalty")
 BUDGETS: dict[str, tuple[Budget, Budget]] = {
     "quick": (Budget(9, 0, 150, 32, 16, 5, 400, 5, _FEW, ("hinge",)), Budget(9, 0, 150, 32, 16, 5, 400, 5, _FEW, ("hinge",))),
-    "standard": (Budget(9, 3, 800, 32, 16, 10, 1000, 20), Budget(9, 3, 800, 32, 16, 10, 1000, 20)),
+    "standard": (Budget(10, 3, 800, 32, 16, 10, 1000, 20), Budget(10, 3, 800, 32, 16, 10, 1000, 20)),
     "long": (Budget(13, 5, 4000, 32, 32, 20, 1000, 40), Budget(13, 5, 5000, 64, 32, 20, 2000, 40)),
 }
 

@@ -16,7 +16,7 @@ Strengths = Mapping[str, float]
 Penalty = Callable[[Score, Tensor, Tensor, torch.Generator | None], Tensor]
 Rules = Callable[[Strengths], list[Any]]
 
-LR = Axis("lr", 2e-3, 3.0)
+LR = Axis("lr", 4e-3, 3.0)
 """Of both optimizers; a cell that looks for nothing else starts at a ninth of it to nine times it."""
 TRACKED = 0.01
 """Tolerance of the caps: singular values at most 1.01 times the radius, at a small part of an exact cap's time."""

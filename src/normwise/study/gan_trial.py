@@ -22,6 +22,8 @@ from normwise.tasks.fidelity import Fidelity, Judge
 _LAST = 3
 _JUDGED_NOISE = 20_000
 """Seed of the noise that is judged: one and the same in every run, and none that is trained on."""
+_NOISE, _BETWEEN = 10_000, 30_000
+"""Added to a run's seed."""
 _CHUNK = 250
 
 
@@ -78,8 +80,8 @@ class Training:
         self.loss: Loss = LOSSES[run.loss]
         self.strategy, self.strength = STRATEGIES[run.strategy], run.strengths.get("penalty", 0.0)
         self.strategy.wrap(self.discriminator)
-        # Steps are compared between strategies: their noise must not depend on what a strategy draws itself.
-        self.noise, self.between = (torch.Generator().manual_seed(run.seed + offset) for offset in (0, 1))
+        # Strategies are compared step by step: their noise must not depend on what one of them draws itself, nor repeat the weights'.
+        self.noise, self.between = (torch.Generator().manual_seed(run.seed + offset) for offset in (_NOISE, _BETWEEN))
         self.generator_optimizer, self.discriminator_optimizer = (
             torch.optim.Adam(side.parameters(), run.lr, self.loss.betas) for side in (self.generator, self.discriminator)
         )
