@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=lambda given: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add_compare(commands)
+    _add_race(commands)
     _add_prune(commands)
     _add_bench(commands)
     _add_policies(commands)
@@ -129,6 +130,45 @@ def _whole(text: str) -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- race
+
+
+def _add_race(commands: Any) -> None:
+    parser = commands.add_parser(
+        "race", help="how much sooner than the tuned baseline each contender reaches its result",
+        description="Tunes every contender with the same number of trials and finds the shortest horizon at which it reaches what the "
+        "tuned baseline reaches at its end (docs/race.md is the protocol). Started again, it goes on where it was. Without TASK it "
+        "prints what the finished runs in --state say.",
+    )  # fmt: skip
+    parser.add_argument("task", metavar="TASK", nargs="?", help="cnn, resnet, lstm, gpt, or gan (a study of its own: docs/gan.md)")
+    parser.add_argument("--data", metavar="DIR", help="images (cnn, resnet, gan) or text (lstm, gpt), or hf:NAME; default: bundled data")
+    parser.add_argument("--budget", default="standard", metavar="NAME",
+                        help="quick (0.2 core-hours or less), standard (default; 3 core-hours at most) or long (about 20)")  # fmt: skip
+    parser.add_argument("--contenders", type=_names, metavar="A,B", help="only these beside the baselines adamw and sgd")
+    parser.add_argument("--seeds", type=_whole, metavar="N", help="reported seeds (default: the budget's)")
+    parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="finished runs, to go on from (default: beside --json)")
+    parser.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
+    parser.set_defaults(command=_race)
+
+
+def _race(given: argparse.Namespace) -> int:
+    from normwise.race import job
+    from normwise.race.race import Options
+
+    if given.task is None:
+        if given.state is None:
+            raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
+        job.look(given.state, given.json)
+        return 0
+    size = "tiny" if given.tiny else "standard"
+    job.run(
+        Options(given.task, given.data, given.budget, given.contenders, given.seeds, given.workers, given.state, size), given.json
+    )
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------------------- prune

@@ -12,8 +12,7 @@ TUNING_SEED, LADDER_SEED = 1000, 1001
 RUNGS, RATIO = 17, 0.87
 SATURATED = 0.02
 ROBUST_AT = (0.1, 0.316, 3.16, 10.0)
-STEPS = {"gpt": 500, "lstm": 600, "resnet": 600}
-PASSES = {"cnn": 4}
+STEPS = {"cnn": 800, "gpt": 500, "lstm": 600, "resnet": 600}
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,9 @@ def budget(name: str) -> Budget:
     return BUDGETS[name]
 
 
-def first_horizon(task: str, samples: int, batch: int, scale: float) -> int:
+def first_horizon(task: str, batch: int, scale: float) -> int:
     """H before any doubling, in samples."""
-    whole = STEPS[task] * batch if task in STEPS else PASSES[task] * samples
-    return max(batch, round(whole * scale))
+    return max(1, round(STEPS[task] * scale)) * batch
 
 
 def rung(horizon: int, k: int) -> int:

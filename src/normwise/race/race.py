@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 
 import torch
 
-from normwise.errors import StudyError
+from normwise.errors import DataError, StudyError
 from normwise.race import figures, plans
 from normwise.race.contenders import BASELINES, CONTENDERS, chosen
-from normwise.race.drive import Driver
-from normwise.race.protocol import PROTOCOL, SATURATED, TUNING_SEED, Budget, budget, first_horizon, rung
+from normwise.race.drive import Driver, Replay
+from normwise.race.protocol import PROTOCOL, SATURATED, TUNING_SEED, budget, first_horizon, rung
 from normwise.race.run import RaceRun, batch_of
 from normwise.race.timing import step_times
 from normwise.study.pool import open_pool
@@ -22,7 +23,6 @@ from normwise.study.progress import Progress
 from normwise.study.results import machine
 from normwise.study.store import Store
 from normwise.tasks.load import load_task
-from normwise.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -41,85 +41,135 @@ class Options:
     size: str = "standard"
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a race must know of its task; kept in the file of finished runs, so that figures can be had without the data."""
+
+    name: str
+    key: str
+    metric: str
+    batch: int
+    budget: str
+    seeds: int
+    contenders: tuple[str, ...]
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "race facts", "protocol": PROTOCOL, **asdict(self), "contenders": list(self.contenders)}
+
+
 def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     """Runs the race, or goes on with it; plain data for the table, the JSON file and docs/results.md.
 
     Raises StudyError and DataError for options and data that cannot be used, before anything is trained.
     """
     plan = budget(options.budget)
-    names = options.contenders if options.contenders is not None else plan.contenders
-    contenders = chosen(names)
+    names = chosen(options.contenders if options.contenders is not None else plan.contenders)
     if options.workers < 1 or (options.seeds is not None and options.seeds < 1):
         raise StudyError(f"workers and seeds must be whole numbers >= 1, given {options.workers} and {options.seeds}.")
-    task = load_task(options.task, options.data, size=options.size)
-    going = _Race(options, plan, task, Store(options.state), progress or Progress())
+    task, store, told = load_task(options.task, options.data, size=options.size), Store(options.state), progress or Progress()
+    seeds = options.seeds or plan.seeds
+    facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names))
+    store.add(facts.settings(), {"machine": machine()})
+    setup = partial(load_task, options.task, options.data, size=options.size)
+    capacity = 1 if options.workers == 1 else options.workers + 1
+    driver = Driver(store, told, partial(open_pool, options.workers, setup), capacity)
     try:
-        return going.run(contenders)
+        return _Race(facts, driver, partial(step_times, task=task)).run()
     finally:
-        going.progress.stop()
+        told.stop()
+
+
+def replay(state: Path) -> dict[str, Any]:
+    """The results of the newest race in a file of finished runs, without its data; of one that is under way, what is finished."""
+    store = Store(state)
+    settings, result = store.newest("race facts")
+    if settings is None or result is None or settings["protocol"] != PROTOCOL:
+        raise DataError(f"{state}: expected the runs of a race under protocol {PROTOCOL}, found none. Run normwise race --state {state}")
+    known = {name: settings[name] for name in Facts.__dataclass_fields__}
+    facts = Facts(**{**known, "contenders": tuple(settings["contenders"])})
+    return _Race(facts, Replay(store), None).run() | {"machine": result["machine"]}
 
 
 class _Race:
-    def __init__(self, options: Options, plan: Budget, task: Task, store: Store, progress: Progress) -> None:
-        self.options, self.plan, self.task, self.store, self.progress = options, plan, task, store, progress
-        self.seeds = options.seeds or plan.seeds
-        setup = partial(load_task, options.task, options.data, size=options.size)
-        capacity = 1 if options.workers == 1 else options.workers + 1
-        self.driver = Driver(store, progress, lambda: open_pool(options.workers, setup), capacity)
-        self.accuracy = task.metric == "accuracy"
+    """times: measures the steps of some runs; None where only what was kept is looked at."""
 
-    def run(self, names: list[str]) -> dict[str, Any]:
-        horizon = self._horizon()
-        rules = plans.Rules(self._make, self.accuracy, horizon["samples"])
-        tuned = self._tune(rules, names)
-        finals = self._drive({b: plans.reported(rules, b, tuned[b]["numbers"], rules.horizon, self.seeds) for b in BASELINES})
-        leader, target = self._target(rules, finals)
-        rules = plans.Rules(self._make, self.accuracy, rules.horizon, target)
-        rest = [name for name in names if name != leader]
-        starts = self._drive({name: plans.bracket(rules, name, tuned[name]["numbers"]) for name in rest})
-        climbed = self._climb(rules, rest, tuned, starts)
-        sturdy = self._drive({n: plans.robustness(rules, n, tuned[n]["numbers"], self._tuning_horizon(rules, n)) for n in names})
-        times = self._times(rules, {name: tuned[name]["numbers"] for name in names})
-        lines = [self._line(rules, n, tuned[n], climbed.get(n), finals.get(n), times[n]) | {"robustness": sturdy[n]} for n in names]
-        pace = next(line["ms_a_sample"] for line in lines if line["name"] == leader)
-        for line in lines:
-            line["seconds_share"] = None if line["share"] is None else line["share"] * line["ms_a_sample"] / pace
-        return {
-            "race": self.options.task, "task": self.task.key, "metric": self.task.metric, "machine": machine(),
-            "budget": self.options.budget, "protocol": {"number": PROTOCOL, **asdict(self.plan), "seeds": self.seeds},
-            "horizon": horizon | {"steps": round(horizon["samples"] / self.task.batch)}, "leader": leader, "target": target,
-            "contenders": lines,
+    def __init__(self, facts: Facts, driver: Driver, times: Callable[..., list[float]] | None) -> None:
+        self.facts, self.driver, self.measure, self.seeds = facts, driver, times, facts.seeds
+        self.plan, self.store, self.progress = budget(facts.budget), driver.store, driver.progress
+        self.accuracy = facts.metric == "accuracy"
+
+    def run(self) -> dict[str, Any]:
+        told = {
+            "race": self.facts.name, "task": self.facts.key, "metric": self.facts.metric, "machine": machine(),
+            "budget": self.facts.budget, "protocol": {"number": PROTOCOL, **asdict(self.plan), "seeds": self.seeds},
         }  # fmt: skip
+        horizon = self._horizon()
+        if horizon is None:
+            return told | {"horizon": None, "target": None, "contenders": [], "unfinished": list(self.facts.contenders)}
+        rules = plans.Rules(self._make, self.accuracy, horizon["samples"])
+        told["horizon"] = horizon | {"steps": round(horizon["samples"] / self.facts.batch)}
+        tuned = self._tune(rules, list(self.facts.contenders))
+        finals = self._drive(
+            {b: plans.reported(rules, b, tuned[b]["numbers"], rules.horizon, self.seeds) for b in BASELINES if b in tuned}
+        )
+        if len(finals) < len(BASELINES):
+            return told | {"target": None, "contenders": [], "unfinished": list(self.facts.contenders), "tuned": tuned}
+        leader, target = self._target(rules, finals)
+        lines = self._lines(plans.Rules(self._make, self.accuracy, rules.horizon, target), leader, tuned, finals)
+        done = [line["name"] for line in lines]
+        return told | {
+            "leader": leader, "target": target, "contenders": lines, "unfinished": [n for n in self.facts.contenders if n not in done],
+        }  # fmt: skip
+
+    def _lines(self, rules: plans.Rules, leader: str, tuned: dict[str, Any], finals: dict[str, Any]) -> list[dict[str, Any]]:
+        rest = [name for name in tuned if name != leader]
+        starts = self._drive({name: plans.bracket(rules, name, tuned[name]["numbers"]) for name in rest})
+        climbed = self._climb(rules, tuned, starts)
+        sturdy = self._drive({n: plans.robustness(rules, n, t["numbers"], self._tuning_horizon(rules, n)) for n, t in tuned.items()})
+        ready = {n: t["numbers"] for n, t in tuned.items() if n in sturdy and (n in climbed or n == leader)}
+        times = self._times(rules, ready)
+        lines = [self._line(rules, n, tuned[n], climbed.get(n), finals.get(n), times[n]) | {"robustness": sturdy[n]} for n in times]
+        pace = next((line["ms_a_sample"] for line in lines if line["name"] == leader), None)
+        for line in lines:
+            line["seconds_share"] = None if line["share"] is None or pace is None else line["share"] * line["ms_a_sample"] / pace
+        return lines
 
     # ------------------------------------------------------------------------------------------------ the phases
 
-    def _horizon(self) -> dict[str, Any]:
+    def _horizon(self) -> dict[str, Any] | None:
         """H in samples, doubled while that pays and the budget allows."""
-        samples = first_horizon(self.options.task, self.task.samples, self.task.batch, self.plan.scale)
+        samples = first_horizon(self.facts.name, self.facts.batch, self.plan.scale)
         middle = CONTENDERS["adamw"].numbers([0] * len(CONTENDERS["adamw"].axes))
         rules = plans.Rules(self._make, self.accuracy, samples)
-        seen = self._drive({"horizon": _doubling(rules, middle, samples, self.plan.doublings)})["horizon"]
+        seen = self._drive({"horizon": _doubling(rules, middle, samples, self.plan.doublings)}).get("horizon")
+        if seen is None:
+            return None
         return {"samples": seen[-2][0], "results": seen, "saturated": not _pays(seen[-2][1], seen[-1][1], self.accuracy)}
 
     def _tune(self, rules: plans.Rules, names: list[str]) -> dict[str, Any]:
         self.progress.note(f"Tuning {', '.join(names)}: {self.plan.trials} trials each.")
-        return self._drive({n: plans.tune(rules, n, self._tuning_horizon(rules, n), self.plan.trials) for n in names})
+        found = self._drive({n: plans.tune(rules, n, self._tuning_horizon(rules, n), self.plan.trials) for n in names})
+        return {n: found[n] for n in names if n in found}
 
-    def _climb(self, rules: plans.Rules, names: list[str], tuned: dict[str, Any], starts: dict[str, int]) -> dict[str, list[Any]]:
+    def _climb(self, rules: plans.Rules, tuned: dict[str, Any], starts: dict[str, int]) -> dict[str, list[Any]]:
         """Every reported seed of every contender on the ladder."""
         self.progress.note("Looking for the shortest horizon of each contender and seed.")
-        jobs = {(n, s): plans.ladder(rules, n, tuned[n]["numbers"], starts[n], s) for n in names for s in range(self.seeds)}
+        jobs = {(n, s): plans.ladder(rules, n, tuned[n]["numbers"], start, s) for n, start in starts.items() for s in range(self.seeds)}
         found = self._drive({f"{n} {s}": plan for (n, s), plan in jobs.items()})
-        return {n: [found[f"{n} {s}"] for s in range(self.seeds)] for n in names}
+        of = {n: [found[f"{n} {s}"] for s in range(self.seeds) if f"{n} {s}" in found] for n in starts}
+        return {n: climbs for n, climbs in of.items() if len(climbs) == self.seeds}
 
     def _times(self, rules: plans.Rules, numbers: dict[str, Any]) -> dict[str, float]:
         """Milliseconds a step by contender, from a kept measurement where there is one."""
-        self.progress.note("Measuring step times, all contenders in turn.")
         runs = [self._make(name, n, rules.horizon, 0, False) for name, n in numbers.items()]
         settings = {"kind": "race timing", "rounds": self.plan.rounds, "runs": [run.settings() for run in runs]}
         kept = self.store.get(settings)
+        if kept is None and self.measure is None:
+            return {}
         if kept is None:
-            kept = {"step_ms": step_times(runs, self.task, self.plan.rounds)}
+            assert self.measure is not None
+            self.progress.note("Measuring step times, all contenders in turn.")
+            kept = {"step_ms": self.measure(runs, rounds=self.plan.rounds)}
             self.store.add(settings, kept)
         return dict(zip(numbers, kept["step_ms"], strict=True))
 
@@ -129,7 +179,7 @@ class _Race:
         return self.driver.run(what)
 
     def _make(self, name: str, numbers: dict[str, Any], samples: int, seed: int, full: bool) -> RaceRun:
-        return RaceRun(self.task.key, name, tuple(numbers.items()), samples, seed, full, PROTOCOL, torch.__version__)
+        return RaceRun(self.facts.key, name, tuple(numbers.items()), samples, seed, full, PROTOCOL, torch.__version__)
 
     def _tuning_horizon(self, rules: plans.Rules, name: str) -> int:
         return rules.horizon if name in BASELINES else rules.horizon // 2
@@ -148,7 +198,7 @@ class _Race:
         """One contender in plain data; climbed is None for the baseline that set the target. None stands for a target missed."""
         shares = [1.0] * self.seeds if climbed is None else [_share(rules, c["rung"]) for c in climbed]
         low, high = figures.interval(shares)
-        batch = batch_of(tuned["numbers"], self.task)
+        batch = batch_of(tuned["numbers"], self.facts.batch)
         ends = (finals or []) if climbed is None else [_end(c) for c in climbed]
         return {
             "name": name, "label": CONTENDERS[name].label, "about": CONTENDERS[name].about, "baseline": name in BASELINES,

@@ -82,12 +82,12 @@ def lane(run: RaceRun, task: Task, steps: int) -> Lane:
     optimizer, control = CONTENDERS[run.contender].build(model, numbers)
     family = str(numbers["schedule"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, steps, family))
-    return Lane(model, optimizer, control, schedule, task.batches(batch_of(numbers, task), run.seed), float(numbers["clip"]), task)
+    return Lane(model, optimizer, control, schedule, task.batches(batch_of(numbers, task.batch), run.seed), float(numbers["clip"]), task)
 
 
-def batch_of(numbers: Mapping[str, Value], task: Task) -> int:
-    """Samples a step."""
-    return max(1, round(task.batch * float(numbers["batch"])))
+def batch_of(numbers: Mapping[str, Value], batch: int) -> int:
+    """Samples a step. batch: the task's."""
+    return max(1, round(batch * float(numbers["batch"])))
 
 
 def share_of_rate(step: int, steps: int, family: str) -> float:
@@ -105,7 +105,7 @@ def train(run: RaceRun, task: Task) -> dict[str, Any]:
     ``result``: what the task is judged by, on validation. ``loss``, ``accuracy``, ``steps``, ``seconds``, ``diverged``, ``spikes``; of a
     full run also ``test``, ``train`` (loss and accuracy each), ``sparsity`` and ``breaches``.
     """
-    steps = max(1, round(run.samples / batch_of(dict(run.numbers), task)))
+    steps = max(1, round(run.samples / batch_of(dict(run.numbers), task.batch)))
     going, losses, spikes, diverged = lane(run, task, steps), deque[float](maxlen=RECENT), 0, False
     started = time.perf_counter()
     for _ in range(steps):

@@ -32,6 +32,13 @@ class Store:
         """The result of a finished run, None where it has still to be done."""
         return self.results.get(key_of(settings))
 
+    def newest(self, kind: str) -> tuple[Record, Record] | tuple[None, None]:
+        """Settings and result of the last kept record of a kind; two Nones where there is none."""
+        if self.path is None or not self.path.exists():
+            return None, None
+        entries = [e for e in map(_entry, self.path.read_text(encoding="utf-8").splitlines()) if e and e["settings"].get("kind") == kind]
+        return (entries[-1]["settings"], entries[-1]["result"]) if entries else (None, None)
+
     def add(self, settings: Mapping[str, Any], result: Record) -> None:
         """Keeps a result; it is on disk when this returns."""
         key = key_of(settings)
