@@ -60,7 +60,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
 
 def test_the_page_names_every_layer_that_there_is():
     assert [line[0] for line in LAYERS[:4]] == ["errors", "norms", "layouts", "actions"]
-    assert LAYERS[-1] == ["tasks", "study", "report", "cli"]
+    assert LAYERS[-1] == ["tasks", "study", "race", "report", "cli"]
     there = {layer_of(path) for path in modules()}
     assert there - set(LEVEL) - set(BESIDE) == set(), "a layer that docs/design.md does not place"
     assert set(LEVEL) - there == set(), "docs/design.md names a layer that there is not"

@@ -164,11 +164,21 @@ def _race(given: argparse.Namespace) -> int:
             raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
         job.look(given.state, given.json)
         return 0
+    if given.task == "gan":
+        return _race_gan(given)
     size = "tiny" if given.tiny else "standard"
     job.run(
         Options(given.task, given.data, given.budget, given.contenders, given.seeds, given.workers, given.state, size), given.json
     )
     return 0
+
+
+def _race_gan(given: argparse.Namespace) -> int:
+    from normwise.study.gan import Options
+    from normwise.study.gan_job import run
+
+    options = Options(given.data, given.budget, given.contenders, None, given.seeds or 5, given.workers, given.state)
+    return 0 if run(options, given.json) else _BROKEN
 
 
 # --------------------------------------------------------------------------------------------------------------- prune
