@@ -1,8 +1,9 @@
 """Writes the tables and the picture of README.md and docs/ from the committed results: ``python docs/make.py``; ``--check`` only compares.
 
 Raw results lie in ``docs/results/``: ``cnn-digits.json`` and ``cnn-mnist.json`` by ``normwise compare cnn --json``, each of their single
-runs in ``*.runs.jsonl``; ``gan.json`` by ``normwise race gan --json``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table
-stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``.
+runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``gan.json`` by
+``normwise race gan --json``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table stands between ``<!-- NAME -->`` and
+``<!-- end NAME -->``.
 """
 
 from __future__ import annotations
@@ -11,19 +12,50 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
+RESULTS, IMAGES = ROOT / "docs" / "results", ROOT / "docs" / "images"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = {"gd": "gradient descent", "momentum": "momentum", "adam": "Adam"}
+RACES = ("cnn", "resnet", "lstm", "gpt")
 Cell = dict[str, Any]
 
 
 def load(name: str) -> dict[str, Any] | None:
+    """Results by name: a race from its raw runs, ``race`` for all of them by task; None where there is nothing yet."""
+    if name == "race":
+        found = {task: race for task in RACES if (race := load(f"race-{task}")) is not None}
+        return found or None
+    if name.startswith("race-"):
+        return raced(RESULTS / f"{name}.runs.jsonl")
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+@cache
+def raced(runs: Path) -> dict[str, Any] | None:
+    from normwise.race.race import replay
+
+    return replay(runs) if runs.exists() else None
+
+
+def one_race(results: dict[str, Any]) -> str:
+    """One task's tables, with the picture of its ladder once there is something to draw."""
+    from normwise.race.table import page
+
+    task = results["race"]
+    seen = f"![{task}: validation result against horizon](images/race-{task}.svg)\n\n" if results["contenders"] else ""
+    return seen + page(results)
+
+
+def all_races(results: dict[str, dict[str, Any]]) -> str:
+    from normwise.race.table import summary
+
+    seen = "\n\n![shares of all contenders by task](images/race.svg)" if any(one["contenders"] for one in results.values()) else ""
+    return summary(results) + seen
 
 
 def accuracy(cell: Cell) -> str:
@@ -116,6 +148,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mnist": ("cnn-mnist", by_strategy),
     "mnist setting": ("cnn-mnist", setting),
     "mnist in full": ("cnn-mnist", in_full),
+    "race": ("race", all_races),
+    **{f"race {task}": (f"race-{task}", one_race) for task in RACES},
     "gan setting": ("gan", lambda results: results["setting"]),
     "gan": ("gan", bench),
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
@@ -136,6 +170,21 @@ def filled(text: str) -> str:
     return text
 
 
+def pictures() -> None:
+    """Draws what there are results for."""
+    from normwise.report import picture
+    from normwise.report.race import race_picture, races_picture
+
+    digits = load("cnn-digits")
+    if digits is not None:
+        picture(digits, IMAGES / "digits.svg")
+    races = {task: one for task, one in (load("race") or {}).items() if one["contenders"]}
+    for task, one in races.items():
+        race_picture(one, IMAGES / f"race-{task}.svg")
+    if races:
+        races_picture(races, IMAGES / "race.svg")
+
+
 def main() -> int:
     stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
     if "--check" in sys.argv:
@@ -143,11 +192,7 @@ def main() -> int:
         return 1 if stale else 0
     for page in stale:
         page.write_text(filled(page.read_text()))
-    digits = load("cnn-digits")
-    if digits is not None:
-        from normwise.report import picture
-
-        picture(digits, ROOT / "docs" / "images" / "digits.svg")
+    pictures()
     return 0
 
 

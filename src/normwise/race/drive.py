@@ -29,7 +29,10 @@ class _Going:
 
 
 class Driver:
-    """Drives plans until all have returned. open_pool: the workers; capacity: how many runs are handed out at once."""
+    """Drives plans until all have returned. open_pool: the workers; capacity: how many runs are handed out at once.
+
+    Progress is told in samples, those of runs that were kept from before included; how many lie ahead depends on what comes out.
+    """
 
     def __init__(
         self, store: Store, progress: Progress, open_pool: Callable[[], AbstractContextManager[Executor]], capacity: int
@@ -38,6 +41,7 @@ class Driver:
         self.queue: deque[tuple[_Going, int]] = deque()
         self.pending: dict[Future[Result], tuple[_Going, int]] = {}
         self.found: dict[str, Any] = {}
+        self.seen: set[RaceRun] = set()
 
     def run(self, plans: Mapping[str, Plan]) -> dict[str, Any]:
         """What each plan returned. On Ctrl-C the runs under way are finished and kept, then KeyboardInterrupt goes on."""
@@ -71,7 +75,8 @@ class Driver:
             (going, k), result = self.pending[future], future.result()
             self.store.add(going.runs[k].settings(), result)
             del self.pending[future]
-            self.progress.advance(_said(going.runs[k], result))
+            self.seen.add(going.runs[k])
+            self.progress.advance(f"{sum(run.samples for run in self.seen)} samples in all; {_said(going.runs[k], result)}")
             self._take(going, k, result)
 
     def _finish_pending(self) -> None:
@@ -95,6 +100,7 @@ class Driver:
                 for k, run in enumerate(going.runs):
                     kept = self.store.get(run.settings())
                     if kept is not None:
+                        self.seen.add(run)
                         going.results[k] = kept
                 waiting = [k for k in range(len(going.runs)) if k not in going.results]
                 if waiting:
@@ -108,7 +114,6 @@ class Driver:
 def _said(run: RaceRun, result: Result) -> str:
     value = result["result"]
     return f"{run.contender} {run.samples} samples, seed {run.seed}: {'diverged' if value is None else f'{value:.4f}'}"
-
 
 
 

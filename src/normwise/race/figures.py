@@ -20,7 +20,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
 
 
 def median(values: Sequence[float]) -> float:
-    """The lower of the two middle values averaged; inf where half of the runs missed."""
+    """Of an even number the mean of the two middle values, so inf where half of the runs missed."""
     return statistics.median(values)
 
 

@@ -69,38 +69,47 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     task, store, told = load_task(options.task, options.data, size=options.size), Store(options.state), progress or Progress()
     seeds = options.seeds or plan.seeds
     facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names))
-    store.add(facts.settings(), {"machine": machine()})
+    about = {"machine": machine(), "data": _data_name(options.data)}
+    store.add(facts.settings(), about)
     setup = partial(load_task, options.task, options.data, size=options.size)
     capacity = 1 if options.workers == 1 else options.workers + 1
     driver = Driver(store, told, partial(open_pool, options.workers, setup), capacity)
+    told.start(None)
     try:
-        return _Race(facts, driver, partial(step_times, task=task)).run()
+        return _Race(facts, driver, partial(step_times, task=task)).run() | about
     finally:
         told.stop()
 
 
 def replay(state: Path) -> dict[str, Any]:
-    """The results of the newest race in a file of finished runs, without its data; of one that is under way, what is finished."""
+    """The results of the newest race in a file of finished runs, without its data.
+
+    Of a race that is under way: what can be said already. A contender stands in ``contenders`` as soon as all its seeds are through the
+    ladder, and in ``unfinished`` as long as anything of it is missing. DataError for a file without a race under this protocol.
+    """
     store = Store(state)
     settings, result = store.newest("race facts")
     if settings is None or result is None or settings["protocol"] != PROTOCOL:
-        raise DataError(f"{state}: expected the runs of a race under protocol {PROTOCOL}, found none. Run normwise race --state {state}")
+        raise DataError(f"{state}: expected the runs of a race under protocol {PROTOCOL}, found none. "
+                        f"Give the --state of such a race, or the *.runs.jsonl beside its --json.")
     known = {name: settings[name] for name in Facts.__dataclass_fields__}
     facts = Facts(**{**known, "contenders": tuple(settings["contenders"])})
-    return _Race(facts, Replay(store), None).run() | {"machine": result["machine"]}
+    return _Race(facts, Replay(store), None, result["machine"]["torch"]).run() | {"machine": result["machine"], "data": result.get("data")}
 
 
 class _Race:
-    """times: measures the steps of some runs; None where only what was kept is looked at."""
+    """times: measures the steps of some runs; None where only what was kept is looked at. version: the torch of the runs."""
 
-    def __init__(self, facts: Facts, driver: Driver, times: Callable[..., list[float]] | None) -> None:
-        self.facts, self.driver, self.measure, self.seeds = facts, driver, times, facts.seeds
+    def __init__(
+        self, facts: Facts, driver: Driver, times: Callable[..., list[float]] | None, version: str = torch.__version__
+    ) -> None:
+        self.facts, self.driver, self.measure, self.seeds, self.version = facts, driver, times, facts.seeds, version
         self.plan, self.store, self.progress = budget(facts.budget), driver.store, driver.progress
         self.accuracy = facts.metric == "accuracy"
 
     def run(self) -> dict[str, Any]:
         told = {
-            "race": self.facts.name, "task": self.facts.key, "metric": self.facts.metric, "machine": machine(),
+            "race": self.facts.name, "task": self.facts.key, "metric": self.facts.metric,
             "budget": self.facts.budget, "protocol": {"number": PROTOCOL, **asdict(self.plan), "seeds": self.seeds},
         }  # fmt: skip
         horizon = self._horizon()
@@ -116,7 +125,7 @@ class _Race:
             return told | {"target": None, "contenders": [], "unfinished": list(self.facts.contenders), "tuned": tuned}
         leader, target = self._target(rules, finals)
         lines = self._lines(plans.Rules(self._make, self.accuracy, rules.horizon, target), leader, tuned, finals)
-        done = [line["name"] for line in lines]
+        done = [line["name"] for line in lines if line["robustness"] and line["step_ms"] is not None]
         return told | {
             "leader": leader, "target": target, "contenders": lines, "unfinished": [n for n in self.facts.contenders if n not in done],
         }  # fmt: skip
@@ -126,12 +135,15 @@ class _Race:
         starts = self._drive({name: plans.bracket(rules, name, tuned[name]["numbers"]) for name in rest})
         climbed = self._climb(rules, tuned, starts)
         sturdy = self._drive({n: plans.robustness(rules, n, t["numbers"], self._tuning_horizon(rules, n)) for n, t in tuned.items()})
-        ready = {n: t["numbers"] for n, t in tuned.items() if n in sturdy and (n in climbed or n == leader)}
+        ready = {n: t["numbers"] for n, t in tuned.items() if n in climbed or n == leader}
         times = self._times(rules, ready)
-        lines = [self._line(rules, n, tuned[n], climbed.get(n), finals.get(n), times[n]) | {"robustness": sturdy[n]} for n in times]
+        lines = [
+            self._line(rules, n, tuned[n], climbed.get(n), finals.get(n), times.get(n)) | {"robustness": sturdy.get(n, [])} for n in ready
+        ]
         pace = next((line["ms_a_sample"] for line in lines if line["name"] == leader), None)
         for line in lines:
-            line["seconds_share"] = None if line["share"] is None or pace is None else line["share"] * line["ms_a_sample"] / pace
+            known = line["share"] is not None and line["ms_a_sample"] is not None and pace is not None
+            line["seconds_share"] = line["share"] * line["ms_a_sample"] / pace if known else None
         return lines
 
     # ------------------------------------------------------------------------------------------------ the phases
@@ -144,10 +156,12 @@ class _Race:
         seen = self._drive({"horizon": _doubling(rules, middle, samples, self.plan.doublings)}).get("horizon")
         if seen is None:
             return None
-        return {"samples": seen[-2][0], "results": seen, "saturated": not _pays(seen[-2][1], seen[-1][1], self.accuracy)}
+        told = [[of, _plain(result)] for of, result in seen]
+        return {"samples": seen[-2][0], "results": told, "saturated": not _pays(seen[-2][1], seen[-1][1], self.accuracy)}
 
     def _tune(self, rules: plans.Rules, names: list[str]) -> dict[str, Any]:
-        self.progress.note(f"Tuning {', '.join(names)}: {self.plan.trials} trials each.")
+        most = self.plan.trials * sum(self._tuning_horizon(rules, n) for n in names)
+        self.progress.note(f"Tuning {', '.join(names)}: {self.plan.trials} trials each, {most} samples at most.")
         found = self._drive({n: plans.tune(rules, n, self._tuning_horizon(rules, n), self.plan.trials) for n in names})
         return {n: found[n] for n in names if n in found}
 
@@ -179,7 +193,7 @@ class _Race:
         return self.driver.run(what)
 
     def _make(self, name: str, numbers: dict[str, Any], samples: int, seed: int, full: bool) -> RaceRun:
-        return RaceRun(self.facts.key, name, tuple(numbers.items()), samples, seed, full, PROTOCOL, torch.__version__)
+        return RaceRun(self.facts.key, name, tuple(numbers.items()), samples, seed, full, PROTOCOL, self.version)
 
     def _tuning_horizon(self, rules: plans.Rules, name: str) -> int:
         return rules.horizon if name in BASELINES else rules.horizon // 2
@@ -193,20 +207,30 @@ class _Race:
         return leader, scores[leader] if self.accuracy else -scores[leader]
 
     def _line(
-        self, rules: plans.Rules, name: str, tuned: dict[str, Any], climbed: list[Any] | None, finals: list[Any] | None, step_ms: float
+        self, rules: plans.Rules, name: str, tuned: dict[str, Any], climbed: list[Any] | None, finals: list[Any] | None, ms: float | None
     ) -> dict[str, Any]:
-        """One contender in plain data; climbed is None for the baseline that set the target. None stands for a target missed."""
+        """One contender in plain data; climbed is None for the baseline that set the target. None stands for a target missed, and for a
+        step's time that is not measured yet."""
         shares = [1.0] * self.seeds if climbed is None else [_share(rules, c["rung"]) for c in climbed]
         low, high = figures.interval(shares)
         batch = batch_of(tuned["numbers"], self.facts.batch)
         ends = (finals or []) if climbed is None else [_end(c) for c in climbed]
         return {
-            "name": name, "label": CONTENDERS[name].label, "about": CONTENDERS[name].about, "baseline": name in BASELINES,
-            "tuned": tuned, "batch": batch, "step_ms": step_ms, "ms_a_sample": step_ms / batch,
+            "name": name, "label": CONTENDERS[name].label, "about": CONTENDERS[name].about,
+            "baseline": name in BASELINES, "sets_target": climbed is None, "tuned": tuned,
+            "batch": batch, "step_ms": ms, "ms_a_sample": None if ms is None else ms / batch,
             "share": _plain(figures.median(shares)), "low": _plain(low), "high": _plain(high),
             "missed": sum(math.isinf(s) for s in shares), "shares": [_plain(s) for s in shares],
             "at_horizon": [r["result"] for r in finals or []], "ends": ends,
+            "ladder": _at_horizons(rules, climbed, finals or []),
         }  # fmt: skip
+
+
+def _data_name(data: Path | str | None) -> str:
+    """What may stand in a table: never where a folder lies."""
+    if data is None:
+        return "bundled data"
+    return str(data) if str(data).startswith("hf:") else Path(data).name
 
 
 def _doubling(rules: plans.Rules, middle: dict[str, Any], samples: int, doublings: int) -> plans.Plan:
@@ -235,6 +259,13 @@ def _end(climbed: dict[str, Any]) -> dict[str, Any]:
     tried: dict[int, Any] = climbed["tried"]
     end: dict[str, Any] = tried[min(tried) if climbed["rung"] is None else climbed["rung"]]
     return end
+
+
+def _at_horizons(rules: plans.Rules, climbed: list[Any] | None, finals: list[Any]) -> list[dict[str, Any]]:
+    """Every reported run: its seed, its horizon as a share of H, and its result. The leader has those at H alone."""
+    seen = {(seed, 0): run for seed, run in enumerate(finals)}
+    seen |= {(c["seed"], k): run for c in climbed or [] for k, run in c["tried"].items()}
+    return [{"seed": seed, "share": _share(rules, k), "result": seen[seed, k]["result"]} for seed, k in sorted(seen)]
 
 
 def _plain(value: float) -> float | None:

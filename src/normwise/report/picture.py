@@ -32,7 +32,7 @@ def picture(results: dict[str, Any], path: str | Path) -> Path:
     target = Path(path)
     if target.suffix.lower() not in (".svg", ".png"):
         raise DataError(f"A picture is written as .png or .svg, got {target.name!r}. Give the file one of these endings.")
-    return replace(target, _render(overview(results), target.suffix.lower()))
+    return replace(target, render(overview(results), target.suffix.lower()))
 
 
 def overview(results: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _panels(rows: list[Row], cells: Sequence[Cell], scale: ErrorScale) -> alt.Fa
     points = rival.mark_circle(size=75, opacity=1).encode(x=_x("mean", scale))
     layered = alt.layer(band, middle, bars, points).properties(width=230, height=alt.Step(24))
     column = alt.Column("name:N", title=None, sort=tidy.unique(map(tidy.optimizer, cells)))
-    return layered.facet(column=column, data=alt.InlineData(values=rows)).configure(**_theme())
+    return layered.facet(column=column, data=alt.InlineData(values=rows)).configure(**theme())
 
 
 def _x(field: str, scale: ErrorScale) -> alt.X:
@@ -88,7 +88,7 @@ def _order(rows: list[Row]) -> list[str]:
     return sorted(errors, key=lambda name: sum(errors[name]) / len(errors[name]))
 
 
-def _theme() -> dict[str, Any]:
+def theme() -> dict[str, Any]:
     return {
         "background": "white", "padding": 14, "view": {"stroke": None},
         "axis": {"labelFontSize": 12, "titleFontSize": 12, "labelColor": INK, "titleColor": INK, "titleFontWeight": "normal",
@@ -97,7 +97,7 @@ def _theme() -> dict[str, Any]:
     }
 
 
-def _render(spec: dict[str, Any], suffix: str) -> bytes:
+def render(spec: dict[str, Any], suffix: str) -> bytes:
     import vl_convert
 
     if suffix == ".svg":

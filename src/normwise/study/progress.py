@@ -12,8 +12,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Tells nothing: what a study uses when it is called as a function."""
 
-    def start(self, total: int) -> None:
-        """``total`` runs lie ahead, finished ones included."""
+    def start(self, total: int | None) -> None:
+        """``total`` runs lie ahead, finished ones included; None where that depends on what comes out."""
 
     def advance(self, text: str) -> None:
         """One run is finished; ``text`` says what it was."""
@@ -29,10 +29,11 @@ class Lines(Progress):
     """Plain lines, one at most every ten seconds beside the notes: for logs and pipes."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.total, self.done = stream, 0, 0
+        self.stream, self.done = stream, 0
+        self.total: int | None = None
         self.started = self.last = time.monotonic()
 
-    def start(self, total: int) -> None:
+    def start(self, total: int | None) -> None:
         self.total = total
 
     def advance(self, text: str) -> None:
@@ -40,7 +41,8 @@ class Lines(Progress):
         now = time.monotonic()
         if now - self.last >= _SECONDS_BETWEEN_LINES:
             self.last = now
-            self.note(f"{self.done} of {self.total} runs after {now - self.started:.0f} s; {text}")
+            runs = f"{self.done} runs" if self.total is None else f"{self.done} of {self.total} runs"
+            self.note(f"{runs} after {now - self.started:.0f} s; {text}")
 
     def note(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
@@ -59,7 +61,7 @@ class Bar(Progress):
             *columns, TimeRemainingColumn(), TextColumn("{task.description}"), console=Console(file=stream), transient=True
         )
 
-    def start(self, total: int) -> None:
+    def start(self, total: int | None) -> None:
         self.bar.start()
         self.task = self.bar.add_task("", total=total)
 
