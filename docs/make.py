@@ -12,7 +12,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-@cache
 def raced(runs: Path) -> dict[str, Any] | None:
     from normwise.race.race import replay
 
@@ -163,6 +161,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 def filled(text: str) -> str:
     for name, (source, render) in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         results = load(source)
         body = "Not yet measured." if results is None else render(results)
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.S)
