@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,8 @@ class Driver:
         self.store, self.progress, self.open_pool, self.capacity = store, progress, open_pool, capacity
         self.queue: deque[tuple[_Going, int]] = deque()
         self.pending: dict[Future[Result], tuple[_Going, int]] = {}
+        self.stack = ExitStack()
+        self.executor: Executor | None = None
         self.found: dict[str, Any] = {}
         self.seen: set[RaceRun] = set()
 
@@ -49,9 +51,18 @@ class Driver:
         for name, plan in plans.items():
             self._advance(_Going(name, plan), None)
         if self.queue:
-            with self.open_pool() as executor:
-                self._work(executor)
+            self._work(self._workers())
         return self.found
+
+    def close(self) -> None:
+        """The workers' end."""
+        self.stack.close()
+
+    def _workers(self) -> Executor:
+        """Opened with the first run that is not kept, and for all plans: a process takes seconds to start."""
+        if self.executor is None:
+            self.executor = self.stack.enter_context(self.open_pool())
+        return self.executor
 
     def _work(self, executor: Executor) -> None:
         try:

@@ -78,6 +78,7 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     try:
         return _Race(facts, driver, partial(step_times, task=task)).run() | about
     finally:
+        driver.close()
         told.stop()
 
 
