@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -163,20 +165,41 @@ def drift(shape: tuple[int, int, int], steps: int, size: float, seed: int = 0) -
     return out
 
 
-@pytest.mark.parametrize("shape", [(2, 128, 128), (1, 256, 96), (1, 96, 256)])
-def test_the_cap_holds_after_every_step(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    decomposed: list[int] = []
-    exact = tracking.cap_singular_values
-    monkeypatch.setattr(tracking, "cap_singular_values", lambda y, r: decomposed.append(len(y)) or exact(y, r))
+def untouched(state: tracking.Tracked) -> Callable[[], bool]:
+    """Whether a state is still as it is now."""
+    kept = [t.clone() for t in state]
+    return lambda: all(torch.equal(old, now) for old, now in zip(kept, state, strict=True))
+
+
+@pytest.fixture
+def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many matrices were decomposed, call by call."""
+    calls: list[int] = []
+    exact = tracking._decompose
+    monkeypatch.setattr(tracking, "_decompose", lambda xs, *others: calls.append(len(xs)) or exact(xs, *others))
+    return calls
+
+
+@pytest.fixture
+def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many matrices were looked at without decomposing, call by call."""
+    calls: list[int] = []
+    look = tracking._look
+    monkeypatch.setattr(tracking, "_look", lambda seen, *others: calls.append(len(seen.xs)) or look(seen, *others))
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(2, 128, 128), (1, 256, 96), (1, 96, 256), (3, 24, 50), (2, 131, 70)])
+def test_the_cap_holds_after_every_step(shape: tuple[int, int, int], decomposed: list[int]) -> None:
     x = gaussian(*shape).float() / 20
     limit = 0.9 * float(largest(x).min())
     x, state = cap(x, limit)
     steps, worst = 0, 0.0
     for update in drift(shape, 30, 0.05 * limit):
         moved = x + update.float()
-        old = state.clone()
+        same = untouched(state)
         x, after = cap(moved, limit, state)
-        assert torch.equal(state, old)
+        assert same()
         worst = max(worst, float(largest(x).max()) / limit)
         assert (x.double() - capped(moved, torch.tensor([limit] * shape[0]))).norm() <= 0.02 * x.norm()
         steps, state = steps + 1, after
@@ -184,27 +207,58 @@ def test_the_cap_holds_after_every_step(shape: tuple[int, int, int], monkeypatch
     assert len(decomposed) < steps, "some step must have followed the vectors instead of decomposing"
 
 
-def test_the_followed_way_is_taken_and_leaves_what_is_inside() -> None:
+def test_each_matrix_has_its_own_radius() -> None:
+    x = gaussian(4, 120, 90).float()
+    limit = torch.tensor([0.5, 0.8, 1.2, 3.0]) * largest(x)
+    y, state = cap(x, limit)
+    for update in drift((4, 120, 90), 15, 0.3):
+        y, state = cap(y + update.float(), limit, state)
+        assert (largest(y) <= 1.01 * limit).all()
+    assert largest(y)[3] < 0.5 * limit[3]
+
+
+def test_the_followed_way_is_taken_and_leaves_what_is_inside(searched: list[int], decomposed: list[int]) -> None:
     x = with_values((2, 150, 100), torch.linspace(2, 0.1, 100, dtype=torch.float64).expand(2, 100)).float()
     y, state = cap(x, 1.95)
     at_the_cap = int((torch.linalg.svdvals(y) > tracking.CROWDED * 1.95).sum(1).max())
-    assert state.shape == (2, max(tracking.WIDTH, 2 * at_the_cap), 100)
+    assert state.vectors.shape == (2, max(tracking.WIDTH, 2 * at_the_cap), 100)
     again, after = cap(y, 3.0, state)
-    assert torch.equal(again, y) and after.shape == state.shape
-    followed, _ = cap(y + 0.01 * gaussian(2, 150, 100).float(), 1.95, state)
-    assert (largest(followed) <= 1.95 * 1.001).all()
+    assert again is y and not searched, "far inside: not even looked at"
+    moved = y + 0.01 * gaussian(2, 150, 100).float()
+    assert (largest(moved) > 1.95).any()
+    followed, _ = cap(moved, 1.95, after)
+    assert (largest(followed) <= 1.95 * 1.001).all() and searched == [2] and decomposed == [2]
+
+
+def test_one_that_exceeds_leaves_its_neighbours_bits() -> None:
+    x = with_values((3, 80, 90), torch.linspace(1, 0.1, 80, dtype=torch.float64).expand(3, 80)).float()
+    y, state = cap(x, 2.0)
+    moved = y * torch.tensor([1.0, 2.02, 1.5])[:, None, None]
+    z, _ = cap(moved, 2.0, state)
+    assert torch.equal(z[[0, 2]], moved[[0, 2]]) and largest(z)[1] <= 2.0 * 1.001 < largest(moved)[1]
 
 
 def test_a_leap_and_a_crowd_are_decomposed() -> None:
     x = with_values((2, 100, 100), torch.linspace(1, 0.1, 100, dtype=torch.float64).expand(2, 100)).float()
     x, state = cap(x, 1.0)
-    for jump in (5.0, 100.0):
+    for jump in (5.0, 100.0, 1e30):
         y, _ = cap(jump * x, 1.0, state)
         assert (largest(y) <= 1 + 1e-6).all()
     crowded = with_values((2, 100, 100), torch.ones(2, 100, dtype=torch.float64)).float() * 1.2
     y, wider = cap(crowded, 1.0, state)
-    assert (largest(y) <= 1 + 1e-6).all() and wider.shape[1] > tracking.WIDTH
+    assert (largest(y) <= 1 + 1e-6).all() and wider.vectors.shape[1] > tracking.WIDTH
     assert (largest(cap(1.1 * y, 1.0, wider)[0]) <= 1 + 1e-6).all()
+
+
+def test_a_crowd_in_one_matrix_widens_all_and_the_others_are_still_followed(decomposed: list[int]) -> None:
+    x = with_values((2, 100, 120), torch.linspace(1, 0.1, 100, dtype=torch.float64).expand(2, 100)).float()
+    x, state = cap(x, 1.0)
+    x[1] = with_values((1, 100, 120), torch.full((1, 100), 1.2, dtype=torch.float64)).float()[0]
+    x, state = cap(x, 1.0, state)
+    assert state.vectors.shape[1] == 100 and decomposed == [2, 1]
+    for update in drift((2, 100, 120), 10, 0.05):
+        x, state = cap(x + update.float(), 1.0, state)
+        assert (largest(x) <= 1.01).all()
 
 
 def test_a_new_direction_orthogonal_to_all_followed_ones_is_found() -> None:
@@ -216,13 +270,87 @@ def test_a_new_direction_orthogonal_to_all_followed_ones_is_found() -> None:
     assert largest(x) <= 1.01
 
 
-def test_the_followed_cap_leaves_non_finite_matrices() -> None:
-    x = gaussian(3, 100, 100).float()
-    x, state = cap(x, 15.0)
-    moved = 1.1 * x
-    moved[1, 0, 0] = torch.inf
-    y, state = cap(moved, 15.0, state)
-    assert torch.equal(y[1], moved[1]) and (largest(y[[0, 2]]) <= 15 * 1.001).all() and state.isfinite().all()
+@pytest.mark.parametrize("rank", [1, 3, 60])
+def test_the_gate_sees_leaps_of_a_matrix_far_inside(rank: int) -> None:
+    """As a learning rate that leaps makes them: σ₁ from 0.3 to 1.3 radii in one step, in 40 random directions each."""
+    x = gaussian(40, 100, 60).float()
+    x *= (0.3 / largest(x).float())[:, None, None]
+    x, state = cap(x, 1.0)
+    leap = gaussian(40, 100, rank, seed=1) @ gaussian(40, rank, 60, seed=2)
+    moved = x + (1.2 * leap / torch.linalg.matrix_norm(leap, 2, keepdim=True)).float()
+    assert (largest(moved) > 1.1).all()
+    assert (largest(cap(moved, 1.0, state)[0]) <= 1.01).all()
+
+
+def test_an_estimated_move_is_the_move_as_often_as_the_docstring_says() -> None:
+    x = (gaussian(4000, 64, 1, seed=3) @ gaussian(4000, 1, 40, seed=4)).float()
+    share = tracking.SAFETY * tracking._length(tracking._sketch(x.unbind())) / torch.linalg.vector_norm(x, dim=(1, 2))
+    for low in (1.0, 0.5):
+        expected = float(torch.special.gammainc(torch.tensor(4.0), torch.tensor(4 * (low / tracking.SAFETY) ** 2)))
+        assert float((share < low).float().mean()) == pytest.approx(expected, rel=0.35, abs=1e-3)
+    assert float(share.square().mean()) == pytest.approx(tracking.SAFETY**2, rel=0.05)
+
+
+def test_what_the_gate_misses_is_found_after_the_wait(searched: list[int]) -> None:
+    """A move that every combination of rows takes to zero."""
+    rows = 80
+    nothing_seen = torch.zeros(rows, dtype=torch.float64)
+    nothing_seen[:2] = torch.tensor([1.0, -1.0]) / tracking._weights(rows)[:2]
+    hidden = torch.outer(nothing_seen / nothing_seen.norm(), torch.eye(60, dtype=torch.float64)[0])
+    x, state = cap(0.01 * gaussian(1, rows, 60).float(), 1.0)
+    x = x + 2 * hidden.float()
+    assert tracking._length(tracking._sketch(x.unbind()) - state.sketch) < 1e-5
+    calls = 0
+    while float(largest(x)) > 1.01 and calls < 2 * tracking.WAIT:
+        x, state = cap(x, 1.0, state)
+        calls += 1
+    assert calls == tracking.WAIT and len(searched) == 1
+
+
+def test_the_waits_of_a_batch_end_one_after_the_other(searched: list[int]) -> None:
+    x = 0.01 * gaussian(5, 80, 60).float()
+    _, state = cap(x, 1.0)
+    for _ in range(tracking.WAIT):
+        _, state = cap(x, 1.0, state)
+    assert searched == [1] * 5
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("side", [100, 20])
+def test_the_followed_cap_leaves_non_finite_matrices(bad: float, side: int) -> None:
+    x = gaussian(3, 100, side).float()
+    limit = 0.8 * float(largest(x).min())
+    for known in (None, cap(x, limit)):
+        good, state = (x, None) if known is None else known
+        moved = 1.1 * good
+        moved[1, 0, 0] = bad
+        y, state = cap(moved, limit, state)
+        assert torch.equal(y[1].nan_to_num(7.0), moved[1].nan_to_num(7.0)) and (largest(y[[0, 2]]) <= limit * 1.001).all()
+        assert all(t.isfinite().all() for t in state[:2])
+        recovered, state = cap(1.2 * x, limit, state)
+        assert (largest(recovered) <= limit * 1.01).all() and all(t.isfinite().all() for t in state)
+
+
+@pytest.mark.parametrize("side", [100, 20])
+def test_the_followed_cap_of_huge_and_tiny_entries(side: int) -> None:
+    x = gaussian(2, 100, side).float()
+    _, state = cap(x, 1e9)
+    huge = x * torch.tensor([1e30, 1e-30])[:, None, None]
+    for known in (None, state):
+        y, after = cap(huge, 2.0, known)
+        assert largest(y)[0] <= 2.01 and torch.equal(y[1], huge[1]) and all(t.isfinite().all() for t in after)
+    assert torch.equal(cap(torch.zeros_like(x), 1.0, state)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_followed_cap_in_half_precision(dtype: torch.dtype) -> None:
+    x = gaussian(2, 100, 80).to(dtype)
+    limit = 0.8 * float(largest(x).min())
+    x, state = cap(x, limit)
+    for update in drift((2, 100, 80), 15, 0.05 * limit):
+        x, state = cap((x.double() + update).to(dtype), limit, state)
+        assert x.dtype == dtype and state.vectors.dtype == torch.float32
+        assert (largest(x) <= limit * (1.01 + torch.finfo(dtype).eps)).all()
 
 
 @pytest.mark.parametrize(("call", "words"), [

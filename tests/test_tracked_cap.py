@@ -84,6 +84,86 @@ def test_its_state_goes_on_bit_for_bit() -> None:
         assert torch.equal(p, q)
 
 
+def test_its_state_is_its_own_and_complete() -> None:
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    control = nw.attach(net, optimizer, nw.spectral_cap(CAP, tolerance=0.01))
+    step(net, optimizer, 0)
+    saved = control.state_dict()
+    found = [t for rule in saved["rules"] for own in rule["found"].values() for t in own.values()]
+    assert len(found) == 3 * 4 and all(t.isfinite().all() for t in found)
+    before = [t.clone() for t in found]
+    for seed in range(1, 5):
+        step(net, optimizer, seed)
+    assert all(torch.equal(old, t) for old, t in zip(before, found, strict=True)), "a checkpoint is not changed by training on"
+
+
+def test_each_matrix_within_a_multiple_of_its_initial_norm() -> None:
+    net = model()
+    weights = [p for p in net.parameters() if p.ndim == 2]
+    limits = [0.9 * float(torch.linalg.svdvals(w.detach().double())[0]) for w in weights]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0)
+    control = nw.attach(net, optimizer, nw.spectral_cap("0.9*init", tolerance=0.01))
+    for seed in range(40):
+        step(net, optimizer, seed)
+        for weight, limit in zip(weights, limits, strict=True):
+            assert float(torch.linalg.svdvals(weight.detach().double())[0]) <= 1.01 * limit
+    assert control.verify().ok
+
+
+def test_a_learning_rate_that_leaps_is_seen() -> None:
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    nw.attach(net, optimizer, nw.spectral_cap(3.0, tolerance=0.01))
+    for seed in range(5):
+        step(net, optimizer, seed)
+    optimizer.param_groups[0]["lr"] = 50.0
+    step(net, optimizer, 5)
+    assert 2.9 < largest(net) <= 3.0 * 1.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_keep_the_promise(dtype: torch.dtype) -> None:
+    net = model().to(dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+    control = nw.attach(net, optimizer, nw.spectral_cap(CAP, tolerance=0.01))
+    acted = 0
+    for seed in range(15):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = (torch.randn(64, WIDE, generator=generator).to(dtype) for _ in range(2))
+        optimizer.zero_grad()
+        (net(x) - y.roll(1, 1) * 3).square().mean().backward()
+        optimizer.step()
+        assert largest(net) <= 1.01 * CAP
+        acted += sum(control.violations().values())
+    assert acted > 3 and control.verify().ok
+
+
+class Transposed(nn.Module):
+    """Convolutions whose blocks are no views of the weight: transposed, grouped, channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(40, 48, 3)
+        self.grouped = nn.Conv2d(48, 80, 3, groups=2)
+        self.last = nn.Conv2d(80, 40, 3).to(memory_format=torch.channels_last)
+
+
+def test_blocks_that_are_no_views_are_written_back() -> None:
+    torch.manual_seed(0)
+    net = Transposed()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    control = nw.attach(net, optimizer, nw.spectral_cap(0.9, tolerance=0.01))
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        for p in net.parameters():
+            p.grad = 0.02 * torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        flat = [net.up.weight.transpose(0, 1).flatten(1), *net.grouped.weight.flatten(1).chunk(2), net.last.weight.flatten(1)]
+        assert max(float(torch.linalg.svdvals(w.detach().double())[0]) for w in flat) <= 1.01 * 0.9
+    assert sum(control.violations().values()) > 0 and control.verify().ok
+
+
 def test_verify_names_what_is_beyond_the_tolerance() -> None:
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)

@@ -13,7 +13,7 @@ from normwise import actions
 from normwise.engine.bound import BoundRule, _grads, _now, _starts, _weights
 from normwise.engine.observe import OBSERVERS, State
 from normwise.engine.pack import Flat, Member, Pack
-from normwise.engine.tracked import Tracked
+from normwise.engine.tracked import TrackedCap
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError, nearest
 from normwise.norms import L2, Norm, Radius, Set
@@ -32,7 +32,7 @@ def bind(rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int
     if rule.action == "penalty" and isinstance(rule.norm, Set):
         return OrthogonalPenalty(rule, entries, owner, index)
     if rule.tolerance:
-        return Tracked(rule, entries, owner, index)
+        return TrackedCap(rule, entries, owner, index)
     kinds: dict[type[Any], type[BoundRule]] = {StepLength: Stepped, Brake: Braked, Quantile: Adaptive, ZScore: Adaptive}
     return kinds.get(type(rule.radius), BoundRule)(rule, entries, owner, index)
 

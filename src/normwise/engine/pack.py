@@ -181,23 +181,26 @@ def _bytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
 
 
-def _room(t: Tensor) -> int:
+def _room(t: Tensor, alone_from: int = ALONE_FROM_BYTES) -> int:
     """How many tensors like this one make a bucket."""
-    return 1 if _bytes(t) >= ALONE_FROM_BYTES else max(1, SCRATCH_BYTES // max(_bytes(t), 1))
+    return 1 if _bytes(t) >= alone_from else max(1, SCRATCH_BYTES // max(_bytes(t), 1))
 
 
-def pack(members: Sequence[Member], flat: bool) -> list[Pack]:
-    """Members into packs: one of all for ``per="global"``, otherwise equal views, dtypes, devices and optimizers together."""
+def pack(members: Sequence[Member], flat: bool, alone_from: int = ALONE_FROM_BYTES) -> list[Pack]:
+    """Members into packs: one of all for ``per="global"``, otherwise equal views, dtypes, devices and optimizers together.
+
+    alone_from: bytes of a tensor from which it is a pack of its own.
+    """
     if flat:
         return [Flat(list(members))]
     alike: dict[tuple[Any, ...], list[Member]] = {}
     for m in members:
         alike.setdefault((m.view, m.param.shape, m.param.dtype, m.param.device, m.optimizer), []).append(m)
-    return [Pack(part) for group in alike.values() for part in _portions(group)]
+    return [Pack(part) for group in alike.values() for part in _portions(group, alone_from)]
 
 
-def _portions(group: list[Member]) -> Iterable[list[Member]]:
-    room = _room(group[0].param)
+def _portions(group: list[Member], alone_from: int) -> Iterable[list[Member]]:
+    room = _room(group[0].param, alone_from)
     return (group[i : i + room] for i in range(0, len(group), room))
 
 

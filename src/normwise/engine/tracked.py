@@ -2,47 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normwise.engine.bound import BoundRule
-from normwise.engine.pack import Pack
+from normwise.engine.pack import SCRATCH_BYTES, Pack, pack
 from normwise.engine.turn import Turn
 from normwise.norms import Radius
-from normwise.norms.linalg import cap
-from normwise.norms.reduce import compute_dtype
+from normwise.norms.linalg import Tracked, follow
+from normwise.norms.reduce import compute_dtype, wide
 from normwise.policy import Rule
 from normwise.policy.inventory import Entry
 
-VECTORS = "vectors"
 
+class TrackedCap(BoundRule):
+    """``project`` under the spectral norm with ``tolerance`` > 0, see :func:`normwise.norms.linalg.cap`.
 
-class Tracked(BoundRule):
-    """``project`` under the spectral norm with ``tolerance`` > 0, see :func:`normwise.norms.linalg.cap`."""
+    What is known of a pack's matrices lies in one batch, of which ``store`` has each parameter's part as a view.
+    """
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
         super().__init__(rule, entries, owner, index)
+        self.packs = pack(self.members, False, alone_from=SCRATCH_BYTES)    # nothing is gathered, and fewer batches are fewer calls
+        self._known: dict[int, Tracked] = {}
         for m in self.members:
-            side = min(m.view.block_shape)
-            empty = torch.empty(m.view.count, 0, side, dtype=compute_dtype(m.param.dtype), device=m.param.device)
-            self.store[m.name] = {VECTORS: empty}
+            sizes = {"vectors": (0, min(m.view.block_shape)), "sketch": (0, min(m.view.block_shape)), "reach": (), "age": ()}
+            options: dict[str, Any] = {"dtype": compute_dtype(m.param.dtype), "device": m.param.device}
+            self.store[m.name] = {what: torch.zeros(m.view.count, *size, **options) for what, size in sizes.items()}
 
     def fits(self, own: Tensor, kept: Tensor) -> bool:
-        """How many vectors are followed may differ."""
-        return kept.ndim == 3 and own.shape[::2] == kept.shape[::2]
+        """How many vectors are followed may differ, and before the first step there is no sketch."""
+        return kept.ndim == own.ndim and own.shape[::2] == kept.shape[::2]
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        super().restore(saved)
+        self._known.clear()
+        for part in self.packs:
+            self._know(part, self._together(part))
 
     def _act(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
-        blocks = part.gather(tensors)
-        moved, vectors = cap(blocks, radius, self._followed(part))
-        if moved.data_ptr() != blocks.data_ptr():    # else nothing exceeded, and nothing is to be written
-            self._replace(part, tensors, blocks, moved, turn)
-        for m, own in zip(part.members, torch.split(vectors, part.view.count), strict=True):
-            self.store[m.name][VECTORS] = own
+        matrices = [matrix for t in tensors for matrix in part.view.blocks(t.detach()).unbind()]
+        limit = torch.as_tensor(radius, dtype=wide(tensors[0].device), device=tensors[0].device).expand(len(matrices))
+        before = self._known.get(id(part))
+        cut, known = follow(matrices, limit, before, self.rule.tolerance)
+        if known is not before:
+            self._know(part, known)
+        if cut:
+            self._write(part, tensors, cut, turn)
 
-    def _followed(self, part: Pack) -> Tensor | None:
-        """The vectors of all blocks; None at first, and where the members follow different numbers of them."""
-        own = [self.store[m.name][VECTORS] for m in part.members]
-        widths = {v.shape[1] for v in own}
-        return torch.cat(own) if len(widths) == 1 and widths != {0} else None
+    def _write(self, part: Pack, tensors: Sequence[Tensor], cut: dict[int, Tensor], turn: Turn) -> None:
+        """Writes the matrices that were cut, where the step is taken."""
+        count = part.view.count
+        acted = torch.zeros(len(cut), device=tensors[0].device)
+        self._acted[turn.optimizer].append(acted if turn.happened is None else 1 - turn.happened.to(acted).expand(len(cut)))
+        for k in sorted({i // count for i in cut}):
+            blocks = part.view.blocks(tensors[k])
+            new = torch.stack([cut.get(k * count + i, block) for i, block in enumerate(blocks.unbind())])
+            part.view.write_(tensors[k], new if turn.happened is None else torch.where(turn.happened.to(new.device) > 0, new, blocks))
+
+    def _know(self, part: Pack, known: Tracked | None) -> None:
+        if known is None:
+            return
+        self._known[id(part)] = known
+        parts = zip(*(torch.split(own, part.view.count) for own in known), strict=True)
+        for m, own in zip(part.members, parts, strict=True):
+            self.store[m.name] |= dict(zip(known._fields, own, strict=True))
+
+    def _together(self, part: Pack) -> Tracked | None:
+        """What is stored of a pack's members in one batch; None where they have not been together."""
+        kept = [self.store[m.name] for m in part.members]
+        if len({(k["vectors"].shape[1], k["sketch"].shape[1]) for k in kept}) > 1:
+            return None
+        return Tracked(*(torch.cat([k[what] for k in kept]) for what in Tracked._fields))

@@ -1,133 +1,298 @@
-"""A spectral cap for every training step: a few thin products that follow the largest singular vectors from step to step."""
+"""A spectral cap for every training step: matrices far inside are left alone, the largest singular vectors of the others are followed."""
 
 from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from normwise.norms.linalg.caps import cap_singular_values, deflate, short_gram, short_images
-from normwise.norms.linalg.checks import as_batch, bounds, like_input, positive
-from normwise.norms.linalg.spectral_norm import start_vectors
-from normwise.norms.reduce import compute_dtype, up
+from normwise.norms.linalg.caps import cap_singular_values, inward, short_gram
+from normwise.norms.linalg.checks import as_batch, bounds, like_input, peak, positive
+from normwise.norms.reduce import up
 
-WIDTH = 7         # singular vectors followed at first; with the probe 8 rows, which a product takes at full speed
-PROBES = 1        # fixed random vectors beside the followed ones: what is orthogonal to all of those is seen too
-DEPTH = 2         # products with xᵀx a call: the Krylov space has (DEPTH + 1) (width + PROBES) dimensions
+WIDTH = 8         # singular vectors followed at first: that many rows a product takes at full speed
+PROBES = 8        # random combinations of its rows: what they become tells how far a matrix has moved
+SHOWN = 4         # of the changes in those combinations, sums that the search takes in as new directions
+DEPTH = 1         # products with xᵀx a search, one more after a long move
+LONG = 0.2        # a move from this share of the cap on, as in the first steps of Adam, is long
+SAFETY = 1.5      # an estimated move is taken this many times, since of rank one it may be seen at half its size
+WAIT = 50         # calls after which a matrix is looked at though nothing was seen to move: what the probes miss lasts that long at most
 CROWDED = 0.98    # a singular value from this share of the cap on is one to follow
 JUMP = 1.5        # from this many caps on Ritz vectors are not exact enough, and the matrix is decomposed
-DENSE_BELOW = 64  # short sides up to this are decomposed each time: as cheap
+DENSE_BELOW = 32  # short sides up to this are decomposed rather than searched: as cheap
 
 
-def cap(x: Tensor, radius: float | Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Holds σ₁ <= radius through training: ``(x, state) -> (capped x, state)`` at the price of a few thin products.
+class Tracked(NamedTuple):
+    """What ``cap`` keeps between its calls, for b matrices of short side s and long side l. It belongs in the checkpoint.
 
-    x: (b, m, n), changed a little since the call before; radius: a number or one a matrix (b,). state: None at first, then what the
-    call before returned: (b, k, min(m, n)), orthonormal rows that span the leading singular vectors of the short side; it belongs
-    in the checkpoint and is never changed in place. Returns new tensors, or x itself where nothing exceeds.
+    vectors: (b, k, s), orthonormal rows (or zero) that span the leading singular vectors of the short side. sketch: (b, PROBES, s),
+    random combinations of the matrix's long side when it was last looked at. reach: (b,), its σ₁ then. age: (b,), the calls since.
+    """
 
-    A block Krylov space of the state is searched for singular values above the radius (in bf16: it only has to contain the vectors; the
-    last Rayleigh–Ritz step is exact), and only what exceeds is taken away: a matrix inside keeps its values. The first call, matrices
-    whose σ₁ leapt past 1.5 radii, and those with more values at the radius than the state can hold go through
-    ``cap_singular_values``; the state widens with them.
+    vectors: Tensor
+    sketch: Tensor
+    reach: Tensor
+    age: Tensor
 
-    Error: what the search cannot see of a *new* direction in the step in which it appears; σ₁ <= 1.01 radius after every step of a GPT
-    under AdamW (float64; docs/linalg.md has the figures). It is no certificate: ``upper_bound`` is. Reads a few flags a call, each a
-    synchronisation on a GPU.
-    Musco, Musco 2015, "Randomized Block Krylov Methods" (the search); Saad 2011, chapter 4 (Rayleigh–Ritz).
+
+class Found(NamedTuple):
+    """What a look at b matrices found: the cut ones by position, those it could not deal with, and as in ``Tracked`` the state."""
+
+    cut: dict[int, Tensor]
+    lost: list[int]
+    vectors: Tensor
+    sketch: Tensor
+    reach: Tensor
+
+
+class Seen(NamedTuple):
+    """What is known of b matrices before a look at them, and their limits (b,)."""
+
+    xs: list[Tensor]
+    limit: Tensor
+    sketch: Tensor
+    moved: Tensor
+    vectors: Tensor
+
+
+def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, tolerance: float = 0.01) -> tuple[Tensor, Tracked]:
+    """Holds σ₁ <= (1 + tolerance) radius through training: ``(x, state) -> (capped x, state)`` at the price of a few thin products.
+
+    x: (b, m, n), changed a little since the call before; radius: a number or one a matrix (b,); tolerance: >= 0.01. state: None at
+    first, then what the call before returned; its tensors are not changed. Returns new tensors, or x itself where nothing exceeds.
+
+    1. Eight random combinations of its rows (columns, where it is wide), one pass over it, estimate how far each matrix has moved since
+       it was last looked at, in the Frobenius norm, which no singular value's move exceeds. Where its σ₁ then and 1.5 times the move
+       stay within (1 + tolerance) radius, that is all, at most 50 times in a row.
+    2. The others are searched: a Krylov space of the followed vectors, and the directions of the move. Small ones are decomposed.
+    3. Where σ₁ exceeds the radius, all singular values above (1 − tolerance/2) radius are set to that: half of the tolerance is kept as
+       room, so that a matrix is cut every few steps and not at each. A matrix within the radius keeps its bits.
+    The first call, matrices that leapt by 1.5 radii, and those with more values at the radius than the state can hold go through
+    ``cap_singular_values``; the state widens with them. Matrices that are not finite come back as they are.
+
+    What it can miss: of a move of rank one that is spread over the rows, 8 estimate² / move² is about χ² with eight degrees of freedom, so
+    that 1.5 times the estimate is below the move for 10% of all directions, below half of it for 0.1%, below a tenth for 4e-9; of moves
+    of higher rank less. Such a move has to be along the leading singular vectors besides to bring σ₁ above the radius, and is found at
+    the next look, 50 calls later at most. Nor is the search certain of a *new* direction in the step in which it appears.
+    docs/linalg.md has the σ₁ measured by float64 SVD after every step. It is no certificate: ``upper_bound`` is. Reads two flags a
+    call, each a synchronisation on a GPU.
+    Musco, Musco 2015, "Randomized Block Krylov Methods" (the search); Saad 2011, chapter 4 (Rayleigh–Ritz); Charikar, Chen,
+    Farach-Colton 2002, "Finding Frequent Items in Data Streams" (each row in one combination only).
     """
     batch = as_batch(x)
-    limit = bounds(radius, batch)
-    if state is None or min(batch.shape[1:]) <= DENSE_BELOW or not _fits(state, batch):
-        capped = cap_singular_values(batch, limit)
-        return like_input(capped, x), _worth_following(capped, limit)
-    capped, state = _follow(batch, limit, state)
-    return like_input(capped, x), state
+    own = None if state is None else Tracked(*(t.clone() for t in state))
+    cut, own = follow(batch.unbind(), bounds(radius, batch), own, tolerance)
+    if not cut:
+        return x, own
+    out = batch.clone()
+    for i, lowered in cut.items():
+        out[i] = lowered
+    return like_input(out, x), own
 
 
-def leading_vectors(x: Tensor, count: int) -> Tensor:
-    """(b, k, min(m, n)) orthonormal leading singular vectors of the short side as rows, k = min(count, m, n), largest last."""
-    return _spectrum(x)[1][:, -count:]
+def follow(xs: Sequence[Tensor], limit: Tensor, state: Tracked | None, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
+    """``cap`` of matrices (m, n) that need not lie in one batch: what becomes of those that exceed, by position, and the state.
+
+    xs: at least one, of one shape, dtype and device. limit: (b,), >= 0. state: its tensors are changed in place.
+    """
+    sketch = _sketch(xs)
+    if state is None or not _fits(state, sketch, xs[0]):
+        return _first(xs, limit, tolerance)
+    state.age.add_(1)
+    moved = sketch - state.sketch
+    length = _length(moved)
+    due = (state.reach + SAFETY * length > limit * (1 + tolerance)) | (state.age >= WAIT)
+    how = due * (1 + (length > LONG * limit).to(torch.int64))
+    codes = torch.where(length.isnan(), 0, torch.where(length > JUMP * limit, 3, how)).tolist()
+    short, long, lost = ([i for i, code in enumerate(codes) if code == which] for which in (1, 2, 3))
+    cut: dict[int, Tensor] = {}
+    for rows, depth in ((short, DEPTH), (long, DEPTH + 1)):
+        if rows:
+            seen = Seen([xs[i] for i in rows], limit[rows], sketch[rows], moved[rows], state.vectors[rows])
+            found = _look(seen, depth, tolerance)
+            lost += [rows[i] for i in found.lost]
+            state = _store(state, rows, found, cut)
+    if lost:
+        found = _decompose([xs[i] for i in lost], limit[lost], state.vectors.shape[1], tolerance)
+        state = _store(state, lost, found, cut)
+    return cut, state
 
 
-def _worth_following(x: Tensor, limit: Tensor) -> Tensor:
-    """Twice as many leading vectors as there are singular values at the radius: what was just capped crowds there."""
-    squares, vectors = _spectrum(x)
-    crowd = (squares > (CROWDED * limit.to(squares.dtype)[:, None]).square()).sum(1)
-    return vectors[:, -max(WIDTH, 2 * int(crowd.max()) if crowd.numel() else 0):]
+def _store(state: Tracked, rows: list[int], found: Found, cut: dict[int, Tensor]) -> Tracked:
+    """Takes what was found about some matrices into the state, and what was cut into ``cut``."""
+    cut |= {rows[i]: y for i, y in found.cut.items()}
+    missing = found.vectors.shape[1] - state.vectors.shape[1]
+    if missing > 0:    # rows of zeros take part in a search as what it still has room for
+        state = state._replace(vectors=torch.nn.functional.pad(state.vectors, (0, 0, missing, 0)))
+    state.vectors[rows], state.sketch[rows], state.reach[rows] = found.vectors, found.sketch, found.reach.to(state.reach.dtype)
+    state.age[rows] = 0
+    return state
+
+
+def _first(xs: Sequence[Tensor], limit: Tensor, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
+    """Every matrix decomposed, and twice as many vectors followed as there are singular values at the radius."""
+    found = _decompose(xs, limit, 0 if _small(xs[0]) else WIDTH, tolerance)
+    age = torch.arange(len(xs)).to(found.sketch) * (WAIT / len(xs))    # so that their waits do not all end at one step
+    return found.cut, Tracked(found.vectors, found.sketch, found.reach, age.floor())
+
+
+def _look(seen: Seen, depth: int, tolerance: float) -> Found:
+    """Finds what exceeds and cuts it."""
+    xs, v, sketch = [up(x) for x in seen.xs], seen.vectors, seen.sketch
+    limit = seen.limit.to(v.dtype)[:, None]
+    small, aim = _small(xs[0]), limit * (1 - tolerance / 2)
+    vectors, images, sigma = _eigen(xs) if small else _ritz(xs, v, seen.moved, depth)
+    most = sigma[:, -1:]
+    exceeds = most > limit
+    lost = (most > JUMP * limit) | (exceeds & ((sigma > aim).sum(1, keepdim=True) > vectors.shape[1]))
+    codes = torch.where(lost, 2, exceeds.to(torch.int64)).flatten().tolist()
+    cut: dict[int, Tensor] = {}
+    if 1 in codes:
+        sigma = sigma[:, -vectors.shape[1]:]
+        excess = torch.where(exceeds & (sigma > aim), 1 - aim * (1 - inward(v.dtype)) / positive(sigma), 0.0)
+        less = vectors * excess[..., None]
+        sketch = torch.baddbmm(sketch, _combined(images, 2).mT, less, alpha=-1)
+        cut = {i: _without(xs[i], less[i], images[i]).to(seen.xs[i].dtype) for i, code in enumerate(codes) if code == 1}
+    reach = torch.where(exceeds, aim, most)[:, 0]
+    return Found(cut, [i for i, code in enumerate(codes) if code == 2], v if small else vectors, sketch, reach)
+
+
+def _decompose(xs: Sequence[Tensor], limit: Tensor, width: int, tolerance: float) -> Found:
+    """As a look, for matrices of which nothing is known; at least ``width`` vectors are followed, or none.
+
+    Of a matrix that is not finite nothing is known afterwards, either.
+    """
+    x, aim = torch.stack(list(xs)), limit * (1 - tolerance / 2)
+    finite = x.isfinite().flatten(1).all(1)
+    exceeds = _spectrum(x)[0][:, -1] > limit
+    rows = exceeds.nonzero().flatten()
+    lowered = cap_singular_values(x[rows], aim[rows]) if len(rows) else x[rows]
+    out = x.index_copy(0, rows, lowered)
+    sigma, vectors = _spectrum(out)
+    crowd = int((sigma > (CROWDED * limit)[:, None]).sum(1).max())
+    width = max(width, 2 * crowd) if width else 0
+    known = torch.where(finite[:, None, None], up(out), 0.0)
+    reach = torch.where(finite, sigma[:, -1], math.inf)
+    vectors = vectors[:, vectors.shape[1] - min(width, vectors.shape[1]):]
+    return Found(dict(zip(rows.tolist(), lowered, strict=True)), [], vectors, _sketch(known.unbind()), reach)
 
 
 def _spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
-    """σ² in rising order, and the singular vectors of the short side as rows; of a matrix that is not finite, those of zero."""
-    work = torch.where(_finite(x)[:, None, None], up(x), 0.0)
-    squares, vectors = torch.linalg.eigh(short_gram(work))
-    return squares, vectors.mT
+    """σ in rising order, and the singular vectors of the short side as rows; of a matrix that is not finite, those of zero."""
+    size = peak(x)
+    usable = size.isfinite() & (size > 0)
+    size = torch.where(usable, size, 1.0)
+    squares, vectors = torch.linalg.eigh(short_gram(torch.where(usable, up(x) / size, 0.0)))
+    return squares.clamp(min=0).sqrt() * size[..., 0], vectors.mT
 
 
-def _fits(state: Tensor, x: Tensor) -> bool:
-    """Whether the state belongs to such a batch and its Krylov space to the short side."""
-    short = min(x.shape[1:])
-    return state.shape[::2] == (x.shape[0], short) and (DEPTH + 1) * (state.shape[1] + PROBES) <= short
+def _eigen(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_ritz``, with every singular vector."""
+    x = torch.stack(list(xs))
+    squares, rotation = torch.linalg.eigh(short_gram(x))
+    return rotation.mT, _images(xs, rotation.mT), squares.clamp(min=0).sqrt()
 
 
-def _finite(x: Tensor) -> Tensor:
-    """Which matrices are finite, (b,). A finite sum says so in one pass; only where there is none every entry is looked at."""
-    finite = x.sum((1, 2), dtype=compute_dtype(x.dtype)).isfinite()
-    return finite if bool(finite.all()) else x.isfinite().flatten(1).all(1)
+def _ritz(xs: Sequence[Tensor], v: Tensor, moved: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As many approximate singular vectors (rows) as v has, from the Krylov space of v and the move; their images; all Ritz values.
+
+    Each product with xᵀx is followed by taking away what the space already holds, so that the images of an orthonormal basis are exact
+    and are rotated, not computed again.
+    """
+    basis, images = v, _images(xs, v)
+    last, shown = images, moved.view(len(v), -1, SHOWN, v.shape[2]).sum(1)
+    for _ in range(min(depth, v.shape[2] // (v.shape[1] + SHOWN) - 1)):
+        new = _beyond(torch.cat([_back(xs, last), shown], 1), basis)
+        last = _images(xs, new)
+        basis, images = torch.cat([basis, new], 1), torch.cat([images, last], 1)
+    squares, rotation = torch.linalg.eigh(images @ images.mT)
+    turn = rotation[..., -v.shape[1]:].mT
+    return turn @ basis, turn @ images, squares.clamp(min=0).sqrt()
 
 
-def _follow(x: Tensor, limit: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    finite = _finite(x)
-    if bool(finite.all()):
-        return _follow_finite(x, limit, state)
-    out = x.clone()
-    out[finite], followed = _follow_finite(x[finite], limit[finite], state[finite])
-    return out, leading_vectors(out, followed.shape[1])
+def _beyond(z: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal rows for what the rows of z have outside the span of the basis; zero rows where they have less."""
+    for _ in range(2):    # once leaves what rounding leaves, which for converged vectors is all there is
+        z = torch.baddbmm(z, z @ basis.mT, basis, alpha=-1)
+        z = z / positive(torch.linalg.vector_norm(z, dim=-1, keepdim=True))
+    spread, rotation = torch.linalg.eigh(z @ z.mT)
+    share = torch.where(spread > 1e-3, spread.clamp(min=1e-3).rsqrt(), 0.0)
+    orthonormal: Tensor = (share[..., None] * rotation.mT) @ z
+    return orthonormal
 
 
-def _follow_finite(x: Tensor, limit: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    width, work = state.shape[1], up(x)
-    column = limit.to(work.dtype)[:, None]
-    vectors, images, sigma = _ritz(work, state.to(work.dtype))
-    crowd = (sigma > CROWDED * column).sum(1)
-    lost = (sigma > JUMP * column).any(1) | (crowd > width)
-    out = _deflated(x, vectors, images, column)
-    if bool(lost.any()):
-        out = x.clone() if out is x else out
-        out[lost] = cap_singular_values(x[lost], limit[lost])
-        return out, leading_vectors(out, max(width, 2 * int(crowd.max())))
-    return out, vectors
+def _without(x: Tensor, vectors: Tensor, images: Tensor) -> Tensor:
+    """x (m, n) less the part that takes some multiples of orthonormal vectors of its short side to these images."""
+    left, right = (vectors, images) if x.shape[0] < x.shape[1] else (images, vectors)
+    return torch.addmm(x, left.mT, right, alpha=-1)
 
 
-def _deflated(x: Tensor, vectors: Tensor, images: Tensor, limit: Tensor) -> Tensor:
-    """``deflate`` for the matrices with a value above the limit; x itself where there is none."""
-    which = (torch.linalg.vector_norm(images, dim=-1) > limit).any(1).nonzero().squeeze(-1)
-    if not which.numel():
-        return x
-    cut = deflate(up(x[which]), vectors[which], images[which], limit[which]).to(x.dtype)
-    return x.index_copy(0, which, cut)
+def _images(xs: Sequence[Tensor], vectors: Tensor) -> Tensor:
+    """What each matrix makes of vectors of its short side, as rows: b matrices, (b, k, s) -> (b, k, l).
+
+    Rows, since a product with few columns is several times slower on a CPU; one by one, since copying large matrices into a batch costs
+    as much as the product.
+    """
+    return _products(vectors, [x if x.shape[0] < x.shape[1] else x.mT for x in xs])
 
 
-def _ritz(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As many approximate singular vectors (rows) as v has, from the Krylov space of v; their images; all Ritz values, in bf16."""
-    low = x.to(torch.bfloat16)
-    basis = [torch.cat([v, _probes(v)], 1)]
-    for _ in range(DEPTH):
-        z = _back(low, short_images(low, basis[-1].to(low.dtype))).to(x.dtype)
-        basis.append(z / positive(torch.linalg.vector_norm(z, dim=-1, keepdim=True)))
-    q = torch.linalg.qr(torch.cat(basis, 1).mT).Q.mT
-    rough = short_images(low, q.to(low.dtype)).to(x.dtype)
-    squares, rotation = torch.linalg.eigh(rough @ rough.mT)
-    vectors = rotation[..., -v.shape[1]:].mT @ q
-    images = short_images(x, vectors)
-    rotation = torch.linalg.eigh(images @ images.mT).eigenvectors.mT
-    return rotation @ vectors, rotation @ images, squares.clamp(min=0).sqrt()
+def _back(xs: Sequence[Tensor], images: Tensor) -> Tensor:
+    """Images (b, k, l) taken back to the short side by the transpose."""
+    return _products(images, [x.mT if x.shape[0] < x.shape[1] else x for x in xs])
 
 
-def _back(x: Tensor, images: Tensor) -> Tensor:
-    """Images (b, k, max(m, n)) taken back to the short side by the transpose."""
-    return images @ (x.mT if x.shape[-2] < x.shape[-1] else x)
+def _products(rows: Tensor, xs: Sequence[Tensor]) -> Tensor:
+    out = rows.new_empty(*rows.shape[:2], xs[0].shape[1])
+    for a, x, into in zip(rows.unbind(), xs, out.unbind(), strict=True):
+        torch.mm(a, x, out=into)
+    return out
 
 
-def _probes(v: Tensor) -> Tensor:
-    """(b, PROBES, n), rows of unit length, the same for every call."""
-    return start_vectors(v, PROBES).mT / v.shape[-1] ** 0.5
+def _sketch(xs: Sequence[Tensor]) -> Tensor:
+    """(b, PROBES, s): random combinations along the long side, so that ‖sketch‖² is ‖x‖_F² in the mean."""
+    if xs[0].shape[0] >= xs[0].shape[1]:
+        return torch.stack([_combined(up(x), 0) for x in xs])
+    return torch.stack([_combined(up(x), 1) for x in xs]).mT.contiguous()
+
+
+def _combined(x: Tensor, axis: int) -> Tensor:
+    """x with PROBES sums in the place of an axis. Each entry is in one of them only: one pass over x, whatever PROBES is."""
+    length, after = x.shape[axis], [1] * (x.ndim - axis - 1)
+    weights = _weights(length).to(x)
+    rest = length % PROBES
+    whole = x.narrow(axis, 0, length - rest)
+    parts = whole.view(*x.shape[:axis], PROBES, length // PROBES, *x.shape[axis + 1:])
+    sums: Tensor = (parts * weights[: length - rest].view(PROBES, length // PROBES, *after)).sum(axis + 1)
+    if rest:
+        sums.narrow(axis, 0, rest).add_(x.narrow(axis, length - rest, rest) * weights[length - rest:].view(rest, *after))
+    return sums
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(length: int) -> Tensor:
+    """Random signs times 0.5 to 1.5, of mean square one: the same for every call. Unequal, so that two equal entries do not cancel."""
+    draws = torch.rand(2, length, generator=torch.Generator().manual_seed(20), dtype=torch.float64)
+    weights = torch.where(draws[0] < 0.5, -0.5, 0.5) * (1 + 2 * draws[1])
+    normed: Tensor = weights / weights.square().mean().sqrt()
+    return normed
+
+
+def _length(moved: Tensor) -> Tensor:
+    """(b,): the Frobenius norm of a change, estimated from what it changes in the sketch."""
+    length: Tensor = torch.linalg.vector_norm(moved, dim=(1, 2))
+    return length
+
+
+def _small(x: Tensor) -> bool:
+    return min(x.shape) <= DENSE_BELOW
+
+
+def _fits(state: Tracked, sketch: Tensor, x: Tensor) -> bool:
+    """Whether the state belongs to such matrices and its search space to the short side."""
+    short, width = min(x.shape), state.vectors.shape[1]
+    alike = state.sketch.shape == sketch.shape and state.vectors.shape[::2] == (len(sketch), short)
+    return alike and (_small(x) or (width > 0 and (DEPTH + 1) * (width + SHOWN) <= short))
