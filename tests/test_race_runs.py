@@ -244,7 +244,7 @@ def test_step_times_are_interleaved_and_in_the_order_of_the_runs(cnn: Task, monk
     def fake(run: RaceRun, task: Task, steps: int) -> SimpleNamespace:
         def step() -> None:
             turns.append(run.contender)
-            clock[0] += {"adamw": 0.002, "muon": 0.005, "sgd": 0.001}[run.contender] * (100 if len(turns) < 12 else 1)
+            clock[0] += {"adamw": 0.002, "muon": 0.005, "sgd": 0.001}[run.contender] * (100 if len(turns) <= 4 * 3 * timing.WARM_UP else 1)
 
         return SimpleNamespace(step=step)
 
@@ -253,8 +253,8 @@ def test_step_times_are_interleaved_and_in_the_order_of_the_runs(cnn: Task, monk
     with monkeypatch.context() as patch:
         patch.setattr(timing, "lane", fake)
         patch.setattr(timing.time, "perf_counter", lambda: clock[0])
-        assert timing.step_times(runs, cnn, 5) == pytest.approx([2.0, 5.0, 1.0]), "the slow first bursts are warm-up"
-    assert turns == [name for _ in range(timing.WARM_UP + 5) for name in names for _ in range(timing.BURST)]
+        assert timing.step_times(runs, cnn, 2) == pytest.approx([2.0, 5.0, 1.0]), "the slow first bursts are warm-up"
+    assert turns == [name for _ in range(timing.WARM_UP + 2) for name in names for _ in range(timing.BURST)]
     real = timing.step_times(runs, cnn, 1)
     assert len(real) == 3 and all(0 < ms < 1000 for ms in real)
 
@@ -303,7 +303,7 @@ def test_real_runs_come_out_the_same_cut_off_or_with_two_workers(micro: None, tm
                 raise KeyboardInterrupt
 
     def options(**changed: Any) -> Options:
-        return Options(**({"task": "cnn", "budget": "quick", "size": "tiny", "seeds": 1, "contenders": []} | changed))
+        return Options(**({"task": "lstm", "budget": "quick", "size": "tiny", "seeds": 1, "contenders": []} | changed))
 
     whole = timeless(race(options(state=tmp_path / "whole.jsonl")))
     cut = tmp_path / "cut.jsonl"

@@ -102,9 +102,10 @@ class _Race:
     """times: measures the steps of some runs; None where only what was kept is looked at. version: the torch of the runs."""
 
     def __init__(
-        self, facts: Facts, driver: Driver, times: Callable[..., list[float]] | None, version: str = torch.__version__
+        self, facts: Facts, driver: Driver, times: Callable[..., list[float]] | None, version: str | None = None
     ) -> None:
-        self.facts, self.driver, self.measure, self.seeds, self.version = facts, driver, times, facts.seeds, version
+        self.facts, self.driver, self.measure, self.seeds = facts, driver, times, facts.seeds
+        self.version = version or torch.__version__
         self.plan, self.store, self.progress = budget(facts.budget), driver.store, driver.progress
         self.accuracy = facts.metric == "accuracy"
 
