@@ -373,4 +373,4 @@ def test_every_choice_has_its_formula_here() -> None:
     assert set(DECAYS) == set(CHOICES["decay"])
     assert set(hold_formulas(torch.ones(2, 2))) == set(CHOICES["hold"])
     assert set(CHOICES["act"]) == {"none", "lmo", "normalize"}
-    assert sorted(CHOICES) == ["act", "decay", "direction", "hold", "scale"]    # of direction, every one is a parameter above
+    assert sorted(CHOICES) == ["act", "decay", "direction", "hold", "rounding", "scale"]    # direction: above; rounding: test_precision.py

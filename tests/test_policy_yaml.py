@@ -146,7 +146,7 @@ WRONG = [
     ("- max_nrm: 3", 1, "unknown named rule 'max_nrm'. Did you mean 'max_norm'"),
     ("- max_norm", 1, "missing a required argument: 'radius'"),
     ("- {max_norm: 3, every: 2}", 1, "'max_norm' is a named rule, which holds its arguments"),
-    ("- clip_weight_value: [1, 2, x, y, z, 1, 2, 3, 4, 5]", 1, "10 arguments"),
+    ("- clip_weight_value: [1, 2, x, y, z, 1, 2, 3, 4, 5, 6]", 1, "11 arguments"),
     ("- {l2_penalty: {strength: 1, samples: 1.5}}", 1, "samples is 1.5"),
     ("- 3", 1, "rule 1: a rule is 3, but it must be a mapping"),
     ("- [max_norm]", 1, "but it must be a mapping"),

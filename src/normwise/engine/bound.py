@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normwise import actions
-from normwise.engine.pack import Flat, Member, Pack, nothing_to_do, pack
+from normwise.engine.pack import Member, Pack, nothing_to_do, pack
 from normwise.engine.rounding import hair, inside, least, room
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
@@ -19,7 +19,7 @@ from normwise.norms.reduce import may_branch, wide
 from normwise.policy import Rule
 from normwise.policy.inventory import Entry
 from normwise.policy.names import clean_name
-from normwise.schedules import Init, Relative, at
+from normwise.schedules import Init, Relative, Scheduled, at
 
 
 class BoundRule:
@@ -35,6 +35,8 @@ class BoundRule:
         self.optimizers = frozenset(m.optimizer for m in members)
         self._acted: dict[int, list[Tensor]] = {}
         self._inline_turn: Turn | None = None
+        if self.flat and isinstance(rule.radius, Init) and rule.floor is None:
+            self._refuse_zero(self._stored(self.packs[0]), f"the {len(members)} parameters together")
         self.store: dict[str, dict[str, Tensor]] = {}
         """What the rule found in training, by parameter and name: a part of the control's state."""
 
@@ -96,14 +98,19 @@ class BoundRule:
         weight = member.param.detach()
         value = self.norm.measure(member.view.blocks(weight if member.center is None else weight - member.center))
         value = value.to(wide(weight.device))
+        if self.flat:    # one block of all members: only a zero of all of them is one
+            return value
         if self.rule.floor is not None:
             return value.clamp(min=self.rule.floor)
+        self._refuse_zero(value, repr(member.name))
+        return value
+
+    def _refuse_zero(self, value: Tensor, whose: str) -> None:
         if value.numel() and not bool((value > 0).all()):
             raise PolicyError(
-                f"radius='init' in rule '{self.rule.label()}': {int((value <= 0).sum())} of {value.numel()} blocks of {member.name!r} are "
+                f"radius='init' in rule '{self.rule.label()}': {int((value <= 0).sum())} of {value.numel()} blocks of {whose} are "
                 "zero when attached, and a radius of zero would keep them there. Give floor= (a smallest radius), or exclude it."
             )
-        return value
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -140,6 +147,11 @@ class BoundRule:
             if mine is not None:
                 self._act(mine, [change[id(p)] for p in mine.params], self.radius(mine, turn), turn)
 
+    def functions(self) -> list[tuple[str, Any]]:
+        """The schedules that are functions of the user's own; those of normwise cannot fail."""
+        given = [(what, x) for what in ("radius", "strength") for v in [getattr(self.rule, what)] for x in (v, getattr(v, "scale", None))]
+        return [(what, x) for what, x in given if callable(x) and not isinstance(x, Scheduled)]
+
     def _timed(self) -> bool:
         r = self.rule
         varies = any(callable(x) or callable(getattr(x, "scale", None)) for x in (r.radius, r.strength))
@@ -149,9 +161,7 @@ class BoundRule:
         {
             "penalty": self._penalize,
             "gradient": self._on_gradients,
-            "decay": self._decay,
             "update": self._on_updates,
-            "prox": self._prox,
             "weight": self._on_weights,
         }[self.phase](part, turn)
 
@@ -168,13 +178,20 @@ class BoundRule:
         if r is None:
             return 1.0
         if isinstance(r, Init):
-            stored = torch.cat([m.radius for m in part.members if m.radius is not None])
-            return stored * _now(r.scale, now)
+            return self._stored(part) * _now(r.scale, now)
         if isinstance(r, Relative):
             assert isinstance(self.norm, Norm)
             lengths = part.measure(self.norm, _starts(part, turn))
             return lengths.clamp(min=r.floor) * _now(r.scale, now)
         return _now(r, now)
+
+    def _stored(self, part: Pack) -> Tensor:
+        """The norms when attached, one a block. L1, L2 and LInf of one vector over several parameters are that norm of their norms."""
+        stored = torch.cat([m.radius for m in part.members if m.radius is not None])
+        if not self.flat:
+            return stored
+        assert isinstance(self.norm, Norm)
+        return self.norm.measure(stored[None]).clamp(min=self.rule.floor or 0.0)
 
     def _penalize(self, part: Pack, turn: Turn) -> None:
         assert isinstance(self.norm, Norm)
@@ -189,40 +206,8 @@ class BoundRule:
     def _on_gradients(self, part: Pack, turn: Turn) -> None:
         self._act(part, _grads(part), self.radius(part, turn), turn)
 
-    def _decay(self, part: Pack, turn: Turn) -> None:
-        strength = self.strength(turn)
-        for weights, eta, members in _by_rate(part, turn):
-            share = eta * strength if turn.happened is None else eta * strength * turn.happened.to(weights[0].device)
-            if members[0].center is None:
-                _shrink_(weights, 1 - share)
-            else:
-                pull = torch._foreach_sub(weights, [m.center for m in members if m.center is not None])
-                torch._foreach_mul_(pull, -share)
-                torch._foreach_add_(weights, pull)
-
     def _on_updates(self, part: Pack, turn: Turn) -> None:
         self._around(part, _starts(part, turn), self.radius(part, turn), turn)
-
-    def _prox(self, part: Pack, turn: Turn) -> None:
-        strength = self.strength(turn)
-        if self.flat:
-            self._prox_members(part, turn.rate(part.members[0]) * strength, turn)
-            return
-        for _, eta, members in _by_rate(part, turn):
-            self._prox_members(part if len(members) == len(part.members) else Pack(members), eta * strength, turn)
-
-    def _prox_members(self, part: Pack, step: Radius, turn: Turn) -> None:
-        assert isinstance(self.norm, Norm)
-        norm, power = self.norm, self.rule.power
-        if turn.happened is not None:
-            step = step * turn.happened
-        amount = step.expand(_block_count(part)) if isinstance(step, Tensor) else step
-        weights, offsets = _weights(part), _offsets(part)
-        moved = actions.prox(norm, part.gather(offsets), amount, power)
-        if part.members[0].center is None:
-            part.write_(weights, moved)
-        else:
-            _recenter_(weights, _centers(part), offsets, part.split(moved))
 
     def _on_weights(self, part: Pack, turn: Turn) -> None:
         aimed = self._aimed(part, self.radius(part, turn))
@@ -362,28 +347,6 @@ def _recenter_(weights: list[Tensor], centers: list[Tensor], old: Sequence[Tenso
     added to the weight, would carry the rounding of an offset that may be many times the radius."""
     for weight, center, o, n in zip(weights, centers, old, new, strict=True):
         weight.copy_(torch.where(o == n, weight, center + n))
-
-
-def _block_count(part: Pack) -> int:
-    return 1 if isinstance(part, Flat) else part.view.count * len(part.members)
-
-
-def _by_rate(part: Pack, turn: Turn) -> list[tuple[list[Tensor], Any, list[Member]]]:
-    """The pack's weights with their step size η, members of one η together."""
-    groups: dict[Any, list[Member]] = {}
-    rates: dict[Any, Any] = {}
-    for m in part.members:
-        eta = turn.rate(m)
-        key = id(eta) if isinstance(eta, Tensor) else eta
-        rates[key] = eta
-        groups.setdefault(key, []).append(m)
-    return [([m.param for m in ms], rates[key], ms) for key, ms in groups.items()]
-
-
-def _shrink_(weights: list[Tensor], factor: Any) -> None:
-    if isinstance(factor, Tensor):
-        factor = factor.to(weights[0].device)
-    torch._foreach_mul_(weights, factor)
 
 
 def _given_center(given_center: Any, name: str, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from normwise.engine import finite
 from normwise.engine.bound import BoundRule
 from normwise.engine.field import bind, refuse_foreign_decay
 from normwise.engine.pack import Pack
+from normwise.engine.shrink import SHRINKING, Shrinking
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
 from normwise.norms.reduce import may_branch
 from normwise.policy import Policy, Rule
 from normwise.policy.conflicts import check
 from normwise.policy.inventory import Entry, Inventory
+from normwise.schedules import at
 
 
 class Engine:
@@ -29,13 +31,14 @@ class Engine:
         self.owner = _owners(inventory, self.optimizers)
         targets = [(rule, self._targets(rule)) for rule in policy]
         check([(rule, {e.name for e in entries}) for rule, entries in targets])
-        self.rules = [bind(rule, entries, self.owner, i) for i, (rule, entries) in enumerate(targets)]
+        self.rules = [_kind(rule)(rule, entries, self.owner, i) for i, (rule, entries) in enumerate(targets)]
         self._params = [list(self.held(k).values()) for k in range(len(self.optimizers))]
         self.spanning = any(_spans(b) for b in self.phase("penalty", "gradient"))
         _refuse_spanning(self.phase("update", "prox"))
         self._groups: dict[int, tuple[tuple[int, ...], dict[int, dict[str, Any]]]] = {}
         for bound in self.rules:
             refuse_foreign_decay(bound, self._group)
+        self._own = [(b, what, v) for b in self.rules for what, v in b.functions()]
         self.inline = False
         """The optimizer hands its updates over before it applies them, so that rules on them need no snapshot of the weights."""
         self._turn: Turn | None = None
@@ -95,6 +98,12 @@ class Engine:
         return self._groups[k][1][id(param)]
 
     # ------------------------------------------------------------------------------------------------ phases
+
+    def foresee(self, turn: Turn) -> None:
+        """Asks the user's own schedules for this step's numbers before anything is changed: one that fails must not fail halfway."""
+        for bound, what, value in self._own:
+            if bound.rule.active(turn.step()):
+                at(value, turn.step(), what)
 
     def gradient_phase(self, turn: Turn) -> None:
         """Penalties, then gradient rules in the policy's order."""
@@ -160,6 +169,10 @@ class Engine:
                         f"a gradient that rule '{bound.rule.label()}' needs dense is sparse (among {part.members[0].name}, ...): use "
                         "Embedding(sparse=False), or exclude the parameter."
                     )
+
+
+def _kind(rule: Rule) -> Callable[..., BoundRule]:
+    return Shrinking if rule.action in SHRINKING else bind
 
 
 def _owners(inventory: Inventory, optimizers: Sequence[Optimizer]) -> dict[int, int]:

@@ -76,9 +76,3 @@ def least(low: Radius, aimed: Radius, margin: float) -> Radius:
     if isinstance(aimed, Tensor):
         return torch.where(aimed >= raised, raised, low).to(aimed.dtype)
     return raised if aimed >= raised else low
-
-
-def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbouring numbers of ``dtype`` around each value."""
-    spacing = torch.ldexp(torch.full_like(value, torch.finfo(dtype).eps), torch.frexp(value).exponent - 1)
-    return spacing.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)

@@ -11,7 +11,8 @@ from torch import Tensor
 from normwise.engine.bound import BoundRule
 from normwise.engine.engine import Engine
 from normwise.engine.pack import Flat, Member, Pack
-from normwise.engine.rounding import hair, inside, least, ulp
+from normwise.engine.rounding import hair, inside, least
+from normwise.narrow import ulp
 from normwise.norms import Norm, Set
 
 SPHERE_ULP = 2

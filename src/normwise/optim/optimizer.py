@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.errors import PolicyError
+from normwise.narrow import NOISE
 from normwise.optim.parts import DEFAULTS, STATE, Row, check_row
 from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, members
 from normwise.optim.routing import Routing, route
@@ -154,7 +155,7 @@ class NormOptimizer(Optimizer):
         for i, p in zip(ids, params, strict=True):
             for name in WIDE_STATE:
                 if name in saved["state"].get(i, {}):
-                    self.state[p][name] = saved["state"][i][name].to(p.device, copy=True)
+                    self.state[p][name] = saved["state"][i][name].to("cpu" if name == NOISE else p.device, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

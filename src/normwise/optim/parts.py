@@ -1,7 +1,7 @@
 """The exchangeable parts of a step under a norm. A method is a row: one choice a column, plain values that live in a parameter group.
 
 A step of one group: decay ("gradient") → direction → decay ("direction") → act → rows → scale → velocity → decay ("weight", "cautious") →
-apply → hold.
+apply → hold → rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normwise.errors import PolicyError, nearest
 from normwise.layouts import PER
+from normwise.narrow import ROUNDINGS
 from normwise.norms import Norm, get_norm
 from normwise.norms.linalg import METHODS
 
@@ -61,16 +62,18 @@ CHOICES: dict[str, dict[str, str]] = {
         "row_floor": "units shorter than limit·R/√units are stretched to that, R = ‖w‖ when first stepped",
         "radial_brake": "of the growth of ‖w‖ by the step, the share limit is kept; a shrinking is kept whole",
     },
+    "rounding": ROUNDINGS,
 }  # fmt: skip
 """Every column with its choices and what each means; u is what came out of the columns before, η the learning rate, λ the decay."""
 
 DEFAULTS: Row = {
     "lr": 1e-3, "direction": "plain", "momentum": 0.9, "betas": (0.9, 0.999), "eps": 1e-8, "act": "none", "norm": "l2", "per": "matrix",
     "polar": "fast", "row_beta": 0.0, "scale": "absolute", "radius": 1.0, "trust": 1e-3, "velocity": 0.0, "decay": "weight",
-    "weight_decay": 0.0, "hold": "none", "limit": 1.0, "maximize": False,
+    "weight_decay": 0.0, "hold": "none", "limit": 1.0, "maximize": False, "rounding": "nearest", "seed": 0,
 }  # fmt: skip
 """What a row leaves out. ``radius`` multiplies every scale; ``limit`` belongs to ``hold``; ``row_beta`` > 0 divides each unit by the root
-of its second moment (NorMuon); ``velocity`` is momentum on the scaled step (LARS)."""
+of its second moment (NorMuon); ``velocity`` is momentum on the scaled step (LARS); ``rounding`` concerns weights in fp16 and bf16,
+``seed`` its random numbers."""
 
 STATE: dict[str, tuple[str, ...]] = {
     "plain": (), "heavy_ball": ("momentum_buffer",), "nesterov": ("momentum_buffer",), "ema": ("momentum_buffer",),
@@ -106,6 +109,8 @@ def _check_numbers(row: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"{name} has betas={row['betas']!r}, and needs two numbers in [0, 1).")
     for beta in row["betas"]:
         _number(beta, "betas", name, 1.0)
+    if type(row["seed"]) is not int or not 0 <= row["seed"] < 2**32:
+        raise ValueError(f"{name} has seed={row['seed']!r}, and needs an integer from 0 to 2**32 - 1.")
 
 
 def _number(value: Any, column: str, name: str, below: float) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack, pack
 from normwise.errors import LayoutError, PolicyError
 from normwise.layouts import BlockView, Layout, block_view
+from normwise.narrow import CARRY, NOISE, memory, rounds
 from normwise.norms import L2, Norm, get_norm
 from normwise.norms.reduce import compute_dtype
 from normwise.optim.parts import STATE, acts_on_blocks, needs_matrices, stores_radius
@@ -23,10 +24,10 @@ States = MutableMapping[Tensor, State]
 
 LAYOUTS = "layouts"
 """The group's key that keeps the axes of its parameters, as plain data, in their order."""
-PARTS = ("direction", "act", "norm", "per", "scale", "hold")
+PARTS = ("direction", "act", "norm", "per", "scale", "hold", "rounding")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WIDE_STATE = ("radius", "row_squares")
-"""State that is kept in the compute dtype; torch's ``load_state_dict`` would round it to the parameter's."""
+WIDE_STATE = ("radius", "row_squares", CARRY, NOISE)
+"""State in a dtype of its own; torch's ``load_state_dict`` would round it to the parameter's."""
 
 
 @dataclass(eq=False)
@@ -47,6 +48,8 @@ class Plan:
     built_for: tuple[Any, ...]
     present: list[Tensor]
     states: list[State] = field(default_factory=list)
+    rounds: bool = False
+    """Whether some weights are rounded in another way than to nearest."""
 
     def fits(self, group: Group, state: States) -> bool:
         """Whether nothing that it was built for has changed."""
@@ -76,11 +79,14 @@ def build(group: Group, present: Sequence[int], state: States) -> Plan:
     packs = _packs(group, members(group, present))
     radii = _radii(packs, group, state)
     parts = [Part(p, [_ready(state[t], t, p, group) for t in p.params]) for p in packs]
+    for k, p in enumerate(p for part in packs for p in part.params):
+        _remember(state[p], p, group, 4096 * len(state) + k)
     for p, radius in radii:
         state[p].setdefault("radius", radius)
     params = [p for part in parts for p in part.pack.params]
     alike = _alike(params, state) if group["direction"] == "adam" else []
-    return Plan(list(group["params"]), parts, alike, _built_for(group, params), params, [state[p] for p in params])
+    states = [state[p] for p in params]
+    return Plan(list(group["params"]), parts, alike, _built_for(group, params), params, states, rounds(states))
 
 
 # ---------------------------------------------------------------------------------------------------------- members and packs
@@ -193,6 +199,15 @@ def _ready(state: State, p: Tensor, part: Pack, group: Group) -> State:
         # Where torch's fused kernel wants it: on the device; on the CPU reading it is free anyway.
         state["step"] = state["step"].to(p.device) if "step" in state else torch.zeros((), dtype=torch.float32, device=p.device)
     return state
+
+
+def _remember(state: State, p: Tensor, group: Group, number: int) -> None:
+    """What the group's way of rounding needs in the parameter's state; ``number`` sets the parameters' random numbers apart."""
+    needed = memory(p, group["rounding"], group["seed"] * 2**31 + number)
+    for name in {NOISE, CARRY} - set(needed):
+        state.pop(name, None)
+    for name, value in needed.items():
+        state.setdefault(name, value)
 
 
 def _radii(packs: list[Pack], group: Group, state: States) -> list[tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from normwise import actions
 from normwise.engine.pack import Pack
+from normwise.narrow import narrow_, widened
 from normwise.norms import L2, Norm, Spectral, get_norm
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.forms import Scaled
@@ -30,7 +31,7 @@ RELATIVE_FLOOR = 1e-3
 
 def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> None:
     """One optimizer step of a group; gradients are read, never written."""
-    if plan.alike and on_update is None and _is_plain_adamw(group):
+    if plan.alike and on_update is None and not plan.rounds and _is_plain_adamw(group):
         for params, states in plan.alike:
             _fused_adamw(params, states, group)
         return
@@ -70,8 +71,10 @@ def step_pack(part: Pack, states: States, group: Group, on_update: Update | None
     update = _act(part, update, group)
     if group["row_beta"]:
         update = _divide_rows(part, update, states, group)
-    factor = _scale(part, update, grads, states, group)
-    _apply(part, update, factor, states, group, on_update)
+    weights = widened(params, states)
+    factor = _scale(part, update, grads, states, group, weights)
+    _apply(part, weights, update, factor, states, group, on_update)
+    narrow_(params, weights, states)
 
 
 def _with_decay(tensors: list[Tensor], params: list[Tensor], group: Group, where: str) -> list[Tensor]:
@@ -111,7 +114,9 @@ def _divide_rows(part: Pack, update: list[Tensor], states: States, group: Group)
     return part.split((blocks / (roots + group["eps"])[:, :, None]).to(update[0].dtype))
 
 
-def _scale(part: Pack, update: list[Tensor], grads: list[Tensor], states: States, group: Group) -> float | Tensor:
+def _scale(
+    part: Pack, update: list[Tensor], grads: list[Tensor], states: States, group: Group, weights: list[Tensor]
+) -> float | Tensor:
     """What the update is multiplied by before the learning rate: a number, or one a block ``(members · count,)``."""
     scale, radius = group["scale"], float(group["radius"])
     shape = part.view.block_shape
@@ -121,12 +126,12 @@ def _scale(part: Pack, update: list[Tensor], grads: list[Tensor], states: States
     if scale == "init":
         return radial_factor(part.measure(L2(), update), _radii(part, states)) * number
     if scale in ("relative", "lamb", "lars"):
-        return _trust(part, update, grads, group) * number
+        return _trust(part, update, grads, group, weights) * number
     return number
 
 
-def _trust(part: Pack, update: list[Tensor], grads: list[Tensor], group: Group) -> Tensor:
-    weight = part.measure(L2(), part.params)
+def _trust(part: Pack, update: list[Tensor], grads: list[Tensor], group: Group, weights: list[Tensor]) -> Tensor:
+    weight = part.measure(L2(), weights)
     if group["scale"] == "relative":
         length = part.measure(L2(), update)
         least = RELATIVE_FLOOR * math.prod(part.view.block_shape) ** 0.5
@@ -147,24 +152,25 @@ def _radii(part: Pack, states: States) -> Tensor:
 
 
 def _apply(
-    part: Pack, update: list[Tensor], factor: float | Tensor, states: States, group: Group, on_update: Update | None
+    part: Pack, weights: list[Tensor], update: list[Tensor], factor: float | Tensor, states: States, group: Group, on_update: Update | None
 ) -> None:
-    params, lr = part.params, float(group["lr"])
+    """Decay, step and hold; ``weights`` are the parameters, or what stands for them until they are rounded."""
+    lr = float(group["lr"])
     if isinstance(factor, Tensor):
         update = _scaled(part, update, factor)
         factor = 1.0
     if group["velocity"]:
         update, factor = _accelerate(update, lr * factor, states, group), 1.0
         lr = 1.0
-    before = part.measure(L2(), params) if group["hold"] == "radial_brake" else None
-    _decay(params, update, group)
+    before = part.measure(L2(), weights) if group["hold"] == "radial_brake" else None
+    _decay(weights, update, group)
     if on_update is None:
-        torch._foreach_add_(params, [u.to(p.dtype) for u, p in zip(update, params, strict=True)], alpha=-lr * factor)
+        torch._foreach_add_(weights, [u.to(w.dtype) for u, w in zip(update, weights, strict=True)], alpha=-lr * factor)
     else:
-        change: list[Tensor] = list(torch._foreach_mul([u.to(p.dtype) for u, p in zip(update, params, strict=True)], -lr * factor))
+        change: list[Tensor] = list(torch._foreach_mul([u.to(w.dtype) for u, w in zip(update, weights, strict=True)], -lr * factor))
         on_update(part, change)
-        torch._foreach_add_(params, change)
-    _hold(part, states, group, before)
+        torch._foreach_add_(weights, change)
+    _hold(part, weights, states, group, before)
 
 
 def _scaled(part: Pack, update: list[Tensor], factor: Tensor) -> list[Tensor]:
@@ -181,27 +187,27 @@ def _accelerate(update: list[Tensor], lr: float, states: States, group: Group) -
     return velocities
 
 
-def _decay(params: list[Tensor], update: list[Tensor], group: Group) -> None:
+def _decay(weights: list[Tensor], update: list[Tensor], group: Group) -> None:
     share = float(group["lr"]) * group["weight_decay"]
     if group["hold"] == "frank_wolfe":
-        torch._foreach_mul_(params, 1 - float(group["lr"]))
+        torch._foreach_mul_(weights, 1 - float(group["lr"]))
     if not share:
         return
     if group["decay"] == "weight":
-        torch._foreach_mul_(params, 1 - share)
+        torch._foreach_mul_(weights, 1 - share)
     elif group["decay"] == "cautious":
-        for p, u in zip(params, update, strict=True):
-            p.sub_(p * (p * u > 0), alpha=share)
+        for w, u in zip(weights, update, strict=True):
+            w.sub_(w * (w * u > 0), alpha=share)
 
 
-def _hold(part: Pack, states: States, group: Group, before: Tensor | None) -> None:
+def _hold(part: Pack, weights: list[Tensor], states: States, group: Group, before: Tensor | None) -> None:
     hold = group["hold"]
     if hold in ("none", "frank_wolfe"):
         return
     if hold == "row_floor":
-        _floor_rows(part, states, group["limit"])
+        _floor_rows(part, weights, states, group["limit"])
         return
-    value = part.measure(L2(), part.params)
+    value = part.measure(L2(), weights)
     if hold == "sphere":
         factor = radial_factor(value, _radii(part, states))
     elif hold == "ball":
@@ -210,13 +216,13 @@ def _hold(part: Pack, states: States, group: Group, before: Tensor | None) -> No
         assert before is not None
         grown = value - before
         factor = radial_factor(value, before + torch.where(grown > 0, group["limit"] * grown, grown))
-    part.scale_(part.params, factor)
+    part.scale_(weights, factor)
 
 
-def _floor_rows(part: Pack, states: States, limit: float) -> None:
-    blocks = part.gather(part.params)
+def _floor_rows(part: Pack, weights: list[Tensor], states: States, limit: float) -> None:
+    blocks = part.gather(weights)
     rows = blocks.reshape(-1, blocks.shape[2])
     floor = (_radii(part, states) * limit / blocks.shape[1] ** 0.5).repeat_interleave(blocks.shape[1])
     value = L2().measure(rows)
     factor = torch.where(value < floor, radial_factor(value, floor), 1.0)
-    part.write_(part.params, (up(rows) * factor[:, None]).to(rows.dtype).view_as(blocks))
+    part.write_(weights, (up(rows) * factor[:, None]).to(rows.dtype).view_as(blocks))

@@ -17,6 +17,7 @@ class Common(TypedDict, total=False):
     stop: int | None
     layout: Layout | None
     optional: bool
+    rounding: str
 
 
 EVERYTHING = "role:all"

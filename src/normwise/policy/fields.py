@@ -10,6 +10,7 @@ from torch import Tensor
 from normwise import schedules
 from normwise.errors import NormError, PolicyError, nearest
 from normwise.layouts import Layout
+from normwise.narrow import ROUNDINGS
 from normwise.norms import FORMS, L1, L2, NORMS, SETS, Box, LInf, Norm, Set, get_norm
 from normwise.policy import select
 from normwise.policy.select import Selector
@@ -117,10 +118,7 @@ def convert_selector(selector: Any) -> Any:
         return None
     if isinstance(selector, list | tuple) and not selector:
         raise PolicyError("an empty list of selectors selects nothing: leave it out for the default.")
-    try:
-        select.check_selector(selector)
-    except (OverflowError, RecursionError) as error:
-        raise PolicyError(f"{selector!r} is no regular expression: {error}.") from error
+    select.check_selector(selector)
     return tuple(selector) if isinstance(selector, list) else selector
 
 
@@ -233,6 +231,10 @@ def convert_tolerance(value: Any) -> float:
     if tolerance and not 0.01 <= tolerance < 1:
         raise PolicyError(f"tolerance is {tolerance:g}, but tolerance must be 0 (exact) or in [0.01, 1): less is not promised.")
     return tolerance
+
+
+def convert_rounding(value: Any) -> str:
+    return word(value, "rounding", tuple(ROUNDINGS))
 
 
 def positive(what: str) -> Callable[[Any], float]:

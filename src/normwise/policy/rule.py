@@ -43,8 +43,8 @@ NEEDS = {
 
 USES = {
     "penalty": {"strength", "norm", "per", "heads", "power", "center"},
-    "weight_decay": {"strength", "center"},
-    "prox": {"strength", "norm", "per", "heads", "power", "center"},
+    "weight_decay": {"strength", "center", "rounding"},
+    "prox": {"strength", "norm", "per", "heads", "power", "center", "rounding"},
     "clip_norm": {"radius", "norm", "per", "heads", "min_radius", "rate", "floor", "center"},
     "project": {"radius", "norm", "per", "heads", "floor", "center", "tolerance"},
     "normalize": {"radius", "norm", "per", "heads", "rate", "floor", "center"},
@@ -112,6 +112,8 @@ class Rule:
     tolerance: for projecting weights under the spectral norm: the share of the radius by which σ₁ may exceed it for the sake of speed;
         default 0, exact. From 0.01 on, singular vectors are followed from step to step instead of decomposing.
     rate: the share of the way to the wanted norm that is gone at each step; default 1, all of it (Keras's MinMaxNorm).
+    rounding: of fp16 and bf16 weights after weight_decay and prox: "nearest", which loses what is below half an ulp, "stochastic", or
+        "compensated", which carries it over; see ``normwise.narrow``.
     every, start, stop: acts on steps ``start, start + every, ...`` below ``stop``; by default on all.
     layout: the axes of the matched parameters stated by hand, where the module's type does not tell them.
     optional: True lets a selector of a list, or the exclusion, match nothing, as long as the rule as a whole matches something.
@@ -133,6 +135,7 @@ class Rule:
     min_radius: Field[float | None, float | None] = Field(kinds.optional(kinds.positive("min_radius")), None)
     tolerance: Field[float, float] = Field(kinds.convert_tolerance, 0.0)
     rate: Field[float, float] = Field(kinds.convert_rate, 1.0)
+    rounding: Field[str, str] = Field(kinds.convert_rounding, "nearest")
     every: Field[int, int] = Field(kinds.steps("every", 1), 1)
     start: Field[int, int] = Field(kinds.steps("start", 0), 0)
     stop: Field[int | None, int | None] = Field(kinds.optional(kinds.steps("stop", 1)), None)
@@ -366,6 +369,7 @@ def _norm_label(rule: Rule) -> str:
 def _amount_label(rule: Rule) -> str:
     around = " around init" if rule.center == "init" else " around given weights" if rule.center else ""
     around += f" at rate {rule.rate:g}" if rule.rate != 1 else ""
+    around += f", rounding {rule.rounding}" if rule.rounding != "nearest" else ""
     if rule.action in ("cpr", "qk_clip"):
         rate = f" at rate {schedules.label(rule.strength)}" if rule.action == "cpr" else " on queries alone" if rule.power == 2 else ""
         return f"<= {schedules.label(rule.radius)}{rate}"

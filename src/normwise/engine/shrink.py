@@ -1,0 +1,95 @@
+"""Rules that shrink weights by a little at each step, decoupled from the gradient: weight decay and prox, in any rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwise import actions
+from normwise.engine.bound import BoundRule, _recenter_
+from normwise.engine.pack import Pack
+from normwise.engine.turn import Turn
+from normwise.narrow import memory, narrow_, rounds, widened
+from normwise.norms import Norm, Radius
+from normwise.norms.reduce import may_branch
+from normwise.policy import Rule
+from normwise.policy.inventory import Entry
+
+SHRINKING = ("weight_decay", "prox")
+
+
+class Shrinking(BoundRule):
+    """``weight_decay`` and ``prox``. With ``rounding``, each fp16 or bf16 weight has in ``store`` what that needs to remember."""
+
+    def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
+        super().__init__(rule, entries, owner, index)
+        for k, m in enumerate(self.members):
+            needed = memory(m.param, rule.rounding, 4096 * index + k)
+            if needed:
+                self.store[m.name] = needed
+
+    def _run_pack(self, part: Pack, turn: Turn) -> None:
+        states = [self.store.get(m.name, {}) for m in part.members]
+        if rounds(states) and turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
+            return    # what is remembered advances where the step happens
+        weights = widened(part.params, states)
+        if self.phase == "decay":
+            self._decay(part, weights, turn)
+        else:
+            self._prox(part, weights, turn)
+        narrow_(part.params, weights, states)
+
+    def _decay(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
+        strength = self.strength(turn)
+        for eta, chosen in _by_rate(part, turn):
+            share = eta * strength if turn.happened is None else eta * strength * turn.happened.to(weights[0].device)
+            mine, centers = [weights[i] for i in chosen], [c for i in chosen if (c := part.members[i].center) is not None]
+            if centers:
+                pull = torch._foreach_sub(mine, centers)
+                torch._foreach_mul_(pull, -share)
+                torch._foreach_add_(mine, pull)
+            else:
+                _shrink_(mine, 1 - share)
+
+    def _prox(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
+        strength = self.strength(turn)
+        if self.flat:
+            self._prox_members(part, weights, turn.rate(part.members[0]) * strength, turn)
+            return
+        for eta, chosen in _by_rate(part, turn):
+            mine = part if len(chosen) == len(part.members) else Pack([part.members[i] for i in chosen])
+            self._prox_members(mine, [weights[i] for i in chosen], eta * strength, turn)
+
+    def _prox_members(self, part: Pack, weights: list[Tensor], step: Radius, turn: Turn) -> None:
+        assert isinstance(self.norm, Norm)
+        if turn.happened is not None:
+            step = step * turn.happened
+        centers = [m.center for m in part.members if m.center is not None]
+        offsets = list(torch._foreach_sub(weights, centers)) if centers else weights
+        blocks = part.gather(offsets)
+        moved = actions.prox(self.norm, blocks, step.expand(len(blocks)) if isinstance(step, Tensor) else step, self.rule.power)
+        if centers:
+            _recenter_(weights, centers, offsets, part.split(moved))
+        else:
+            part.write_(weights, moved)
+
+
+def _by_rate(part: Pack, turn: Turn) -> list[tuple[Any, list[int]]]:
+    """The step sizes η of a pack, each with the members that have it, by their place."""
+    places: dict[Any, list[int]] = {}
+    rates: dict[Any, Any] = {}
+    for i, m in enumerate(part.members):
+        eta = turn.rate(m)
+        key = id(eta) if isinstance(eta, Tensor) else eta
+        rates[key] = eta
+        places.setdefault(key, []).append(i)
+    return [(rates[key], chosen) for key, chosen in places.items()]
+
+
+def _shrink_(weights: list[Tensor], factor: Any) -> None:
+    if isinstance(factor, Tensor):
+        factor = factor.to(weights[0].device)
+    torch._foreach_mul_(weights, factor)
