@@ -205,6 +205,7 @@ class Control:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             turn.happened = 1 - found_inf.clamp(max=1)
+        self.engine.foresee(turn)
         self._unscale(k, optimizer)
         return turn
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 4000
+"""Characters of a message: what is given may be a book, and its beginning and end tell which."""
+
 
 class NormwiseError(Exception):
     """Base of every error that normwise raises on purpose; its message is one clear sentence."""
+
+    def __init__(self, message: str = "") -> None:
+        half = LONGEST // 2 - 10
+        super().__init__(message if len(message) <= LONGEST else f"{message[:half]} [...] {message[-half:]}")
 
 
 class PolicyError(NormwiseError, ValueError):

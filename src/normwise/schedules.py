@@ -70,10 +70,13 @@ def varying(value: object, what: str, *, zero: bool = False) -> Varying:
 
 
 def at(value: Varying, step: int, what: str = "a schedule") -> float:
-    """The number that holds at ``step``. A schedule that gives NaN, an infinity or a negative number: PolicyError."""
+    """The number that holds at ``step``. A schedule that raises or gives NaN, an infinity or a negative number: PolicyError."""
     if not callable(value):
         return value
-    given = value(step)
+    try:
+        given = value(step)
+    except Exception as error:
+        raise PolicyError(f"{what} failed at step {step}: {type(error).__name__}: {error}.") from error
     try:
         result = float(given)
     except (TypeError, ValueError):

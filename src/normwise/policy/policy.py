@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from normwise.policy.explain import Explanation
 
 PolicyLike: TypeAlias = Union["Policy", Rule, Iterable["PolicyLike"]]
-MOST_NESTING = 16
+MOST_NESTING, MOST_RULES = 16, 10_000
+"""Far above any policy; what is beyond them loops or never ends."""
 
 
 class Policy:
@@ -33,7 +35,9 @@ class Policy:
 
     def __init__(self, rules: PolicyLike = (), roles: Mapping[Any, str] | None = None) -> None:
         inherited: dict[Any, str] = {}
-        self.rules: tuple[Rule, ...] = tuple(_flat(rules, inherited))
+        self.rules: tuple[Rule, ...] = tuple(itertools.islice(_flat(rules, inherited), MOST_RULES + 1))
+        if len(self.rules) > MOST_RULES:
+            raise PolicyError(f"a policy holds {MOST_RULES} rules at most, given more: {_short(rules)}.")
         self.roles: dict[Any, str] = {**inherited, **_checked_roles(roles or {})}
 
     def __iter__(self) -> Iterator[Rule]:
@@ -113,8 +117,15 @@ def _flat(rules: Any, roles: dict[Any, str], depth: int = 0) -> Iterator[Rule]:
         raise PolicyError(f"a policy holds rules and lists of rules, given {_short(rules)}.{hint}")
     if isinstance(rules, Policy):
         roles.update(rules.roles)
-    for rule in rules:
+    for rule in _items(rules):
         yield from _flat(rule, roles, depth + 1)
+
+
+def _items(rules: Iterable[Any]) -> Iterator[Any]:
+    try:
+        return iter(rules)
+    except TypeError:    # a tensor of no dimensions says that it can be iterated over
+        raise PolicyError(f"a policy holds rules and lists of rules, given {_short(rules)}.") from None
 
 
 def _short(value: object) -> str:

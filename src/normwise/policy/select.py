@@ -87,11 +87,18 @@ def _predicate(one: Any) -> Predicate:
     if isinstance(one, type) and issubclass(one, nn.Module):
         return lambda entry: any(isinstance(owner, one) for owner in entry.owners)
     if callable(one) and not isinstance(one, type | nn.Module):
-        return lambda entry: bool(one(entry))
+        return lambda entry: _judged(one, entry)
     raise PolicyError(
         f"{one!r} selects no parameters: a selector is a glob such as 'fc*', 're:...', 'role:...', 'class:...', "
         "a compiled pattern, a module class, a function of an entry, or a list of these."
     )
+
+
+def _judged(predicate: Predicate, entry: Entry) -> bool:
+    try:
+        return bool(predicate(entry))
+    except Exception as error:
+        raise PolicyError(f"the selector {_shown(predicate)} failed on {entry.name!r}: {type(error).__name__}: {error}.") from error
 
 
 def _from_text(text: str) -> Predicate:
@@ -109,7 +116,7 @@ def _from_text(text: str) -> Predicate:
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise PolicyError(f"'re:{pattern}' is no regular expression: {error}.") from error
 
 
