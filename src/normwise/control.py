@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normwise.engine import Engine, Turn, field
+from normwise.engine import Engine, Turn, field, given, states
 from normwise.engine.finite import OnNonFinite, check_choice
 from normwise.engine.marks import Marks
 from normwise.engine.measures import NormLog, NormReport
@@ -22,7 +22,6 @@ from normwise.policy import Policy, Rule
 from normwise.policy.inventory import Inventory, clean_name
 
 Closure = Callable[[], Any]
-OWN_THEIR_ITERATES = ("LBFGS", "ScheduleFree")
 VERSION = 1
 """Of the form of the control's state."""
 
@@ -56,13 +55,16 @@ def attach(
             under ``radius="init"``; before anything is changed or hooked.
         LayoutError: a block that a parameter does not have, or whose axes nobody stated.
 
+    Parameters that are added to the model and its optimizer later, frozen, unfrozen or replaced, are noticed at the next step: the rules
+    are bound again and keep what they know by name. Of a new name ``"init"`` means the weights at that step; frozen ones are left alone.
+
     With a GradScaler nothing changes either: rules see unscaled gradients. Only where one global gradient norm spans several optimizers,
     call ``scaler.unscale_`` on each of them before the first step, as torch asks for any clipping across optimizers.
 
     >>> control = nw.attach(model, optimizer, [nw.max_norm(3.0), nw.clip_grad_norm(1.0)])
     """
     check_choice(on_nonfinite)
-    return Control(model, _optimizers(optimizer), Policy(policy), on_nonfinite, log, timed)
+    return Control(model, given.optimizers(optimizer), Policy(policy), on_nonfinite, log, timed)
 
 
 @dataclass
@@ -89,23 +91,42 @@ class Control:
         self, model: nn.Module, optimizers: list[Optimizer], policy: Policy, on_nonfinite: OnNonFinite, log: bool, timed: bool
     ) -> None:
         self.policy, self.optimizers = policy, optimizers
-        self.inventory = Inventory(model, policy.roles)
-        self._names = {id(module): clean_name(name) for name, module in model.named_modules(remove_duplicate=False)}
-        self.engine = Engine(self.inventory, policy, optimizers)
-        _refuse_iterate_owners(self.engine, optimizers)
+        self._model = model
+        self._kept: list[states.Saved] = [{} for _ in policy]
+        self._bind(log, resting=False)
         self.on_nonfinite = on_nonfinite
         self.seconds = 0.0
         """Time spent in the hooks, with ``timed=True``."""
         self._timed = timed
-        self._log = NormLog(self.inventory, self.engine.owner) if log else None
         self._counters = [_Counter() for _ in optimizers]
         self._turns: dict[int, Turn | None] = {}
         self._decayed: set[int] = set()
         self._ready: dict[int, Marks] = {}
-        self._nests = [_may_nest(type(o)) for o in optimizers]
+        self._nests = [given.may_nest(type(o)) for o in optimizers]
         self._depth: dict[int, int] = {}
         self._open: dict[int, Marks] = {}
         self._handles = [h for k, o in enumerate(optimizers) for h in self._hook(k, o)]
+
+    def _bind(self, log: bool, resting: bool) -> None:
+        """Finds the parameters of the rules; nothing is changed where that is refused."""
+        inventory = Inventory(self._model, self.policy.roles)
+        engine = Engine(inventory, self.policy, self.optimizers, resting)
+        given.refuse_iterate_owners(engine, self.optimizers)
+        self.inventory, self.engine = inventory, engine
+        self._names = {id(module): clean_name(name) for name, module in self._model.named_modules(remove_duplicate=False)}
+        self._log = NormLog(inventory, engine.owner) if log else None
+
+    def _follow(self) -> None:
+        """Binds the rules anew where parameters were added, frozen, unfrozen, replaced or taken away; what was known stays, by name."""
+        if not self.engine.outdated(self._model):
+            return
+        known, inline = self._states(), self.engine.inline
+        self._bind(self._log is not None, resting=True)
+        self.engine.inline = inline
+        self._ready.clear()
+        self._kept = [states.beyond(kept, b) for kept, b in zip(known, self.engine.rules, strict=True)]
+        for bound, kept in zip(self.engine.rules, known, strict=True):
+            states.carry_over(bound, kept)
 
     # ------------------------------------------------------------------------------------------------ hooks
 
@@ -134,6 +155,7 @@ class Control:
         if self._nests[k] and self._within(k, closure):
             self._depth[k] += 1
             return None
+        self._follow()
         self._turns[k], self._depth[k] = None, 0
         self._decayed.discard(k)
         if closure is None:
@@ -284,16 +306,10 @@ class Control:
     def state_dict(self) -> dict[str, Any]:
         """Step counts, and by parameter name the radii and centers stored at attach and what rules found in training. Plain tensors and
         numbers: safe to load weights-only."""
-        rules = [
-            {
-                "label": b.rule.label(),
-                "radius": {m.name: m.radius.clone() for m in b.members if m.radius is not None},
-                "center": {m.name: m.center.clone() for m in b.members if m.center is not None},
-                "found": {name: {what: t.clone() for what, t in found.items()} for name, found in b.store.items()},
-            }
-            for b in self.engine.rules
-        ]
-        return {"version": VERSION, "steps": [c.steps() for c in self._counters], "rules": rules}
+        return {"version": VERSION, "steps": [c.steps() for c in self._counters], "rules": self._states()}
+
+    def _states(self) -> list[states.Saved]:
+        return [states.together(kept, states.state_of(b)) for kept, b in zip(self._kept, self.engine.rules, strict=True)]
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -301,6 +317,7 @@ class Control:
         _check_state(state, self)
         for counter, steps in zip(self._counters, state["steps"], strict=True):
             counter.calls, counter.skips = int(steps), None
+        self._kept = [states.beyond(saved, b) for saved, b in zip(state["rules"], self.engine.rules, strict=True)]
         for bound, saved in zip(self.engine.rules, state["rules"], strict=True):
             bound.restore(saved)
 
@@ -309,6 +326,13 @@ class Control:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Neither copied nor pickled: a copy of an optimizer has no hooks, so a copied control would hold nothing."""
+        raise PolicyError(
+            "a control cannot be copied or pickled, since torch copies optimizers without their hooks. Attach its policy to the copies: "
+            "twin = nw.attach(model_copy, optimizer_copy, control.policy); twin.load_state_dict(control.state_dict())."
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -326,63 +350,12 @@ def _skips_itself(turn: Turn) -> bool:
     return turn.happened is not None
 
 
-def _optimizers(given: Any) -> list[Optimizer]:
-    several = isinstance(given, Iterable) and not isinstance(given, str) and _hooked(given) is None
-    found = [_unwrapped(o) for o in (given if several else [given])]
-    if not found:
-        raise PolicyError("no optimizer was given: attach(model, optimizer, policy) takes one or a list of several.")
-    if len({id(o) for o in found}) < len(found):
-        raise PolicyError("an optimizer was given twice, and its rules would act twice a step: give each once.")
-    return found
-
-
-def _hooked(optimizer: Any) -> Any:
-    """What has step hooks: the optimizer, or the one that Accelerate's and Lightning's wrappers keep in ``.optimizer``; else None."""
-    while not hasattr(optimizer, "register_step_pre_hook"):
-        if (optimizer := getattr(optimizer, "optimizer", None)) is None:
-            return None
-    return optimizer
-
-
-def _unwrapped(given: Any) -> Optimizer:
-    if (optimizer := _hooked(given)) is None:
-        raise PolicyError(f"{given!r} is no optimizer with step hooks: attach(model, optimizer, policy) needs a torch.optim.Optimizer.")
-    return optimizer
-
-
-def _may_nest(cls: type) -> bool:
-    """Whether an optimizer's class has a ``step`` of its own over that of another optimizer, which it may call."""
-    return sum("step" in vars(base) for base in cls.__mro__ if base is not Optimizer) > 1
-
-
-def _refuse_iterate_owners(engine: Engine, optimizers: Sequence[Optimizer]) -> None:
-    for bound in engine.phase("update"):
-        for k in {m.optimizer for m in bound.members}:
-            name = type(optimizers[k]).__name__
-            if any(owner in name for owner in OWN_THEIR_ITERATES):
-                raise PolicyError(
-                    f"rule '{bound.rule.label()}' would change the updates of {name}, which keeps its own iterates and would drift apart "
-                    "from them: use on='grad' or on='weight'."
-                )
-
-
 def _check_state(state: Any, control: Control) -> None:
     """Everything that could fail in loading, before anything is loaded."""
-    given = state if isinstance(state, Mapping) else {}
-    steps, rules = given.get("steps"), given.get("rules")
-    if given.get("version") != VERSION or not isinstance(steps, list) or not isinstance(rules, list):
+    saved = state if isinstance(state, Mapping) else {}
+    steps, rules = saved.get("steps"), saved.get("rules")
+    if saved.get("version") != VERSION or not isinstance(steps, list) or not isinstance(rules, list):
         raise PolicyError(f"the state is none that Control.state_dict() of this version ({VERSION}) gives.")
-    labels, expected = [r.get("label") for r in rules], [b.rule.label() for b in control.engine.rules]
-    if labels != expected:
-        raise PolicyError(f"the state belongs to the rules {labels}, but this control has {expected}.")
     if len(steps) != len(control.optimizers):
         raise PolicyError(f"the state is of {len(steps)} optimizers, this control has {len(control.optimizers)}.")
-    for bound, saved in zip(control.engine.rules, rules, strict=True):
-        for m, what in ((m, what) for m in bound.members for what in ("radius", "center")):
-            own, kept = getattr(m, what), saved.get(what, {}).get(m.name)
-            if own is not None and (kept is None or kept.shape != own.shape):
-                raise PolicyError(f"the state has no fitting {what} for {m.name!r} in rule '{bound.rule.label()}'.")
-        for name, what, own in ((name, what, t) for name, found in bound.store.items() for what, t in found.items()):
-            kept = saved.get("found", {}).get(name, {}).get(what)
-            if not isinstance(kept, Tensor) or not bound.fits(own, kept):
-                raise PolicyError(f"the state has no fitting {what} for {name!r} in rule '{bound.rule.label()}'.")
+    states.check_rules(control.engine.rules, rules)

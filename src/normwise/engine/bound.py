@@ -31,7 +31,7 @@ class BoundRule:
         self.phase = rule.phase
         self.flat = rule.per == "global" and rule.action != "weight_decay"
         members = [self._member(e, owner[id(e.param)]) for e in entries]
-        self.packs = pack(members, self.flat)
+        self.packs = pack(members, self.flat) if members else []
         self.optimizers = frozenset(m.optimizer for m in members)
         self._acted: dict[int, list[Tensor]] = {}
         self._inline_turn: Turn | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,14 +25,18 @@ from normwise.schedules import at
 
 
 class Engine:
-    """A policy bound to the parameters that some optimizers hold. Binding checks everything and changes nothing."""
+    """A policy bound to the parameters that some optimizers hold. Binding checks everything and changes nothing.
 
-    def __init__(self, inventory: Inventory, policy: Policy, optimizers: Sequence[Optimizer]) -> None:
+    resting: a rule may have nothing to act on because all that it matches is frozen, as it may be for a while in training.
+    """
+
+    def __init__(self, inventory: Inventory, policy: Policy, optimizers: Sequence[Optimizer], resting: bool = False) -> None:
         self.inventory, self.policy, self.optimizers = inventory, policy, list(optimizers)
         self.owner = _owners(inventory, self.optimizers)
-        targets = [(rule, self._targets(rule)) for rule in policy]
+        targets = [(rule, self._targets(rule, resting)) for rule in policy]
         check([(rule, {e.name for e in entries}) for rule, entries in targets])
         self.rules = [_kind(rule)(rule, entries, self.owner, i) for i, (rule, entries) in enumerate(targets)]
+        self._seen = _trainable(self.optimizers)
         self._params = [list(self.held(k).values()) for k in range(len(self.optimizers))]
         self.spanning = any(_spans(b) for b in self.phase("penalty", "gradient"))
         _refuse_spanning(self.phase("update", "prox"))
@@ -45,7 +50,21 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ binding
 
-    def _targets(self, rule: Rule) -> list[Entry]:
+    def outdated(self, model: nn.Module) -> bool:
+        """Whether an optimizer holds a parameter of the model that was not there, or was frozen, when the rules were bound; or whether one
+        that they act on is frozen, or held no longer."""
+        now = _trainable(self.optimizers)
+        if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
+            return False
+        known = {id(p) for p in self._seen} | {id(m.param) for b in self.rules for m in b.members}
+        held = {id(p) for p in now}
+        gone = any(id(m.param) not in held for b in self.rules for m in b.members)
+        if gone or any(id(p) in held - known for p in model.parameters()):
+            return True
+        self._seen = now
+        return False
+
+    def _targets(self, rule: Rule, resting: bool) -> list[Entry]:
         matched = rule.targets(self.inventory.entries)
         trainable = [e for e in matched if e.param.requires_grad]
         held = [e for e in trainable if id(e.param) in self.owner]
@@ -55,7 +74,7 @@ class Engine:
                 f"rule '{rule.label()}' matches {missing}, which no given optimizer holds, so nothing would act there. "
                 "Give the optimizer too, or narrow params=; a role ('role:matrix', the default) takes only what the optimizers hold."
             )
-        if not held:
+        if not held and not (resting and not trainable):
             why = "frozen (requires_grad=False)" if not trainable else "held by no given optimizer"
             names = ", ".join(e.name for e in matched[:10])
             raise PolicyError(f"rule '{rule.label()}' has nothing to act on: all it matches ({names}) is {why}.")
@@ -173,6 +192,10 @@ class Engine:
 
 def _kind(rule: Rule) -> Callable[..., BoundRule]:
     return Shrinking if rule.action in SHRINKING else bind
+
+
+def _trainable(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [p for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad]
 
 
 def _owners(inventory: Inventory, optimizers: Sequence[Optimizer]) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -80,7 +81,7 @@ class NormOptimizer(Optimizer):
 
     @property
     def control(self) -> Any:
-        """The :class:`normwise.Control` of ``policy=``; None without one, and after a deep copy, which torch makes without hooks."""
+        """The :class:`normwise.Control` of ``policy=``; None without one, and in a copy, which torch makes without hooks."""
         return getattr(self, "_policy_control", None)
 
     # ------------------------------------------------------------------------------------------------ groups
@@ -145,7 +146,11 @@ class NormOptimizer(Optimizer):
         finally:
             handle.remove()
         self._restore_wide(seen[0])
-        if self.control is not None and "policy" in state_dict:
+        if "policy" not in state_dict:
+            return
+        if self.control is None:
+            warnings.warn("the state is of an optimizer with policy=, and this one has none: the rules' state is left out.", stacklevel=2)
+        else:
             self.control.load_state_dict(state_dict["policy"])
 
     def _restore_wide(self, saved: Mapping[str, Any]) -> None:
@@ -156,6 +161,16 @@ class NormOptimizer(Optimizer):
             for name in WIDE_STATE:
                 if name in saved["state"].get(i, {}):
                     self.state[p][name] = saved["state"][i][name].to("cpu" if name == NOISE else p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.control is not None:
+            warnings.warn(
+                "the copy of this optimizer has no policy=, since torch copies optimizers without hooks: its bounds do not hold. Attach it: "
+                "nw.attach(model_copy, optimizer_copy, optimizer.control.policy).load_state_dict(optimizer.control.state_dict()).",
+                stacklevel=3,
+            )
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
