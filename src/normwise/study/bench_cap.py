@@ -10,6 +10,7 @@ matrices were cut a step, and in fp32 the largest σ₁ / r after any step, the 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -54,26 +55,32 @@ class Setting:
 
 @dataclass
 class Measured:
-    """Sums over the steps after the first few, in seconds, and what was seen at every step."""
+    """Seconds of each step after the first few and of the control in it, and what was seen at every step."""
 
     parameters: int
-    whole: float = 0.0
-    own: float = 0.0
+    whole: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     cut: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of medians, since a step in which somebody else took the machine says nothing."""
+        return statistics.median(self.own) / statistics.median(self.whole)
 
 
 def _row(setting: Setting, steps: int, exact_steps: int) -> dict[str, Any]:
     tracked = _train(setting, steps, SETTLE)
     row = {
         "network": setting.network, "radii": setting.radii, "forward": "bf16" if setting.bf16 else "fp32", "parameters": tracked.parameters,
-        "step_ms": 1e3 * tracked.whole / steps, "control_ms": 1e3 * tracked.own / steps, "share": tracked.own / tracked.whole, "bar": 0.03,
+        "step_ms": 1e3 * statistics.median(tracked.whole), "control_ms": 1e3 * statistics.median(tracked.own), "share": tracked.share,
+        "bar": 0.03,
         "cut_a_step": tracked.cut / (steps + SETTLE),
     }  # fmt: skip
     if setting.bf16:
         return row
     exact = _train(replace(setting, tolerance=0.0), exact_steps, 1)
-    return row | {"largest_sigma_over_cap": max(tracked.sigmas), "sigma_bar": 1.01, "exact_share": exact.own / exact.whole}
+    return row | {"largest_sigma_over_cap": max(tracked.sigmas), "sigma_bar": 1.01, "exact_share": exact.share}
 
 
 def _train(setting: Setting, steps: int, settle: int) -> Measured:
@@ -91,7 +98,8 @@ def _train(setting: Setting, steps: int, settle: int) -> Measured:
     for i in range(steps + settle):
         whole, own = _step(net, optimizer, next(batches), control, setting.bf16)
         if i >= settle:
-            measured.whole, measured.own = measured.whole + whole, measured.own + own
+            measured.whole.append(whole)
+            measured.own.append(own)
         measured.cut += sum(control.violations().values())
         if setting.tolerance and not setting.bf16:
             measured.sigmas.append(max(_sigma(e) / r for e, r in zip(matrices, limits, strict=True)))
