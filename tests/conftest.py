@@ -25,6 +25,14 @@ def coverage(request: pytest.FixtureRequest) -> Callable[..., None]:
     return partial(record, request.node.user_properties)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``long`` run where the command line names the mark, as ``make test-long`` does."""
+    if "long" in config.option.markexpr:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints what the passed tests recorded; under pytest-xdist this runs in the controller, which has every report."""
     tables = collect(terminalreporter.stats.get("passed", []))

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "normwise"
-BESIDE = {"narrow": "actions", "radii": "schedules", "clipping": "control", "integrations": "study"}
+BESIDE = {"checkpoints": "errors", "narrow": "actions", "radii": "schedules", "clipping": "control", "integrations": "study"}
 """Small modules that the page does not name, with the layer that they stand beside."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from normwise.engine import finite
 from normwise.engine.bound import BoundRule
 from normwise.engine.field import bind, refuse_foreign_decay
 from normwise.engine.pack import Pack
-from normwise.engine.shrink import SHRINKING, Shrinking
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
 from normwise.norms.reduce import may_branch
@@ -35,7 +34,7 @@ class Engine:
         self.owner = _owners(inventory, self.optimizers)
         targets = [(rule, self._targets(rule, resting)) for rule in policy]
         check([(rule, {e.name for e in entries}) for rule, entries in targets])
-        self.rules = [_kind(rule)(rule, entries, self.owner, i) for i, (rule, entries) in enumerate(targets)]
+        self.rules = [bind(rule, entries, self.owner, i) for i, (rule, entries) in enumerate(targets)]
         self._seen = _trainable(self.optimizers)
         self._params = [list(self.held(k).values()) for k in range(len(self.optimizers))]
         self.spanning = any(_spans(b) for b in self.phase("penalty", "gradient"))
@@ -188,10 +187,6 @@ class Engine:
                         f"a gradient that rule '{bound.rule.label()}' needs dense is sparse (among {part.members[0].name}, ...): use "
                         "Embedding(sparse=False), or exclude the parameter."
                     )
-
-
-def _kind(rule: Rule) -> Callable[..., BoundRule]:
-    return Shrinking if rule.action in SHRINKING else bind
 
 
 def _trainable(optimizers: Sequence[Optimizer]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from normwise import actions
 from normwise.engine.bound import BoundRule, _grads, _now, _starts, _weights
 from normwise.engine.observe import OBSERVERS, State
 from normwise.engine.pack import Flat, Member, Pack
+from normwise.engine.shrink import SHRINKING, Shrinking
 from normwise.engine.tracked import TrackedCap
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError, nearest
@@ -27,6 +28,8 @@ from normwise.schedules import Init
 
 def bind(rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> BoundRule:
     """The bound form of a rule: what its radius or its action asks for."""
+    if rule.action in SHRINKING:
+        return Shrinking(rule, entries, owner, index)
     if rule.phase in ("cpr", "qk_clip"):
         return {"cpr": Constrained, "qk_clip": Heads}[rule.phase](rule, entries, owner, index)
     if rule.action == "penalty" and isinstance(rule.norm, Set):

@@ -165,7 +165,7 @@ class NormOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self.control is not None:
             warnings.warn(
-                "the copy of this optimizer has no policy=, since torch copies optimizers without hooks: its bounds do not hold. Attach it: "
+                "the copy of this optimizer has no policy=, since torch copies optimizers without hooks: its bounds do not hold. Attach: "
                 "nw.attach(model_copy, optimizer_copy, optimizer.control.policy).load_state_dict(optimizer.control.state_dict()).",
                 stacklevel=3,
             )

@@ -1,0 +1,150 @@
+"""A run killed with SIGKILL goes on from its last checkpoint and ends bit for bit as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kill_worker import EVERY, Run
+from normwise import NormwiseError, checkpoints
+
+WORKER = Path(__file__).with_name("kill_worker.py")
+
+
+def started(directory: Path, steps: int, *more: object) -> subprocess.Popen[str]:
+    command = [sys.executable, str(WORKER), str(directory), str(steps), *map(str, more)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def lines_until(process: subprocess.Popen[str], last: str) -> list[str]:
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.strip())
+        if lines[-1] == last:
+            break
+    return lines
+
+
+def killed(directory: Path, steps: int, at: int, delay: float) -> int:
+    """Starts, and kills after step ``at`` was told and ``delay`` seconds; returns the step that it went on from."""
+    process = started(directory, steps)
+    lines = lines_until(process, f"step {at}")
+    assert lines[-1] == f"step {at}", "\n".join(lines)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    return int(next(line for line in lines if line.startswith("from")).split()[1])
+
+
+def leaves(state: Any, path: str = "") -> dict[str, Any]:
+    """Every tensor and number of a nested state by its path."""
+    if isinstance(state, dict):
+        return {k: v for name, part in state.items() for k, v in leaves(part, f"{path}/{name}").items()}
+    if isinstance(state, list | tuple):
+        return {k: v for i, part in enumerate(state) for k, v in leaves(part, f"{path}/{i}").items()}
+    return {path: state}
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    one, two = leaves(a), leaves(b)
+
+    def equal(x: Any, y: Any) -> bool:
+        if isinstance(x, Tensor):
+            return isinstance(y, Tensor) and x.dtype == y.dtype and torch.equal(x, y)
+        return type(x) is type(y) and x == y
+
+    return [path for path in one.keys() | two.keys() if path not in one or path not in two or not equal(one[path], two[path])]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(kills: int, tmp_path: Path, coverage: Callable[..., None]) -> None:
+    """Killed at random moments, also while it saves; each time a new process goes on."""
+    steps, rng = 6 * kills + 4, random.Random(kills)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = Run()
+    for _ in range(steps):
+        whole.advance()
+    torch.set_num_threads(threads)
+    last, resumed = 0, 0
+    for kill in range(kills):
+        if kill % 5 == 1:
+            process = started(tmp_path, steps, last + 2 * EVERY)
+            out = process.communicate()[0]
+            assert process.returncode == -signal.SIGKILL, out
+            assert (tmp_path / "run.pt.new").stat().st_size < (tmp_path / "run.pt").stat().st_size, "half a file beside the whole one"
+            begun = int(next(line for line in out.splitlines() if line.startswith("from")).split()[1])
+        else:
+            begun = killed(tmp_path, steps, last + rng.randint(EVERY + 1, 2 * EVERY), rng.uniform(0, 0.01))
+        assert begun >= last or kill == 0
+        resumed += begun == last
+        last = checkpoints.load(tmp_path / "run.pt")["step"]
+        coverage("killed with SIGKILL and resumed", "while saving" if kill % 5 == 1 else "at a random step", "one process")
+    process = started(tmp_path, steps)
+    out = process.communicate()[0]
+    assert process.returncode == 0 and "ok True" in out and f"from {last}" in out, out
+    assert resumed == kills, "each process went on from the last checkpoint"
+    assert differences(checkpoints.load(tmp_path / "end.pt"), whole.state()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- states without pickle
+
+
+def test_flat_states_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """Named tensors of memory of their own, and one JSON text: what safetensors takes, and what it gives back."""
+    run = Run()
+    for _ in range(5):
+        run.advance()
+    state = run.state()
+    files = {name: checkpoints.flat(part) for name, part in state.items()}
+    resumed = Run()
+    for tensors, metadata in files.values():
+        assert all(t.is_contiguous() for t in tensors.values()) and all(isinstance(v, str) for v in metadata.values())
+        assert len({t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()}) == sum(t.numel() > 0 for t in tensors.values())
+    again = {name: checkpoints.nested(*parts) for name, parts in files.items()}
+    assert differences(again, state) == []
+    resumed.load(again)
+    for r in (run, resumed):
+        torch.set_rng_state(state["torch"])
+        for _ in range(5):
+            r.advance()
+    assert differences(run.state(), resumed.state()) == []
+
+
+def test_through_safetensors_itself(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed: its form is checked in the test above")
+    from safetensors.torch import save_file
+
+    run = Run()
+    run.advance()
+    state = run.state()
+    tensors, metadata = checkpoints.flat(state)
+    save_file(tensors, tmp_path / "run.safetensors", metadata)
+    with safetensors.safe_open(tmp_path / "run.safetensors", "pt") as file:
+        read = {name: file.get_tensor(name) for name in file.keys()}    # noqa: SIM118 - it is no mapping
+        assert differences(checkpoints.nested(read, file.metadata()), state) == []
+
+
+@pytest.mark.parametrize("metadata", [{}, {"normwise": "{"}, {"normwise": '["tensor", "gone"]'}, {"normwise": '["set", 1]'}, {"normwise": "[]"}])
+def test_what_flat_did_not_make_is_refused(metadata: dict[str, str]) -> None:
+    with pytest.raises(NormwiseError, match="none that normwise"):
+        checkpoints.nested({}, metadata)
+
+
+def test_what_needs_pickle_is_refused() -> None:
+    with pytest.raises(NormwiseError, match=r"state\.a\.1 is a set"):
+        checkpoints.flat({"a": [1, {2}]})
+    with pytest.raises(NormwiseError, match="the key"):
+        checkpoints.flat({(1, 2): 3})
