@@ -136,6 +136,8 @@ def _check(raw: RawImages) -> None:
             raise DataError(f"{raw.name}: the {name} part is empty; expected images.")
         if part.labels.min() < 0:
             raise DataError(f"{raw.name}: expected labels from 0 on, found {part.labels.min()} in the {name} part.")
+    if (highest := int(raw.train.labels.max())) >= len(raw.train):
+        raise DataError(f"{raw.name}: expected labels from 0 on without gaps, found {highest} among {len(raw.train)} training images.")
     counts = np.bincount(raw.train.labels)
     if len(counts) < 2 or counts.min() < _LEAST_PER_CLASS:
         scarce = int(counts.argmin())

@@ -26,7 +26,10 @@ _HELD_OUT = ("test", "validation")
 
 def is_dataset(source: str | Path) -> bool:
     """Whether a source is ``hf:NAME``, ``hf:FOLDER``, or a folder written by ``save_to_disk``."""
-    return str(source).startswith(_PREFIX) or any((Path(source) / name).is_file() for name in _SAVED)
+    try:
+        return str(source).startswith(_PREFIX) or any((Path(source) / name).is_file() for name in _SAVED)
+    except OSError:    # a name that is too long, or a folder that may not be entered: who reads it says so
+        return False
 
 
 def name_of(source: str | Path) -> str:
