@@ -42,8 +42,8 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
 
 
 def flat(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A state of nested dictionaries, lists, tensors and numbers as ``(tensors, metadata)``: named tensors, contiguous and of memory of their
-    own, and one JSON text that says where each belongs. NormwiseError for any other type."""
+    """A state of nested dictionaries, lists, tensors and numbers as ``(tensors, metadata)``: named tensors, contiguous and of memory of
+    their own, and one JSON text that says where each belongs. NormwiseError for any other type."""
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "state", tensors)
     return tensors, {KEY: json.dumps(tree)}
