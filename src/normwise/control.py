@@ -354,7 +354,8 @@ def _check_state(state: Any, control: Control) -> None:
     """Everything that could fail in loading, before anything is loaded."""
     saved = state if isinstance(state, Mapping) else {}
     steps, rules = saved.get("steps"), saved.get("rules")
-    if saved.get("version") != VERSION or not isinstance(steps, list) or not isinstance(rules, list):
+    counted = isinstance(steps, list) and all(type(n) is int and n >= 0 for n in steps)
+    if saved.get("version") != VERSION or not counted or not isinstance(rules, list):
         raise PolicyError(f"the state is none that Control.state_dict() of this version ({VERSION}) gives.")
     if len(steps) != len(control.optimizers):
         raise PolicyError(f"the state is of {len(steps)} optimizers, this control has {len(control.optimizers)}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -49,7 +49,7 @@ def _fits(bound: BoundRule, own: Mapping[str, Tensor], kept: Mapping[str, Tensor
 
 def check_rules(rules: Sequence[BoundRule], saved: Sequence[Mapping[str, Any]]) -> None:
     """PolicyError where saved states belong to other rules or parameters."""
-    labels, expected = [r.get("label") for r in saved], [b.rule.label() for b in rules]
+    labels, expected = [r.get("label") if isinstance(r, Mapping) else r for r in saved], [b.rule.label() for b in rules]
     if labels != expected:
         raise PolicyError(f"the state belongs to the rules {labels}, but this control has {expected}.")
     for bound, given in zip(rules, saved, strict=True):
@@ -57,11 +57,27 @@ def check_rules(rules: Sequence[BoundRule], saved: Sequence[Mapping[str, Any]]) 
 
 
 def _check_rule(bound: BoundRule, saved: Mapping[str, Any]) -> None:
+    if not all(_named_tensors(saved.get(what)) for what in ("radius", "center")) or not _named(saved.get("found"), _named_tensors):
+        raise PolicyError(f"the state of rule '{bound.rule.label()}' needs radius, center and found with tensors by parameter name.")
     for m, what in ((m, what) for m in bound.members for what in ("radius", "center")):
-        own, kept = getattr(m, what), saved.get(what, {}).get(m.name)
-        if own is not None and (kept is None or kept.shape != own.shape):
+        own, kept = getattr(m, what), saved[what].get(m.name)
+        if own is not None and (kept is None or not _replaces(own, kept, what)):
             raise PolicyError(f"the state has no fitting {what} for {m.name!r} in rule '{bound.rule.label()}'.")
     for name, what, own in ((name, what, t) for name, found in bound.store.items() for what, t in found.items()):
-        kept = saved.get("found", {}).get(name, {}).get(what)
+        kept = saved["found"].get(name, {}).get(what)
         if not isinstance(kept, Tensor) or not bound.fits(own, kept):
             raise PolicyError(f"the state has no fitting {what} for {name!r} in rule '{bound.rule.label()}'.")
+
+
+def _named(given: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(given, Mapping) and all(isinstance(name, str) and fits(value) for name, value in given.items())
+
+
+def _named_tensors(given: Any) -> bool:
+    return _named(given, lambda value: isinstance(value, Tensor))
+
+
+def _replaces(own: Tensor, kept: Tensor, what: str) -> bool:
+    """A radius or a center; one that is not finite, or a radius below zero, would spoil every weight that it is for."""
+    fits = kept.shape == own.shape and kept.is_floating_point() and bool(kept.isfinite().all())
+    return fits and (what != "radius" or bool((kept >= 0).all()))
