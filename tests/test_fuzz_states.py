@@ -136,7 +136,7 @@ def test_a_payload_in_a_torch_file_does_not_run(tmp_path: Path) -> None:
     buffer, mark = io.BytesIO(), tmp_path / "ran"
     torch.save({"control": control.state_dict(), "more": Payload(mark)}, buffer)
     buffer.seek(0)
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         torch.load(buffer, weights_only=True)
     assert not mark.exists()
     torch.save(control.state_dict(), buffer := io.BytesIO())

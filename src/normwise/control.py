@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine import Engine, Turn, field, given, states
@@ -131,10 +132,14 @@ class Control:
     # ------------------------------------------------------------------------------------------------ hooks
 
     def _hook(self, k: int, optimizer: Optimizer) -> list[Any]:
+        """In a compiled step the hooks run as they are: a compiler that traces what is remembered from step to step gets it wrong."""
+
+        @_disable_dynamo
         def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self._clock():
                 return self._before(k, args, kwargs)
 
+        @_disable_dynamo
         def after(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with self._clock():
                 self._after(k)
@@ -168,10 +173,14 @@ class Control:
         return (args[0], wrapped, *args[2:]), kwargs
 
     def _wrap(self, k: int, closure: Closure) -> Closure:
-        def evaluate() -> Any:
-            loss = closure()
+        @_disable_dynamo
+        def begin() -> None:
             with self._clock():
                 self._begin(k)
+
+        def evaluate() -> Any:
+            loss = closure()
+            begin()
             return loss
 
         evaluate.wrapped_by = self  # type: ignore[attr-defined]
@@ -354,9 +363,9 @@ def _check_state(state: Any, control: Control) -> None:
     """Everything that could fail in loading, before anything is loaded."""
     saved = state if isinstance(state, Mapping) else {}
     steps, rules = saved.get("steps"), saved.get("rules")
-    counted = isinstance(steps, list) and all(type(n) is int and n >= 0 for n in steps)
-    if saved.get("version") != VERSION or not counted or not isinstance(rules, list):
+    counts = steps if isinstance(steps, list) and all(type(n) is int and n >= 0 for n in steps) else None
+    if saved.get("version") != VERSION or counts is None or not isinstance(rules, list):
         raise PolicyError(f"the state is none that Control.state_dict() of this version ({VERSION}) gives.")
-    if len(steps) != len(control.optimizers):
-        raise PolicyError(f"the state is of {len(steps)} optimizers, this control has {len(control.optimizers)}.")
+    if len(counts) != len(control.optimizers):
+        raise PolicyError(f"the state is of {len(counts)} optimizers, this control has {len(control.optimizers)}.")
     states.check_rules(control.engine.rules, rules)
