@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine import finite
@@ -146,6 +147,7 @@ class Engine:
         """The rules on updates that run within the optimizer's step; one global vector is complete only after it."""
         return [b for b in self.phase("update") if not b.flat] if self.inline else []
 
+    @_disable_dynamo    # as the control's hooks
     def act_on_updates(self, part: Pack, changes: list[Tensor]) -> None:
         """Runs the rules on updates on what an optimizer is about to add to the parameters of ``part``, in place."""
         if self._turn is not None:
