@@ -304,3 +304,21 @@ def test_a_message_repeats_no_book() -> None:
         nw.max_norm("x" * 100_000)
     text = str(caught.value)
     assert len(text) <= LONGEST and text.startswith("radius is 'xxx") and "[...]" in text and "a schedule" in text
+
+
+@pytest.mark.parametrize("window", [10**7, 10**12, 10**300])
+def test_a_window_that_no_memory_holds_is_refused(window: int) -> None:
+    with pytest.raises(nw.PolicyError, match="window"):
+        nw.autoclip(window=window)
+
+
+@pytest.mark.parametrize("steps", [2**53, 10**9])
+def test_any_number_of_steps_that_floats_count_can_be_trained_with(steps: int) -> None:
+    for rule in (nw.zclip(warmup=steps), nw.cpr(nw.radii.WarmStart(steps)), nw.cpr(nw.radii.Inflection(steps)),
+                 nw.max_norm(nw.linear(2, 1, steps)), nw.max_norm(1, every=steps)):  # fmt: skip
+        model, optimizer = net()
+        control = nw.attach(model, optimizer, rule)
+        optimizer.step()
+        assert control.verify()
+        with pytest.raises(nw.PolicyError, match="steps"):
+            nw.max_norm(1, every=2**53 + 1)

@@ -13,6 +13,8 @@ from normwise.errors import PolicyError, nearest
 from normwise.schedules import RadiusRule, Varying, count, number, varying
 
 LENGTHS = ("init", "weight", "number")
+MOST_WINDOW = 1_000_000
+"""Norms remembered: they are sorted once a step, and take 8 MB for each block."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Quantile(RadiusRule):
         if given > 100:
             raise PolicyError(f"percentile is {given:g}, but percentile must be in [0, 100].")
         object.__setattr__(self, "percentile", given)
-        object.__setattr__(self, "window", count(self.window, "window", least=1))
+        if count(self.window, "window", least=1) > MOST_WINDOW:
+            raise PolicyError(f"window is {self.window}, but window must be at most {MOST_WINDOW}: all of it is sorted once a step.")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from normwise.errors import PolicyError, nearest
 
 Schedule: TypeAlias = Callable[[int], float]
 Varying: TypeAlias = float | Schedule
+MOST_STEPS = 1 << 53
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
@@ -50,9 +51,9 @@ def _hint(given: float, what: str) -> str:
 
 
 def count(value: object, what: str, *, least: int) -> int:
-    """``value`` as a whole number >= ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise PolicyError(f"{what} is {value!r}, but {what} must be a whole number of steps >= {least}.")
+    """``value`` as a whole number >= ``least`` and at most 2⁵³, beyond which floats do not count."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST_STEPS:
+        raise PolicyError(f"{what} is {value!r}, but {what} must be a whole number of steps >= {least} and <= {MOST_STEPS}.")
     return value
 
 
