@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from normwise.engine.sharded import comm, here, is_sharded
+from normwise.engine.sharded.place import Place
 from normwise.errors import NonFiniteError, NormError
 from normwise.norms import L1, L2, LInf, Norm
 from normwise.norms.base import clip_factor
@@ -26,7 +29,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: a tensor or an iterable of tensors whose ``.grad`` is clipped in place; those without a gradient are passed over.
-            Devices and dtypes may be mixed; fp16 and bf16 accumulate in fp32.
+            Devices and dtypes may be mixed, and DTensors with plain tensors; fp16 and bf16 accumulate in fp32.
         max_norm: the largest norm to leave, > 0. ``float("inf")`` only measures. 0 is an error: some trainers take it for "off", and the
             formula for "erase every gradient".
         norm_type: p ≥ 1 of the p-norm; ``float("inf")`` for the largest entry. Default 2.
@@ -48,6 +51,7 @@ def clip_grad_norm_(
     if not grads:
         return torch.tensor(0.0)
     total = _total_norm(grads, float(norm_type))
+    grads = [here(g) for g in grads]
     if error_if_nonfinite and not bool(total.isfinite()):
         raise NonFiniteError(f"the gradients' norm of order {norm_type} is {float(total)}: they are not finite, and were not changed.")
     if max_norm != math.inf:
@@ -67,6 +71,9 @@ def _check(max_norm: float, norm_type: float) -> None:
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for p in listed:
+        if p.grad is not None and is_sharded(p.grad) and is_sharded(p):
+            p.grad = comm.placed_as(p.grad, p)
     grads = [p.grad for p in listed if p.grad is not None]
     for g in grads:
         if g.layout != torch.strided:
@@ -76,10 +83,22 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 def _total_norm(grads: list[Tensor], order: float) -> Tensor:
     """Of the moduli, where gradients are complex: the real and the imaginary part of one number are no two entries."""
-    device = grads[0].device
-    sizes = (g.abs() if g.is_complex() else g for g in grads)
-    parts = [_norm(s.reshape(1, -1), order).to(device, wide(device)) for s in sizes]
-    return _norm(torch.cat(parts)[None], order)[0]
+    places: dict[Any, list[Tensor]] = {}
+    for g in grads:
+        place = Place.of(g) if is_sharded(g) else None
+        places.setdefault((place.mesh, place.dims) if place is not None else None, []).append(here(g))
+    return _norm(torch.cat([_norm_in(place, parts, order) for place, parts in places.items()])[None], order)[0]
+
+
+def _norm_in(place: tuple[Any, tuple[int, ...]] | None, parts: list[Tensor], order: float) -> Tensor:
+    """Of gradients of one kind, ``(1,)``: of DTensors on one mesh the norm of the ranks' norms, one collective."""
+    device = parts[0].device
+    sizes = (g.abs() if g.is_complex() else g for g in parts)
+    found = [_norm(s.reshape(1, -1), order).to(device, wide(device)) for s in sizes if s.numel()]
+    value = _norm(torch.cat(found)[None], order) if found else torch.zeros(1, dtype=wide(device), device=device)
+    if place is None or not place[1]:
+        return value
+    return _norm(comm.all_rows(value, comm.group_of(*place)).T.contiguous(), order)
 
 
 def _norm(rows: Tensor, order: float) -> Tensor:

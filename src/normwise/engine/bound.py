@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from normwise import actions
-from normwise.engine.pack import Member, Pack, nothing_to_do, pack
+from normwise.engine.member_tensors import centers_of, given_center, grads_of, offsets_of, recenter_, starts_of, weights_of
+from normwise.engine.pack import Member, Pack, nothing_to_do
 from normwise.engine.rounding import hair, inside, least, room
+from normwise.engine.sharded.packs import check_split, lying_here, packs_of
+from normwise.engine.sharded.split import Split
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
 from normwise.layouts import block_view
@@ -18,8 +21,10 @@ from normwise.norms import LInf, Norm, Radius, Set
 from normwise.norms.reduce import may_branch, wide
 from normwise.policy import Rule
 from normwise.policy.inventory import Entry
-from normwise.policy.names import clean_name
 from normwise.schedules import Init, Relative, Scheduled, at
+
+Request = tuple[Any, Norm, list[Tensor]]
+"""A pack, a norm, and the tensors whose blocks are to be measured."""
 
 
 class BoundRule:
@@ -30,10 +35,11 @@ class BoundRule:
         self.norm: Norm | Set = rule.norm
         self.phase = rule.phase
         self.flat = rule.per == "global" and rule.action != "weight_decay"
-        members = [self._member(e, owner[id(e.param)]) for e in entries]
-        self.packs = pack(members, self.flat) if members else []
+        members = [self._member(e, owner[id(e.param)]) for e in lying_here(entries, self.flat)]
+        self.packs = packs_of(members, self.flat, self.remembers) if members else []
+        check_split(rule, self.packs)
         self.optimizers = frozenset(m.optimizer for m in members)
-        self._acted: dict[int, list[Tensor]] = {}
+        self._acted: dict[int, list[Tensor | tuple[Any, Tensor]]] = {}
         self._inline_turn: Turn | None = None
         if self.flat and isinstance(rule.radius, Init) and rule.floor is None:
             self._refuse_zero(self._stored(self.packs[0]), f"the {len(members)} parameters together")
@@ -42,6 +48,9 @@ class BoundRule:
 
     promises = True
     """Whether a rule on weights leaves a bound behind that can be verified."""
+
+    remembers = False
+    """Whether the rule keeps what it measures, so that every rank must know all of it."""
 
     def begin(self, turn: Turn) -> None:
         """Before the optimizer, or a rule, moves a weight."""
@@ -85,19 +94,24 @@ class BoundRule:
         if self.rule.center == "init":
             member.center = weight.clone(memory_format=torch.preserve_format)
         else:
-            member.center = _given_center(self.rule.center, member.name, weight)
+            member.center = given_center(self.rule.center, member.name, weight)
         self.measure_center(member)
 
     def measure_center(self, member: Member) -> None:
         """The norms of a center's blocks, which tell how far rounding moves what is measured from there."""
         if member.center is not None and self.phase == "weight" and isinstance(self.norm, Norm):
-            member.center_norm = self.norm.measure(member.view.blocks(member.center))
+            member.center_norm = self._norms(member, member.center)
+
+    def _norms(self, member: Member, tensor: Tensor) -> Tensor:
+        """The norms of the blocks of a tensor like the member's parameter, ``(count,)``."""
+        assert isinstance(self.norm, Norm)
+        part = packs_of([member], False, agree=True)[0]
+        return part.measure(self.norm, part.local([tensor]))
 
     def _initial_norm(self, member: Member) -> Tensor:
         assert isinstance(self.norm, Norm)
         weight = member.param.detach()
-        value = self.norm.measure(member.view.blocks(weight if member.center is None else weight - member.center))
-        value = value.to(wide(weight.device))
+        value = self._norms(member, weight if member.center is None else weight - member.center).to(wide(weight.device))
         if self.flat:    # one block of all members: only a zero of all of them is one
             return value
         if self.rule.floor is not None:
@@ -157,6 +171,36 @@ class BoundRule:
         varies = any(callable(x) or callable(getattr(x, "scale", None)) for x in (r.radius, r.strength))
         return varies or r.every > 1 or r.start > 0 or r.stop is not None
 
+    def before_begin(self, turn: Turn) -> list[Request]:
+        """What ``begin`` will measure on split packs: (pack, norm, tensors)."""
+        return []
+
+    def ahead(self, turn: Turn) -> list[Request]:
+        """What ``run`` will measure on split packs, in its order. Known ahead, the norms of many rules are one collective."""
+        idle = not (turn.spanning or turn.optimizer in self.optimizers) or (self._timed() and not self.rule.active(turn.step()))
+        if idle:
+            return []
+        parts = [self._present(p, turn) for p in self.packs if p.sharded and (turn.spanning or turn.optimizer in p.optimizers)]
+        return [(p, norm, list(tensors)) for p in parts if isinstance(p, Split) for norm, tensors in self._to_measure(p, turn)]
+
+    def _to_measure(self, part: Split, turn: Turn) -> list[tuple[Norm, Sequence[Tensor]]]:
+        if not isinstance(self.norm, Norm):
+            return []
+        if self.phase in ("penalty", "prox"):
+            return part.norms_for(self.rule.action, self.norm, self.rule.power, offsets_of(part))
+        if not self._is_radial():
+            return []
+        starts = [(self.norm, starts_of(part, turn))] if self._measures_starts() else []
+        return [*starts, (self.norm, self._measurable(part, self._acted_on(part, turn)))]
+
+    def _acted_on(self, part: Pack, turn: Turn) -> Sequence[Tensor]:
+        if self.phase == "update":
+            return torch._foreach_sub(weights_of(part), starts_of(part, turn))
+        return grads_of(part) if self.phase == "gradient" else offsets_of(part)
+
+    def _measures_starts(self) -> bool:
+        return isinstance(self.rule.radius, Relative)
+
     def _run_pack(self, part: Pack, turn: Turn) -> None:
         {
             "penalty": self._penalize,
@@ -181,7 +225,7 @@ class BoundRule:
             return self._stored(part) * _now(r.scale, now)
         if isinstance(r, Relative):
             assert isinstance(self.norm, Norm)
-            lengths = part.measure(self.norm, _starts(part, turn))
+            lengths = part.measure(self.norm, starts_of(part, turn))
             return lengths.clamp(min=r.floor) * _now(r.scale, now)
         return _now(r, now)
 
@@ -195,26 +239,32 @@ class BoundRule:
 
     def _penalize(self, part: Pack, turn: Turn) -> None:
         assert isinstance(self.norm, Norm)
-        grads, strength = _grads(part), self.strength(turn)
-        pulls = _offsets(part)
+        grads, strength = grads_of(part), self.strength(turn)
+        pulls = offsets_of(part)
         if self.norm.name != "l2" or self.rule.power != 2:
-            pulls = part.split(actions.penalty_gradient(self.norm, part.gather(pulls), self.rule.power))
+            pulls = self._pulls(part, pulls)
         if turn.ascends is not None:    # what is maximised is the objective minus the penalty
             pulls = [-p if turn.ascends(m) else p for p, m in zip(pulls, part.members, strict=True)]
         torch._foreach_add_(grads, [p.to(g.dtype) for p, g in zip(pulls, grads, strict=True)], alpha=strength)
 
+    def _pulls(self, part: Pack, offsets: list[Tensor]) -> list[Tensor]:
+        assert isinstance(self.norm, Norm)
+        if isinstance(part, Split):
+            return part.penalty_gradient(self.norm, offsets, self.rule.power)
+        return part.split(actions.penalty_gradient(self.norm, part.gather(offsets), self.rule.power))
+
     def _on_gradients(self, part: Pack, turn: Turn) -> None:
-        self._act(part, _grads(part), self.radius(part, turn), turn)
+        self._act(part, grads_of(part), self.radius(part, turn), turn)
 
     def _on_updates(self, part: Pack, turn: Turn) -> None:
-        self._around(part, _starts(part, turn), self.radius(part, turn), turn)
+        self._around(part, starts_of(part, turn), self.radius(part, turn), turn)
 
     def _on_weights(self, part: Pack, turn: Turn) -> None:
         aimed = self._aimed(part, self.radius(part, turn))
         if part.members[0].center is not None:
-            self._around(part, _centers(part), aimed, turn)
+            self._around(part, centers_of(part), aimed, turn)
         else:
-            self._act(part, _weights(part), aimed, turn)
+            self._act(part, weights_of(part), aimed, turn)
 
     def _aimed(self, part: Pack, radius: Radius) -> Radius:
         """An inequality is aimed at from a hair inside; a sphere and a set are aimed at as they are."""
@@ -227,35 +277,41 @@ class BoundRule:
 
     def _around(self, part: Pack, centers: list[Tensor], radius: Radius, turn: Turn) -> None:
         """Acts on weight − center."""
-        weights = _weights(part)
+        weights = weights_of(part)
         old = torch._foreach_sub(weights, centers)
         new = [o.clone() for o in old]
         self._act(part, new, radius, turn)
-        _recenter_(weights, centers, old, new)
+        recenter_(weights, centers, old, new)
 
     def _act(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
         """clip_norm, project, normalize or lmo, in place; nothing where GradScaler skips the step."""
         if self._is_radial():
             self._scale(part, tensors, radius, turn)
             return
+        if isinstance(part, Split):
+            part = part.form(self.rule.action, self.norm)
         blocks = part.gather(tensors)
-        self._replace(part, tensors, blocks, self._transform(blocks, radius), turn)
+        moved = self._transform(blocks, part.mine(radius)) if len(blocks) or not part.sharded else blocks
+        self._replace(part, tensors, blocks, moved, turn)
 
     def _replace(self, part: Pack, tensors: Sequence[Tensor], blocks: Tensor, moved: Tensor, turn: Turn) -> None:
         """Writes what has become of the blocks, where the step is taken, and keeps count of those that changed."""
         if turn.happened is not None:
             moved = torch.where(turn.happened.to(blocks.device) > 0, moved, blocks)
         acted = torch.where((moved != blocks).flatten(1).any(1), 0.0, 1.0)
-        self._acted[turn.optimizer].append(acted)
-        if not nothing_to_do(acted):
+        self._note(part, part.told(acted), turn)
+        if part.sharded or not nothing_to_do(acted):    # other ranks wait for what is owned here
             part.write_(tensors, moved)
+
+    def _note(self, part: Pack, acted: Tensor, turn: Turn) -> None:
+        self._acted[turn.optimizer].append((part, acted) if part.sharded else acted)
 
     def _scale(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
         rule = self.rule
         assert isinstance(self.norm, Norm)
         value = part.measure(self.norm, self._measurable(part, tensors))
         only_clips = rule.action != "normalize" and rule.min_radius is None
-        if only_clips and may_branch(value) and bool((value <= radius).all()):
+        if only_clips and not part.sharded and may_branch(value) and bool((value <= radius).all()):
             return
         low = None if rule.min_radius is None else least(rule.min_radius, radius, self._hair(part))
         factor = actions.factor(rule.action, value, radius, low, rule.rate)
@@ -265,7 +321,7 @@ class BoundRule:
         """Each block times its factor, in place, where the step is taken."""
         if turn.happened is not None:
             factor = torch.where(turn.happened.to(factor.device) > 0, factor, 1.0)
-        self._acted[turn.optimizer].append(factor)
+        self._note(part, factor, turn)
         if not nothing_to_do(factor):
             part.scale_(tensors, factor)
 
@@ -283,7 +339,7 @@ class BoundRule:
 
     def _is_radial(self) -> bool:
         """Projection onto an L2 ball is radial too."""
-        return self.rule.action in actions.RADIAL or (self.rule.action == "project" and getattr(self.norm, "name", "") == "l2")
+        return self.rule.action in actions.RADIAL or (self.rule.action == "project" and self.norm.name in ("l2", "rms"))
 
     def _transform(self, blocks: Tensor, radius: Radius) -> Tensor:
         if self.rule.action == "lmo":
@@ -297,7 +353,8 @@ class BoundRule:
 
     def violations(self) -> int:
         """How many blocks the rule had to change when it last ran, for each optimizer."""
-        return sum(int((a != 1).sum()) for acted in self._acted.values() for a in acted)
+        noted = [a for acted in self._acted.values() for a in acted]
+        return sum(int(((a if isinstance(a, Tensor) else a[0].counted(a[1])) != 1).sum()) for a in noted)
 
     def penalty(self, step: int) -> float:
         """strength · Σ penalty of the present weights; 0 for what is no penalty, or not within ``start`` and ``stop`` at ``step``."""
@@ -307,7 +364,9 @@ class BoundRule:
 
     def _value(self, part: Pack) -> Tensor:
         assert isinstance(self.norm, Norm)
-        return actions.penalty_value(self.norm, part.gather(_offsets(part)), self.rule.power)
+        offsets = offsets_of(part)
+        value = part.measure(self.norm, offsets, agree=True) if isinstance(part, Split) else self.norm.measure(part.gather(offsets))
+        return value.sum() if self.rule.power == 1 else value.square().sum() / 2
 
 
 def _within(rule: Rule, step: int) -> bool:
@@ -316,45 +375,3 @@ def _within(rule: Rule, step: int) -> bool:
 
 def _now(value: Any, step: Callable[[], int]) -> float:
     return at(value, step(), "radius") if callable(value) else float(value)
-
-
-def _weights(part: Pack) -> list[Tensor]:
-    return list(part.params)
-
-
-def _grads(part: Pack) -> list[Tensor]:
-    return [p.grad for p in part.params if p.grad is not None]
-
-
-def _offsets(part: Pack) -> list[Tensor]:
-    """The weights, minus their center where there is one."""
-    centers = _centers(part)
-    return list(torch._foreach_sub(_weights(part), centers)) if centers else _weights(part)
-
-
-def _centers(part: Pack) -> list[Tensor]:
-    return [m.center for m in part.members if m.center is not None]
-
-
-def _starts(part: Pack, turn: Turn | None) -> list[Tensor]:
-    """The weights before the step where they were kept, which is what an update is relative to; else the present ones."""
-    before = {} if turn is None else turn.before
-    return [before.get(id(p), p) for p in part.params]
-
-
-def _recenter_(weights: list[Tensor], centers: list[Tensor], old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-    """weight ← center + new offset where that changed; elsewhere the weight keeps its bits. Rounded once: the difference of offsets,
-    added to the weight, would carry the rounding of an offset that may be many times the radius."""
-    for weight, center, o, n in zip(weights, centers, old, new, strict=True):
-        weight.copy_(torch.where(o == n, weight, center + n))
-
-
-def _given_center(given_center: Any, name: str, weight: Tensor) -> Tensor:
-    """One parameter's center; the names may carry the traces of wrappers, as those of a checkpoint do."""
-    center = {clean_name(key): value for key, value in given_center.items()}
-    if name not in center:
-        raise PolicyError(f"center= has no weights for {name!r}; it has {', '.join(sorted(center)[:10]) or 'none'}.")
-    given = center[name]
-    if given.shape != weight.shape:
-        raise PolicyError(f"center= gives {name!r} the shape {tuple(given.shape)}, but the parameter has {tuple(weight.shape)}.")
-    return given.detach().to(weight.device, weight.dtype).clone()

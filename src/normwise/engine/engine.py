@@ -15,6 +15,8 @@ from normwise.engine import finite
 from normwise.engine.bound import BoundRule
 from normwise.engine.field import bind, refuse_foreign_decay
 from normwise.engine.pack import Pack
+from normwise.engine.sharded import here, is_sharded
+from normwise.engine.sharded.ahead import align, fulfil, run_all
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
 from normwise.norms.reduce import may_branch
@@ -44,6 +46,8 @@ class Engine:
         for bound in self.rules:
             refuse_foreign_decay(bound, self._group)
         self._own = [(b, what, v) for b in self.rules for what, v in b.functions()]
+        self.sharded = any(is_sharded(p) for params in self._params for p in params)
+        """Whether any parameter is a DTensor."""
         self.inline = False
         """The optimizer hands its updates over before it applies them, so that rules on them need no snapshot of the weights."""
         self._turn: Turn | None = None
@@ -127,16 +131,25 @@ class Engine:
     def gradient_phase(self, turn: Turn) -> None:
         """Penalties, then gradient rules in the policy's order."""
         self._refuse_sparse()
-        for bound in self.phase("penalty", "gradient"):
+        if self.sharded:
+            align(p for k in (range(len(self.optimizers)) if turn.spanning else [turn.optimizer]) for p in self.params(k))
+        self._run_all(self.phase("penalty", "gradient"), turn)
+
+    def _run_all(self, bounds: Sequence[BoundRule], turn: Turn) -> None:
+        if self.sharded:
+            run_all(bounds, turn)
+            return
+        for bound in bounds:
             bound.run(turn)
 
     def decay_phase(self, turn: Turn) -> None:
         """Decoupled weight decay and CPR's, then the snapshot that rules on updates need."""
         self._turn = turn
+        if self.sharded:
+            fulfil([request for bound in self.rules for request in bound.before_begin(turn)])
         for bound in self.rules:
             bound.begin(turn)
-        for bound in self.phase("decay", "cpr"):
-            bound.run(turn)
+        self._run_all(self.phase("decay", "cpr"), turn)
         inline = self.inline_rules()
         for bound in self.phase("update"):
             for m in bound.members if bound not in inline else ():
@@ -159,9 +172,7 @@ class Engine:
         if turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
             return
         inline = self.inline_rules()
-        for bound in self.phase("update", "prox", "qk_clip", "weight"):
-            if bound not in inline:
-                bound.run(turn)
+        self._run_all([b for b in self.phase("update", "prox", "qk_clip", "weight") if b not in inline], turn)
         for bound in self.rules:
             bound.commit(turn)
 
@@ -177,7 +188,7 @@ class Engine:
         by_device: dict[torch.device, list[Tensor]] = {}
         for p in self.params(optimizer):
             if p.grad is not None:
-                by_device.setdefault(p.grad.device, []).append(p.grad)
+                by_device.setdefault(p.grad.device, []).append(here(p.grad))
         for device, grads in by_device.items():
             torch._foreach_mul_(grads, scale.double().reciprocal().float().to(device))
 
@@ -213,8 +224,6 @@ def _refuse(entry: Entry, rule: Rule) -> None:
             f"{entry.name!r} is {p.dtype}, and rule '{rule.label()}' needs real floating-point numbers: exclude it, or train its "
             "torch.view_as_real."
         )
-    if hasattr(p, "placements"):
-        raise PolicyError(f"{entry.name!r} is a sharded DTensor, which rules do not act on yet.")
 
 
 def _names_parameters(rule: Rule) -> bool:

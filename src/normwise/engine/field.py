@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from normwise import actions
-from normwise.engine.bound import BoundRule, _grads, _now, _starts, _weights
+from normwise.engine.bound import BoundRule, Request, _now
+from normwise.engine.member_tensors import grads_of, starts_of, weights_of
 from normwise.engine.observe import OBSERVERS, State
 from normwise.engine.pack import Flat, Member, Pack
+from normwise.engine.sharded import is_sharded
+from normwise.engine.sharded.split import Split, SplitPack
 from normwise.engine.shrink import SHRINKING, Shrinking
 from normwise.engine.tracked import TrackedCap
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError, nearest
 from normwise.norms import L2, Norm, Radius, Set
 from normwise.norms.base import clip_factor
-from normwise.norms.reduce import wide
+from normwise.norms.reduce import up, wide
 from normwise.policy import Rule
 from normwise.policy.inventory import Entry
 from normwise.radii import Brake, Inflection, Quantile, StepLength, WarmStart, ZScore
@@ -34,7 +37,7 @@ def bind(rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int
         return {"cpr": Constrained, "qk_clip": Heads}[rule.phase](rule, entries, owner, index)
     if rule.action == "penalty" and isinstance(rule.norm, Set):
         return OrthogonalPenalty(rule, entries, owner, index)
-    if rule.tolerance:
+    if rule.tolerance and not any(is_sharded(e.param) for e in entries):    # whose whole blocks come and go: the exact cap holds too
         return TrackedCap(rule, entries, owner, index)
     kinds: dict[type[Any], type[BoundRule]] = {StepLength: Stepped, Brake: Braked, Quantile: Adaptive, ZScore: Adaptive}
     return kinds.get(type(rule.radius), BoundRule)(rule, entries, owner, index)
@@ -66,6 +69,9 @@ class Stepped(BoundRule):
             member.radius = first if kind.of == "init" else None
         return member
 
+    def _measures_starts(self) -> bool:
+        return getattr(self.rule.radius, "of", None) == "weight"
+
     def radius(self, part: Pack, turn: Turn | None, step: int = 0) -> Radius:
         kind = self.rule.radius
         assert isinstance(kind, StepLength) and turn is not None and isinstance(self.norm, Norm)
@@ -73,7 +79,7 @@ class Stepped(BoundRule):
         if kind.of == "init":
             length = torch.cat([m.radius for m in part.members if m.radius is not None])
         elif kind.of == "weight":
-            length = part.measure(self.norm, _starts(part, turn)).clamp(min=self.rule.floor or 0.0)
+            length = part.measure(self.norm, starts_of(part, turn)).clamp(min=self.rule.floor or 0.0)
         return length * _rates(part, turn) * _now(kind.scale, turn.step)
 
 
@@ -91,15 +97,19 @@ class Braked(BoundRule):
 
     promises = False
 
+    def before_begin(self, turn: Turn) -> list[Request]:
+        assert isinstance(self.norm, Norm)
+        return [(p, self.norm, weights_of(p)) for p in self.packs if isinstance(p, Split) and turn.optimizer in p.optimizers]
+
     def begin(self, turn: Turn) -> None:
         """Measures the norms before the step."""
         assert isinstance(self.norm, Norm)
-        self._before = {id(p): p.measure(self.norm, p.params) for p in self.packs if turn.optimizer in p.optimizers}
+        self._before = {id(p): p.measure(self.norm, weights_of(p)) for p in self.packs if turn.optimizer in p.optimizers}
 
     def _on_weights(self, part: Pack, turn: Turn) -> None:
         brake = self.rule.radius
         assert isinstance(brake, Brake) and isinstance(self.norm, Norm)
-        weights, before = _weights(part), self._before[id(part)]
+        weights, before = weights_of(part), self._before[id(part)]
         value = part.measure(self.norm, weights)
         self._multiply(part, weights, actions.factor("clip_norm", value, before + brake.keep * (value - before)), turn)
 
@@ -109,6 +119,8 @@ class Braked(BoundRule):
 
 class Remembering(BoundRule):
     """A rule with a state of its own for each parameter (or one for all, ``per="global"``): named tensors, one row a block."""
+
+    remembers = True
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
         super().__init__(rule, entries, owner, index)
@@ -145,7 +157,7 @@ class Adaptive(Remembering):
 
     def _on_gradients(self, part: Pack, turn: Turn) -> None:
         assert isinstance(self.norm, Norm)
-        grads = _grads(part)
+        grads = grads_of(part)
         value = part.measure(self.norm, grads)
         limit, fresh = self.observe(self.rule.radius, self._recall(part), value.to(wide(value.device)))
         if self._seen is None or self._seen[0] is not turn:
@@ -164,9 +176,12 @@ class Adaptive(Remembering):
 class Constrained(Remembering):
     """CPR: λ ← max(0, λ + μ(R − κ)), then w ← w − λ·2w, both at the weights before the step, R their mean square."""
 
+    def _to_measure(self, part: Split, turn: Turn) -> list[tuple[Norm, Sequence[Tensor]]]:
+        return [(L2(), weights_of(part))]
+
     def _run_pack(self, part: Pack, turn: Turn) -> None:
         state, n = self._recall(part), max(1, math.prod(part.block_shape))
-        square = part.measure(L2(), part.params).to(wide(part.params[0].device)).square() / n
+        square = part.measure(L2(), weights_of(part)).to(wide(part.params[0].device)).square() / n
         kappa, fresh = self.observe(self.rule.radius, state, square)
         if not isinstance(self.rule.radius, WarmStart | Inflection):
             kappa = self._stated(part, turn, n).expand_as(square)
@@ -174,7 +189,7 @@ class Constrained(Remembering):
         finite = square.isfinite()
         fresh["lambda"] = torch.where(finite, multiplier, state["lambda"])
         self._keep(part, fresh, turn.happened)
-        self._multiply(part, _weights(part), torch.where(finite, 1 - 2 * fresh["lambda"], 1.0), turn)
+        self._multiply(part, weights_of(part), torch.where(finite, 1 - 2 * fresh["lambda"], 1.0), turn)
 
 
     def _stated(self, part: Pack, turn: Turn, n: int) -> Tensor:
@@ -224,9 +239,12 @@ class Heads(BoundRule):
         if reported is None:
             return
         tau = self.radius(reported, turn)
-        shares = [clip_factor(self._reports.pop(m.name), tau).sqrt() ** self.rule.power for m in reported.members]
+        maxima = [self._reports.pop(m.name) for m in reported.members]
+        if isinstance(reported, SplitPack):
+            maxima = reported.largest(maxima)
+        shares = [clip_factor(logits, tau).sqrt() ** self.rule.power for logits in maxima]
         factor = torch.cat([_over_stack(m, share) for m, share in zip(reported.members, shares, strict=True)])
-        self._multiply(reported, _weights(reported), factor, turn)
+        self._multiply(reported, weights_of(reported), factor, turn)
 
 
 def _places_of(name: str) -> list[str]:
@@ -269,11 +287,18 @@ class OrthogonalPenalty(BoundRule):
     """The gradient and the value of ¼‖WWᵀ − I‖² on the shorter side."""
 
     def _penalize(self, part: Pack, turn: Turn) -> None:
-        pulls = part.split(actions.orthogonality_gradient(part.gather(_weights(part))))
+        blocks = part.gather(weights_of(part))
+        pulls = part.split(actions.orthogonality_gradient(blocks) if len(blocks) else up(blocks))
         if turn.ascends is not None:
             pulls = [-p if turn.ascends(m) else p for p, m in zip(pulls, part.members, strict=True)]
-        grads = _grads(part)
+        grads = grads_of(part)
         torch._foreach_add_(grads, [p.to(g.dtype) for p, g in zip(pulls, grads, strict=True)], alpha=self.strength(turn))
 
     def _value(self, part: Pack) -> Tensor:
-        return actions.orthogonality_value(part.gather(_weights(part)))
+        if isinstance(part, Split):
+            return part.whole(_each_orthogonality, weights_of(part), agree=True).sum()
+        return actions.orthogonality_value(part.gather(weights_of(part)))
+
+
+def _each_orthogonality(blocks: Tensor) -> Tensor:
+    return torch.stack([actions.orthogonality_value(block[None]) for block in blocks])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from normwise.engine.sharded import comm, here, is_sharded
 from normwise.errors import NonFiniteError, PolicyError, nearest
 
 OnNonFinite = Literal["raise", "skip", "zero", "ignore"]
@@ -29,6 +30,14 @@ def all_finite(grads: Sequence[Tensor]) -> bool:
     return bool(together.isfinite().all()) or all(bool(n.isfinite().all()) for n in numbers)
 
 
+def everywhere(finite: bool, grads: Iterable[Tensor]) -> bool:
+    """Whether it is so on every rank that has parts of the gradients: one collective a mesh, none for plain gradients."""
+    meshes: dict[Any, None] = {g.device_mesh: None for g in grads if is_sharded(g)}    # type: ignore[attr-defined]
+    for mesh in meshes:
+        finite = comm.all_agree(finite, mesh)
+    return finite
+
+
 def _numbers(grad: Tensor) -> Tensor:
     """The real numbers that a gradient holds, as a view: of a sparse one what is stored, of a complex one both parts."""
     if grad.layout == torch.sparse_coo:
@@ -45,11 +54,11 @@ def handle(params: Mapping[str, nn.Parameter], mode: str) -> bool:
     the optimizer pass over its parameters. ``zero``: entries that are not finite become 0. ``ignore``: nothing is looked at.
     """
     grads = {name: p.grad for name, p in params.items() if p.grad is not None}
-    if mode == "ignore" or (mode != "zero" and all_finite(list(grads.values()))):
+    if mode == "ignore" or (mode != "zero" and everywhere(all_finite(list(map(here, grads.values()))), grads.values())):
         return False
     if mode == "zero":
         for g in grads.values():
-            torch.nan_to_num_(_numbers(g), nan=0.0, posinf=0.0, neginf=0.0)
+            torch.nan_to_num_(_numbers(here(g)), nan=0.0, posinf=0.0, neginf=0.0)
         return False
     if mode == "raise":
         raise NonFiniteError(_message(grads))
@@ -59,7 +68,7 @@ def handle(params: Mapping[str, nn.Parameter], mode: str) -> bool:
 
 
 def _message(grads: Mapping[str, Tensor]) -> str:
-    bad = [name for name, g in grads.items() if not bool(_numbers(g).isfinite().all())]
+    bad = [name for name, g in grads.items() if not bool(_numbers(here(g)).isfinite().all())] or ["DTensors on other ranks"]
     listed = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     return (
         f"the gradients of {listed} are not finite. The weights were not changed. Look at the loss and the learning rate, or attach with "

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from normwise.engine.sharded import here
+
 
 class Marks:
     """Which gradients some parameters had, and how often each had been written to. ``skip``: what was decided about their step."""
@@ -21,10 +23,10 @@ class Marks:
 
 
 def _mark(grad: Tensor | None) -> tuple[TensorWeakRef, int] | None:
-    return None if grad is None else (TensorWeakRef(grad), grad._version)
+    return None if grad is None else (TensorWeakRef(grad), here(grad)._version)
 
 
 def _is_marked(grad: Tensor | None, mark: tuple[TensorWeakRef, int] | None) -> bool:
     if grad is None or mark is None:
         return grad is None and mark is None
-    return mark[0]() is grad and mark[1] == grad._version
+    return mark[0]() is grad and mark[1] == here(grad)._version

@@ -9,15 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normwise.norms import L2
+from normwise.engine.sharded.together import lengths
 from normwise.policy.inventory import Entry, Inventory
 
 KINDS = ("weight", "weight_before", "grad", "grad_before", "update")
-
-
-def l2(t: Tensor) -> Tensor:
-    """The L2 norm of a tensor as a 0-dim tensor."""
-    return L2().measure(t.reshape(1, -1))[0]
 
 
 class NormLog:
@@ -35,21 +30,22 @@ class NormLog:
 
     def before(self, optimizers: Sequence[int], first: bool = True) -> None:
         """Before the rules: raw gradients, and where it is the step's ``first`` evaluation the weights as the last step left them."""
-        for e in self._held(optimizers):
-            if first:
-                self.values["weight_before"][e.name] = l2(e.param.detach())
-                self._start[e.name] = e.param.detach().clone()
-            if e.param.grad is not None and e.param.grad.layout == torch.strided:
-                self.values["grad_before"][e.name] = l2(e.param.grad)
+        held = self._held(optimizers)
+        found = {"grad_before": _grads(held)}
+        if first:
+            found["weight_before"] = {e.name: e.param.detach() for e in held}
+            self._start = {**self._start, **{e.name: e.param.detach().clone() for e in held}}
+        self._record(found)
 
     def after(self, optimizer: int) -> None:
         """After the step and its rules. The update is all that changed in the weights, rules included."""
-        for e in self._held([optimizer]):
-            self.values["weight"][e.name] = l2(e.param.detach())
-            if e.name in self._start:
-                self.values["update"][e.name] = l2(e.param.detach() - self._start.pop(e.name))
-            if e.param.grad is not None and e.param.grad.layout == torch.strided:
-                self.values["grad"][e.name] = l2(e.param.grad)
+        held = self._held([optimizer])
+        moved = {e.name: e.param.detach() - self._start.pop(e.name) for e in held if e.name in self._start}
+        self._record({"weight": {e.name: e.param.detach() for e in held}, "update": moved, "grad": _grads(held)})
+
+    def _record(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for kind, norms in _norms(found).items():
+            self.values[kind] |= norms
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,7 @@ class NormReport:
         """The present norms, and what the log recorded at the last step."""
         entries = [e for e in inventory.entries if id(e.param) in owner and e.param.is_floating_point()]
         values: dict[str, dict[str, Tensor]] = {k: dict(v) for k, v in log.values.items() if v} if log else {}
-        values["weight"] = {e.name: l2(e.param.detach()) for e in entries}
-        values["grad"] = {e.name: l2(e.param.grad) for e in entries if e.param.grad is not None and e.param.grad.layout == torch.strided}
+        values |= _norms({"weight": {e.name: e.param.detach() for e in entries}, "grad": _grads(entries)})
         roles = {e.name: e.role for e in inventory.entries}
         report = cls()
         for kind in (k for k in KINDS if k in values):
@@ -85,6 +80,16 @@ class NormReport:
         """Totals and roles as one flat mapping, for loggers: ``norm/grad/total``, ``norm/weight/hidden``."""
         rows = {f"{prefix}{kind}/total": value for kind, value in self.total.items()}
         return rows | {f"{prefix}{kind}/{role}": v for kind, per in self.role.items() for role, v in per.items()}
+
+
+def _grads(entries: Iterable[Entry]) -> dict[str, Tensor]:
+    return {e.name: e.param.grad for e in entries if e.param.grad is not None and e.param.grad.layout == torch.strided}
+
+
+def _norms(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The L2 norms, as 0-dim tensors, of tensors by kind and name; one collective a mesh for all of them."""
+    norms = iter(lengths([t for tensors in found.values() for t in tensors.values()]))
+    return {kind: {name: next(norms) for name in tensors} for kind, tensors in found.items()}
 
 
 def _together(values: Iterable[float]) -> float:

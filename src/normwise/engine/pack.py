@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from normwise.layouts import BlockView
-from normwise.norms import Norm
+from normwise.norms import Norm, Radius
 from normwise.norms.reduce import compute_dtype, may_branch, wide
 
 # Tensors above this are run alone: copying them into one batch costs more than the calls it saves.
@@ -38,6 +38,9 @@ class Member:
 class Pack:
     """Members with the same view. Every method takes the tensors to work on, in the members' order and shape."""
 
+    sharded: ClassVar[bool] = False
+    """Whether members are DTensors, of which each rank has a part; see ``engine.sharded.split``."""
+
     members: list[Member]
     view: BlockView = field(init=False)
     params: list[Tensor] = field(init=False)
@@ -51,6 +54,18 @@ class Pack:
         self.optimizers = frozenset(m.optimizer for m in self.members)
         self.coarsest = max((p.dtype for p in self.params), key=lambda dtype: torch.finfo(dtype).eps)
         self.block_shape = self.view.block_shape
+
+    def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What lies on this rank of tensors like the members: what the other methods take."""
+        return list(tensors)
+
+    def mine(self, radius: Radius) -> Radius:
+        """Of one number a block those of the blocks that ``gather`` gives on this rank."""
+        return radius
+
+    def told(self, acted: Tensor) -> Tensor:
+        """One number for each block that ``gather`` gives here as one for every block of the pack."""
+        return acted
 
     def only(self, keep: Callable[[Member], bool]) -> Pack | None:
         """This pack with the members that ``keep`` accepts; itself where that is all of them, None where it is none."""

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from normwise import actions
-from normwise.engine.bound import BoundRule, _recenter_
+from normwise.engine.bound import BoundRule
+from normwise.engine.member_tensors import block_count, recenter_
 from normwise.engine.pack import Pack
+from normwise.engine.sharded import is_sharded
+from normwise.engine.sharded.split import Split
 from normwise.engine.turn import Turn
+from normwise.errors import PolicyError
 from normwise.narrow import memory, narrow_, rounds, widened
 from normwise.norms import Norm, Radius
 from normwise.norms.reduce import may_branch
@@ -28,6 +32,8 @@ class Shrinking(BoundRule):
         super().__init__(rule, entries, owner, index)
         for k, m in enumerate(self.members):
             needed = memory(m.param, rule.rounding, 4096 * index + k)
+            if needed and is_sharded(m.param):
+                raise PolicyError(f"rounding={rule.rounding!r} is not there yet for DTensors, as {m.name!r} is: keep fp32 master weights.")
             if needed:
                 self.store[m.name] = needed
 
@@ -35,18 +41,20 @@ class Shrinking(BoundRule):
         states = [self.store.get(m.name, {}) for m in part.members]
         if rounds(states) and turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
             return    # what is remembered advances where the step happens
-        weights = widened(part.params, states)
+        here = part.local(part.params)
+        weights = widened(here, states)
         if self.phase == "decay":
             self._decay(part, weights, turn)
         else:
             self._prox(part, weights, turn)
-        narrow_(part.params, weights, states)
+        narrow_(here, weights, states)
 
     def _decay(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
         strength = self.strength(turn)
         for eta, chosen in _by_rate(part, turn):
             share = eta * strength if turn.happened is None else eta * strength * turn.happened.to(weights[0].device)
-            mine, centers = [weights[i] for i in chosen], [c for i in chosen if (c := part.members[i].center) is not None]
+            mine = [weights[i] for i in chosen]
+            centers = part.local([c for i in chosen if (c := part.members[i].center) is not None])
             if centers:
                 pull = torch._foreach_sub(mine, centers)
                 torch._foreach_mul_(pull, -share)
@@ -60,21 +68,26 @@ class Shrinking(BoundRule):
             self._prox_members(part, weights, turn.rate(part.members[0]) * strength, turn)
             return
         for eta, chosen in _by_rate(part, turn):
-            mine = part if len(chosen) == len(part.members) else Pack([part.members[i] for i in chosen])
+            members = [part.members[i] for i in chosen]
+            mine = part.only(lambda m, members=members: m in members)    # type: ignore[misc]
+            assert mine is not None
             self._prox_members(mine, [weights[i] for i in chosen], eta * strength, turn)
 
     def _prox_members(self, part: Pack, weights: list[Tensor], step: Radius, turn: Turn) -> None:
         assert isinstance(self.norm, Norm)
         if turn.happened is not None:
             step = step * turn.happened
-        centers = [m.center for m in part.members if m.center is not None]
+        centers = part.local([m.center for m in part.members if m.center is not None])
         offsets = list(torch._foreach_sub(weights, centers)) if centers else weights
-        blocks = part.gather(offsets)
-        moved = actions.prox(self.norm, blocks, step.expand(len(blocks)) if isinstance(step, Tensor) else step, self.rule.power)
-        if centers:
-            _recenter_(weights, centers, offsets, part.split(moved))
+        amount = step.expand(block_count(part)) if isinstance(step, Tensor) else step
+        if isinstance(part, Split):
+            moved = part.prox(self.norm, offsets, amount, self.rule.power)
         else:
-            part.write_(weights, moved)
+            moved = part.split(actions.prox(self.norm, part.gather(offsets), amount, self.rule.power))
+        if centers:
+            recenter_(weights, centers, offsets, moved)
+        else:
+            torch._foreach_copy_(weights, moved)
 
 
 def _by_rate(part: Pack, turn: Turn) -> list[tuple[Any, list[int]]]:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from normwise.engine.bound import BoundRule
 from normwise.engine.engine import Engine
+from normwise.engine.member_tensors import block_count
 from normwise.engine.pack import Flat, Member, Pack
 from normwise.engine.rounding import hair, inside, least
+from normwise.engine.sharded.split import Split
 from normwise.narrow import ulp
 from normwise.norms import Norm, Set
 
@@ -83,11 +85,11 @@ def _last_step(part: Pack, steps: Sequence[int]) -> int:
 
 
 def _measure(bound: BoundRule, part: Pack, step: int, result: Verification) -> None:
-    radius = bound.radius(part, None, step)
-    blocks = part.gather([_exact(m) for m in part.members])
-    limit = torch.as_tensor(radius, dtype=torch.float64, device=blocks.device).expand(blocks.shape[0])
-    value, excess = _excess(bound, part, blocks, limit)
-    result.blocks += blocks.shape[0]
+    radius, exact = bound.radius(part, None, step), part.local([_exact(m) for m in part.members])
+    limit = torch.as_tensor(radius, dtype=torch.float64, device=exact[0].device).expand(block_count(part))
+    value = _value(bound, part, exact, limit)
+    excess = _excess(bound, part, value, limit)
+    result.blocks += len(limit)
     result.zeros += int((value == 0).sum()) if _has_least(bound) else 0
     for i in torch.nonzero(~(excess <= 0)).flatten().tolist():
         name, block = _where(part, i)
@@ -104,17 +106,26 @@ def _exact(member: Member) -> Tensor:
     return weight if member.center is None else weight - member.center.double()
 
 
-def _excess(bound: BoundRule, part: Pack, blocks: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """Each block's value, and by how much it is outside: at most 0 where the bound holds."""
+def _value(bound: BoundRule, part: Pack, exact: list[Tensor], limit: Tensor) -> Tensor:
+    """Each block's norm, or how far it is outside of a set; of split parameters by the owners of whole blocks, and known to every rank."""
     if isinstance(bound.norm, Set):
-        outside = bound.norm.excess(blocks, limit)
-        return outside, outside - (_set_tolerance(limit, part.coarsest) if bound.norm.matrix else 0.0)
-    value = bound.norm.measure(blocks).double()
+        if isinstance(part, Split):
+            return part.whole(bound.norm.excess, exact, limit, agree=True)
+        return bound.norm.excess(part.gather(exact), limit)
+    if isinstance(part, Split):
+        return (part.measure(bound.norm, exact) if isinstance(part, Flat) else part.whole(bound.norm.measure, exact, agree=True)).double()
+    return bound.norm.measure(part.gather(exact)).double()
+
+
+def _excess(bound: BoundRule, part: Pack, value: Tensor, limit: Tensor) -> Tensor:
+    """By how much each block is outside: at most 0 where the bound holds."""
+    if isinstance(bound.norm, Set):
+        return value - (_set_tolerance(limit, part.coarsest) if bound.norm.matrix else 0.0)
     if not _has_least(bound):
-        return value, value - limit * (1 + bound.rule.tolerance)
+        return value - limit * (1 + bound.rule.tolerance)
     low = limit if bound.rule.min_radius is None else torch.full_like(limit, bound.rule.min_radius)
     away = torch.maximum(value - limit, low - value)
-    return value, torch.where(value == 0, 0.0, away - _sphere_tolerance(bound, part, low, limit))
+    return torch.where(value == 0, 0.0, away - _sphere_tolerance(bound, part, low, limit))
 
 
 def _sphere_tolerance(bound: BoundRule, part: Pack, low: Tensor, limit: Tensor) -> Tensor:

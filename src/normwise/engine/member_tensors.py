@@ -1,0 +1,65 @@
+"""The tensors of a pack's members that rules work on: what lies on this rank of weights, gradients, centers and starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwise.engine.pack import Flat, Pack
+from normwise.engine.sharded.packs import placed_like
+from normwise.engine.turn import Turn
+from normwise.errors import PolicyError
+from normwise.policy.names import clean_name
+
+
+def weights_of(part: Pack) -> list[Tensor]:
+    """The weights."""
+    return part.local(part.params)
+
+
+def grads_of(part: Pack) -> list[Tensor]:
+    """The gradients, of a pack whose members all have one."""
+    return part.local([p.grad for p in part.params if p.grad is not None])
+
+
+def offsets_of(part: Pack) -> list[Tensor]:
+    """The weights, minus their center where there is one."""
+    centers = centers_of(part)
+    return list(torch._foreach_sub(weights_of(part), centers)) if centers else weights_of(part)
+
+
+def centers_of(part: Pack) -> list[Tensor]:
+    """The centers; none where the rule has none."""
+    return part.local([m.center for m in part.members if m.center is not None])
+
+
+def starts_of(part: Pack, turn: Turn | None) -> list[Tensor]:
+    """The weights before the step where they were kept, which is what an update is relative to; else the present ones."""
+    before = {} if turn is None else turn.before
+    return part.local([before.get(id(p), p) for p in part.params])
+
+
+def recenter_(weights: list[Tensor], centers: list[Tensor], old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """weight ← center + new offset where that changed; elsewhere the weight keeps its bits. Rounded once: the difference of offsets,
+    added to the weight, would carry the rounding of an offset that may be many times the radius."""
+    for weight, center, o, n in zip(weights, centers, old, new, strict=True):
+        weight.copy_(torch.where(o == n, weight, center + n))
+
+
+def block_count(part: Pack) -> int:
+    """How many blocks a pack has."""
+    return 1 if isinstance(part, Flat) else part.view.count * len(part.members)
+
+
+def given_center(centers: Any, name: str, weight: Tensor) -> Tensor:
+    """One parameter's center; the names may carry the traces of wrappers, as those of a checkpoint do."""
+    center = {clean_name(key): value for key, value in centers.items()}
+    if name not in center:
+        raise PolicyError(f"center= has no weights for {name!r}; it has {', '.join(sorted(center)[:10]) or 'none'}.")
+    given = center[name]
+    if given.shape != weight.shape:
+        raise PolicyError(f"center= gives {name!r} the shape {tuple(given.shape)}, but the parameter has {tuple(weight.shape)}.")
+    return placed_like(given.detach().to(weight.device, weight.dtype).clone(), weight)

@@ -1,0 +1,19 @@
+"""Rules on DTensors: each rank works on its own part of every parameter, and little is sent.
+
+``place`` tells which part of a parameter lies here, ``comm`` sends and counts, ``together`` measures many norms in one collective,
+``owners`` brings whole matrices to one rank each, ``split`` is the pack that the rules work on.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether ``t`` is a DTensor; told without importing it, which costs 0.4 s."""
+    return hasattr(t, "placements") and hasattr(t, "device_mesh")
+
+
+def here(t: Tensor) -> Tensor:
+    """What lies on this rank of a tensor: of a DTensor its part, of another all."""
+    return t.to_local() if is_sharded(t) else t    # type: ignore[attr-defined]

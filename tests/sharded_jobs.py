@@ -1,0 +1,196 @@
+"""The jobs of the sharded tests: each runs on every rank of a group and returns what is wrong, as a list of strings."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+import normwise as nw
+from normwise.engine.sharded.comm import TRAFFIC
+from normwise.engine.sharded.place import Place
+from sharded_cases import Case, Net, _part_of, _place, cases, gradients, hold, net, placements, train
+
+PLACES = functools.cache(placements)
+
+
+def equal(case: str, place: str, dtype: str = "float32") -> list[str]:
+    """A rule on one placement against the rule on one process."""
+    found = {c.name: c for c in cases()}
+    return hold(found[case], PLACES(dist.get_world_size())[place], getattr(torch, dtype)).faults
+
+
+def regions() -> list[str]:
+    """The indices that are computed against torch's own account of where a part lies, and against the numbers that lie there."""
+    faults = []
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,)) if world < 4 else init_device_mesh("cpu", (2, 2))
+    choices = [Shard(0), Shard(1), Replicate()]
+    for shape in [(7, 5), (12, 8), (2, 6), (1, 1), (4, 0), (6, 4, 3)]:
+        numbers = torch.arange(float(torch.Size(shape).numel())).view(shape)
+        for first in choices:
+            for second in choices if mesh.ndim == 2 else [None]:
+                split = distribute_tensor(numbers, mesh, [first] if second is None else [first, second], src_data_rank=None)
+                place = Place.of(split)
+                local = numbers
+                for d, i in enumerate(place.indices(place.here)):
+                    local = local.index_select(d, i)
+                size, _ = compute_local_shape_and_global_offset(split.shape, mesh, split.placements)
+                if tuple(size) != tuple(local.shape) or not torch.equal(local, split.to_local()):
+                    faults.append(f"{shape} {split.placements}")
+    return faults
+
+
+def clip(order: float) -> list[str]:
+    """nw.clip_grad_norm_ on DTensors and plain tensors together."""
+    faults = []
+    for name, place in PLACES(dist.get_world_size()).items():
+        plain, split = net(), place(net())
+        for g, p, q in zip(gradients(plain, 7).values(), plain.parameters(), split.parameters(), strict=True):
+            p.grad = g.clone()
+            q.grad = distribute_tensor(g, q.device_mesh, q.placements, src_data_rank=None) if isinstance(q, DTensor) else g.clone()
+        sent = TRAFFIC.now()
+        total = nw.clip_grad_norm_(split.parameters(), 1.0, order)
+        if TRAFFIC.since(sent).collectives > 2:
+            faults.append(f"{name}: {TRAFFIC.since(sent).collectives} collectives")
+        if not torch.allclose(total, nw.clip_grad_norm_(plain.parameters(), 1.0, order), rtol=1e-6):
+            faults.append(f"{name}: {float(total)}")
+        for p, q in zip(plain.parameters(), split.parameters(), strict=True):
+            if not torch.allclose(p.grad, q.grad.full_tensor() if isinstance(q.grad, DTensor) else q.grad, rtol=1e-6, atol=1e-9):
+                faults.append(f"{name}: a gradient differs")
+    return faults
+
+
+def foreign_gradients() -> list[str]:
+    """Gradients that are whole where the parameter is split (row-wise embedding), or not yet summed."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    split, plain = _place(net(), mesh, lambda n, p: [Shard(0)]), net()
+    policy = [nw.clip_grad_norm(1.0), nw.max_norm(1.0, "*.weight", per="tensor")]
+    for model in (split, plain):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+        nw.attach(model, optimizer, policy)
+        for (name, g), p in zip(gradients(plain, 0).items(), model.parameters(), strict=True):
+            p.grad = g.clone()
+            if model is split and name.startswith("emb"):
+                p.grad = DTensor.from_local(g.clone(), mesh, [Replicate()])
+            elif model is split:
+                p.grad = DTensor.from_local(g / dist.get_world_size(), mesh, [Partial()])
+        optimizer.step()
+    pairs = zip(split.named_parameters(), plain.parameters(), strict=True)
+    return [n for (n, p), q in pairs if not torch.allclose(p.full_tensor(), q, rtol=1e-6, atol=1e-7)]
+
+
+def one_bad_rank() -> list[str]:
+    """A gradient that is not finite on one rank: all skip, or all raise."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    faults = []
+    for mode in ("skip", "raise"):
+        model = _place(net(), mesh, lambda n, p: [Shard(0)])
+        before = model.even.weight.full_tensor().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+        nw.attach(model, optimizer, nw.clip_grad_norm(1.0), on_nonfinite=mode)
+        for p, g in zip(model.parameters(), gradients(net(), 0).values(), strict=True):
+            if p.shape == (12, 8):
+                g[0, 0] = torch.nan    # which lies on the first rank
+            p.grad = distribute_tensor(g, mesh, p.placements, src_data_rank=None)
+        if mode == "raise":
+            with pytest.raises(nw.NonFiniteError):
+                optimizer.step()
+        else:
+            optimizer.step()
+        if not torch.equal(before, model.even.weight.full_tensor()):
+            faults.append(f"{mode}: the weights changed")
+    return faults
+
+
+def reports() -> list[str]:
+    """control.norms() on split parameters, replicated ones counted once."""
+    faults = []
+    for name, place in PLACES(dist.get_world_size()).items():
+        case = Case("log", lambda: [nw.clip_grad_norm(1.0)])
+        _, whole, _ = train(net(), case, 2)
+        _, split, _ = train(place(net()), case, 2)
+        mine, theirs = split.norms(), whole.norms()
+        for kind, total in theirs.total.items():
+            if abs(mine.total[kind] - total) > 1e-6 * total:
+                faults.append(f"{name} {kind}: {mine.total[kind]} instead of {total}")
+    return faults
+
+
+def nothing_here() -> list[str]:
+    """Parameters that lie on the first two ranks alone."""
+    faults = []
+    for case in (c for c in cases() if c.name in ("max_norm tensor", "hyperball", "spectral_cap", "l1_penalty")):
+        case.policy = _narrowed(case.policy())
+        whole, _, _ = train(net(), case)
+        model = _part_of(net(), None)
+        _, control, _ = train_on_part(model, case)
+        for n in ("even.weight", "odd.weight"):
+            p = model.get_parameter(n)
+            if dist.get_rank() < 2 and not torch.allclose(p.full_tensor(), whole[n], rtol=1e-5, atol=1e-6):
+                faults.append(f"{case.name}: {n}")
+        if not control.verify():
+            faults.append(f"{case.name}: {control.verify()}")
+    return faults
+
+
+def _narrowed(policy: Any) -> Any:
+    from dataclasses import replace
+
+    rules = nw.Policy(policy)
+    return lambda: [replace(r, params=["even.weight", "odd.weight"]) for r in rules]
+
+
+def train_on_part(model: Net, case: Case) -> Any:
+    """Ten steps; ranks outside of the mesh have empty parts."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    control = nw.attach(model, optimizer, case.policy())
+    for step in range(10):
+        for (_, p), g in zip(model.named_parameters(), gradients(net(), step).values(), strict=True):
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else g.clone()
+        optimizer.step()
+    return None, control, 0
+
+
+def balance() -> list[str]:
+    """Sixteen matrices of one shape, split by columns: each rank owns its share, and is sent no more than that."""
+    world, count = dist.get_world_size(), 16
+    mesh = init_device_mesh("cpu", (world,))
+    model = nn.Sequential(*(nn.Linear(8, 6, bias=False) for _ in range(count)))
+    for layer in model:
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))
+    control = nw.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), nw.spectral_cap(0.5, "*"))
+    owned = [len(p.owners.owned) for b in control.engine.rules for p in b.packs]
+    return [] if len(owned) == 1 and owned[0] in (count // world, -(-count // world)) else [f"owned: {owned} of {count}"]
+
+
+def resumed() -> list[str]:
+    """The state of one control goes into another, and the trajectory continues."""
+    faults = []
+    world = dist.get_world_size()
+    for name in ("rows", "columns"):
+        place = PLACES(world)[name]
+        case = Case("state", lambda: [nw.zclip(1.0, warmup=3), nw.max_norm("init", "*.weight", per="tensor")])
+        straight, _, _ = train(place(net()), case, 6)
+        first = place(net())
+        weights, control, _ = train(first, case, 3)
+        second = place(net())
+        optimizer = torch.optim.SGD(second.parameters(), lr=0.1, foreach=False)
+        other = nw.attach(second, optimizer, case.policy())
+        other.load_state_dict(control.state_dict())
+        with torch.no_grad():
+            for n, p in second.named_parameters():
+                p.copy_(distribute_tensor(weights[n], p.device_mesh, p.placements, src_data_rank=None))
+        for step in range(3, 6):
+            for p, g in zip(second.parameters(), gradients(net(), step).values(), strict=True):
+                p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None)
+            optimizer.step()
+        faults += [f"{name}: {n}" for n, p in second.named_parameters() if not torch.equal(p.full_tensor(), straight[n])]
+    return faults
