@@ -225,6 +225,50 @@ def test_added_with_a_group_it_is_ruled_from_the_next_step_on() -> None:
     assert all(float(now["found"][n]["lambda"]) >= 0 for n in first["found"])
 
 
+def test_added_to_a_preset_with_rules_inside_and_beside_matrices_that_are_followed() -> None:
+    """A matrix of the shape of another joins its batch, whose singular vectors stay known; rules on updates still need no snapshot."""
+    model = net()
+    with torch.no_grad():
+        model[2].weight.mul_(3)    # so that the cap has to act
+    small = nw.Rule(params="*.weight", on="update", action="clip_norm", norm="l2", radius=1e-3)
+    optimizer = Muon(model, lr=0.5, weight_decay=0.0, policy=[small, nw.spectral_cap(0.8, tolerance=0.01)])
+    train(model, optimizer, range(3))
+    known = optimizer.control.state_dict()["rules"][1]["found"]["2.weight"]
+    assert int(known["age"].max()) or known["vectors"].numel(), "nothing is known that could be kept"
+    model.insert(3, nn.Linear(8, 8))
+    names = [f"3.{name}" for name, _ in model[3].named_parameters()]
+    row = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names", "layouts", "name")}
+    optimizer.add_param_group({"params": list(zip(names, model[3].parameters(), strict=True)), **row, "act": "none", "scale": "absolute"})
+    for seed in range(3, 6):
+        before = [p.detach().double().clone() for p in (model[2].weight, model[3].weight)]
+        train(model, optimizer, range(seed, seed + 1))
+        assert optimizer.control.engine.inline and optimizer.control.steps == seed + 1
+        assert optimizer.control.verify(), str(optimizer.control.verify())
+        for old, p in zip(before, (model[2].weight, model[3].weight), strict=True):
+            capped = seed == 3 and p is model[3].weight
+            assert capped or 0 < float((p.detach().double() - old).norm()) <= 2.5e-3, "the step's 1e-3, and what the cap takes off"
+    found = optimizer.control.state_dict()["rules"][1]["found"]
+    assert {"0.weight", "2.weight", "3.weight"} <= set(found)
+
+
+def test_two_optimizers_one_of_which_gets_a_group() -> None:
+    model, late = net(), nn.Linear(3, 3)
+    first, second = SGD(model[:2].parameters(), lr=0.2), AdamW(model[2:].parameters(), lr=0.02)
+    control = nw.attach(model, [first, second], [nw.clip_grad_norm(0.3), nw.max_norm(0.3), nw.zclip(params="0.*")])
+    for seed in range(4):
+        if seed == 2:
+            model.add_module("5", late)
+            second.add_param_group({"params": late.parameters()})
+        for o in (first, second):
+            o.zero_grad()
+        loss_of(model, seed).backward()
+        first.step()
+        second.step()
+        total = sum(float(p.grad.double().square().sum()) for p in model.parameters()) ** 0.5    # type: ignore[union-attr]
+        assert total <= 0.3 * (1 + 1e-6) and control.verify() and control.steps == seed + 1
+    assert float(lengths(late.weight).max()) <= 0.3
+
+
 def test_replaced_by_another_parameter_the_rule_follows_the_name() -> None:
     model = net()
     optimizer = SGD(model.parameters(), lr=0.3)
