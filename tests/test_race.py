@@ -24,10 +24,11 @@ from normwise.race import race as race_module
 from normwise.race.contenders import BASELINES, COMMON, CONTENDERS, chosen
 from normwise.race.figures import geometric_mean, interval, median
 from normwise.race.lattice import Choice, Point, best, on_edge, propose
-from normwise.race.protocol import BUDGETS, LADDER_SEED, RATIO, ROBUST_AT, RUNGS, TUNING_SEED, budget, first_horizon, rung
+from normwise.race.protocol import BUDGETS, LADDER_SEED, PROTOCOL, RATIO, ROBUST_AT, RUNGS, TUNING_SEED, budget, first_horizon, rung
 from normwise.race.race import Options, race, replay
 from normwise.race.run import RaceRun, is_spike, share_of_rate
 from normwise.study.progress import Bar, Lines, Progress
+from normwise.study.store import Store
 from race_cases import STEP_MS, made_up, made_up_times
 
 AXES = (Choice("lr", (0.01,), ratio=2.0), Choice("a", (1.0, 2.0, 3.0, 4.0), 2), Choice("b", ("x", "y")), Choice("c", (0.0, 1.0, 2.0), 1))
@@ -574,3 +575,10 @@ def test_the_page_is_written_from_raw_runs(no_training: Counter[str], tmp_path: 
     assert text.count("Not yet measured.") == 1 and "gpt: the target is a validation loss" in text and make.filled(text) == text
     for image in ("race.svg", "race-gpt.svg"):
         assert f"(images/{image})" in text and (tmp_path / image).exists()
+
+
+def test_a_record_of_a_race_without_its_facts_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "race.runs.jsonl"
+    Store(path).add({"kind": "race facts", "protocol": PROTOCOL}, {"machine": {}})
+    with pytest.raises(DataError, match="expected the runs of a race"):
+        replay(path)

@@ -90,7 +90,8 @@ def replay(state: Path) -> dict[str, Any]:
     """
     store = Store(state)
     settings, result = store.newest("race facts")
-    if settings is None or result is None or settings["protocol"] != PROTOCOL:
+    whole = settings is not None and result is not None and settings.keys() >= Facts.__dataclass_fields__.keys() and "machine" in result
+    if not whole or settings is None or result is None or settings.get("protocol") != PROTOCOL:
         raise DataError(f"{state}: expected the runs of a race under protocol {PROTOCOL}, found none. "
                         f"Give the --state of such a race, or the *.runs.jsonl beside its --json.")
     known = {name: settings[name] for name in Facts.__dataclass_fields__}
