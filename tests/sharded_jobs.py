@@ -194,3 +194,27 @@ def resumed() -> list[str]:
             optimizer.step()
         faults += [f"{name}: {n}" for n, p in second.named_parameters() if not torch.equal(p.full_tensor(), straight[n])]
     return faults
+
+
+def preset(name: str, place: str, dtype: str, polar: str, policy: bool = False) -> list[str]:
+    """Ten steps of an optimizer of normwise.optim on split parameters against those on whole ones."""
+    make = nw.optim.PRESETS[name]
+    spectral = name in ("Muon", "NorMuon", "Scion", "MuonH")
+    options = {"polar": polar} if spectral else {}
+    ways = PLACES(dist.get_world_size())
+    if policy:    # rules within the step
+        options["policy"] = [nw.Rule(params="*.weight", action="clip_norm", on="update", radius=0.1), nw.max_norm(1.0, "even.weight")]
+    whole, split = net(getattr(torch, dtype)), ways[place](net(getattr(torch, dtype)))
+    for model in (whole, split):
+        optimizer = make(model, lr=0.02, **options)
+        for step in range(10):
+            for p, g in zip(model.parameters(), gradients(net(getattr(torch, dtype)), step).values(), strict=True):
+                p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else g.clone()
+            optimizer.step()
+    limit = (1e-4 if spectral else 1e-6) if dtype == "float32" else 1e-10
+    faults = []
+    for (n, p), q in zip(split.named_parameters(), whole.parameters(), strict=True):
+        off = float(((p.full_tensor() if isinstance(p, DTensor) else p) - q).detach().abs().max() / q.detach().abs().max())
+        if not off <= limit:
+            faults.append(f"{n} is off by {off:.2g}")
+    return faults

@@ -1,6 +1,11 @@
-"""Rules mean the same on one process and on many: every rule on every placement, over gloo with 2, 3 and 4 processes."""
+"""Rules and optimizers mean the same on one process and on many: every one on every placement, over gloo with 2, 3 and 4 processes.
+
+By default a part of the combinations, in one group a number of processes; all of them in the long run.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,59 +13,67 @@ from torch import nn
 
 import normwise as nw
 from sharded_cases import cases
-from sharded_group import run
+from sharded_group import Job, run
 
-ALL = [c.name for c in cases()]
-SOME = ["max_norm tensor", "clip, then bound", "zclip tensor", "group_lasso", "l1_ball unit", "spectral_cap", "spectral clip"]
+RULES = [c.name for c in cases()]
+SOME = ["max_norm tensor", "clip, then bound", "group_lasso", "l1_ball unit", "spectral_cap"]
+PRESETS = list(nw.optim.PRESETS)
 LINE = ["rows", "columns", "replicated", "mixed", "fully_shard"]
 GRID = ["hsdp", "grid", "fsdp_tp", "fully_shard_hsdp"]
 WAYS = {2: LINE, 3: LINE, 4: LINE + GRID}
+FAST, EXACT = ("float32", "fast", False), ("float64", "exact", True)
+"""Of a preset: the dtype, how polar factors are computed, and whether a policy runs inside of it."""
 
-
-def _pairs(world: int, long: bool) -> list[tuple[str, str, str]]:
-    """(rule, placement, dtype): a part of them by default, everything in the long run."""
-    short = {
-        2: [(c, "mixed", "float32") for c in ALL] + [(c, p, "float32") for c in SOME for p in ("rows", "columns")],
-        3: [(c, p, "float32") for c in SOME for p in ("rows", "fully_shard")],
-        4: [(c, p, "float32") for c in SOME[:3] + SOME[-1:] for p in ("hsdp", "grid", "fsdp_tp")],
-    }[world]
-    if not long:
-        return short
-    every = [(c, p, dtype) for c in ALL for p in WAYS[world] for dtype in ("float32", "float64")]
-    return [pair for pair in every if pair not in short]
-
-
-def _equalities(world: int, long: bool, tmp_path, coverage) -> None:
-    pairs = _pairs(world, long)
-    found = run(world, [(" | ".join(p), "sharded_jobs:equal", list(p)) for p in pairs], tmp_path)
-    wrong = {name: faults for name, ranks in found.items() for faults in ranks if faults}
-    assert not wrong, "\n".join(f"{name}: {faults}" for name, faults in wrong.items())
-    for rule, place, dtype in pairs:
-        coverage("sharded equals whole", rule, place, world=world, dtype=dtype)
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_ten_steps_on_split_parameters_are_those_on_whole_ones(world, tmp_path, coverage):
-    _equalities(world, False, tmp_path, coverage)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_every_rule_on_every_placement(world, tmp_path, coverage):
-    _equalities(world, True, tmp_path, coverage)
-
-
-JOBS = [
+RULES_BY_DEFAULT = {
+    2: [(r, "mixed") for r in RULES] + [(r, "columns") for r in SOME],
+    3: [(r, "rows") for r in SOME] + [("spectral_cap", "fully_shard")],
+    4: [("clip, then bound", "hsdp"), ("spectral_cap", "grid"), ("clip, then bound", "fsdp_tp"), ("spectral_cap", "fsdp_tp")],
+}
+PRESETS_BY_DEFAULT = {
+    2: [(p, "mixed", *FAST) for p in PRESETS] + [(p, "columns", *EXACT) for p in ("LAMB", "NorMuon", "MuonH")],
+    3: [("NorMuon", "rows", *FAST)],
+    4: [("MuonH", "fsdp_tp", *FAST)],
+}
+OTHERS: list[tuple[str, list[Any]]] = [
     ("regions", []), ("clip", [2.0]), ("clip", [1.0]), ("clip", [float("inf")]), ("clip", [3.0]), ("foreign_gradients", []),
     ("one_bad_rank", []), ("reports", []), ("balance", []), ("resumed", []),
 ]  # fmt: skip
 
 
+def _default(world: int) -> list[Job]:
+    others = [*OTHERS, ("nothing_here", [])] if world == 3 else OTHERS if world == 2 else [OTHERS[0], OTHERS[1], OTHERS[7]]
+    rules = [("equal", [*pair, "float32"]) for pair in RULES_BY_DEFAULT[world]]
+    return _jobs([*rules, *(("preset", list(p)) for p in PRESETS_BY_DEFAULT[world]), *others])
+
+
+def _every(world: int) -> list[Job]:
+    rules = [("equal", [r, w, dtype]) for r in RULES for w in WAYS[world] for dtype in ("float32", "float64")]
+    presets = [("preset", [p, w, *kind]) for p in PRESETS for w in WAYS[world] for kind in (FAST, EXACT)]
+    return _jobs([*rules, *presets, *OTHERS])
+
+
+def _jobs(wanted: list[tuple[str, list[Any]]]) -> list[Job]:
+    return [(" | ".join(map(str, [job, *given])), f"sharded_jobs:{job}", given) for job, given in wanted]
+
+
+def _hold(world: int, jobs: list[Job], tmp_path, coverage) -> None:
+    found = run(world, jobs, tmp_path)
+    wrong = [f"{name}: {faults}" for name, ranks in found.items() for faults in ranks if faults]
+    assert not wrong, "\n".join(wrong)
+    for _, where, given in jobs:
+        if where.endswith(("equal", "preset")):
+            coverage("split parameters equal whole ones", given[0], given[1], world=world, dtype=given[2])
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_gradients_reports_states_and_owners(world, tmp_path):
-    jobs = [*JOBS, *([("nothing_here", [])] if world == 3 else [])]
-    found = run(world, [(f"{job} {arguments}", f"sharded_jobs:{job}", arguments) for job, arguments in jobs], tmp_path)
-    assert {name: ranks for name, ranks in found.items() if any(ranks)} == {}
+def test_split_parameters_go_the_way_of_whole_ones(world, tmp_path, coverage):
+    _hold(world, _default(world), tmp_path, coverage)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_rule_and_optimizer_on_every_placement(world, tmp_path, coverage):
+    _hold(world, _every(world), tmp_path, coverage)
 
 
 def test_a_flat_shard_is_refused():

@@ -11,7 +11,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from normwise.engine.sharded import is_sharded
+from normwise.engine.sharded.ahead import align
 from normwise.errors import PolicyError
 from normwise.narrow import NOISE
 from normwise.optim.parts import DEFAULTS, STATE, Row, check_row
@@ -106,6 +106,7 @@ class NormOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        align(p for group in self.param_groups for p in group["params"])
         plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
         on_update = self._update_rules()
         for group, plan in zip(self.param_groups, plans, strict=True):
@@ -200,10 +201,6 @@ def _check_group(group: dict[str, Any]) -> None:
     _complete(group)
     check_row(group, f"the group {group['name']!r}" if "name" in group else "a parameter group", BESIDES)
     for p in group["params"]:
-        if is_sharded(p):
-            raise PolicyError(
-                "a parameter is a DTensor, which normwise.optim does not step yet: use a torch optimizer and attach rules to it."
-            )
         if not p.is_floating_point():
             raise PolicyError(f"a parameter is {p.dtype}: steps under a norm need real floating-point numbers; train its view_as_real.")
     group[LAYOUTS] = layouts(group)

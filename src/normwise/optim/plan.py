@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack, pack
+from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack
+from normwise.engine.sharded import is_sharded
+from normwise.engine.sharded.packs import packs_of
+from normwise.engine.sharded.split import Loose
 from normwise.errors import LayoutError, PolicyError
 from normwise.layouts import BlockView, Layout, block_view
 from normwise.narrow import CARRY, NOISE, memory, rounds
@@ -152,11 +155,11 @@ def _plain_layout(p: Tensor, group: Group) -> Layout:
 
 def _packs(group: Group, found: list[Member]) -> list[Pack]:
     if acts_on_blocks(group):
-        return pack(found, flat=False)
+        return packs_of(found, False)
     alike: dict[tuple[Any, ...], list[Member]] = {}
     for m in found:
-        alike.setdefault((m.param.dtype, m.param.device), []).append(m)
-    return [Pack(part) for kind in alike.values() for part in _portions(kind)]
+        alike.setdefault((m.param.dtype, m.param.device, is_sharded(m.param)), []).append(m)
+    return [Loose(part) if is_sharded(part[0].param) else Pack(part) for kind in alike.values() for part in _portions(kind)]
 
 
 def _portions(found: list[Member]) -> list[list[Member]]:
@@ -204,6 +207,8 @@ def _ready(state: State, p: Tensor, part: Pack, group: Group) -> State:
 def _remember(state: State, p: Tensor, group: Group, number: int) -> None:
     """What the group's way of rounding needs in the parameter's state; ``number`` sets the parameters' random numbers apart."""
     needed = memory(p, group["rounding"], group["seed"] * 2**31 + number)
+    if needed and is_sharded(p):
+        raise PolicyError(f"rounding={group['rounding']!r} is not there yet for DTensors: keep fp32 master weights, or round to nearest.")
     for name in {NOISE, CARRY} - set(needed):
         state.pop(name, None)
     for name, value in needed.items():
@@ -217,7 +222,8 @@ def _radii(packs: list[Pack], group: Group, state: States) -> list[tuple[Tensor,
     found: list[tuple[Tensor, Tensor]] = []
     still = []
     for m in (m for p in packs for m in p.members if "radius" not in state.get(m.param, {})):
-        radius = L2().measure(m.view.blocks(m.param.detach())).to(compute_dtype(m.param.dtype))
+        alone = packs_of([m], False, agree=True)[0]
+        radius = alone.measure(L2(), alone.local([m.param.detach()])).to(compute_dtype(m.param.dtype))
         found.append((m.param, radius))
         if group["hold"] != "row_floor" and not bool(((radius > 0) & radius.isfinite()).all()):
             still.append(m.name)

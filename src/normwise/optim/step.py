@@ -11,6 +11,8 @@ from torch import Tensor
 
 from normwise import actions
 from normwise.engine.pack import Pack
+from normwise.engine.sharded import here
+from normwise.engine.sharded.split import Split, SplitPack
 from normwise.narrow import narrow_, widened
 from normwise.norms import L2, Norm, Spectral, get_norm
 from normwise.norms.base import clip_factor, radial_factor
@@ -52,8 +54,8 @@ def _fused_adamw(params: list[Tensor], states: States, group: Group) -> None:
     steps = [s["step"] for s in states]
     torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
-        params, [p.grad for p in params if p.grad is not None],
-        [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], steps,
+        list(map(here, params)), [here(p.grad) for p in params if p.grad is not None],
+        [here(s["exp_avg"]) for s in states], [here(s["exp_avg_sq"]) for s in states], [], steps,
         lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
         weight_decay=group["weight_decay"] if group["decay"] == "weight" else 0.0, eps=group["eps"], amsgrad=False,
         maximize=group["maximize"],
@@ -62,8 +64,10 @@ def _fused_adamw(params: list[Tensor], states: States, group: Group) -> None:
 
 def step_pack(part: Pack, states: States, group: Group, on_update: Update | None = None) -> None:
     """The columns one by one."""
-    params = part.params
-    grads = [p.grad for p in params if p.grad is not None]
+    params = part.local(part.params)
+    grads = part.local([p.grad for p in part.params if p.grad is not None])
+    if part.sharded:
+        states = [{name: here(value) for name, value in s.items()} for s in states]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     update = list(DIRECTIONS[group["direction"]](_with_decay(grads, params, group, "gradient"), states, group))
@@ -91,6 +95,10 @@ def _act(part: Pack, update: list[Tensor], group: Group) -> list[Tensor]:
         return update
     norm = get_norm(group["norm"])
     assert isinstance(norm, Norm)
+    if isinstance(part, Split):
+        if group["act"] == "normalize":
+            return _scaled(part, update, radial_factor(part.measure(norm, update), 1.0))
+        return part.steepest(norm, update, lambda blocks: steepest(norm, blocks, group["polar"]))
     blocks = part.gather(update)
     return part.split(steepest(norm, blocks, group["polar"]) if group["act"] == "lmo" else norm.normalize(blocks, 1.0))
 
@@ -106,12 +114,21 @@ def steepest(norm: Norm, blocks: Tensor, method: str) -> Tensor:
 
 def _divide_rows(part: Pack, update: list[Tensor], states: States, group: Group) -> list[Tensor]:
     """Each unit over the root of the running mean of its squares (NorMuon, Li et al., 2025)."""
+    if isinstance(part, SplitPack):
+        return _divide_split_rows(part, update, states, group)
     blocks = up(part.gather(update))
     squares = blocks.square().mean(2)
     running = [s["row_squares"] for s in states]
     torch._foreach_lerp_(running, list(squares.view(len(states), part.view.count, -1).unbind()), 1 - group["row_beta"])
     roots = torch.stack(running).view_as(squares).sqrt_()
     return part.split((blocks / (roots + group["eps"])[:, :, None]).to(update[0].dtype))
+
+
+def _divide_split_rows(part: SplitPack, update: list[Tensor], states: States, group: Group) -> list[Tensor]:
+    rows, running = part.rows(), [s["row_squares"] for s in states]
+    squares = rows.measure(L2(), update).square() / part.view.block_shape[1]
+    torch._foreach_lerp_(running, list(squares.to(running[0]).view(len(states), part.view.count, -1).unbind()), 1 - group["row_beta"])
+    return _scaled(rows, update, 1 / (torch.stack(running).flatten().sqrt() + group["eps"]))
 
 
 def _scale(
@@ -220,6 +237,11 @@ def _hold(part: Pack, weights: list[Tensor], states: States, group: Group, befor
 
 
 def _floor_rows(part: Pack, weights: list[Tensor], states: States, limit: float) -> None:
+    if isinstance(part, SplitPack):
+        m = part.view.block_shape[0]
+        length, least = part.rows().measure(L2(), weights), (_radii(part, states) * limit / m**0.5).repeat_interleave(m)
+        part.rows().scale_(weights, torch.where(length < least, radial_factor(length, least), 1.0))
+        return
     blocks = part.gather(weights)
     rows = blocks.reshape(-1, blocks.shape[2])
     floor = (_radii(part, states) * limit / blocks.shape[1] ** 0.5).repeat_interleave(blocks.shape[1])

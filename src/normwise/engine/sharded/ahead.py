@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from normwise.engine.sharded import comm, is_sharded
 from normwise.engine.sharded.split import Split
@@ -16,10 +17,11 @@ from normwise.norms import Norm
 Request = tuple[Any, Norm, list[Tensor]]
 
 
-def align(params: Iterable[nn.Parameter]) -> None:
+@_disable_dynamo
+def align(params: Iterable[Tensor]) -> None:
     """Brings gradients to their parameters' placements: some are whole on every rank, as a row-wise embedding's, or not yet summed."""
     for p in params:
-        if p.grad is None or not is_sharded(p):
+        if not is_sharded(p) or p.grad is None:
             continue
         if not is_sharded(p.grad):
             raise PolicyError(f"a parameter of shape {tuple(p.shape)} is a DTensor, but its gradient is a plain tensor: give it one too.")

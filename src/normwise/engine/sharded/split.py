@@ -17,8 +17,9 @@ from normwise.engine.sharded.owners import Owners
 from normwise.engine.sharded.pieces import Pieces
 from normwise.engine.sharded.place import Place
 from normwise.engine.sharded.together import Entrywise, Share, complete, simple
+from normwise.layouts import BlockView
 from normwise.norms import L1, L2, LInf, Norm, Radius, Set
-from normwise.norms.base import clip_factor
+from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.reduce import compute_dtype, wide
 
 LOADS: dict[Any, list[float]] = {}
@@ -132,6 +133,16 @@ class Split(Pack):
         length = self.measure(norm, tensors) / base[1]
         return self._scaled(wider, torch.where(length > 0, base[1] / length, 0.0))
 
+    def steepest(self, norm: Norm, tensors: Sequence[Tensor], of_blocks: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """−lmo(x, 1) of every block: signs and directions without whole blocks, others by ``of_blocks`` at their owners."""
+        base = simple(norm, self.block_shape)
+        if base is not None and isinstance(base[0], LInf):
+            return [t.sign() / base[1] for t in tensors]
+        if base is not None and isinstance(base[0], L2):
+            return self._scaled(tensors, radial_factor(self.measure(L2(), tensors), 1 / base[1]))
+        blocks = self.gather(tensors)
+        return self.split(of_blocks(blocks).to(tensors[0].dtype) if len(blocks) else blocks)
+
     def norms_for(self, action: str, norm: Norm, power: int, tensors: list[Tensor]) -> list[tuple[Norm, Sequence[Tensor]]]:
         """What ``prox`` or ``penalty_gradient`` will measure of the tensors."""
         base = simple(norm, self.block_shape)
@@ -171,6 +182,7 @@ class SplitPack(Split):
         self.place = places[0]
         self.pieces = Pieces(self.view.shape, self.view.order[: self.view.batch], self.place)
         self._owners: Owners | None = None
+        self._rows: SplitPack | None = None
 
     def _smaller(self, members: list[Member]) -> SplitPack:
         return SplitPack(members, self.agree)
@@ -183,6 +195,12 @@ class SplitPack(Split):
             cost = math.prod(shape) * (min(shape) if len(shape) == 2 else 1)
             self._owners = Owners(self.view, self.place, len(self.members), LOADS, float(cost))
         return self._owners
+
+    def rows(self) -> SplitPack:
+        """The same parameters with each row of each matrix as a block, known to every rank."""
+        if self._rows is None:
+            self._rows = SplitPack([Member(m.name, m.param, _row_view(m.view), m.optimizer) for m in self.members], agree=True)
+        return self._rows
 
     def spans(self) -> list[tuple[Any, tuple[int, ...]]]:
         return [(self.place.mesh, self.place.dims)] if self.place.dims else []
@@ -245,6 +263,10 @@ class SplitPack(Split):
         parts = self.local(self.params)
         opened = self.pieces.expand(values.view(len(parts), -1))
         return torch.cat([o.expand(p.shape).reshape(-1) for o, p in zip(opened.unbind(), parts, strict=True)])
+
+
+class Loose(Split):
+    """DTensors of any shapes, for steps that act on entries alone."""
 
 
 class SplitFlat(Split, Flat):
@@ -325,3 +347,12 @@ class Entries:
     def counted(self, acted: Tensor) -> Tensor:
         """See :meth:`Split.counted`."""
         return self.pack.counted(acted)
+
+
+def _row_view(view: BlockView) -> BlockView:
+    """The view whose blocks are the rows of a view's matrices."""
+    axes, rows = 0, 1
+    while rows < view.block_shape[0]:
+        rows *= view.shape[view.order[view.batch + axes]]
+        axes += 1
+    return BlockView(view.shape, view.order, view.batch + axes, view.block_shape[1:], view.count * rows, view.kernel)
