@@ -114,10 +114,12 @@ def reports() -> list[str]:
     """control.norms() on split parameters, replicated ones counted once."""
     faults = []
     for name, place in PLACES(dist.get_world_size()).items():
-        case = Case("log", lambda: [nw.clip_grad_norm(1.0)])
+        case = Case("norms", lambda: [nw.clip_grad_norm(1.0)])
         _, whole, _ = train(net(), case, 2)
         _, split, _ = train(place(net()), case, 2)
         mine, theirs = split.norms(), whole.norms()
+        if split.communication().collectives > 2 or whole.communication().collectives:
+            faults.append(f"{name}: {split.communication()} in two steps")
         for kind, total in theirs.total.items():
             if abs(mine.total[kind] - total) > 1e-6 * total:
                 faults.append(f"{name} {kind}: {mine.total[kind]} instead of {total}")

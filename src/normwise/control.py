@@ -17,6 +17,7 @@ from normwise.engine import Engine, Turn, field, given, states
 from normwise.engine.finite import OnNonFinite, check_choice
 from normwise.engine.marks import Marks
 from normwise.engine.measures import NormLog, NormReport
+from normwise.engine.sharded.comm import TRAFFIC, Traffic
 from normwise.engine.verify import Verification, verify
 from normwise.errors import PolicyError
 from normwise.policy import Policy, Rule
@@ -99,6 +100,7 @@ class Control:
         self.seconds = 0.0
         """Time spent in the hooks, with ``timed=True``."""
         self._timed = timed
+        self._traffic = Traffic()
         self._counters = [_Counter() for _ in optimizers]
         self._turns: dict[int, Turn | None] = {}
         self._decayed: set[int] = set()
@@ -149,8 +151,10 @@ class Control:
     @contextmanager
     def _clock(self) -> Any:
         start = time.perf_counter() if self._timed else 0.0
+        sent = TRAFFIC.now()
         with torch.no_grad():
             yield
+        self._traffic.join(TRAFFIC.since(sent))
         if self._timed:
             self.seconds += time.perf_counter() - start
 
@@ -295,6 +299,12 @@ class Control:
     def penalty(self) -> float:
         """The value of all penalties (of prox rules too) on the present weights: what they add to the loss that is minimised."""
         return sum(b.penalty(self.steps) for b in self.engine.rules)
+
+    def communication(self) -> Traffic:
+        """What the rules sent from this rank since they were attached: ``collectives``, and ``bytes`` put into them; all zero without
+        DTensors. Divide by ``steps`` for a step's share. What ``verify`` and ``norms`` send is not counted, nor what the optimizer itself
+        sends. ``largest`` is the most bytes that one collective of this process brought here."""
+        return self._traffic.now()
 
     def violations(self) -> dict[str, int]:
         """For each rule that may or may not change a gradient, an update or a weight, how many blocks it had to change when it last ran."""

@@ -33,6 +33,12 @@ class Traffic:
         """What was sent after ``before`` was taken."""
         return Traffic(self.collectives - before.collectives, self.bytes - before.bytes, self.largest)
 
+    def join(self, more: Traffic) -> None:
+        """Adds what was sent in another stretch of time."""
+        if more.collectives:
+            self.collectives, self.bytes = self.collectives + more.collectives, self.bytes + more.bytes
+            self.largest = max(self.largest, more.largest)
+
     def now(self) -> Traffic:
         """A copy, to compare with later."""
         return replace(self)
