@@ -78,6 +78,10 @@ class Pack:
         """All blocks, ``(members · count, *block_shape)``; a view where one tensor's strides allow."""
         return self._blocks(tensors, torch.stack)
 
+    def borrow(self, tensors: Sequence[Tensor]) -> Tensor:
+        """As ``gather``, in memory that the next measurement overwrites."""
+        return self._blocks(tensors, _stacked)
+
     def split(self, blocks: Tensor) -> list[Tensor]:
         """Blocks as one tensor a member, in the parameter's own shape."""
         view, k = self.view, len(self.members)
@@ -87,7 +91,7 @@ class Pack:
 
     def measure(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of every block, ``(members · count,)``."""
-        return norm.measure(self._blocks(tensors, _stacked))
+        return norm.measure(self.borrow(tensors))
 
     def _blocks(self, tensors: Sequence[Tensor], stack: Callable[[list[Tensor]], Tensor]) -> Tensor:
         view = self.view

@@ -26,7 +26,7 @@ class TrackedCap(BoundRule):
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
         super().__init__(rule, entries, owner, index)
-        self.packs = pack(self.members, False, alone_from=SCRATCH_BYTES)    # nothing is gathered, and fewer batches are fewer calls
+        self.packs = pack(self.members, False, alone_from=SCRATCH_BYTES)    # a search is many small calls: fewer, larger batches
         self._known: dict[int, Tracked] = {}
         for m in self.members:
             sizes = {"vectors": (0, min(m.view.block_shape)), "sketch": (0, min(m.view.block_shape)), "reach": (), "age": ()}
@@ -44,7 +44,7 @@ class TrackedCap(BoundRule):
             self._know(part, self._together(part))
 
     def _act(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
-        matrices = [matrix for t in tensors for matrix in part.view.blocks(t.detach()).unbind()]
+        matrices = part.borrow([t.detach() for t in tensors])
         limit = torch.as_tensor(radius, dtype=wide(tensors[0].device), device=tensors[0].device).expand(len(matrices))
         before = self._known.get(id(part))
         cut, known = follow(matrices, limit, before, self.rule.tolerance)

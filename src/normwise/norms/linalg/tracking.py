@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from normwise.norms.linalg.caps import cap_singular_values, inward, short_gram
+from normwise.norms.linalg.caps import cap_singular_values, inward, short_gram, short_images
 from normwise.norms.linalg.checks import as_batch, bounds, like_input, peak, positive
 from normwise.norms.reduce import up
 
@@ -50,9 +49,9 @@ class Found(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What is known of b matrices before a look at them, and their limits (b,)."""
+    """b matrices (b, m, n) in the compute dtype, their limits (b,), and what is known of them before a look."""
 
-    xs: list[Tensor]
+    x: Tensor
     limit: Tensor
     sketch: Tensor
     moved: Tensor
@@ -65,7 +64,7 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
     x: (b, m, n), changed a little since the call before; radius: a number or one a matrix (b,); tolerance: >= 0.01. state: None at
     first, then what the call before returned; its tensors are not changed. Returns new tensors, or x itself where nothing exceeds.
 
-    1. Eight random combinations of its rows (columns, where it is wide), one pass over it, estimate how far each matrix has moved since
+    1. Eight random combinations of its rows (columns, where it is wide), one product, estimate how far each matrix has moved since
        it was last looked at, in the Frobenius norm, which no singular value's move exceeds. Where its σ₁ then and 1.5 times the move
        stay within (1 + tolerance) radius, that is all, at most 50 times in a row.
     2. The others are searched: a Krylov space of the followed vectors, and the directions of the move. Small ones are decomposed.
@@ -85,7 +84,7 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
     """
     batch = as_batch(x)
     own = None if state is None else Tracked(*(t.clone() for t in state))
-    cut, own = follow(batch.unbind(), bounds(radius, batch), own, tolerance)
+    cut, own = follow(batch, bounds(radius, batch), own, tolerance)
     if not cut:
         return x, own
     out = batch.clone()
@@ -94,14 +93,15 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
     return like_input(out, x), own
 
 
-def follow(xs: Sequence[Tensor], limit: Tensor, state: Tracked | None, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
-    """``cap`` of matrices (m, n) that need not lie in one batch: what becomes of those that exceed, by position, and the state.
+def follow(batch: Tensor, limit: Tensor, state: Tracked | None, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
+    """``cap`` of a batch (b, m, n), b >= 1, for an engine: what becomes of the matrices that exceed, by position, and the state.
 
-    xs: at least one, of one shape, dtype and device. limit: (b,), >= 0. state: its tensors are changed in place.
+    batch: may be scratch memory, nothing of it is kept. limit: (b,), >= 0. state: its tensors are changed in place.
     """
-    sketch = _sketch(xs)
-    if state is None or not _fits(state, sketch, xs[0]):
-        return _first(xs, limit, tolerance)
+    x = up(batch)
+    sketch = _sketch(x)
+    if state is None or not _fits(state, sketch, x[0]):
+        return _first(batch, limit, tolerance)
     state.age.add_(1)
     moved = sketch - state.sketch
     length = _length(moved)
@@ -112,12 +112,12 @@ def follow(xs: Sequence[Tensor], limit: Tensor, state: Tracked | None, tolerance
     cut: dict[int, Tensor] = {}
     for rows, depth in ((short, DEPTH), (long, DEPTH + 1)):
         if rows:
-            seen = Seen([xs[i] for i in rows], limit[rows], sketch[rows], moved[rows], state.vectors[rows])
-            found = _look(seen, depth, tolerance)
+            all_of = slice(None) if len(rows) == len(x) else rows
+            found = _look(Seen(*(t[all_of] for t in (x, limit, sketch, moved, state.vectors))), depth, tolerance)
             lost += [rows[i] for i in found.lost]
             state = _store(state, rows, found, cut)
     if lost:
-        found = _decompose([xs[i] for i in lost], limit[lost], state.vectors.shape[1], tolerance)
+        found = _decompose(batch[lost], limit[lost], state.vectors.shape[1], tolerance)
         state = _store(state, lost, found, cut)
     return cut, state
 
@@ -125,6 +125,8 @@ def follow(xs: Sequence[Tensor], limit: Tensor, state: Tracked | None, tolerance
 def _store(state: Tracked, rows: list[int], found: Found, cut: dict[int, Tensor]) -> Tracked:
     """Takes what was found about some matrices into the state, and what was cut into ``cut``."""
     cut |= {rows[i]: y for i, y in found.cut.items()}
+    if len(rows) == len(state.age) and found.vectors.shape == state.vectors.shape:
+        return Tracked(found.vectors, found.sketch, found.reach.to(state.reach.dtype), torch.zeros_like(state.age))
     missing = found.vectors.shape[1] - state.vectors.shape[1]
     if missing > 0:    # rows of zeros take part in a search as what it still has room for
         state = state._replace(vectors=torch.nn.functional.pad(state.vectors, (0, 0, missing, 0)))
@@ -133,19 +135,18 @@ def _store(state: Tracked, rows: list[int], found: Found, cut: dict[int, Tensor]
     return state
 
 
-def _first(xs: Sequence[Tensor], limit: Tensor, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
+def _first(x: Tensor, limit: Tensor, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
     """Every matrix decomposed, and twice as many vectors followed as there are singular values at the radius."""
-    found = _decompose(xs, limit, 0 if _small(xs[0]) else WIDTH, tolerance)
-    age = torch.arange(len(xs)).to(found.sketch) * (WAIT / len(xs))    # so that their waits do not all end at one step
-    return found.cut, Tracked(found.vectors, found.sketch, found.reach, age.floor())
+    found = _decompose(x, limit, 0 if _small(x[0]) else WIDTH, tolerance)
+    return found.cut, Tracked(found.vectors, found.sketch, found.reach, torch.zeros_like(found.reach))
 
 
 def _look(seen: Seen, depth: int, tolerance: float) -> Found:
     """Finds what exceeds and cuts it."""
-    xs, v, sketch = [up(x) for x in seen.xs], seen.vectors, seen.sketch
+    x, v, sketch = seen.x, seen.vectors, seen.sketch
     limit = seen.limit.to(v.dtype)[:, None]
-    small, aim = _small(xs[0]), limit * (1 - tolerance / 2)
-    vectors, images, sigma = _eigen(xs) if small else _ritz(xs, v, seen.moved, depth)
+    small, aim = _small(x[0]), limit * (1 - tolerance / 2)
+    vectors, images, sigma = _eigen(x) if small else _ritz(x, v, seen.moved, depth)
     most = sigma[:, -1:]
     exceeds = most > limit
     lost = (most > JUMP * limit) | (exceeds & ((sigma > aim).sum(1, keepdim=True) > vectors.shape[1]))
@@ -155,18 +156,18 @@ def _look(seen: Seen, depth: int, tolerance: float) -> Found:
         sigma = sigma[:, -vectors.shape[1]:]
         excess = torch.where(exceeds & (sigma > aim), 1 - aim * (1 - inward(v.dtype)) / positive(sigma), 0.0)
         less = vectors * excess[..., None]
-        sketch = torch.baddbmm(sketch, _combined(images, 2).mT, less, alpha=-1)
-        cut = {i: _without(xs[i], less[i], images[i]).to(seen.xs[i].dtype) for i, code in enumerate(codes) if code == 1}
+        sketch = torch.baddbmm(sketch, _combinations(images) @ images.mT, less, alpha=-1)
+        cut = {i: _without(x[i], less[i], images[i]) for i, code in enumerate(codes) if code == 1}
     reach = torch.where(exceeds, aim, most)[:, 0]
     return Found(cut, [i for i, code in enumerate(codes) if code == 2], v if small else vectors, sketch, reach)
 
 
-def _decompose(xs: Sequence[Tensor], limit: Tensor, width: int, tolerance: float) -> Found:
+def _decompose(x: Tensor, limit: Tensor, width: int, tolerance: float) -> Found:
     """As a look, for matrices of which nothing is known; at least ``width`` vectors are followed, or none.
 
     Of a matrix that is not finite nothing is known afterwards, either.
     """
-    x, aim = torch.stack(list(xs)), limit * (1 - tolerance / 2)
+    aim = limit * (1 - tolerance / 2)
     finite = x.isfinite().flatten(1).all(1)
     exceeds = _spectrum(x)[0][:, -1] > limit
     rows = exceeds.nonzero().flatten()
@@ -178,7 +179,7 @@ def _decompose(xs: Sequence[Tensor], limit: Tensor, width: int, tolerance: float
     known = torch.where(finite[:, None, None], up(out), 0.0)
     reach = torch.where(finite, sigma[:, -1], math.inf)
     vectors = vectors[:, vectors.shape[1] - min(width, vectors.shape[1]):]
-    return Found(dict(zip(rows.tolist(), lowered, strict=True)), [], vectors, _sketch(known.unbind()), reach)
+    return Found(dict(zip(rows.tolist(), lowered, strict=True)), [], vectors, _sketch(known), reach)
 
 
 def _spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,24 +191,23 @@ def _spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
     return squares.clamp(min=0).sqrt() * size[..., 0], vectors.mT
 
 
-def _eigen(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _eigen(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As ``_ritz``, with every singular vector."""
-    x = torch.stack(list(xs))
     squares, rotation = torch.linalg.eigh(short_gram(x))
-    return rotation.mT, _images(xs, rotation.mT), squares.clamp(min=0).sqrt()
+    return rotation.mT, short_images(x, rotation.mT), squares.clamp(min=0).sqrt()
 
 
-def _ritz(xs: Sequence[Tensor], v: Tensor, moved: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+def _ritz(x: Tensor, v: Tensor, moved: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """As many approximate singular vectors (rows) as v has, from the Krylov space of v and the move; their images; all Ritz values.
 
     Each product with xᵀx is followed by taking away what the space already holds, so that the images of an orthonormal basis are exact
     and are rotated, not computed again.
     """
-    basis, images = v, _images(xs, v)
+    basis, images = v, short_images(x, v)
     last, shown = images, moved.view(len(v), -1, SHOWN, v.shape[2]).sum(1)
     for _ in range(min(depth, v.shape[2] // (v.shape[1] + SHOWN) - 1)):
-        new = _beyond(torch.cat([_back(xs, last), shown], 1), basis)
-        last = _images(xs, new)
+        new = _beyond(torch.cat([last @ _tall(x), shown], 1), basis)
+        last = short_images(x, new)
         basis, images = torch.cat([basis, new], 1), torch.cat([images, last], 1)
     squares, rotation = torch.linalg.eigh(images @ images.mT)
     turn = rotation[..., -v.shape[1]:].mT
@@ -231,44 +231,31 @@ def _without(x: Tensor, vectors: Tensor, images: Tensor) -> Tensor:
     return torch.addmm(x, left.mT, right, alpha=-1)
 
 
-def _images(xs: Sequence[Tensor], vectors: Tensor) -> Tensor:
-    """What each matrix makes of vectors of its short side, as rows: b matrices, (b, k, s) -> (b, k, l).
+def _tall(x: Tensor) -> Tensor:
+    """x with its long side first, a view."""
+    return x if x.shape[-2] >= x.shape[-1] else x.mT
 
-    Rows, since a product with few columns is several times slower on a CPU; one by one, since copying large matrices into a batch costs
-    as much as the product.
+
+def _sketch(x: Tensor) -> Tensor:
+    """(b, PROBES, s): random combinations along the long side, so that ‖sketch‖² is ‖x‖_F² in the mean.
+
+    By a product with a matrix that is mostly zero: on a CPU it is faster than to add up what each combination has.
     """
-    return _products(vectors, [x if x.shape[0] < x.shape[1] else x.mT for x in xs])
+    tall = _tall(x)
+    return _combinations(tall.mT) @ tall
 
 
-def _back(xs: Sequence[Tensor], images: Tensor) -> Tensor:
-    """Images (b, k, l) taken back to the short side by the transpose."""
-    return _products(images, [x.mT if x.shape[0] < x.shape[1] else x for x in xs])
+def _combinations(x: Tensor) -> Tensor:
+    """(b, PROBES, l): what makes PROBES sums of the l columns of x. Each column is in one of them only."""
+    return _combining(x.shape[-1]).to(x).expand(len(x), -1, -1)
 
 
-def _products(rows: Tensor, xs: Sequence[Tensor]) -> Tensor:
-    out = rows.new_empty(*rows.shape[:2], xs[0].shape[1])
-    for a, x, into in zip(rows.unbind(), xs, out.unbind(), strict=True):
-        torch.mm(a, x, out=into)
-    return out
-
-
-def _sketch(xs: Sequence[Tensor]) -> Tensor:
-    """(b, PROBES, s): random combinations along the long side, so that ‖sketch‖² is ‖x‖_F² in the mean."""
-    if xs[0].shape[0] >= xs[0].shape[1]:
-        return torch.stack([_combined(up(x), 0) for x in xs])
-    return torch.stack([_combined(up(x), 1) for x in xs]).mT.contiguous()
-
-
-def _combined(x: Tensor, axis: int) -> Tensor:
-    """x with PROBES sums in the place of an axis. Each entry is in one of them only: one pass over x, whatever PROBES is."""
-    length, after = x.shape[axis], [1] * (x.ndim - axis - 1)
-    weights = _weights(length).to(x)
-    rest = length % PROBES
-    whole = x.narrow(axis, 0, length - rest)
-    parts = whole.view(*x.shape[:axis], PROBES, length // PROBES, *x.shape[axis + 1:])
-    sums: Tensor = (parts * weights[: length - rest].view(PROBES, length // PROBES, *after)).sum(axis + 1)
-    if rest:
-        sums.narrow(axis, 0, rest).add_(x.narrow(axis, length - rest, rest) * weights[length - rest:].view(rest, *after))
+@functools.lru_cache(maxsize=64)
+def _combining(length: int) -> Tensor:
+    weights, size = _weights(length), length // PROBES
+    sums = torch.zeros(PROBES, length, dtype=weights.dtype)
+    for i in range(length):
+        sums[i // size if i < PROBES * size else i - PROBES * size, i] = weights[i]
     return sums
 
 
