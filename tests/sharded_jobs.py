@@ -220,3 +220,25 @@ def preset(name: str, place: str, dtype: str, polar: str, policy: bool = False) 
         if not off <= limit:
             faults.append(f"{n} is off by {off:.2g}")
     return faults
+
+
+COUNTED = ("clip_grad_value", "clip_grad_norm", "max_norm", "max_norm tensor", "clip, then bound", "hyperball", "spectral clip", "spectral_cap")
+
+
+def counted() -> list[list[str]]:
+    """Rows of the table in docs/distributed.md: a rule, and for each placement the collectives and the bytes of this rank's last step."""
+    found = {c.name: c for c in cases()}
+    ways = ("rows", "columns", "replicated", "hsdp", "grid", "fsdp_tp")
+    return [[name, *(_step_cost(found[name], PLACES(dist.get_world_size())[way]) for way in ways)] for name in COUNTED]
+
+
+def _step_cost(case: Case, place: Any) -> str:
+    model = place(net())
+    _, control, _ = train(model, case, 2)
+    first = control.communication()
+    for p, g in zip(model.parameters(), gradients(net(), 2).values(), strict=True):
+        p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None)
+    optimizer = control.optimizers[0]
+    optimizer.step()
+    sent = control.communication().since(first)
+    return f"{sent.collectives}: {sent.bytes}"
