@@ -222,7 +222,9 @@ def preset(name: str, place: str, dtype: str, polar: str, policy: bool = False) 
     return faults
 
 
-COUNTED = ("clip_grad_value", "clip_grad_norm", "max_norm", "max_norm tensor", "clip, then bound", "hyperball", "spectral clip", "spectral_cap")
+COUNTED = (
+    "clip_grad_value", "clip_grad_norm", "max_norm", "max_norm tensor", "clip, then bound", "hyperball", "spectral clip", "spectral_cap",
+)  # fmt: skip
 
 
 def counted() -> list[list[str]]:
@@ -241,4 +243,4 @@ def _step_cost(case: Case, place: Any) -> str:
     optimizer = control.optimizers[0]
     optimizer.step()
     sent = control.communication().since(first)
-    return f"{sent.collectives}: {sent.bytes}"
+    return f"{sent.collectives}: {sent.bytes}" if sent.collectives else "0"

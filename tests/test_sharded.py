@@ -5,6 +5,7 @@ By default a part of the combinations, in one group a number of processes; all o
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import normwise as nw
 from sharded_cases import cases
 from sharded_group import Job, run
 
+COUNTS = "counted"
 RULES = [c.name for c in cases()]
 SOME = ["max_norm tensor", "clip, then bound", "group_lasso", "l1_ball unit", "spectral_cap"]
 PRESETS = list(nw.optim.PRESETS)
@@ -42,6 +44,7 @@ OTHERS: list[tuple[str, list[Any]]] = [
 
 def _default(world: int) -> list[Job]:
     others = [*OTHERS, ("nothing_here", [])] if world == 3 else OTHERS if world == 2 else [OTHERS[0], OTHERS[1], OTHERS[7]]
+    others = [*others, (COUNTS, [])] if world == 4 else others
     rules = [("equal", [*pair, "float32"]) for pair in RULES_BY_DEFAULT[world]]
     return _jobs([*rules, *(("preset", list(p)) for p in PRESETS_BY_DEFAULT[world]), *others])
 
@@ -58,11 +61,26 @@ def _jobs(wanted: list[tuple[str, list[Any]]]) -> list[Job]:
 
 def _hold(world: int, jobs: list[Job], tmp_path, coverage) -> None:
     found = run(world, jobs, tmp_path)
+    if COUNTS in found:
+        _hold_page(found.pop(COUNTS))
     wrong = [f"{name}: {faults}" for name, ranks in found.items() for faults in ranks if faults]
     assert not wrong, "\n".join(wrong)
     for _, where, given in jobs:
         if where.endswith(("equal", "preset")):
             coverage("split parameters equal whole ones", given[0], given[1], world=world, dtype=given[2])
+
+
+def _hold_page(ranks: list[list[list[str]]]) -> None:
+    """The table of docs/distributed.md has what the library counted: the collectives, and the bytes of the rank that sent most."""
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    shown = [line.strip("| ").split(" | ") for line in page.split("<!-- counted -->")[1].split("<!-- /counted -->")[0].splitlines()]
+    most = [[max(cells, key=_bytes) for cells in zip(*(row[1:] for row in rows), strict=True)] for rows in zip(*ranks, strict=True)]
+    counted = [[row[0], *cells] for row, cells in zip(ranks[0], most, strict=True)]
+    assert [row for row in shown if len(row) > 1][1:] == counted, "\n".join("| " + " | ".join(row) + " |" for row in counted)
+
+
+def _bytes(cell: str) -> int:
+    return int(cell.split(": ")[-1])
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normwise.engine.pack import SCRATCH_BYTES, Member, Pack, pack
 from normwise.engine.sharded import is_sharded
-from normwise.engine.sharded.split import SplitFlat, SplitPack, acts_on_entries
+from normwise.engine.sharded.split import Loads, SplitFlat, SplitPack, acts_on_entries
 from normwise.engine.sharded.together import simple
 from normwise.errors import PolicyError
 from normwise.norms import L1, L2
@@ -28,7 +28,8 @@ def packs_of(members: Sequence[Member], flat: bool, agree: bool = False) -> list
     if flat:
         return [SplitFlat(list(members))]
     plain = [m for m in members if not is_sharded(m.param)]
-    parts = [SplitPack(bucket, agree=agree) for group in _alike(split) for bucket in _buckets(group)]
+    loads: Loads = {}
+    parts = [SplitPack(bucket, agree, loads) for group in _alike(split) for bucket in _buckets(group)]
     return [*(pack(plain, False) if plain else ()), *parts]
 
 

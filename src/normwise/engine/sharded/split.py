@@ -22,7 +22,7 @@ from normwise.norms import L1, L2, LInf, Norm, Radius, Set
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.reduce import compute_dtype, wide
 
-LOADS: dict[Any, list[float]] = {}
+Loads = dict[Any, list[float]]
 """What the owners of whole blocks have been given so far, by mesh."""
 
 
@@ -171,8 +171,8 @@ class Split(Pack):
 class SplitPack(Split):
     """Members with the same view, mesh and placements."""
 
-    def __init__(self, members: list[Member], agree: bool = False) -> None:
-        self.agree = agree
+    def __init__(self, members: list[Member], agree: bool = False, loads: Loads | None = None) -> None:
+        self.agree, self.loads = agree, {} if loads is None else loads
         super().__init__(members)
 
     def __post_init__(self) -> None:
@@ -185,7 +185,7 @@ class SplitPack(Split):
         self._rows: SplitPack | None = None
 
     def _smaller(self, members: list[Member]) -> SplitPack:
-        return SplitPack(members, self.agree)
+        return SplitPack(members, self.agree, self.loads)
 
     @property
     def owners(self) -> Owners:
@@ -193,7 +193,7 @@ class SplitPack(Split):
         if self._owners is None:
             shape = self.view.block_shape
             cost = math.prod(shape) * (min(shape) if len(shape) == 2 else 1)
-            self._owners = Owners(self.view, self.place, len(self.members), LOADS, float(cost))
+            self._owners = Owners(self.view, self.place, len(self.members), self.loads, float(cost))
         return self._owners
 
     def rows(self) -> SplitPack:
