@@ -145,14 +145,14 @@ def test_the_cnn_sees_images_as_they_are_and_the_resnet_sees_them_moved(colours:
         same = 0
         for image, label in zip(x, y, strict=True):
             same += any(torch.allclose(image, one) and label == of for one, of in zip(whole, labels, strict=True))
-        assert same / len(x) == pytest.approx(share, abs=0.15)
+        assert same / len(x) == pytest.approx(share, abs=0.25)
 
 
-def test_grey_images_are_not_mirrored_and_move_by_an_eighth_of_their_side(colours: Path) -> None:
+def test_grey_images_are_not_mirrored_and_move_by_a_sixteenth_of_their_side(colours: Path) -> None:
     grey, colour = load_task("resnet", size="tiny"), load_task("resnet", colours, size="tiny")
     assert isinstance(grey, ImageTask) and isinstance(colour, ImageTask)
     assert (grey.shift, grey.mirror) == (1, False)
-    assert (colour.shift, colour.mirror) == (2, True)
+    assert (colour.shift, colour.mirror) == (max(1, colour.part("train")[0].shape[-1] // 16), True)
 
 
 # ----------------------------------------------------------------------------------------------------------- the scores
