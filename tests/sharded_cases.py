@@ -21,8 +21,8 @@ BUCKETS = 8
 """Weights of different shapes in ``Net``."""
 LARGEST = 33 * 16
 """The entries of the largest parameter: what any rank may be sent at most."""
-BLOCKS = 128
-"""More than the blocks of any rule here: what a separable rule may be sent, in float64, from each rank."""
+BLOCKS = 256
+"""More than the norms of any rule here: what a separable rule may be sent, in float64; less than half of the model."""
 EVERY = "*.weight"
 
 
@@ -174,10 +174,10 @@ def cases() -> list[Case]:
         small("box", lambda: [nw.Rule(params=EVERY, action="project", norm="linf", per="tensor", radius=0.3)], 0),
         small("sign", lambda: [nw.Rule(params=EVERY, action="lmo", norm="linf", per="tensor")], 0),
         small("qk_clip", lambda: [nw.qk_clip(100.0)], 2, _heads),
-        Case("l1_ball", lambda: [nw.Rule(params=EVERY, action="project", norm="l1", per="tensor", radius=3.0)], rtol=1e-5),
-        Case("l1_ball unit", lambda: [nw.Rule(params=EVERY, action="project", norm="l1", per="unit", radius=0.7)], rtol=1e-5),
-        Case("prox linf", lambda: [nw.Rule(params=EVERY, action="prox", norm="linf", per="unit", strength=0.5)], rtol=1e-5),
-        Case("penalty linf", lambda: [nw.Rule(params=EVERY, action="penalty", norm="linf", per="tensor", strength=0.5)], rtol=1e-5),
+        Case("l1_ball", lambda: [nw.Rule(params=EVERY, action="project", norm="l1", per="tensor", radius=3.0)]),
+        Case("l1_ball unit", lambda: [nw.Rule(params=EVERY, action="project", norm="l1", per="unit", radius=0.7)]),
+        Case("prox linf", lambda: [nw.Rule(params=EVERY, action="prox", norm="linf", per="unit", strength=0.5)]),
+        Case("penalty linf", lambda: [nw.Rule(params=EVERY, action="penalty", norm="linf", per="tensor", strength=0.5)]),
         Case(
             "max of units",
             lambda: [nw.Rule(params=["even.weight", "emb.weight"], action="clip_norm", norm="max_of_units", radius=0.5)],
@@ -246,7 +246,9 @@ def hold(case: Case, place: Callable[[nn.Module], nn.Module], dtype: torch.dtype
     limit = case.rtol if dtype == torch.float32 else min(1e-10, case.rtol)
     if collectives > case.collectives:
         out.faults.append(f"{collectives} collectives in a step")
-    allowed = LARGEST * (8 if case.name in MEASURED_WIDE else dtype.itemsize) if case.whole else 8 * BLOCKS * dist.get_world_size()
+    rows = dtype == torch.float64 or "linf" in case.name    # maxima, and squares of float64, travel as one row a rank
+    wide = 8 if case.name in MEASURED_WIDE else dtype.itemsize
+    allowed = LARGEST * wide if case.whole else 8 * BLOCKS * (dist.get_world_size() if rows else 1)
     if out.largest > allowed:
         out.faults.append(f"{out.largest} bytes came to one rank at once, more than {allowed}")
     if case.rtol < 1 and not out.worst <= limit:
