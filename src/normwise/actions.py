@@ -60,9 +60,8 @@ def penalty_gradient(norm: Norm, x: Tensor, power: int) -> Tensor:
     return direction if power == 1 else direction * column(norm.value(work), work)
 
 
-def penalty_value(norm: Norm, x: Tensor, power: int) -> Tensor:
-    """Σ over the blocks of ‖x‖ (``power=1``) or ½‖x‖² (``power=2``), a scalar."""
-    value = norm.measure(x)
+def penalty_value(value: Tensor, power: int) -> Tensor:
+    """Σ over the blocks' norms ``value`` (b,) of ‖x‖ (``power=1``) or ½‖x‖² (``power=2``), a scalar."""
     return value.sum() if power == 1 else value.square().sum() / 2
 
 

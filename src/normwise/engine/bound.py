@@ -366,7 +366,7 @@ class BoundRule:
         assert isinstance(self.norm, Norm)
         offsets = offsets_of(part)
         value = part.measure(self.norm, offsets, agree=True) if isinstance(part, Split) else self.norm.measure(part.gather(offsets))
-        return value.sum() if self.rule.power == 1 else value.square().sum() / 2
+        return actions.penalty_value(value, self.rule.power)
 
 
 def _within(rule: Rule, step: int) -> bool:

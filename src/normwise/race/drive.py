@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from normwise.errors import StudyError
 from normwise.race.plans import Plan, Result
 from normwise.race.run import RaceRun
-from normwise.study.pool import call
+from normwise.study.pool import call, telling_of_lost_workers
 from normwise.study.progress import Progress
 from normwise.study.store import Store
 
@@ -26,6 +24,17 @@ class _Going:
     plan: Plan
     runs: list[RaceRun] = field(default_factory=list)
     results: dict[int, Result] = field(default_factory=dict)
+    begun: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether no run is waited for."""
+        return len(self.results) == len(self.runs)
+
+    def next(self) -> None:
+        """Tells the plan the results and asks for its next runs; StopIteration with what it found."""
+        told = [self.results[k] for k in range(len(self.runs))] if self.begun else None
+        self.runs, self.results, self.begun = self.plan.send(told), {}, True    # type: ignore[arg-type]
 
 
 class Driver:
@@ -49,9 +58,9 @@ class Driver:
         """What each plan returned. On Ctrl-C the runs under way are finished and kept, then KeyboardInterrupt goes on."""
         self.found = {}
         for name, plan in plans.items():
-            self._advance(_Going(name, plan), None)
+            self._advance(_Going(name, plan))
         if self.queue:
-            self._work(self._workers())
+            self._work()
         return self.found
 
     def close(self) -> None:
@@ -64,21 +73,18 @@ class Driver:
             self.executor = self.stack.enter_context(self.open_pool())
         return self.executor
 
-    def _work(self, executor: Executor) -> None:
-        try:
-            while self.queue or self.pending:
-                while self.queue and len(self.pending) < self.capacity:
-                    going, k = self.queue.popleft()
-                    self.pending[executor.submit(call, going.runs[k])] = going, k
-                self._collect()
-        except KeyboardInterrupt:
-            self._finish_pending()
-            raise
-        except BrokenProcessPool:
-            raise StudyError(
-                "A worker process was killed from outside, perhaps for want of memory; finished runs are kept. "
-                "Start the same command again, with a smaller --workers if it is memory."
-            ) from None
+    def _work(self) -> None:
+        executor = self._workers()
+        with telling_of_lost_workers():
+            try:
+                while self.queue or self.pending:
+                    while self.queue and len(self.pending) < self.capacity:
+                        going, k = self.queue.popleft()
+                        self.pending[executor.submit(call, going.runs[k])] = going, k
+                    self._collect()
+            except KeyboardInterrupt:
+                self._finish_pending()
+                raise
 
     def _collect(self) -> None:
         done, _ = wait(self.pending, return_when=FIRST_COMPLETED)
@@ -100,32 +106,31 @@ class Driver:
 
     def _take(self, going: _Going, k: int, result: Result) -> None:
         going.results[k] = result
-        if len(going.results) == len(going.runs):
-            self._advance(going, [going.results[i] for i in range(len(going.runs))])
+        if going.complete:
+            self._advance(going)
 
-    def _advance(self, going: _Going, results: list[Result] | None) -> None:
+    def _advance(self, going: _Going) -> None:
         """Sends results to the plan until it asks for a run that is not kept."""
         try:
-            while True:
-                going.runs, going.results = (next(going.plan) if results is None else going.plan.send(results)), {}
-                for k, run in enumerate(going.runs):
-                    kept = self.store.get(run.settings())
-                    if kept is not None:
-                        self.seen.add(run)
-                        going.results[k] = kept
-                waiting = [k for k in range(len(going.runs)) if k not in going.results]
-                if waiting:
-                    self.queue.extend((going, k) for k in waiting)
-                    return
-                results = [going.results[k] for k in range(len(going.runs))]
+            while going.complete:
+                going.next()
+                self._take_kept(going)
         except StopIteration as stop:
             self.found[going.name] = stop.value
+            return
+        self.queue.extend((going, k) for k in range(len(going.runs)) if k not in going.results)
+
+    def _take_kept(self, going: _Going) -> None:
+        for k, run in enumerate(going.runs):
+            kept = self.store.get(run.settings())
+            if kept is not None:
+                self.seen.add(run)
+                going.results[k] = kept
 
 
 def _said(run: RaceRun, result: Result) -> str:
     value = result["result"]
     return f"{run.contender} {run.samples} samples, seed {run.seed}: {'diverged' if value is None else f'{value:.4f}'}"
-
 
 
 class Replay(Driver):
@@ -134,11 +139,8 @@ class Replay(Driver):
     def __init__(self, store: Store) -> None:
         super().__init__(store, Progress(), _nowhere, 0)
 
-    def run(self, plans: Mapping[str, Plan]) -> dict[str, Any]:
-        self.found, self.queue = {}, deque()
-        for name, plan in plans.items():
-            self._advance(_Going(name, plan), None)
-        return self.found
+    def _work(self) -> None:
+        self.queue.clear()
 
 
 def _nowhere() -> AbstractContextManager[Executor]:

@@ -121,7 +121,7 @@ class _Race:
         rules = plans.Rules(self._make, self.accuracy, horizon["samples"])
         told["horizon"] = horizon | {"steps": round(horizon["samples"] / self.facts.batch)}
         tuned = self._tune(rules, list(self.facts.contenders))
-        finals = self._drive(
+        finals = self.driver.run(
             {b: plans.reported(rules, b, tuned[b]["numbers"], rules.horizon, self.seeds) for b in BASELINES if b in tuned}
         )
         if len(finals) < len(BASELINES):
@@ -135,9 +135,9 @@ class _Race:
 
     def _lines(self, rules: plans.Rules, leader: str, tuned: dict[str, Any], finals: dict[str, Any]) -> list[dict[str, Any]]:
         rest = [name for name in tuned if name != leader]
-        starts = self._drive({name: plans.bracket(rules, name, tuned[name]["numbers"]) for name in rest})
+        starts = self.driver.run({name: plans.bracket(rules, name, tuned[name]["numbers"]) for name in rest})
         climbed = self._climb(rules, tuned, starts)
-        sturdy = self._drive({n: plans.robustness(rules, n, t["numbers"], self._tuning_horizon(rules, n)) for n, t in tuned.items()})
+        sturdy = self.driver.run({n: plans.robustness(rules, n, t["numbers"], self._tuning_horizon(rules, n)) for n, t in tuned.items()})
         ready = {n: t["numbers"] for n, t in tuned.items() if n in climbed or n == leader}
         times = self._times(rules, ready)
         lines = [
@@ -156,7 +156,7 @@ class _Race:
         samples = first_horizon(self.facts.name, self.facts.batch, self.plan.scale)
         middle = CONTENDERS["adamw"].numbers([0] * len(CONTENDERS["adamw"].axes))
         rules = plans.Rules(self._make, self.accuracy, samples)
-        seen = self._drive({"horizon": _doubling(rules, middle, samples, self.plan.doublings)}).get("horizon")
+        seen = self.driver.run({"horizon": _doubling(rules, middle, samples, self.plan.doublings)}).get("horizon")
         if seen is None:
             return None
         told = [[of, _plain(result)] for of, result in seen]
@@ -165,14 +165,14 @@ class _Race:
     def _tune(self, rules: plans.Rules, names: list[str]) -> dict[str, Any]:
         most = self.plan.trials * sum(self._tuning_horizon(rules, n) for n in names)
         self.progress.note(f"Tuning {', '.join(names)}: {self.plan.trials} trials each, {most} samples at most.")
-        found = self._drive({n: plans.tune(rules, n, self._tuning_horizon(rules, n), self.plan.trials) for n in names})
+        found = self.driver.run({n: plans.tune(rules, n, self._tuning_horizon(rules, n), self.plan.trials) for n in names})
         return {n: found[n] for n in names if n in found}
 
     def _climb(self, rules: plans.Rules, tuned: dict[str, Any], starts: dict[str, int]) -> dict[str, list[Any]]:
         """Every reported seed of every contender on the ladder."""
         self.progress.note("Looking for the shortest horizon of each contender and seed.")
         jobs = {(n, s): plans.ladder(rules, n, tuned[n]["numbers"], start, s) for n, start in starts.items() for s in range(self.seeds)}
-        found = self._drive({f"{n} {s}": plan for (n, s), plan in jobs.items()})
+        found = self.driver.run({f"{n} {s}": plan for (n, s), plan in jobs.items()})
         of = {n: [found[f"{n} {s}"] for s in range(self.seeds) if f"{n} {s}" in found] for n in starts}
         return {n: climbs for n, climbs in of.items() if len(climbs) == self.seeds}
 
@@ -191,9 +191,6 @@ class _Race:
         return dict(zip(numbers, kept["step_ms"], strict=True))
 
     # --------------------------------------------------------------------------------------------------- details
-
-    def _drive(self, what: dict[str, plans.Plan]) -> dict[str, Any]:
-        return self.driver.run(what)
 
     def _make(self, name: str, numbers: dict[str, Any], samples: int, seed: int, full: bool) -> RaceRun:
         return RaceRun(self.facts.key, name, tuple(numbers.items()), samples, seed, full, PROTOCOL, self.version)

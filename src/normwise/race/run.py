@@ -26,7 +26,7 @@ PARTS: tuple[Part, Part] = ("test", "train")
 @dataclass(frozen=True)
 class RaceRun:
     """Everything that decides a run's outcome. task: its key. samples: the horizon. full: a run to report, with the test part.
-    protocol, version: of the race and of normwise."""
+    protocol: of the race. version: of torch."""
 
     task: str
     contender: str

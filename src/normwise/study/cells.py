@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from normwise.errors import StudyError
 from normwise.study import search
-from normwise.study.pool import execute
+from normwise.study.pool import execute, telling_of_lost_workers
 from normwise.study.progress import Progress
 from normwise.study.store import Store
 from normwise.study.strategies import axes
@@ -71,17 +69,12 @@ class Loop:
         self._take_kept()
         if not self.queue:
             return
-        with open_pool() as executor:
+        with open_pool() as executor, telling_of_lost_workers():
             try:
                 self._work(executor, capacity=1 if workers == 1 else workers + 1)
             except KeyboardInterrupt:
                 self._finish_pending()
                 raise
-            except BrokenProcessPool:
-                raise StudyError(
-                    "A worker process was killed from outside, perhaps for want of memory; finished runs are kept. "
-                    "Start the same command again, with a smaller --workers if it is memory."
-                ) from None
 
     def _work(self, executor: Executor, capacity: int) -> None:
         while self.queue or self.pending:

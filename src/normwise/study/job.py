@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,26 @@ def run(options: Options, outputs: Outputs) -> bool:
     if outputs.report is not None:
         print(f"Report: {normwise.report.write(results, outputs.report)}")
     return _sound(results)
+
+
+def deliver(
+    work: Callable[[Path | None], Mapping[str, Any]], show: Callable[[Mapping[str, Any]], None], json: Path | None, state: Path | None
+) -> Mapping[str, Any]:
+    """``work(state)`` with its outputs checked before it and written after it. Finished runs stand beside ``json`` unless ``state`` says
+    where; on Ctrl-C the user is told how to go on."""
+    state = state or (json.with_suffix(".runs.jsonl") if json is not None else None)
+    check_file(json)
+    check_file(state)
+    try:
+        results = work(state)
+    except KeyboardInterrupt:
+        _tell_how_to_go_on(state)
+        raise
+    show(results)
+    write_json(json, results)
+    if json is not None:
+        print(f"Results: {json}")
+    return results
 
 
 def _tell_how_to_go_on(state: Path | None) -> None:

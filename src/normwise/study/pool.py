@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from normwise.errors import StudyError
 from normwise.study.trial import Run, train
 from normwise.tasks.data import ImageData
 
@@ -60,6 +62,18 @@ def open_pool(workers: int, setup: Callable[[], Any]) -> Iterator[Executor]:
         yield executor
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def telling_of_lost_workers() -> Iterator[None]:
+    """A worker that was killed is one clear StudyError; what had finished is kept by whoever collected it."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise StudyError(
+            "A worker process was killed from outside, perhaps for want of memory; finished runs are kept. "
+            "Start the same command again, with a smaller --workers if it is memory."
+        ) from None
 
 
 def pool(workers: int, data: ImageData) -> AbstractContextManager[Executor]:

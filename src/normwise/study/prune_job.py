@@ -11,25 +11,13 @@ from typing import Any, TextIO
 
 from normwise.study import prune
 from normwise.study.bench import show as show_rows
-from normwise.study.job import check_file, write_json
+from normwise.study.job import deliver
 from normwise.study.progress import on_stderr
 
 
 def run(options: prune.Options, json: Path | None = None) -> None:
     """Runs the study, prints its tables, writes the results to ``json``; finished runs stand beside it unless ``state`` says where."""
-    state = options.state or (json.with_suffix(".state.jsonl") if json is not None else None)
-    check_file(json)
-    check_file(state)
-    try:
-        results = prune.run(replace(options, state=state), on_stderr())
-    except KeyboardInterrupt:
-        kept = f"finished runs are in {state}; the same command goes on from there" if state else "give --state FILE to be able to go on"
-        print(f"Interrupted: {kept}.", file=sys.stderr)
-        raise
-    show(results)
-    write_json(json, results)
-    if json is not None:
-        print(f"Results: {json}")
+    deliver(lambda state: prune.run(replace(options, state=state), on_stderr()), show, json, options.state)
 
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
