@@ -537,16 +537,16 @@ def test_a_study_that_is_interrupted_ends_as_if_it_had_not_been(
 
     for call in (4, 17):  # within the first grid, and later
         calls.clear()
-        monkeypatch.setattr(pool, "train", interrupted_at(call))
+        monkeypatch.setattr(trial, "train", interrupted_at(call))
         with pytest.raises(KeyboardInterrupt):
             compare(options, budget=TINY)
         assert len(calls) == call
     calls.clear()
-    monkeypatch.setattr(pool, "train", interrupted_at(-1))
+    monkeypatch.setattr(trial, "train", interrupted_at(-1))
     assert lasting(compare(options, budget=TINY)) == lasting(uninterrupted)
     assert len(calls) == 2 * (10 + 2) - 3 - 16  # what was finished before is not done again
     calls.clear()
-    monkeypatch.setattr(pool, "train", interrupted_at(1))
+    monkeypatch.setattr(trial, "train", interrupted_at(1))
     again = compare(options, budget=TINY)  # everything is kept, the step times too
     assert lasting(again) == lasting(uninterrupted)
     assert not calls
@@ -580,7 +580,7 @@ def test_the_baseline_is_always_run_and_one_that_did_not_learn_is_a_defect(unint
     ],
 )
 def test_what_cannot_be_studied_is_refused_before_any_run(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str) -> None:
-    monkeypatch.setattr(pool, "train", lambda *given: pytest.fail("a run was started"))
+    monkeypatch.setattr(trial, "train", lambda *given: pytest.fail("a run was started"))
     with pytest.raises(StudyError, match=message.replace("?", r"\?").replace("(", r"\(")):
         compare(replace(Options(), **change))
 

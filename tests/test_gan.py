@@ -51,7 +51,7 @@ def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gan, "train_judge", partial(train_judge, epochs=2))
 
 
-def run_of(data: JudgedData, strategy: str = "nothing", loss: str = "usual", **change: Any) -> Run:
+def run_of(data: JudgedData, strategy: str = "nothing", loss: str = "non_saturating", **change: Any) -> Run:
     strengths = {axis.name: STRENGTHS[axis.name] for axis in STRATEGIES[strategy].axes}
     return replace(Run(strategy, loss, 2e-3, strengths, 3, 6, 16, 8, 3, 60, True, data.key), **change)
 
@@ -71,7 +71,7 @@ def test_a_run_is_the_loop_written_out(data: JudgedData, loss: str) -> None:
     run = run_of(data, "gradient_penalty", loss)
     torch.manual_seed(3)
     generator, discriminator = Generator(data.shape, 8), Discriminator(data.shape, 8)
-    betas = (0.5, 0.999) if loss == "usual" else (0.0, 0.9)
+    betas = (0.5, 0.999) if loss == "non_saturating" else (0.0, 0.9)
     generator_steps, discriminator_steps = (torch.optim.Adam(side.parameters(), 2e-3, betas) for side in (generator, discriminator))
     noise, between = torch.Generator().manual_seed(10_003), torch.Generator().manual_seed(30_003)
     for _, real in zip(range(run.steps), batches(run, data), strict=False):

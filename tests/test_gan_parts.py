@@ -77,7 +77,7 @@ def test_losses_are_their_formulas() -> None:
 
     reals, fakes = real.tolist(), fake.tolist()
     expected = {
-        "usual": (-mean([log_sigmoid(x) for x in reals]) - mean([math.log(1 - 1 / (1 + math.exp(-x))) for x in fakes]),
+        "non_saturating": (-mean([log_sigmoid(x) for x in reals]) - mean([math.log(1 - 1 / (1 + math.exp(-x))) for x in fakes]),
                   -mean([log_sigmoid(x) for x in fakes])),
         "wasserstein": (mean(fakes) - mean(reals), -mean(fakes)),
         "hinge": (mean([max(0.0, 1 - x) for x in reals]) + mean([max(0.0, 1 + x) for x in fakes]), -mean(fakes)),

@@ -145,8 +145,9 @@ def _add_race(commands: Any) -> None:
     parser.add_argument("task", metavar="TASK", nargs="?", help="cnn, resnet, lstm, gpt, or gan (a study of its own: docs/gan.md)")
     parser.add_argument("--data", metavar="DIR", help="images (cnn, resnet, gan) or text (lstm, gpt), or hf:NAME; default: bundled data")
     parser.add_argument("--budget", default="standard", metavar="NAME",
-                        help="quick (0.2 core-hours or less), standard (default; 3 core-hours at most) or long (about 20)")  # fmt: skip
-    parser.add_argument("--contenders", type=_names, metavar="A,B", help="only these beside the baselines adamw and sgd")
+                        help="quick (0.2 core-hours or less), standard (default; 3 at most) or long (about 20; gan 50)")  # fmt: skip
+    parser.add_argument("--contenders", type=_names, metavar="A,B",
+                        help="only these beside the baselines (adamw and sgd; of gan, its strategies: nothing)")  # fmt: skip
     parser.add_argument("--seeds", type=_whole, metavar="N", help="reported seeds (default: the budget's)")
     parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
@@ -165,6 +166,8 @@ def _race(given: argparse.Namespace) -> int:
         job.look(given.state, given.json)
         return 0
     if given.task == "gan":
+        if given.tiny:
+            raise _UsageError("--tiny is not for gan; --budget quick is its smallest. See normwise race --help.")
         return _race_gan(given)
     size = "tiny" if given.tiny else "standard"
     job.run(

@@ -77,7 +77,9 @@ class _Counter:
     skips: Tensor | None = None
 
     def steps(self) -> int:
-        return self.calls - (int(self.skips) if self.skips is not None else 0)
+        if self.skips is not None:    # read once a step, however many rules ask
+            self.calls, self.skips = self.calls - int(self.skips), None
+        return self.calls
 
     def advance(self, happened: Tensor | None) -> None:
         self.calls += 1

@@ -47,7 +47,12 @@ def rounds(states: Sequence[State]) -> bool:
 
 
 def widened(weights: Sequence[Tensor], states: Sequence[State]) -> list[Tensor]:
-    """The weights to compute with: float32 copies with their carry where there is a state, the weights themselves elsewhere."""
+    """The weights to compute with: float32 copies with their carry where there is a state, the weights themselves elsewhere.
+
+    states: one a weight, or none at all where no weight has one.
+    """
+    if not states:
+        return list(weights)
     return [_wide(w, s) if rounds([s]) else w for w, s in zip(weights, states, strict=True)]
 
 
@@ -58,7 +63,7 @@ def _wide(weight: Tensor, state: State) -> Tensor:
 
 def narrow_(weights: Sequence[Tensor], wide: Sequence[Tensor], states: Sequence[MutableMapping[str, Tensor]]) -> None:
     """Writes what has become of the float32 copies into the weights, and remembers what the next step needs."""
-    for weight, exact, state in zip(weights, wide, states, strict=True):
+    for weight, exact, state in zip(weights, wide, states, strict=bool(states)):
         if NOISE in state:
             weight.copy_(stochastic(exact, weight.dtype, _uniform(exact, state[NOISE])))
         elif CARRY in state:

@@ -12,6 +12,7 @@ from normwise import actions
 from normwise.engine.member_tensors import centers_of, given_center, grads_of, offsets_of, recenter_, starts_of, weights_of
 from normwise.engine.pack import Member, Pack, nothing_to_do
 from normwise.engine.rounding import hair, inside, least, room
+from normwise.engine.sharded.ahead import Request
 from normwise.engine.sharded.packs import check_split, lying_here, packs_of
 from normwise.engine.sharded.split import Split
 from normwise.engine.turn import Turn
@@ -22,9 +23,6 @@ from normwise.norms.reduce import may_branch, wide
 from normwise.policy import Rule
 from normwise.policy.inventory import Entry
 from normwise.schedules import Init, Relative, Scheduled, at
-
-Request = tuple[Any, Norm, list[Tensor]]
-"""A pack, a norm, and the tensors whose blocks are to be measured."""
 
 
 class BoundRule:
@@ -238,10 +236,9 @@ class BoundRule:
         return self.norm.measure(stored[None]).clamp(min=self.rule.floor or 0.0)
 
     def _penalize(self, part: Pack, turn: Turn) -> None:
-        assert isinstance(self.norm, Norm)
         grads, strength = grads_of(part), self.strength(turn)
         pulls = offsets_of(part)
-        if self.norm.name != "l2" or self.rule.power != 2:
+        if getattr(self.norm, "name", "") != "l2" or self.rule.power != 2:
             pulls = self._pulls(part, pulls)
         if turn.ascends is not None:    # what is maximised is the objective minus the penalty
             pulls = [-p if turn.ascends(m) else p for p, m in zip(pulls, part.members, strict=True)]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from normwise import actions
-from normwise.engine.bound import BoundRule, Request, _now
+from normwise.engine.bound import BoundRule, _now
 from normwise.engine.member_tensors import grads_of, starts_of, weights_of
 from normwise.engine.observe import OBSERVERS, State
 from normwise.engine.pack import Flat, Member, Pack
 from normwise.engine.sharded import is_sharded
+from normwise.engine.sharded.ahead import Request
 from normwise.engine.sharded.split import Split, SplitPack
 from normwise.engine.shrink import SHRINKING, Shrinking
 from normwise.engine.tracked import TrackedCap
@@ -286,13 +287,9 @@ def report(rules: Iterable[BoundRule], attention: str, maxima: Any) -> None:
 class OrthogonalPenalty(BoundRule):
     """The gradient and the value of ¼‖WWᵀ − I‖² on the shorter side."""
 
-    def _penalize(self, part: Pack, turn: Turn) -> None:
-        blocks = part.gather(weights_of(part))
-        pulls = part.split(actions.orthogonality_gradient(blocks) if len(blocks) else up(blocks))
-        if turn.ascends is not None:
-            pulls = [-p if turn.ascends(m) else p for p, m in zip(pulls, part.members, strict=True)]
-        grads = grads_of(part)
-        torch._foreach_add_(grads, [p.to(g.dtype) for p, g in zip(pulls, grads, strict=True)], alpha=self.strength(turn))
+    def _pulls(self, part: Pack, offsets: list[Tensor]) -> list[Tensor]:
+        blocks = part.gather(offsets)
+        return part.split(actions.orthogonality_gradient(blocks) if len(blocks) else up(blocks))
 
     def _value(self, part: Pack) -> Tensor:
         if isinstance(part, Split):

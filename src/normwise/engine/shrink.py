@@ -38,7 +38,7 @@ class Shrinking(BoundRule):
                 self.store[m.name] = needed
 
     def _run_pack(self, part: Pack, turn: Turn) -> None:
-        states = [self.store.get(m.name, {}) for m in part.members]
+        states = [self.store.get(m.name, {}) for m in part.members] if self.store else []
         if rounds(states) and turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
             return    # what is remembered advances where the step happens
         here = part.local(part.params)
@@ -68,8 +68,8 @@ class Shrinking(BoundRule):
             self._prox_members(part, weights, turn.rate(part.members[0]) * strength, turn)
             return
         for eta, chosen in _by_rate(part, turn):
-            members = [part.members[i] for i in chosen]
-            mine = part.only(lambda m, members=members: m in members)    # type: ignore[misc]
+            wanted = {id(part.members[i]) for i in chosen}
+            mine = part if len(chosen) == len(part.members) else part.only(lambda m, wanted=wanted: id(m) in wanted)    # type: ignore[misc]
             assert mine is not None
             self._prox_members(mine, [weights[i] for i in chosen], eta * strength, turn)
 

@@ -86,17 +86,19 @@ def _unfit(model: nn.Module, example: Tensor) -> dict[nn.Module, str]:
     """Layers that must keep their shape, and why."""
     calls = _calls(model, example)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    reasons: dict[nn.Module, str] = {}
-    for name, module in model.named_modules():
-        if calls[module] > 1:
-            reasons[module] = f"{name} is called {calls[module]} times"
-        elif parametrize.is_parametrized(module):
-            reasons[module] = f"{name} is parametrized"
-        elif any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
-            reasons[module] = f"{name} shares a parameter"
-        elif getattr(module, "groups", 1) > 1:
-            reasons[module] = f"{name} is a grouped convolution"
-    return reasons
+    whys = {module: _why_unfit(module, calls[module], owners) for module in model.modules()}
+    return {module: f"{name} {whys[module]}" for name, module in model.named_modules() if whys[module]}
+
+
+def _why_unfit(module: nn.Module, calls: int, owners: Counter[int]) -> str | None:
+    if calls > 1:
+        return f"is called {calls} times"
+    if parametrize.is_parametrized(module):
+        return "is parametrized"
+    if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+        return "shares a parameter"
+    groups = getattr(module, "groups", 1)    # of a user's own module it may be anything
+    return "is a grouped convolution" if isinstance(groups, int) and groups > 1 else None
 
 
 @torch.no_grad()

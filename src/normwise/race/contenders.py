@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from normwise.errors import StudyError, nearest
+from normwise.race.initial import KINDS
 from normwise.race.lattice import Choice, Value
 
 Numbers = Mapping[str, Value]
@@ -18,7 +19,7 @@ BASELINES = ("adamw", "sgd")
 
 COMMON = (
     Choice("schedule", ("linear", "hold")),
-    Choice("init", ("own", "orthogonal")),
+    Choice("init", KINDS),
     Choice("batch", (0.5, 1.0, 2.0), 1),
     Choice("clip", (0.0, 1.0)),
 )

@@ -4,7 +4,7 @@ The tasks' GPT at width 256 and six layers (4.8M parameters, batch 8×128, chara
 (0.70M, batch 128 of digits at 32×32) are trained with AdamW at 3e-4 under ``spectral_cap(r, tolerance=0.01)`` on all hidden and
 convolution weights. ``one radius``: r is 0.98 of the largest σ₁ at the start, so that a part of the matrices is at it; ``own radii``: 0.98
 of each matrix's own σ₁, so that all are. In fp32, and, which makes the step shorter and the bar harder, under bf16 autocast as the
-tasks train. Reported: the control's own time over the whole step, means over all steps but the first five (bar: at most 3%), how many
+tasks train. Reported: the control's own time over the whole step, medians over all steps but the first five (bar: at most 3%), how many
 matrices were cut a step, and in fp32 the largest σ₁ / r after any step, the first included (bar: 1.01), and the exact cap's share.
 """
 
@@ -35,7 +35,7 @@ MATRICES = ("role:hidden", "role:conv")
 
 
 def run(steps: int = STEPS, exact_steps: int = EXACT_STEPS) -> dict[str, Any]:
-    """Both networks, in both precisions and with both kinds of radii; means in milliseconds."""
+    """Both networks, in both precisions and with both kinds of radii; medians in milliseconds."""
     rows = [
         _row(Setting(network, radii, bf16), steps, exact_steps)
         for bf16 in (False, True) for network in ("gpt", "resnet") for radii in ("one radius", "own radii")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from normwise.study import search
-from normwise.study.pool import execute, telling_of_lost_workers
+from normwise.study.pool import call, telling_of_lost_workers
 from normwise.study.progress import Progress
 from normwise.study.store import Store
 from normwise.study.strategies import axes
@@ -80,7 +80,7 @@ class Loop:
         while self.queue or self.pending:
             while self.queue and len(self.pending) < capacity:
                 job = self.queue.popleft()
-                self.pending[executor.submit(execute, job.run)] = job
+                self.pending[executor.submit(call, job.run)] = job
             self._collect()
             self._take_kept()
 

@@ -13,13 +13,13 @@ from typing import Any, TextIO
 import torch
 
 from normwise.errors import StudyError, nearest
-from normwise.study import bench, gan_cells, gan_results, results
+from normwise.study import bench, gan_results, results
 from normwise.study.cells import TUNING_SEED, Cell
 from normwise.study.gan_cells import AGAIN_SEED, GanCell, GanLoop
 from normwise.study.gan_results import BASELINE
 from normwise.study.gan_strategies import STRATEGIES
 from normwise.study.gan_trial import JudgedData, Run
-from normwise.study.pool import one_thread
+from normwise.study.pool import one_thread, pool
 from normwise.study.progress import Progress
 from normwise.study.store import Store
 from normwise.tasks.data import ImageData, load
@@ -190,7 +190,7 @@ class _Study:
         return {**found, "setting": setting(found)}
 
     def _workers(self) -> AbstractContextManager[Executor]:
-        return gan_cells.workers(self.options.workers, self.data)
+        return pool(self.options.workers, self.data)
 
     def make(self, cell: Cell, numbers: dict[str, float], seed: int, full: bool) -> Run:
         """The run of a cell at these numbers."""

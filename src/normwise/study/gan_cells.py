@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from normwise.study import pool, search
+from normwise.study import search
 from normwise.study.cells import TUNING_SEED, Cell, Job, Loop
 from normwise.study.gan_strategies import axes
-from normwise.study.gan_trial import JudgedData, Run
+from normwise.study.gan_trial import Run
 from normwise.study.progress import Progress
 from normwise.study.store import Store
 
@@ -96,23 +94,3 @@ class GanLoop(Loop):
     def _second(self, cell: GanCell) -> list[Job]:
         points = [point for point in cell.again(self.again) if str(AGAIN_SEED) not in cell.trials[point]]
         return [self._job(cell, cell.numbers(point), AGAIN_SEED, point) for point in points]
-
-
-# ------------------------------------------------------------------------------------------------------------- workers
-
-
-@contextmanager
-def workers(count: int, data: JudgedData) -> Iterator[Executor]:
-    """The executor of ``study.pool``, whose processes have the data and the judge, doing GAN runs."""
-    with pool.pool(count, data) as executor:
-        yield _OfGans(executor)
-
-
-class _OfGans(Executor):
-    """Hands every run on to be trained as it says itself, whatever function it was submitted with."""
-
-    def __init__(self, executor: Executor) -> None:
-        self.executor = executor
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        return self.executor.submit(pool.call, *args)

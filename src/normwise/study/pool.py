@@ -16,8 +16,6 @@ from typing import Any, Protocol
 import torch
 
 from normwise.errors import StudyError
-from normwise.study.trial import Run, train
-from normwise.tasks.data import ImageData
 
 _context: Any = None
 
@@ -76,12 +74,12 @@ def telling_of_lost_workers() -> Iterator[None]:
         ) from None
 
 
-def pool(workers: int, data: ImageData) -> AbstractContextManager[Executor]:
-    """An executor of ``execute(run)`` on the data."""
+def pool(workers: int, data: Any) -> AbstractContextManager[Executor]:
+    """An executor of ``call(run)`` on the data."""
     return open_pool(workers, partial(_itself, data))
 
 
-def _itself(data: ImageData) -> ImageData:
+def _itself(data: Any) -> Any:
     return data
 
 
@@ -96,14 +94,9 @@ def call(run: Trainable) -> dict[str, Any]:
     return run.train(_known())
 
 
-def execute(run: Run) -> dict[str, Any]:
-    """One run of ``compare`` on the data that this process was started with."""
-    return train(run, _known())
-
-
 def _known() -> Any:
     if _context is None:
-        raise RuntimeError("a run was called outside a pool, so there is no data; call trial.train(run, data).")
+        raise RuntimeError("a run was called outside a pool, so there is no data; call run.train(data).")
     return _context
 
 

@@ -45,6 +45,10 @@ class Run:
         """As plain data, for the key of the run and for the file of finished runs."""
         return {"kind": "run", **asdict(self)}
 
+    def train(self, data: ImageData, /) -> dict[str, Any]:
+        """As :func:`train` does: how a worker of ``study.pool`` does this run."""
+        return train(self, data)
+
 
 @dataclass
 class Training:

@@ -117,23 +117,21 @@ class Loss:
     """What both sides minimise. D(x) are logits.
 
     discriminator: (D(real), D(fake)) to a scalar. generator: D(fake) to a scalar. betas: of Adam, as in the source that made the
-    loss work with it. source: paper and year.
+    loss work with it.
     """
 
     label: str
-    formula: str
     discriminator: Callable[[Tensor, Tensor], Tensor]
     generator: Score
     betas: tuple[float, float]
-    source: str
 
 
-def usual_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+def non_saturating_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     """-E log σ(D(x)) - E log(1 - σ(D(G(z)))) (Goodfellow et al., 2014, equation 1), through softplus, which does not overflow."""
     return nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean()
 
 
-def usual_generator(fake: Tensor) -> Tensor:
+def non_saturating_generator(fake: Tensor) -> Tensor:
     """-E log σ(D(G(z))): the non-saturating form (Goodfellow et al., 2014, section 3)."""
     return nn.functional.softplus(-fake).mean()
 
@@ -154,19 +152,11 @@ def raised_generator(fake: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {
-    "usual": Loss(
-        "usual", "D: -E log σ(D(x)) - E log(1-σ(D(G(z)))); G: -E log σ(D(G(z)))",
-        usual_discriminator, usual_generator, (0.5, 0.999), "Goodfellow et al., 2014; Adam as Radford et al., 2016",
-    ),
-    "wasserstein": Loss(
-        "Wasserstein", "D: E D(G(z)) - E D(x); G: -E D(G(z))",
-        wasserstein_discriminator, raised_generator, (0.0, 0.9), "Arjovsky et al., 2017; Adam as Gulrajani et al., 2017",
-    ),
-    "hinge": Loss(
-        "hinge", "D: E max(0, 1-D(x)) + E max(0, 1+D(G(z))); G: -E D(G(z))",
-        hinge_discriminator, raised_generator, (0.0, 0.9), "Lim and Ye, 2017; Miyato et al., 2018",
-    ),
-}  # fmt: skip
+    "non_saturating": Loss("non-saturating", non_saturating_discriminator, non_saturating_generator, (0.5, 0.999)),
+    "wasserstein": Loss("Wasserstein", wasserstein_discriminator, raised_generator, (0.0, 0.9)),
+    "hinge": Loss("hinge", hinge_discriminator, raised_generator, (0.0, 0.9)),
+}
+"""Formulas and sources stand at the functions; the betas are Radford et al.'s (2016) and Gulrajani et al.'s (2017)."""
 
 
 # ----------------------------------------------------------------------------------------------------------- penalties

@@ -15,6 +15,7 @@ from normwise.errors import PolicyError
 from normwise.norms import Norm
 
 Request = tuple[Any, Norm, list[Tensor]]
+"""A pack, a norm, and the tensors whose blocks are to be measured."""
 
 
 @_disable_dynamo

@@ -194,7 +194,7 @@ class Owners:
         """The blocks that this rank owns, ``(owned, *block_shape)``, from everybody's parts."""
         first = tensors[0]
         if self.whole_here:
-            wholes = [_cut(tensors[s.member], self._piece(s, self.me).local) for s in self.mine]
+            wholes = [_cut(tensors[p.slab.member], p.local) for p in self.take[self.me]]
         else:
             wholes = self._receive(tensors)
         blocks = [self._blocks(w, s) for w, s in zip(wholes, self.mine, strict=True)]
@@ -215,8 +215,8 @@ class Owners:
         parts = torch.split(blocks, [(s.stop - s.start) * rest for s in self.mine])
         wholes = {s: self._unblocked(part, s) for s, part in zip(self.mine, parts, strict=True)}
         if self.whole_here:
-            for s in self.mine:
-                _put_(into[s.member], self._piece(s, self.me).local, wholes[s])
+            for p in self.take[self.me]:
+                _put_(into[p.slab.member], p.local, wholes[p.slab])
             return
         sent = [_cut(wholes[p.slab], p.within).reshape(-1) for row in self.take for p in row]
         got = comm.exchange(torch.cat([blocks.new_empty(0), *sent]), self._taken(), self._given(), self._group())

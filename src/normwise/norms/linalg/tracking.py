@@ -247,19 +247,18 @@ def _sketch(x: Tensor) -> Tensor:
 
 def _combinations(x: Tensor) -> Tensor:
     """(b, PROBES, l): what makes PROBES sums of the l columns of x. Each column is in one of them only."""
-    return _combining(x.shape[-1]).to(x).expand(len(x), -1, -1)
+    return _combining(x.shape[-1], x.dtype, x.device).expand(len(x), -1, -1)
 
 
-@functools.lru_cache(maxsize=64)
-def _combining(length: int) -> Tensor:
+@functools.lru_cache(maxsize=64)    # one a length and device: a copy to a GPU at each step would be a synchronisation
+def _combining(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     weights, size = _weights(length), length // PROBES
     sums = torch.zeros(PROBES, length, dtype=weights.dtype)
     for i in range(length):
         sums[i // size if i < PROBES * size else i - PROBES * size, i] = weights[i]
-    return sums
+    return sums.to(device, dtype)
 
 
-@functools.lru_cache(maxsize=64)
 def _weights(length: int) -> Tensor:
     """Random signs times 0.5 to 1.5, of mean square one: the same for every call. Unequal, so that two equal entries do not cancel."""
     draws = torch.rand(2, length, generator=torch.Generator().manual_seed(20), dtype=torch.float64)
