@@ -14,7 +14,7 @@ import torch
 from normwise.errors import StudyError, nearest
 from normwise.study import results, timing
 from normwise.study.cells import TUNING_SEED, Cell, Loop
-from normwise.study.optimizers import OPTIMIZERS, TORCH
+from normwise.study.optimizers import OPTIMIZERS, PRESETS, TORCH
 from normwise.study.pool import pool
 from normwise.study.progress import Progress
 from normwise.study.store import Store
@@ -141,7 +141,8 @@ class _Study:
         base = {cell.optimizer: cell for cell in cells if cell.strategy == results.BASELINE}
         samples = len(self.data.train)
         steps = steps_of(self.make(cells[0], cells[0].numbers(), 0, True), samples)
-        lines = [results.cell_results(cell, base[cell.optimizer], base.get("adam"), costs[id(cell)], samples) for cell in cells]
+        adam = base.get("adam") if base.keys() & PRESETS.keys() else None    # the article's three need no further column
+        lines = [results.cell_results(cell, base[cell.optimizer], adam, costs[id(cell)], samples) for cell in cells]
         return {
             "task": self.options.task, "data": results.describe(self.data), "machine": results.machine(),
             "budget": self.options.budget, "protocol": self.protocol(lines, steps), "cells": lines,
@@ -217,7 +218,7 @@ NOTES = (
     "Every run keeps its learning rate for half of its steps and then lowers it linearly to zero.",
     "Strengths l1 and l2 are λ/m, the factor beside the mean loss; the policy states the article's λ and m.",
     "steps_to_baseline: to the best validation accuracy of 'nothing' with the same optimizer and seed; null where it is missed. "
-    "seconds_to_baseline is that many times step_ms. steps_to_adam: the same way to the baseline of adam, where that is compared too.",
+    "seconds_to_baseline is that many times step_ms. steps_to_adam: the same way to the baseline of adam, where presets are compared with it.",
     "step_ms and control_share are medians of bursts of steps in which all strategies of an optimizer take turns on one thread.",
     "spread is the sample standard deviation over seeds; the split into parts is the same for all of them.",
     "violations counts the bounds that do not hold when every one is measured again in float64 at the end of each reported run.",

@@ -24,7 +24,7 @@ _OVER_SEEDS = ("test_accuracy", "train_accuracy", "validation_accuracy", "sparsi
 
 
 def cell_results(cell: Cell, base: Cell, adam: Cell | None, cost: Mapping[str, float], samples: int) -> dict[str, Any]:
-    """One cell. base: the cell of "nothing" with the same optimizer; adam: with Adam, where it is compared too. cost: of a step.
+    """One cell. base: the cell of "nothing" with the same optimizer; adam: with Adam, where presets are compared with it. cost: of a step.
     samples: training images."""
     finals = [cell.finals[seed] for seed in sorted(cell.finals)]
     numbers = cell.numbers()
