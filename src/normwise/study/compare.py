@@ -218,7 +218,7 @@ NOTES = (
     "Every run keeps its learning rate for half of its steps and then lowers it linearly to zero.",
     "Strengths l1 and l2 are λ/m, the factor beside the mean loss; the policy states the article's λ and m.",
     "steps_to_baseline: to the best validation accuracy of 'nothing' with the same optimizer and seed; null where it is missed. "
-    "seconds_to_baseline is that many times step_ms. steps_to_adam: the same way to the baseline of adam, where presets are compared with it.",
+    "seconds_to_baseline is that many times step_ms. steps_to_adam: the same, to the baseline of adam, where presets are compared.",
     "step_ms and control_share are medians of bursts of steps in which all strategies of an optimizer take turns on one thread.",
     "spread is the sample standard deviation over seeds; the split into parts is the same for all of them.",
     "violations counts the bounds that do not hold when every one is measured again in float64 at the end of each reported run.",
