@@ -118,7 +118,7 @@ def _needs(package: str) -> Any:
 
 
 def test_the_installed_command_exits_2_without_a_traceback() -> None:
-    done = subprocess.run([sys.executable, "-m", "normwise.cli", "compare", "nothing"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "normwise", "compare", "nothing"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "normwise: Task 'nothing' is not known. Allowed: cnn.\n"
 
@@ -170,7 +170,7 @@ def test_the_json_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_ctrl_c_keeps_the_finished_runs_and_the_same_command_goes_on(tmp_path: Path) -> None:
     state = tmp_path / "state.jsonl"
-    command = [sys.executable, "-m", "normwise.cli", "compare", "cnn", "--budget", "quick", "--strategies", "l2", "--optimizers", "adam",
+    command = [sys.executable, "-m", "normwise", "compare", "cnn", "--budget", "quick", "--strategies", "l2", "--optimizers", "adam",
                "--workers", "2", "--state", str(state)]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: state.exists() and state.stat().st_size > 0)

@@ -247,7 +247,7 @@ def test_what_may_not_be_read(tmp_path: Path, only_read: None) -> None:
 def test_a_process_of_its_own_says_one_sentence(tmp_path: Path) -> None:
     fuzz.idx_bomb(random.Random(0), tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "normwise.cli", "compare", "cnn", "--data", str(tmp_path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "normwise", "compare", "cnn", "--data", str(tmp_path)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("normwise: ") and len(done.stderr.splitlines()) == 1
 

@@ -203,7 +203,7 @@ SEEN = ("- {max_norm: 3}", "- !!python/object/apply:os.system ['echo ran > ran']
 @pytest.mark.parametrize("text", [*SEEN, *(pytest.param(t, marks=pytest.mark.long) for t in TEXTS[::9])], ids=lambda t: repr(t[:20]))
 def test_policy_files_in_a_process_of_their_own(text: str, tmp_path: Path) -> None:
     (tmp_path / "fuzz.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
-    command = [sys.executable, "-m", "normwise.cli", "policies", "fuzz.yaml"]
+    command = [sys.executable, "-m", "normwise", "policies", "fuzz.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     check_refusal(done.returncode, done.stdout, done.stderr)
     assert os.listdir(tmp_path) == ["fuzz.yaml"], "a payload ran"

@@ -34,7 +34,7 @@ def level(layer: str) -> int:
 
 
 def layer_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__main__", "cli")
 
 
 def modules() -> list[Path]:

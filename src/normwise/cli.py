@@ -243,7 +243,3 @@ def _policies(given: argparse.Namespace) -> int:
 
     print(named_rules() if given.file is None else explain_file(given.file))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
