@@ -109,6 +109,18 @@ def test_the_steepest_direction_under_each_norm(norm: str) -> None:
     close(steps(w, grads, act="lmo", norm=norm, polar="exact"), w - ETA * sum(LMOS[norm](g) for g in grads))
 
 
+def test_the_ridge_maps_singular_values() -> None:
+    w, grads = start(2)
+    want = w.clone()
+    for g in grads:
+        u, s, vh = torch.linalg.svd(g, full_matrices=False)
+        t = s / s.square().mean().sqrt()
+        want = want - ETA * (u * (t / (t * t + 0.2))) @ vh
+    close(steps(w, grads, act="ridge", damping=0.2), want)
+    with pytest.raises(ValueError, match="damping > 0"):
+        steps(w, grads, act="ridge", damping=0.0)
+
+
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": torch.linalg.norm,
     "l1": lambda d: d.abs().sum(),
@@ -372,5 +384,5 @@ def test_every_choice_has_its_formula_here() -> None:
     assert set(SHAPE_SCALES) | set(WEIGHT_SCALES) == set(CHOICES["scale"])
     assert set(DECAYS) == set(CHOICES["decay"])
     assert set(hold_formulas(torch.ones(2, 2))) == set(CHOICES["hold"])
-    assert set(CHOICES["act"]) == {"none", "lmo", "normalize"}
+    assert set(CHOICES["act"]) == {"none", "lmo", "normalize", "ridge"}
     assert sorted(CHOICES) == ["act", "decay", "direction", "hold", "rounding", "scale"]    # direction: above; rounding: test_precision.py

@@ -18,11 +18,13 @@ from normwise.optim.presets import (
     MuonH,
     NormalizedSGD,
     NorMuon,
+    Ridge,
     Scion,
     Signum,
+    auto,
 )
 
 __all__ = [
     "CHOICES", "DEFAULTS", "LAMB", "LARS", "PRESETS", "SGD", "AdamH", "AdamW", "Lion", "Muon", "MuonH", "NorMuon", "NormOptimizer",
-    "NormalizedSGD", "Scion", "Signum",
+    "NormalizedSGD", "Ridge", "Scion", "Signum", "auto",
 ]  # fmt: skip

@@ -34,6 +34,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "none": "the direction as it is",
         "lmo": "−lmo(d, 1) under the norm: the steepest direction of the unit ball",
         "normalize": "d / ‖d‖",
+        "ridge": "(y·yᵀ + damping)⁻¹·y, y = d over the root mean square of its singular values: each t becomes t/(t² + damping)",
     },
     "scale": {
         "absolute": "1",
@@ -68,8 +69,8 @@ CHOICES: dict[str, dict[str, str]] = {
 
 DEFAULTS: Row = {
     "lr": 1e-3, "direction": "plain", "momentum": 0.9, "betas": (0.9, 0.999), "eps": 1e-8, "act": "none", "norm": "l2", "per": "matrix",
-    "polar": "fast", "row_beta": 0.0, "scale": "absolute", "radius": 1.0, "trust": 1e-3, "velocity": 0.0, "decay": "weight",
-    "weight_decay": 0.0, "hold": "none", "limit": 1.0, "maximize": False, "rounding": "nearest", "seed": 0,
+    "polar": "fast", "damping": 0.03, "row_beta": 0.0, "scale": "absolute", "radius": 1.0, "trust": 1e-3, "velocity": 0.0,
+    "decay": "weight", "weight_decay": 0.0, "hold": "none", "limit": 1.0, "maximize": False, "rounding": "nearest", "seed": 0,
 }  # fmt: skip
 """What a row leaves out. ``radius`` multiplies every scale; ``limit`` belongs to ``hold``; ``row_beta`` > 0 divides each unit by the root
 of its second moment (NorMuon); ``velocity`` is momentum on the scaled step (LARS); ``rounding`` concerns weights in fp16 and bf16,
@@ -101,8 +102,10 @@ def _word(row: Mapping[str, Any], column: str, allowed: Collection[str], name: s
 
 
 def _check_numbers(row: Mapping[str, Any], name: str) -> None:
-    for column in ("lr", "eps", "weight_decay", "radius", "trust", "limit"):
+    for column in ("lr", "eps", "weight_decay", "radius", "trust", "limit", "damping"):
         _number(row[column], column, name, math.inf)
+    if row["act"] == "ridge" and not row["damping"]:
+        raise ValueError(f"{name} has act='ridge' and damping=0, and needs a damping > 0: 0.03 is the default.")
     for column in ("momentum", "row_beta", "velocity"):
         _number(row[column], column, name, 1.0)
     if not isinstance(row["betas"], tuple | list) or len(row["betas"]) != 2:
@@ -125,7 +128,7 @@ def needs_matrices(row: Mapping[str, Any]) -> bool:
     """Whether the blocks of a group must be matrices: for a norm of matrices, or a part that asks for units."""
     norm = get_norm(row["norm"])
     by_norm = row["act"] != "none" and norm.matrix
-    return by_norm or row["scale"] in SHAPED or row["row_beta"] > 0 or row["hold"] == "row_floor"
+    return by_norm or row["act"] == "ridge" or row["scale"] in SHAPED or row["row_beta"] > 0 or row["hold"] == "row_floor"
 
 
 def acts_on_blocks(row: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from normwise.narrow import narrow_, widened
 from normwise.norms import L2, Norm, Spectral, get_norm
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.forms import Scaled
-from normwise.norms.linalg import polar
+from normwise.norms.linalg import polar, ridge_inverse
 from normwise.norms.reduce import up
 from normwise.optim.directions import DIRECTIONS
 from normwise.optim.parts import shape_scale
@@ -93,6 +93,9 @@ def _with_decay(tensors: list[Tensor], params: list[Tensor], group: Group, where
 def _act(part: Pack, update: list[Tensor], group: Group) -> list[Tensor]:
     if group["act"] == "none":
         return update
+    if group["act"] == "ridge":
+        blocks = part.gather(update)
+        return part.split(ridge_inverse(blocks, float(group["damping"])))
     norm = get_norm(group["norm"])
     assert isinstance(norm, Norm)
     if isinstance(part, Split):

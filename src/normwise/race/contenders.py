@@ -26,19 +26,24 @@ COMMON = (
 """What is no norm strategy of the weights or updates, or everybody's: each contender, the baselines too, may choose it."""
 
 
+AS_IT_IS = (Choice("schedule", ("hold",)), Choice("init", ("own",)), Choice("batch", (1.0,)), Choice("clip", (0.0,)))
+"""For a contender that stands for making no choice at all."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """label, about: for tables. own: the rate first, then what is the family's own. build: model and numbers to an optimizer and the
-    control that is attached to it, if there is one."""
+    control that is attached to it, if there is one. common: what everybody may choose."""
 
     label: str
     about: str
     own: tuple[Choice, ...]
     build: Callable[[nn.Module, Numbers], Built]
+    common: tuple[Choice, ...] = COMMON
 
     @property
     def axes(self) -> tuple[Choice, ...]:
-        return (*self.own, *COMMON)
+        return (*self.own, *self.common)
 
     def numbers(self, point: Sequence[int]) -> dict[str, Value]:
         """What a point of the lattice stands for."""
@@ -103,6 +108,20 @@ def _scion(model: nn.Module, n: Numbers) -> Built:
     return nw.optim.Scion(model, float(n["lr"]), radius=float(n["radius"]), head_radius=float(n["head"]), polar="fast"), None
 
 
+def _ridge(model: nn.Module, n: Numbers) -> Built:
+    return _preset("Ridge", n, model, damping=float(n["damping"]))
+
+
+def _auto(model: nn.Module, n: Numbers) -> Built:
+    import normwise as nw
+
+    optimizer = nw.optim.auto(model)
+    share = float(n["lr"]) / optimizer.param_groups[0]["lr"]    # 1 as tuned; only the robustness runs ask for other rates
+    for group in optimizer.param_groups:
+        group["lr"] *= share
+    return optimizer, None
+
+
 CONTENDERS: dict[str, Contender] = {
     "adamw": Contender(
         "AdamW", "torch's, fused; biases and gains not decayed",
@@ -131,6 +150,13 @@ CONTENDERS: dict[str, Contender] = {
     "scion": Contender(
         "Scion", "steepest descent under a norm per layer, unconstrained",
         (_rate(1e-3), Choice("radius", (3.0, 10.0, 30.0, 100.0), 1), Choice("head", (10.0, 100.0, 1000.0), 1)), _scion,
+    ),
+    "ridge": Contender(
+        "Ridge", "momentum through its damped pseudo-inverse, RMS-matched; AdamW for the rest",
+        (_rate(0.02), Choice("rest", (0.002, 0.004, 0.008, 0.016, 0.032), 2), Choice("damping", (0.01, 0.03, 0.1), 1)), _ridge,
+    ),
+    "auto": Contender(
+        "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Choice("lr", (0.02,)),), _auto, AS_IT_IS,
     ),
 }  # fmt: skip
 
