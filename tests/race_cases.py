@@ -9,8 +9,10 @@ from typing import Any
 from normwise.race.contenders import CONTENDERS
 from normwise.race.run import RaceRun
 
-PACE = {"adamw": 1.0, "sgd": 3.0, "adamw_max_norm": 1.15, "muon": 0.5, "normuon": 0.47, "muonh": 0.55, "adamh": 0.95, "scion": 0.62}
-STEP_MS = {"adamw": 60.0, "sgd": 55.0, "adamw_max_norm": 66.0, "muon": 72.0, "normuon": 75.0, "muonh": 71.0, "adamh": 64.0, "scion": 70.0}
+PACE = {"adamw": 1.0, "sgd": 3.0, "adamw_max_norm": 1.15, "muon": 0.5, "normuon": 0.47, "muonh": 0.55, "adamh": 0.95, "scion": 0.62,
+        "ridge": 0.4, "auto": 0.43}
+STEP_MS = {"adamw": 60.0, "sgd": 55.0, "adamw_max_norm": 66.0, "muon": 72.0, "normuon": 75.0, "muonh": 71.0, "adamh": 64.0, "scion": 70.0,
+           "ridge": 64.0, "auto": 64.0}
 
 
 def noise(*parts: Any) -> float:
@@ -22,7 +24,7 @@ def made_up(run: RaceRun, accuracy: bool = False) -> dict[str, Any]:
     """Loss falls with the samples seen, faster by PACE, rises with the distance of the rate from its centre, and differs by seed."""
     numbers = dict(run.numbers)
     centre = CONTENDERS[run.contender].own[0].values[0]
-    off = abs(math.log2(numbers["lr"] / float(centre)) - 1)
+    off = 0 if run.contender == "auto" else abs(math.log2(numbers["lr"] / float(centre)) - 1)
     luck = 0.012 * noise(run.seed, run.contender, run.samples)
     loss = 1.2 + 0.7 * (8000 * PACE[run.contender] / run.samples) ** 0.5 + 0.02 * off**2 + luck
     diverged = off > 4

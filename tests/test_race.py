@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
+import normwise as nw
 from normwise.errors import DataError, StudyError
 from normwise.race import drive, plans, table
 from normwise.race import race as race_module
@@ -116,13 +118,25 @@ def test_axes_say_what_their_positions_stand_for() -> None:
 
 
 def test_every_contender_has_the_common_axes_and_few_of_its_own() -> None:
-    for name, contender in CONTENDERS.items():
+    for name, contender in ((n, c) for n, c in CONTENDERS.items() if n != "auto"):
         assert contender.axes[0].name == "lr" and contender.axes[0].ratio == 2.0
         assert contender.axes[-len(COMMON):] == COMMON and len(contender.own) <= 3
         names = [axis.name for axis in contender.axes]
         assert len(set(names)) == len(names), name
         middle = contender.numbers([0] * len(names))
         assert (middle["schedule"], middle["init"], middle["batch"], middle["clip"]) == ("linear", "own", 1.0, 0.0)
+
+
+def test_auto_has_no_choice_and_is_the_preset_without_arguments() -> None:
+    axes = CONTENDERS["auto"].axes
+    assert [axis.name for axis in axes] == ["lr", *(axis.name for axis in COMMON)]
+    middle = (0,) * len(axes)
+    assert propose(axes, {}, 12) == middle and propose(axes, {middle: 1.0}, 12) is None
+    numbers, model = CONTENDERS["auto"].numbers(middle), nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    built, plain = CONTENDERS["auto"].build(model, numbers)[0], nw.optim.auto(model)
+    assert [g["lr"] for g in built.param_groups] == [g["lr"] for g in plain.param_groups]
+    tenth = CONTENDERS["auto"].build(model, {**numbers, "lr": 0.002})[0]
+    assert [g["lr"] for g in tenth.param_groups] == pytest.approx([g["lr"] / 10 for g in plain.param_groups])
 
 
 def test_the_baselines_always_race_and_unknown_names_are_told() -> None:
@@ -550,7 +564,8 @@ def test_pictures_hold_every_run(no_training: Counter[str], tmp_path: Path) -> N
         text = race_picture(results, tmp_path / f"{task}.svg").read_text()
         assert all(line["label"] in text for line in others) and "beyond the axis" in text
     rows = drawn(shares(found))
-    assert len([row for row in rows if row["of"] == "samples"]) == 12 and len([row for row in rows if row["what"] == "missed"]) == 2
+    assert len([row for row in rows if row["of"] == "samples"]) == 2 * len(BUDGETS["standard"].contenders or ()) + 4
+    assert len([row for row in rows if row["what"] == "missed"]) == 2
     assert "NorMuon" in races_picture(found, tmp_path / "race.svg").read_text()
     with pytest.raises(DataError, match=r"\.png or \.svg"):
         races_picture(found, tmp_path / "race.gif")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from normwise.errors import PolicyError, nearest
 from normwise.optim.optimizer import NormOptimizer
@@ -220,7 +220,7 @@ def Ridge(
         momentum: shorter than Muon's 0.95, as the map amplifies what is small because it is old; with 0.95 much of the gain is lost.
         damping: δ, relative to the mean squared singular value. Larger is nearer to momentum itself, and safer where it is noise.
         recurrent: columns of the gates' row, over the main row's with momentum 0.9 and ten times its damping.
-        adamw: columns of the rest's row, over lr 0.008·(lr/0.02), betas (0.9, 0.99); biases and gains are not decayed.
+        adamw: columns of the rest's row, over 0.4·lr, betas (0.9, 0.99); biases and gains are not decayed.
         columns: ``weight_decay`` (0.3, of matrices; the rest has 0.1); every other one of the main row.
     """
     row = {
@@ -228,7 +228,9 @@ def Ridge(
         "weight_decay": 0.3, **columns,
     }  # fmt: skip
     gates = {**row, "momentum": 0.9, "damping": 10 * damping, **(recurrent or {})}
-    rest = {**adamw_row(0.4 * lr, (0.9, 0.99), weight_decay=0.1), **(adamw or {})}
+    number = isinstance(lr, int | float) or (isinstance(lr, Tensor) and lr.numel() == 1)
+    beside = 0.4 * float(lr) if number else lr    # which is refused by the row's name
+    rest = {**adamw_row(beside, (0.9, 0.99), weight_decay=0.1), **(adamw or {})}
     rows = {"ridge": row, "ridge_recurrent": gates, "adamw": rest, "adamw_undecayed": {**rest, "weight_decay": 0.0}}
     others = {role: "adamw_undecayed" if role in UNDECAYED else "adamw" for role in ROLES}
     roles = {**others, "hidden": "ridge", "conv": "ridge", "recurrent": "ridge_recurrent"}
