@@ -8,6 +8,7 @@ runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --sta
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
 RESULTS, IMAGES = ROOT / "docs" / "results", ROOT / "docs" / "images"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = {"gd": "gradient descent", "momentum": "momentum", "adam": "Adam"}
@@ -30,6 +32,8 @@ def load(name: str) -> dict[str, Any] | None:
         return found or None
     if name.startswith("race-"):
         return raced(RESULTS / f"{name}.runs.jsonl")
+    if name == "tried":
+        return experiments(RESULTS / "tried.runs.jsonl")
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -38,6 +42,33 @@ def raced(runs: Path) -> dict[str, Any] | None:
     from normwise.race.race import replay
 
     return replay(runs) if runs.exists() else None
+
+
+def experiments(runs: Path) -> dict[str, Any] | None:
+    """What ``docs/tried.py`` kept."""
+    if not runs.exists():
+        return None
+    return {"runs": [{**r["settings"], **r["result"]} for r in map(json.loads, filter(str.strip, runs.read_text().splitlines()))]}
+
+
+def tried(results: dict[str, Any]) -> str:
+    """One table a task and share of its horizon, best first, with every seed's result."""
+    labels = importlib.import_module("tried").VARIANTS    # beside this file
+
+    tables = []
+    for task, share in dict.fromkeys((run["task"], run["share"]) for run in results["runs"]):
+        runs: dict[str, dict[int, float | None]] = {}
+        for run in results["runs"]:
+            if (run["task"], run["share"]) == (task, share):
+                runs.setdefault(run["variant"], {})[run["seed"]] = run["result"]
+        sign = -1 if task in ("cnn", "resnet") else 1    # accuracy: higher is better
+        mean = {name: sum(sign * (9.0 if v is None else v) for v in of.values()) / len(of) for name, of in runs.items()}
+        lines = [f"| `{task}`, {share:.2f} H | mean | by seed, from 2000 |", "|---|---|---|"]
+        for name in sorted(runs, key=lambda name: mean[name]):
+            each = " ".join("diverged" if v is None else f"{v:.4f}" for _, v in sorted(runs[name].items()))
+            lines.append(f"| {labels[name][0]} | {sign * mean[name]:.4f} | {each} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def one_race(results: dict[str, Any]) -> str:
@@ -148,6 +179,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mnist in full": ("cnn-mnist", in_full),
     "race": ("race", all_races),
     **{f"race {task}": (f"race-{task}", one_race) for task in RACES},
+    "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),
     "gan": ("gan", bench),
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)

@@ -1,0 +1,151 @@
+"""What was tried for the GPT task and others, Ridge among them, on development seeds: ``python docs/tried.py gpt --data DIR``.
+
+Every variant trains to a share of the task's horizon with every seed; finished runs are kept in ``docs/results/tried.runs.jsonl`` and not
+done again. ``docs/make.py`` writes the table of docs/results.md from it. Seeds 2000 and up are for development: no race reports them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import normwise as nw
+from normwise.norms.linalg import polar
+from normwise.race import contenders
+from normwise.race.contenders import AS_IT_IS, Built, Contender
+from normwise.race.protocol import STEPS
+from normwise.race.run import RaceRun, train
+from normwise.study.store import Store
+from normwise.tasks.load import load_task
+
+RESULTS = Path(__file__).parent / "results" / "tried.runs.jsonl"
+Build = Callable[[nn.Module], Built]
+REST = {"lr": 0.008, "betas": (0.9, 0.99), "weight_decay": 0.1}
+
+
+def preset(name: str, **columns: Any) -> Build:
+    """A preset at Ridge's rates; columns of its main row."""
+    return lambda model: (getattr(nw.optim, name)(model, 0.02, adamw=dict(REST), **columns), None)
+
+
+class Metric(torch.optim.Optimizer):
+    """Ridge with another map in the place of its own; for maps that keep a memory of past gradients, which no row of the library does.
+
+    act: the map's name, see ``mapped``. beta: of the running mean of g·gᵀ and gᵀ·g.
+    """
+
+    def __init__(self, model: nn.Module, act: str, beta: float = 0.8, momentum: float = 0.8, decay: float = 0.3) -> None:
+        self.inner = nw.optim.Ridge(model, adamw=dict(REST))
+        self.act, self.beta, self.momentum, self.decay, self.count = act, beta, momentum, decay, 0
+        super().__init__(self.inner.param_groups, {})
+        self.inner.param_groups = self.param_groups
+        assert self.inner.routing is not None
+        of = self.inner.routing.of
+        self.matrices = {e.param for e in self.inner.routing.entries if of[e.name].startswith("ridge")}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        lr = self.param_groups[0]["lr"]
+        for p in self.matrices:
+            state, g = self.state[p], p.grad.flatten(1)
+            m = state.setdefault("momentum", torch.zeros_like(g)).lerp_(g, 1 - self.momentum)
+            u = self.mapped(state, g, g.lerp(m, self.momentum))
+            p.mul_(1 - lr * self.decay).add_((u / u.norm()).view_as(p), alpha=-lr * 0.2 * p.numel() ** 0.5)
+            p.grad = None
+        self.inner.step()
+
+    def mapped(self, state: dict[str, Any], g: Tensor, d: Tensor) -> Tensor:
+        """d, the momentum, after the map; U, Σ, V are its singular value decomposition, L and R the running means."""
+        if self.act == "power":
+            u, s, vh = torch.linalg.svd(d, full_matrices=False)
+            return u * (s / s[0] + 0.01).pow(-0.25) @ vh
+        left, right = (state.setdefault(k, torch.zeros(n, n)) for k, n in (("L", g.shape[0]), ("R", g.shape[1])))
+        left.lerp_(g @ g.mT, 1 - self.beta)
+        right.lerp_(g.mT @ g, 1 - self.beta)
+        if self.act == "history":
+            return torch.linalg.solve(left + 0.03 * left.diagonal().mean() * torch.eye(len(left)), d)
+        if self.act == "metric":
+            root = power(right, -0.25)
+            return polar(d @ root) @ root
+        if self.act == "shampoo":
+            return power(left, -0.25) @ d @ power(right, -0.25)
+        ql, qr = torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1]
+        turned = ql.mT @ g @ qr
+        square = state.setdefault("square", torch.zeros_like(g)).lerp_(turned.square(), 1 - self.beta) / (1 - self.beta**self.count)
+        return ql @ (ql.mT @ d @ qr / square.sqrt().add(1e-12)) @ qr.mT
+
+
+def power(x: Tensor, exponent: float) -> Tensor:
+    """Of a symmetric matrix, with a ten-thousandth of its largest eigenvalue added."""
+    values, vectors = torch.linalg.eigh(x.double())
+    return ((vectors * (values.clamp(min=0) + 1e-4 * values[-1] + 1e-30).pow(exponent)) @ vectors.mT).float()
+
+
+MUON = {"adjust": "match_rms_adamw", "weight_decay": 0.3, "polar": "fast"}
+VARIANTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
+    "ridge": ("Ridge as it stands", preset("Ridge"), {}),
+    "ridge-linear": ("Ridge, the rate to zero from the start", preset("Ridge"), {"schedule": "linear"}),
+    "ridge-orthogonal": ("Ridge from semi-orthogonal weights", preset("Ridge"), {"init": "orthogonal"}),
+    "ridge-half-batch": ("Ridge, half the batch, rate / √2", lambda m: (nw.optim.Ridge(m, 0.0141, adamw=dict(REST)), None), {"batch": 0.5}),
+    "ridge-clip": ("Ridge, gradients clipped to a global norm of 1", preset("Ridge"), {"clip": 1.0}),
+    "ridge-slow": ("Ridge with momentum 0.95", preset("Ridge", momentum=0.95), {}),
+    "ridge-heads": ("Ridge, each attention head by itself", preset("Ridge", per="head"), {}),
+    "ridge-rows": ("Ridge, units divided by their running RMS (NorMuon)", preset("Ridge", row_beta=0.95), {}),
+    "ridge-cautious": ("Ridge, cautious decay", preset("Ridge", decay="cautious"), {}),
+    "ridge-undecayed": ("Ridge without decay", preset("Ridge", weight_decay=0.0), {}),
+    "ridge-sphere": ("Ridge on spheres of the initial norms, no decay", preset("Ridge", hold="sphere", weight_decay=0.0), {}),
+    "ridge-brake": ("Ridge, half of the growth of each norm taken back", preset("Ridge", hold="radial_brake", limit=0.5), {}),
+    "ridge-floor": ("Ridge, no unit below half of its initial share", preset("Ridge", hold="row_floor", limit=0.5), {}),
+    "muon": ("Muon, momentum 0.8", preset("Muon", momentum=0.8, **MUON), {}),
+    "muon-slow": ("Muon, momentum 0.95", preset("Muon", momentum=0.95, **MUON), {}),
+    "muon-adam": ("Muon on Adam's direction", preset("Muon", direction="adam", betas=(0.8, 0.95), **MUON), {}),
+    "power": ("U Σ^(−1/4) Vᵀ of the momentum", lambda m: (Metric(m, "power"), None), {}),
+    "metric": ("polar factor in the metric of past gradients, R^(1/4)", lambda m: (Metric(m, "metric"), None), {}),
+    "history": ("Ridge by the second moment of past gradients", lambda m: (Metric(m, "history"), None), {}),
+    "shampoo": ("Shampoo, L^(−1/4) d R^(−1/4)", lambda m: (Metric(m, "shampoo"), None), {}),
+    "soap": ("SOAP, Adam in the eigenbasis, β 0.95", lambda m: (Metric(m, "soap", 0.95), None), {}),
+}  # fmt: skip
+"""By name: what it is, how it is built, what it chooses of everybody's choices."""
+
+
+def settings(task: str, key: str, name: str, share: float, seed: int) -> dict[str, Any]:
+    return {"kind": "tried", "task": task, "key": key, "variant": name, "share": share, "seed": seed}
+
+
+def main() -> None:
+    """Runs what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=list(STEPS))
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--share", type=float, default=0.36)
+    parser.add_argument("--seeds", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    task, store = load_task(given.task, given.data), Store(RESULTS)
+    for seed in range(2000, 2000 + given.seeds):
+        for name in given.variants:
+            wanted = settings(given.task, task.key, name, given.share, seed)
+            if store.get(wanted) is None:
+                store.add(wanted, one(task, name, round(STEPS[given.task] * given.share) * task.batch, seed))
+                print(given.task, name, seed, store.get(wanted), flush=True)
+
+
+def one(task: Any, name: str, samples: int, seed: int) -> dict[str, Any]:
+    """One variant's run; its result and seconds."""
+    _, build, chosen = VARIANTS[name]
+    contenders.CONTENDERS[name] = Contender(name, "", (), lambda model, numbers: build(model))
+    numbers = {axis.name: axis.value(0) for axis in AS_IT_IS} | chosen
+    run = RaceRun(task.key, name, tuple(numbers.items()), samples, seed, False, 1, torch.__version__)
+    result = train(run, task)
+    return {"result": result["result"], "seconds": result["seconds"]}
+
+
+if __name__ == "__main__":
+    main()
