@@ -23,6 +23,7 @@ from torch.nn import functional
 import normwise as nw
 from normwise.checkpoints import flat, nested
 from normwise.engine.sharded.comm import TRAFFIC
+from normwise.integrations.distributed_checkpoint import load
 from normwise.optim import MuonH
 
 
@@ -74,7 +75,7 @@ class Training:
     def load(self, folder: Path) -> None:
         self.until(1)    # after a step the optimizer has the state that is to be filled
         tensors, _ = self.state()
-        dcp.load(tensors, checkpoint_id=folder)
+        load(tensors, folder)
         state = nested(tensors, json.loads((folder / "state.json").read_text()))
         self.step = state["step"]
         self.model.load_state_dict(state["model"])

@@ -1,4 +1,4 @@
-"""The FSDP example as a reader would run it: on two processes, and from its checkpoint on one."""
+"""The FSDP example as a reader would run it: on four processes, and from its checkpoint on two and on one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ def torchrun(processes: int, *arguments: str) -> str:
     return done.stdout
 
 
-def test_a_run_on_two_processes_goes_on_from_its_checkpoint_on_one(tmp_path: Path) -> None:
+def test_a_run_on_four_processes_goes_on_from_its_checkpoint_on_two_and_on_one(tmp_path: Path) -> None:
     text, half = tmp_path / "text.txt", tmp_path / "half"
     text.write_text("the norm of every weight is where its user wants it; " * 60, encoding="utf-8")
     common = ["--text", str(text), "--steps", "8"]
-    straight = torchrun(2, *common, "--save", str(half))
-    resumed = torchrun(1, *common, "--resume", str(half))
-    (start,), (end,), (again,) = (re.findall(p, out) for p, out in (
-        (r"2 processes, held-out loss ([\d.]+)", straight), (r"step 8: held-out loss ([\d.]+)", straight),
-        (r"step 8: held-out loss ([\d.]+)", resumed),
-    ))  # fmt: skip
-    assert float(end) < 0.9 * float(start)
-    assert abs(float(again) - float(end)) < 2e-3, "the resumed run is another one"
-    assert "every bound holds" in straight and "every bound holds" in resumed
-    assert re.search(r"a step: [1-9]\d* collectives", straight) and "a step: 0 collectives" in resumed
+    runs = {4: torchrun(4, *common, "--save", str(half)), **{n: torchrun(n, *common, "--resume", str(half)) for n in (2, 1)}}
+    (start,) = re.findall(r"4 processes, held-out loss ([\d.]+)", runs[4])
+    ends = {n: float(*re.findall(r"step 8: held-out loss ([\d.]+)", out)) for n, out in runs.items()}
+    assert ends[4] < 0.9 * float(start)
+    assert max(abs(ends[n] - ends[4]) for n in (2, 1)) < 2e-3, f"a resumed run is another one: {ends}"
+    assert all("every bound holds" in out for out in runs.values())
+    assert re.search(r"a step: [1-9]\d* collectives", runs[4]) and "a step: 0 collectives" in runs[1]

@@ -228,8 +228,9 @@ def Ridge(
         "weight_decay": 0.3, **columns,
     }  # fmt: skip
     gates = {**row, "momentum": 0.9, "damping": 10 * damping, **(recurrent or {})}
-    number = isinstance(lr, int | float) or (isinstance(lr, Tensor) and lr.numel() == 1)
-    beside = 0.4 * float(lr) if number else lr    # which is refused by the row's name
+    given: Any = lr
+    number = isinstance(given, int | float) or (isinstance(given, Tensor) and given.numel() == 1)
+    beside = 0.4 * float(given) if number else given    # which is refused by the row's name
     rest = {**adamw_row(beside, (0.9, 0.99), weight_decay=0.1), **(adamw or {})}
     rows = {"ridge": row, "ridge_recurrent": gates, "adamw": rest, "adamw_undecayed": {**rest, "weight_decay": 0.0}}
     others = {role: "adamw_undecayed" if role in UNDECAYED else "adamw" for role in ROLES}

@@ -1,0 +1,1 @@
+"""What joins normwise to other packages, imported where it is used."""
