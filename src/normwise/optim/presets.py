@@ -212,8 +212,8 @@ def Ridge(
     """Momentum through its damped pseudo-inverse: w ← (1 − ηλ)w − η·0.2·√(d_out·d_in)·u/‖u‖, u = (y·yᵀ + δ)⁻¹·y of the scaled momentum y.
 
     As Muon, for hidden matrices, convolutions and gates; but small singular values of the momentum come out larger than its largest
-    ones, instead of equal to them, and tiny ones stay tiny. One Cholesky factor takes the place of an iteration: a step costs a third
-    of Muon's. Found by this project, see docs/results.md; :func:`normwise.norms.linalg.ridge_inverse` has the formula and its sources.
+    ones, instead of equal to them, and tiny ones stay tiny. An inverse by Cholesky takes the place of an iteration, at about its price.
+    Found by this project, see docs/results.md; :func:`normwise.norms.linalg.ridge_inverse` has the formula and its sources.
 
     Args:
         lr: of the matrices; the root mean square of an update is 0.2·lr, as AdamW's is about, whatever the shape.

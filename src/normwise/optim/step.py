@@ -12,7 +12,9 @@ from torch import Tensor
 from normwise import actions
 from normwise.engine.pack import Pack
 from normwise.engine.sharded import here
+from normwise.engine.sharded.ahead import Request, fulfil
 from normwise.engine.sharded.split import Split, SplitPack
+from normwise.engine.sharded.together import simple
 from normwise.narrow import narrow_, widened
 from normwise.norms import L2, Norm, Spectral, get_norm
 from normwise.norms.base import clip_factor, radial_factor
@@ -38,7 +40,19 @@ def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> Non
             _fused_adamw(params, states, group)
         return
     for part in plan.parts:
-        step_pack(part.pack, part.states, group, on_update)
+        if not part.pack.sharded:
+            one = Stepping(part.pack, part.states, group, on_update)
+            for stage in one.stages:
+                stage()
+    together([Stepping(part.pack, part.states, group, on_update) for part in plan.parts if part.pack.sharded])
+
+
+def together(going: Sequence[Stepping]) -> None:
+    """Packs of DTensors, stage by stage: what a stage measures of all of them travels in one collective a mesh."""
+    for k in range(len(Stepping.STAGES) if going else 0):
+        fulfil([request for one in going for request in one.asked(k)])
+        for one in going:
+            one.stages[k]()
 
 
 def _is_plain_adamw(group: Group) -> bool:
@@ -62,23 +76,80 @@ def _fused_adamw(params: list[Tensor], states: States, group: Group) -> None:
     )  # fmt: skip
 
 
-def step_pack(part: Pack, states: States, group: Group, on_update: Update | None = None) -> None:
-    """The columns one by one."""
-    params = part.local(part.params)
-    grads = part.local([p.grad for p in part.params if p.grad is not None])
-    if part.sharded:
-        states = [{name: here(value) for name, value in s.items()} for s in states]
-    if group["maximize"]:
-        grads = list(torch._foreach_neg(grads))
-    update = list(DIRECTIONS[group["direction"]](_with_decay(grads, params, group, "gradient"), states, group))
-    update = _with_decay(update, params, group, "direction")
-    update = _act(part, update, group)
-    if group["row_beta"]:
-        update = _divide_rows(part, update, states, group)
-    weights = widened(params, states)
-    factor = _scale(part, update, grads, states, group, weights)
-    _apply(part, weights, update, factor, states, group, on_update)
-    narrow_(params, weights, states)
+class Stepping:
+    """One pack on its way through the columns. Each stage begins where norms of blocks are needed that were not known before."""
+
+    STAGES = ("direct", "turn", "divide", "move", "hold")
+
+    def __init__(self, part: Pack, states: States, group: Group, on_update: Update | None = None) -> None:
+        self.part, self.group, self.on_update = part, group, on_update
+        self.states = [{name: here(value) for name, value in s.items()} for s in states] if part.sharded else states
+        self.stages = [getattr(self, stage) for stage in self.STAGES]
+
+    def direct(self) -> None:
+        """Decay of gradients, and the direction."""
+        part, group = self.part, self.group
+        self.params = part.local(part.params)
+        grads = part.local([p.grad for p in part.params if p.grad is not None])
+        self.grads = list(torch._foreach_neg(grads)) if group["maximize"] else grads
+        decayed = _with_decay(self.grads, self.params, group, "gradient")
+        update = list(DIRECTIONS[group["direction"]](decayed, self.states, group))
+        self.update = _with_decay(update, self.params, group, "direction")
+
+    def turn(self) -> None:
+        """Act: the direction under the norm."""
+        self.update = _act(self.part, self.update, self.group)
+
+    def divide(self) -> None:
+        """Units by their running size."""
+        if self.group["row_beta"]:
+            self.update = _divide_rows(self.part, self.update, self.states, self.group)
+        self.weights = widened(self.params, self.states)
+
+    def move(self) -> None:
+        """Scale, decay and step."""
+        part, group = self.part, self.group
+        factor = _scale(part, self.update, self.grads, self.states, group, self.weights)
+        self.before = part.measure(L2(), self.weights) if group["hold"] == "radial_brake" else None
+        _apply(part, self.weights, self.update, factor, self.states, group, self.on_update)
+
+    def hold(self) -> None:
+        """What the weights are held to; then they are rounded."""
+        _hold(self.part, self.weights, self.states, self.group, self.before)
+        narrow_(self.params, self.weights, self.states)
+
+    def asked(self, stage: int) -> list[Request]:
+        """What the stage will measure, in its order."""
+        part, group = self.part, self.group
+        name = self.STAGES[stage]
+        if name == "turn":
+            return [(part, norm, self.update) for norm in _measured_by_act(part, group)]
+        if name == "divide" and group["row_beta"] and isinstance(part, SplitPack):
+            return [(part.rows(), L2(), self.update)]
+        if name == "move":
+            tensors = [{"weights": self.weights, "update": self.update, "grads": self.grads}[of] for of in MEASURED.get(group["scale"], ())]
+            return [(part, L2(), t) for t in (*tensors, *((self.weights,) if group["hold"] == "radial_brake" else ()))]
+        if name == "hold" and group["hold"] in ("sphere", "ball", "radial_brake"):
+            return [(part, L2(), self.weights)]
+        if name == "hold" and group["hold"] == "row_floor" and isinstance(part, SplitPack):
+            return [(part.rows(), L2(), self.weights)]
+        return []
+
+
+def _measured_by_act(part: Pack, group: Group) -> list[Norm]:
+    """The norm that an act divides by; none where it needs no norm, or whole blocks."""
+    norm = get_norm(group["norm"])
+    base = simple(norm, part.block_shape)
+    if base is None or not isinstance(norm, Norm) or group["act"] not in ("normalize", "lmo"):
+        return []
+    return [norm] if group["act"] == "normalize" else [L2()] if isinstance(base[0], L2) else []
+
+
+MEASURED = {
+    "normuon": ("update",), "init": ("update",), "relative": ("weights", "update"), "lamb": ("weights", "update"),
+    "lars": ("weights", "grads"),
+}  # fmt: skip
+"""What a scale measures, in its order."""
 
 
 def _with_decay(tensors: list[Tensor], params: list[Tensor], group: Group, where: str) -> list[Tensor]:
@@ -174,7 +245,7 @@ def _radii(part: Pack, states: States) -> Tensor:
 def _apply(
     part: Pack, weights: list[Tensor], update: list[Tensor], factor: float | Tensor, states: States, group: Group, on_update: Update | None
 ) -> None:
-    """Decay, step and hold; ``weights`` are the parameters, or what stands for them until they are rounded."""
+    """Decay and step; ``weights`` are the parameters, or what stands for them until they are rounded."""
     lr = float(group["lr"])
     if isinstance(factor, Tensor):
         update = _scaled(part, update, factor)
@@ -182,7 +253,6 @@ def _apply(
     if group["velocity"]:
         update, factor = _accelerate(update, lr * factor, states, group), 1.0
         lr = 1.0
-    before = part.measure(L2(), weights) if group["hold"] == "radial_brake" else None
     _decay(weights, update, group)
     if on_update is None:
         torch._foreach_add_(weights, [u.to(w.dtype) for u, w in zip(update, weights, strict=True)], alpha=-lr * factor)
@@ -190,7 +260,6 @@ def _apply(
         change: list[Tensor] = list(torch._foreach_mul([u.to(w.dtype) for u, w in zip(update, weights, strict=True)], -lr * factor))
         on_update(part, change)
         torch._foreach_add_(weights, change)
-    _hold(part, weights, states, group, before)
 
 
 def _scaled(part: Pack, update: list[Tensor], factor: Tensor) -> list[Tensor]:

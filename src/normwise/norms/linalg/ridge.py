@@ -20,7 +20,7 @@ def ridge_inverse(x: Tensor, damping: float) -> Tensor:
     Whatever the scale of X, the result is the same. It is the u that minimises ½‖Yᵀu‖² + ½δ‖u‖² − ⟨y, u⟩ for every column y of Y: a
     natural gradient by the direction's own second moment (Amari 1998), damped as by Levenberg (1944) and Marquardt (1963).
 
-    A product, a Cholesky factor and its solution on the smaller side: 4 m² n + m³/3 operations for m <= n, in fp32 or float64.
+    Two products and an inverse by Cholesky on the smaller side: 4 m² n + m³ operations for m <= n, in fp32 or float64.
     A zero matrix stays zero; a matrix that is not finite becomes NaN, alone.
     Raises NormError for what is not a real floating-point matrix, and for a damping that is no number above zero.
     """
@@ -31,15 +31,20 @@ def ridge_inverse(x: Tensor, damping: float) -> Tensor:
         return x.detach().clone()
     with torch.no_grad():
         y = up(batch) / peak(batch)
-        tall = y.shape[1] > y.shape[2]
-        solved = _solve(y.mT if tall else y, damping)
-        return like_input(solved.mT if tall else solved, x)
+        if y.shape[1] > y.shape[2]:
+            return like_input(y @ _inverse(y.mT @ y, damping), x)
+        return like_input(_inverse(y @ y.mT, damping) @ y, x)
 
 
-def _solve(y: Tensor, damping: float) -> Tensor:
-    """For m <= n; NaN where there is no factor, which is where an entry is not finite."""
-    y = y / positive(torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True)) * math.sqrt(y.shape[1])
-    gram = y @ y.mT
-    gram.diagonal(dim1=1, dim2=2).add_(damping)
+def _inverse(gram: Tensor, damping: float) -> Tensor:
+    """s·(G + δ s² I)⁻¹, s² the mean eigenvalue; NaN where there is no factor, which is where an entry is not finite.
+
+    The inverse is formed, though its solution for many columns is all that is wanted: products are several times as fast as triangular
+    solutions, and the damping bounds the condition number by m/δ.
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    square = positive(diagonal.mean(1, keepdim=True))
+    diagonal.add_(damping * square)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    return torch.where((failed == 0)[:, None, None], torch.cholesky_solve(y, factor), torch.nan)
+    scale = torch.where(failed[:, None] == 0, square.sqrt(), torch.nan)
+    return torch.cholesky_inverse(factor).mul_(scale[:, :, None])
