@@ -201,7 +201,7 @@ def resumed() -> list[str]:
 def preset(name: str, place: str, dtype: str, polar: str, policy: bool = False) -> list[str]:
     """Ten steps of an optimizer of normwise.optim on split parameters against those on whole ones."""
     make = nw.optim.PRESETS[name]
-    spectral = name in ("Muon", "NorMuon", "Scion", "MuonH")
+    spectral = name in ("Muon", "NorMuon", "Scion", "MuonH", "Ridge")
     options = {"polar": polar} if spectral else {}
     ways = PLACES(dist.get_world_size())
     if policy:    # rules within the step
@@ -212,14 +212,29 @@ def preset(name: str, place: str, dtype: str, polar: str, policy: bool = False) 
         for step in range(10):
             for p, g in zip(model.parameters(), gradients(net(getattr(torch, dtype)), step).values(), strict=True):
                 p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else g.clone()
+            sent = TRAFFIC.now()
             optimizer.step()
+    faults = [] if policy else _too_many(TRAFFIC.since(sent).collectives, optimizer)
     limit = (1e-4 if spectral else 1e-6) if dtype == "float32" else 1e-10
-    faults = []
     for (n, p), q in zip(split.named_parameters(), whole.parameters(), strict=True):
         off = float(((p.full_tensor() if isinstance(p, DTensor) else p) - q).detach().abs().max() / q.detach().abs().max())
         if not off <= limit:
             faults.append(f"{n} is off by {off:.2g}")
     return faults
+
+
+def _too_many(collectives: int, optimizer: nw.optim.NormOptimizer) -> list[str]:
+    """Two a bucket of whole blocks; and of all norms of all rows together one small one before the step and one after. NorMuon's second
+    norm is of what its first has divided."""
+    split = [(optimizer.param_groups[key[0]], part) for key, plan in optimizer._plans.items() for part in plan.parts if part.pack.sharded]
+    buckets = sum(_acts_on_whole(group) for group, _ in split)
+    meshes = len({p.device_mesh for _, part in split for p in part.pack.params})
+    most = 2 * buckets + 2 * meshes
+    return [f"{collectives} collectives in a step, at most {most} for {buckets} buckets, {meshes} meshes"] if collectives > most else []
+
+
+def _acts_on_whole(group: dict[str, Any]) -> bool:
+    return group["act"] == "ridge" or (group["act"] == "lmo" and group["norm"] in ("spectral", "rms_rms"))
 
 
 COUNTED = (

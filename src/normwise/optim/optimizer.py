@@ -17,7 +17,7 @@ from normwise.narrow import NOISE
 from normwise.optim.parts import DEFAULTS, STATE, Row, check_row
 from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, members
 from normwise.optim.routing import Routing, route
-from normwise.optim.step import Update, step_group
+from normwise.optim.step import Update, step_group, together
 from normwise.policy import Policy
 
 KEPT_PLANS = 32    # sets of parameters with gradients that are remembered; alternating losses have a few, not many
@@ -109,8 +109,7 @@ class NormOptimizer(Optimizer):
         align(p for group in self.param_groups for p in group["params"])
         plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
         on_update = self._update_rules()
-        for group, plan in zip(self.param_groups, plans, strict=True):
-            step_group(plan, group, on_update)
+        together([one for group, plan in zip(self.param_groups, plans, strict=True) for one in step_group(plan, group, on_update)])
         return loss
 
     @_disable_dynamo    # a compiled step compiles the arithmetic, not the bookkeeping

@@ -33,22 +33,22 @@ RELATIVE_FLOOR = 1e-3
 """The least root mean square that a relative step takes a weight to have, so that zero weights can leave zero (Adafactor, 2018)."""
 
 
-def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> None:
-    """One optimizer step of a group; gradients are read, never written."""
+def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> list[Stepping]:
+    """One optimizer step of a group; gradients are read, never written. Packs of DTensors are returned instead, for :func:`together`."""
     if plan.alike and on_update is None and not plan.rounds and _is_plain_adamw(group):
         for params, states in plan.alike:
             _fused_adamw(params, states, group)
-        return
+        return []
     for part in plan.parts:
         if not part.pack.sharded:
             one = Stepping(part.pack, part.states, group, on_update)
             for stage in one.stages:
                 stage()
-    together([Stepping(part.pack, part.states, group, on_update) for part in plan.parts if part.pack.sharded])
+    return [Stepping(part.pack, part.states, group, on_update) for part in plan.parts if part.pack.sharded]
 
 
 def together(going: Sequence[Stepping]) -> None:
-    """Packs of DTensors, stage by stage: what a stage measures of all of them travels in one collective a mesh."""
+    """Packs of DTensors of all groups, stage by stage: what a stage measures of all of them travels in one collective a mesh."""
     for k in range(len(Stepping.STAGES) if going else 0):
         fulfil([request for one in going for request in one.asked(k)])
         for one in going:
