@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -37,4 +38,14 @@ def _rank(rank: int, world: int, jobs: list[Job], folder: str) -> None:
             raise RuntimeError(f"{name} on rank {rank}: {traceback.format_exc()}") from error
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
+    _wait_for_all(Path(folder), rank, world)
     dist.destroy_process_group()
+
+
+def _wait_for_all(folder: Path, rank: int, world: int) -> None:
+    """Until everybody has left the barrier: one that closes its connections while another still waits there makes gloo abort, at times."""
+    (folder / f"{rank}.left").touch()
+    for _ in range(600):
+        if all((folder / f"{other}.left").exists() for other in range(world)):
+            return
+        time.sleep(0.05)

@@ -237,6 +237,61 @@ def _acts_on_whole(group: dict[str, Any]) -> bool:
     return group["act"] == "ridge" or (group["act"] == "lmo" and group["norm"] in ("spectral", "rms_rms"))
 
 
+def roundings() -> list[str]:
+    """bf16 parts: a carry is the same on parts as on wholes, bit for bit; chance is right on average, other on other parts, the same on
+    copies; and both go on from a saved state."""
+    faults = []
+    for name, place in PLACES(dist.get_world_size()).items():
+        ends = []
+        for model in (net(torch.bfloat16), place(net(torch.bfloat16))):
+            optimizer = nw.optim.AdamW(model, lr=1e-5, rounding="compensated")
+            foreign = torch.optim.SGD(model.parameters(), lr=0.1)
+            control = nw.attach(model, foreign, nw.weight_decay(0.01, rounding="compensated"))
+            for step in range(10):
+                _give(model, step, torch.bfloat16)
+                optimizer.step()
+                for p in model.parameters():
+                    p.grad = torch.zeros_like(p)
+                foreign.step()
+                if step == 5:    # torch's own round trips
+                    optimizer.load_state_dict(optimizer.state_dict())
+                    control.load_state_dict(control.state_dict())
+            ends.append([p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()])
+        faults += [f"compensated, {name}: parameter {i}" for i, (a, b) in enumerate(zip(*ends, strict=True)) if not torch.equal(a, b)]
+    return faults + _chances()
+
+
+def _chances() -> list[str]:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,)) if world < 4 else init_device_mesh("cpu", (2, 2))
+    faults = []
+    for kind in ([Shard(0)], [Replicate()]) if world < 4 else ([Replicate(), Shard(0)],):
+        w = nn.Parameter(distribute_tensor(torch.ones(4096 * world, dtype=torch.bfloat16), mesh, kind, src_data_rank=None))
+        optimizer = torch.optim.SGD([w], lr=1.0)
+        nw.attach(nn.ParameterDict({"w": w}), optimizer, nw.weight_decay(1e-4, "*", rounding="stochastic"))
+        for _ in range(50):
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+        mean = float(w.detach().full_tensor().double().mean())
+        if not abs(mean - (1 - 1e-4) ** 50) < 2e-4:
+            faults.append(f"stochastic, {kind}: {mean:.5f} on average, and {(1 - 1e-4) ** 50:.5f} is right")
+        mine = w.to_local().detach().float()
+        parts = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(parts, mine)
+        number = torch.tensor([float(Place.of(w).number)])
+        numbers = [torch.zeros(1) for _ in range(world)]
+        dist.all_gather(numbers, number)
+        for i in range(world):
+            if torch.equal(parts[i], mine) != torch.equal(numbers[i], number):
+                faults.append(f"stochastic, {kind}: rank {i} has {'the same' if torch.equal(parts[i], mine) else 'other'} numbers")
+    return faults
+
+
+def _give(model: nn.Module, step: int, dtype: torch.dtype) -> None:
+    for p, g in zip(model.parameters(), gradients(net(dtype), step).values(), strict=True):
+        p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else g.clone()
+
+
 COUNTED = (
     "clip_grad_value", "clip_grad_norm", "max_norm", "max_norm tensor", "clip, then bound", "hyperball", "spectral clip", "spectral_cap",
 )  # fmt: skip

@@ -38,12 +38,12 @@ PRESETS_BY_DEFAULT = {
 }
 OTHERS: list[tuple[str, list[Any]]] = [
     ("regions", []), ("clip", [2.0]), ("clip", [1.0]), ("clip", [float("inf")]), ("clip", [3.0]), ("foreign_gradients", []),
-    ("one_bad_rank", []), ("reports", []), ("balance", []), ("resumed", []),
+    ("one_bad_rank", []), ("reports", []), ("balance", []), ("resumed", []), ("roundings", []),
 ]  # fmt: skip
 
 
 def _default(world: int) -> list[Job]:
-    others = [*OTHERS, ("nothing_here", [])] if world == 3 else OTHERS if world == 2 else [OTHERS[0], OTHERS[1], OTHERS[7]]
+    others = [*OTHERS, ("nothing_here", [])] if world == 3 else OTHERS if world == 2 else [OTHERS[0], OTHERS[1], OTHERS[7], OTHERS[-1]]
     others = [*others, (COUNTS, [])] if world == 4 else others
     rules = [("equal", [*pair, "float32"]) for pair in RULES_BY_DEFAULT[world]]
     return _jobs([*rules, *(("preset", list(p)) for p in PRESETS_BY_DEFAULT[world]), *others])

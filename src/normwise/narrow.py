@@ -61,11 +61,16 @@ def _wide(weight: Tensor, state: State) -> Tensor:
     return exact if CARRY not in state else exact.addcmul_(state[CARRY].float(), ulp(exact, weight.dtype), value=1 / UNITS)
 
 
-def narrow_(weights: Sequence[Tensor], wide: Sequence[Tensor], states: Sequence[MutableMapping[str, Tensor]]) -> None:
-    """Writes what has become of the float32 copies into the weights, and remembers what the next step needs."""
-    for weight, exact, state in zip(weights, wide, states, strict=bool(states)):
+def narrow_(
+    weights: Sequence[Tensor], wide: Sequence[Tensor], states: Sequence[MutableMapping[str, Tensor]], parts: Sequence[int] = ()
+) -> None:
+    """Writes what has become of the float32 copies into the weights, and remembers what the next step needs.
+
+    parts: where the weights are parts of larger ones, the number of each part: others take other random numbers, copies the same.
+    """
+    for k, (weight, exact, state) in enumerate(zip(weights, wide, states, strict=bool(states))):
         if NOISE in state:
-            weight.copy_(stochastic(exact, weight.dtype, _uniform(exact, state[NOISE])))
+            weight.copy_(stochastic(exact, weight.dtype, _uniform(exact, state[NOISE], parts[k] if parts else 0)))
         elif CARRY in state:
             weight.copy_(exact)
             rounded = weight.float()
@@ -83,9 +88,10 @@ def stochastic(exact: Tensor, dtype: torch.dtype, uniform: Tensor) -> Tensor:
 
 
 @_disable_dynamo    # a generator has no place in a graph
-def _uniform(like: Tensor, noise: Tensor) -> Tensor:
+def _uniform(like: Tensor, noise: Tensor, part: int) -> Tensor:
     """Numbers of [0, 1) from the state ``noise``, which moves on."""
-    generator = torch.Generator(like.device).manual_seed(int(noise) >> 31)    # the CPU's takes 32 bits
+    seed = _mixed(int(noise) ^ part) if part else int(noise)
+    generator = torch.Generator(like.device).manual_seed(seed >> 31)    # the CPU's takes 32 bits
     noise.fill_(_mixed(int(noise)))
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 

@@ -13,7 +13,7 @@ from normwise.engine.member_tensors import centers_of, given_center, grads_of, o
 from normwise.engine.pack import Member, Pack, nothing_to_do
 from normwise.engine.rounding import hair, inside, least, room
 from normwise.engine.sharded.ahead import Request
-from normwise.engine.sharded.packs import check_split, lying_here, packs_of
+from normwise.engine.sharded.packs import check_split, lying_here, packs_of, placed_like
 from normwise.engine.sharded.split import Split
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
@@ -69,7 +69,7 @@ class BoundRule:
                 m.center.copy_(saved["center"][m.name])
             self.measure_center(m)
         for name, found in self.store.items():
-            found |= {what: saved["found"][name][what].to(own.device, own.dtype, copy=True) for what, own in found.items()}
+            found |= {what: _taken_back(saved["found"][name][what], own) for what, own in found.items()}
 
     @property
     def members(self) -> list[Member]:
@@ -372,3 +372,8 @@ def _within(rule: Rule, step: int) -> bool:
 
 def _now(value: Any, step: Callable[[], int]) -> float:
     return at(value, step(), "radius") if callable(value) else float(value)
+
+
+def _taken_back(saved: Tensor, own: Tensor) -> Tensor:
+    """A copy of what was saved, as the rule's own is: its device, dtype and placement."""
+    return placed_like(saved.to(own.device, own.dtype, copy=True), own)

@@ -12,10 +12,9 @@ from normwise import actions
 from normwise.engine.bound import BoundRule
 from normwise.engine.member_tensors import block_count, recenter_
 from normwise.engine.pack import Pack
-from normwise.engine.sharded import is_sharded
-from normwise.engine.sharded.split import Split
+from normwise.engine.sharded import here
+from normwise.engine.sharded.split import Split, part_numbers
 from normwise.engine.turn import Turn
-from normwise.errors import PolicyError
 from normwise.narrow import memory, narrow_, rounds, widened
 from normwise.norms import Norm, Radius
 from normwise.norms.reduce import may_branch
@@ -32,8 +31,6 @@ class Shrinking(BoundRule):
         super().__init__(rule, entries, owner, index)
         for k, m in enumerate(self.members):
             needed = memory(m.param, rule.rounding, 4096 * index + k)
-            if needed and is_sharded(m.param):
-                raise PolicyError(f"rounding={rule.rounding!r} is not there yet for DTensors, as {m.name!r} is: keep fp32 master weights.")
             if needed:
                 self.store[m.name] = needed
 
@@ -41,13 +38,15 @@ class Shrinking(BoundRule):
         states = [self.store.get(m.name, {}) for m in part.members] if self.store else []
         if rounds(states) and turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
             return    # what is remembered advances where the step happens
-        here = part.local(part.params)
-        weights = widened(here, states)
+        mine = part.local(part.params)
+        if part.sharded:
+            states = [{name: here(value) for name, value in s.items()} for s in states]
+        weights = widened(mine, states)
         if self.phase == "decay":
             self._decay(part, weights, turn)
         else:
             self._prox(part, weights, turn)
-        narrow_(here, weights, states)
+        narrow_(mine, weights, states, part_numbers(part, states))
 
     def _decay(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
         strength = self.strength(turn)

@@ -207,8 +207,6 @@ def _ready(state: State, p: Tensor, part: Pack, group: Group) -> State:
 def _remember(state: State, p: Tensor, group: Group, number: int) -> None:
     """What the group's way of rounding needs in the parameter's state; ``number`` sets the parameters' random numbers apart."""
     needed = memory(p, group["rounding"], group["seed"] * 2**31 + number)
-    if needed and is_sharded(p):
-        raise PolicyError(f"rounding={group['rounding']!r} is not there yet for DTensors: keep fp32 master weights, or round to nearest.")
     for name in {NOISE, CARRY} - set(needed):
         state.pop(name, None)
     for name, value in needed.items():

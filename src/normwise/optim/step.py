@@ -13,7 +13,7 @@ from normwise import actions
 from normwise.engine.pack import Pack
 from normwise.engine.sharded import here
 from normwise.engine.sharded.ahead import Request, fulfil
-from normwise.engine.sharded.split import Split, SplitPack
+from normwise.engine.sharded.split import Split, SplitPack, part_numbers
 from normwise.engine.sharded.together import simple
 from normwise.narrow import narrow_, widened
 from normwise.norms import L2, Norm, Spectral, get_norm
@@ -116,7 +116,7 @@ class Stepping:
     def hold(self) -> None:
         """What the weights are held to; then they are rounded."""
         _hold(self.part, self.weights, self.states, self.group, self.before)
-        narrow_(self.params, self.weights, self.states)
+        narrow_(self.params, self.weights, self.states, part_numbers(self.part, self.states))
 
     def asked(self, stage: int) -> list[Request]:
         """What the stage will measure, in its order."""

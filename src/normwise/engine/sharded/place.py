@@ -52,6 +52,16 @@ class Place:
             return ()
         return tuple(i for i, p in enumerate(self.placements) if hasattr(p, "dim") and self.mesh.size(i) > 1)
 
+    @property
+    def number(self) -> int:
+        """Of the part that lies here: from 1 on, the same for copies; 0 for a parameter that is whole here, or not here at all."""
+        if self.here is None or not self.dims:
+            return 0
+        index = 0
+        for d in self.dims:
+            index = index * self.mesh.size(d) + self.here[d]
+        return 1 + index
+
     def indices(self, coordinate: tuple[int, ...]) -> Indices:
         """What the rank at ``coordinate`` holds. A strided split (FSDP over tensor parallelism) happens after the plain ones."""
         held = [torch.arange(n) for n in self.shape]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from normwise.engine.sharded.pieces import Pieces
 from normwise.engine.sharded.place import Place
 from normwise.engine.sharded.together import Entrywise, Share, complete, simple
 from normwise.layouts import BlockView
+from normwise.narrow import NOISE
 from normwise.norms import L1, L2, LInf, Norm, Radius, Set
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.reduce import compute_dtype, wide
@@ -31,6 +32,13 @@ def acts_on_entries(action: str, norm: Norm | Set) -> bool:
     if isinstance(norm, Set):
         return not norm.matrix
     return action in ("project", "lmo") and isinstance(norm, LInf)
+
+
+def part_numbers(part: Pack, states: Sequence[Mapping[str, Any]]) -> list[int]:
+    """For random rounding the number of the part of each member that lies here; empty where nobody asks for it."""
+    if not part.sharded or not any(NOISE in s for s in states):
+        return []
+    return [Place.of(p).number if is_sharded(p) else 0 for p in part.params]
 
 
 class Split(Pack):
