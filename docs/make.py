@@ -87,6 +87,12 @@ def all_races(results: dict[str, dict[str, Any]]) -> str:
     return summary(results) + seen
 
 
+def races_in_short(results: dict[str, dict[str, Any]]) -> str:
+    from normwise.race.table import summary
+
+    return summary(results)
+
+
 def accuracy(cell: Cell) -> str:
     test = cell["test_accuracy"]
     return f"{100 * test['mean']:.1f} ± {100 * test['std']:.1f}"
@@ -178,6 +184,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mnist setting": ("cnn-mnist", setting),
     "mnist in full": ("cnn-mnist", in_full),
     "race": ("race", all_races),
+    "races": ("race", races_in_short),
     **{f"race {task}": (f"race-{task}", one_race) for task in RACES},
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),
