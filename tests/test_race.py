@@ -108,6 +108,7 @@ def test_of_equal_scores_the_first_tried_stays_the_best() -> None:
 def test_a_best_rate_at_the_end_of_those_tried_is_told() -> None:
     assert on_edge({(0, 0): 1.0, (1, 0): 2.0})
     assert not on_edge({(0, 0): 2.0, (1, 0): 1.0, (-1, 0): 1.0})
+    assert not on_edge({(0, 0): 2.0})
 
 
 def test_axes_say_what_their_positions_stand_for() -> None:

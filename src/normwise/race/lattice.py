@@ -58,9 +58,9 @@ def propose(axes: Sequence[Choice], scores: Scores, trials: int) -> Point | None
 
 
 def on_edge(scores: Scores) -> bool:
-    """Whether the best point's rate lies at the end of the rates tried."""
+    """Whether the best point's rate lies at the end of the rates tried; of a single trial nothing is said."""
     rates = [p[0] for p in scores]
-    return best(scores)[0] in (min(rates), max(rates))
+    return len(scores) > 1 and best(scores)[0] in (min(rates), max(rates))
 
 
 def _untried(here: Point, axis: int, choice: Choice, scores: Scores) -> list[Point]:
