@@ -8,7 +8,6 @@ runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --sta
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -41,19 +40,24 @@ def load(name: str) -> dict[str, Any] | None:
 def raced(runs: Path) -> dict[str, Any] | None:
     from normwise.race.race import replay
 
-    return replay(runs) if runs.exists() else None
+    return {**replay(runs), "core_hours": sum(r["result"].get("seconds", 0) for r in lines(runs)) / 3600} if runs.exists() else None
+
+
+def lines(runs: Path) -> list[dict[str, Any]]:
+    """The finished runs of a file."""
+    return [json.loads(line) for line in runs.read_text().splitlines() if line.strip()]
 
 
 def experiments(runs: Path) -> dict[str, Any] | None:
     """What ``docs/tried.py`` kept."""
     if not runs.exists():
         return None
-    return {"runs": [{**r["settings"], **r["result"]} for r in map(json.loads, filter(str.strip, runs.read_text().splitlines()))]}
+    return {"runs": [{**r["settings"], **r["result"]} for r in lines(runs)]}
 
 
 def tried(results: dict[str, Any]) -> str:
     """One table a task and share of its horizon, best first, with every seed's result."""
-    labels = importlib.import_module("tried").VARIANTS    # beside this file
+    from tried import VARIANTS  # beside this file
 
     tables = []
     for task, share in dict.fromkeys((run["task"], run["share"]) for run in results["runs"]):
@@ -66,7 +70,7 @@ def tried(results: dict[str, Any]) -> str:
         lines = [f"| `{task}`, {share:.2f} H | mean | by seed, from 2000 |", "|---|---|---|"]
         for name in sorted(runs, key=lambda name: mean[name]):
             each = " ".join("diverged" if v is None else f"{v:.4f}" for _, v in sorted(runs[name].items()))
-            lines.append(f"| {labels[name][0]} | {sign * mean[name]:.4f} | {each} |")
+            lines.append(f"| {VARIANTS[name][0]} | {sign * mean[name]:.4f} | {each} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
@@ -77,7 +81,7 @@ def one_race(results: dict[str, Any]) -> str:
 
     task = results["race"]
     seen = f"![{task}: validation result against horizon](images/race-{task}.svg)\n\n" if results["contenders"] else ""
-    return seen + page(results)
+    return f"{seen}{page(results)} {results['core_hours']:.1f} core-hours of training so far, measured beside other work."
 
 
 def all_races(results: dict[str, dict[str, Any]]) -> str:

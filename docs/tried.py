@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise.norms.linalg import polar
-from normwise.race import contenders
-from normwise.race.contenders import AS_IT_IS, Built, Contender
+from normwise.race.contenders import AS_IT_IS, CONTENDERS, Built, Contender
 from normwise.race.protocol import STEPS
 from normwise.race.run import RaceRun, train
 from normwise.study.store import Store
@@ -36,7 +35,7 @@ def preset(name: str, **columns: Any) -> Build:
 class Metric(torch.optim.Optimizer):
     """Ridge with another map in the place of its own; for maps that keep a memory of past gradients, which no row of the library does.
 
-    act: the map's name, see ``mapped``. beta: of the running mean of g·gᵀ and gᵀ·g.
+    act: the map's name, see ``mapped``. beta: of the running mean of g·gᵀ and gᵀ·g. The gates of an LSTM are one matrix here.
     """
 
     def __init__(self, model: nn.Module, act: str, beta: float = 0.8, momentum: float = 0.8, decay: float = 0.3) -> None:
@@ -95,7 +94,6 @@ VARIANTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
     "ridge-half-batch": ("Ridge, half the batch, rate / √2", lambda m: (nw.optim.Ridge(m, 0.0141, adamw=dict(REST)), None), {"batch": 0.5}),
     "ridge-clip": ("Ridge, gradients clipped to a global norm of 1", preset("Ridge"), {"clip": 1.0}),
     "ridge-slow": ("Ridge with momentum 0.95", preset("Ridge", momentum=0.95), {}),
-    "ridge-heads": ("Ridge, each attention head by itself", preset("Ridge", per="head"), {}),
     "ridge-rows": ("Ridge, units divided by their running RMS (NorMuon)", preset("Ridge", row_beta=0.95), {}),
     "ridge-cautious": ("Ridge, cautious decay", preset("Ridge", decay="cautious"), {}),
     "ridge-undecayed": ("Ridge without decay", preset("Ridge", weight_decay=0.0), {}),
@@ -114,10 +112,6 @@ VARIANTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
 """By name: what it is, how it is built, what it chooses of everybody's choices."""
 
 
-def settings(task: str, key: str, name: str, share: float, seed: int) -> dict[str, Any]:
-    return {"kind": "tried", "task": task, "key": key, "variant": name, "share": share, "seed": seed}
-
-
 def main() -> None:
     """Runs what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -131,7 +125,7 @@ def main() -> None:
     task, store = load_task(given.task, given.data), Store(RESULTS)
     for seed in range(2000, 2000 + given.seeds):
         for name in given.variants:
-            wanted = settings(given.task, task.key, name, given.share, seed)
+            wanted = {"kind": "tried", "task": given.task, "key": task.key, "variant": name, "share": given.share, "seed": seed}
             if store.get(wanted) is None:
                 store.add(wanted, one(task, name, round(STEPS[given.task] * given.share) * task.batch, seed))
                 print(given.task, name, seed, store.get(wanted), flush=True)
@@ -140,10 +134,14 @@ def main() -> None:
 def one(task: Any, name: str, samples: int, seed: int) -> dict[str, Any]:
     """One variant's run; its result and seconds."""
     _, build, chosen = VARIANTS[name]
-    contenders.CONTENDERS[name] = Contender(name, "", (), lambda model, numbers: build(model))
+    contender = f"tried {name}"    # for the time of this run; some variants are contenders by their plain name
+    CONTENDERS[contender] = Contender(name, "", (), lambda model, numbers: build(model))
     numbers = {axis.name: axis.value(0) for axis in AS_IT_IS} | chosen
-    run = RaceRun(task.key, name, tuple(numbers.items()), samples, seed, False, 1, torch.__version__)
-    result = train(run, task)
+    run = RaceRun(task.key, contender, tuple(numbers.items()), samples, seed, False, 1, torch.__version__)
+    try:
+        result = train(run, task)
+    finally:
+        del CONTENDERS[contender]
     return {"result": result["result"], "seconds": result["seconds"]}
 
 

@@ -191,8 +191,7 @@ def resumed() -> list[str]:
             for n, p in second.named_parameters():
                 p.copy_(distribute_tensor(weights[n], p.device_mesh, p.placements, src_data_rank=None))
         for step in range(3, 6):
-            for p, g in zip(second.parameters(), gradients(net(), step).values(), strict=True):
-                p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None)
+            _give(second, step)
             optimizer.step()
         faults += [f"{name}: {n}" for n, p in second.named_parameters() if not torch.equal(p.full_tensor(), straight[n])]
     return faults
@@ -210,8 +209,7 @@ def preset(name: str, place: str, dtype: str, polar: str, policy: bool = False) 
     for model in (whole, split):
         optimizer = make(model, lr=0.02, **options)
         for step in range(10):
-            for p, g in zip(model.parameters(), gradients(net(getattr(torch, dtype)), step).values(), strict=True):
-                p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else g.clone()
+            _give(model, step, getattr(torch, dtype))
             sent = TRAFFIC.now()
             optimizer.step()
     faults = [] if policy else _too_many(TRAFFIC.since(sent).collectives, optimizer)
@@ -287,7 +285,8 @@ def _chances() -> list[str]:
     return faults
 
 
-def _give(model: nn.Module, step: int, dtype: torch.dtype) -> None:
+def _give(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> None:
+    """The gradients of a step, placed as the parameters are."""
     for p, g in zip(model.parameters(), gradients(net(dtype), step).values(), strict=True):
         p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else g.clone()
 
@@ -308,8 +307,7 @@ def _step_cost(case: Case, place: Any) -> str:
     model = place(net())
     _, control, _ = train(model, case, 2)
     first = control.communication()
-    for p, g in zip(model.parameters(), gradients(net(), 2).values(), strict=True):
-        p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None)
+    _give(model, 2)
     optimizer = control.optimizers[0]
     optimizer.step()
     sent = control.communication().since(first)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import normwise as nw
+from planted import Payload
 
 RULES = [
     nw.max_norm("init"), nw.l2_penalty(0.1, center="init"), nw.autoclip(window=5), nw.zclip(warmup=2), nw.cpr(1e-3),
@@ -118,16 +119,6 @@ def test_a_sound_state_still_goes_in() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- safe loading
-
-
-class Payload:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
 
 
 def test_a_payload_in_a_torch_file_does_not_run(tmp_path: Path) -> None:

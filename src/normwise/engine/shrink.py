@@ -12,7 +12,7 @@ from normwise import actions
 from normwise.engine.bound import BoundRule
 from normwise.engine.member_tensors import block_count, recenter_
 from normwise.engine.pack import Pack
-from normwise.engine.sharded import here
+from normwise.engine.sharded import local_states
 from normwise.engine.sharded.split import Split, part_numbers
 from normwise.engine.turn import Turn
 from normwise.narrow import memory, narrow_, rounds, widened
@@ -40,7 +40,7 @@ class Shrinking(BoundRule):
             return    # what is remembered advances where the step happens
         mine = part.local(part.params)
         if part.sharded:
-            states = [{name: here(value) for name, value in s.items()} for s in states]
+            states = local_states(states)
         weights = widened(mine, states)
         if self.phase == "decay":
             self._decay(part, weights, turn)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from normwise.errors import PolicyError, nearest
 from normwise.optim.optimizer import NormOptimizer
-from normwise.optim.parts import Row
+from normwise.optim.parts import DEFAULTS, Row, check_row
 
 Params = nn.Module | Iterable[Any]
 Override = Mapping[Any, str | Row] | None
@@ -36,12 +36,16 @@ def _single(params: Params, name: str, row: Row, override: Override, policy: Any
     return NormOptimizer(params, {name: row}, dict.fromkeys(ROLES, name), name, override, policy)
 
 
-def _beside_adamw(params: Params, name: str, row: Row, adamw: Row | None, override: Override, policy: Any) -> NormOptimizer:
-    """``row`` for matrices, AdamW for the rest: with the same decay, but none of biases and gains."""
+def _beside_adamw(
+    params: Params, name: str, row: Row, adamw: Row | None, override: Override, policy: Any, recurrent: Row | None = None
+) -> NormOptimizer:
+    """``row`` for matrices (``recurrent`` for gates, where there is one), AdamW for the rest: with the same decay, but none of biases
+    and gains."""
     rest = {**adamw_row(3e-4, (0.9, 0.95), weight_decay=row.get("weight_decay", 0.0)), **(adamw or {})}
-    rows = {name: row, "adamw": rest, "adamw_undecayed": {**rest, "weight_decay": 0.0}}
+    gates = name if recurrent is None else f"{name}_recurrent"
+    rows = {name: row, gates: recurrent or row, "adamw": rest, "adamw_undecayed": {**rest, "weight_decay": 0.0}}
     others = {role: "adamw_undecayed" if role in UNDECAYED else "adamw" for role in ROLES}
-    return NormOptimizer(params, rows, {**others, **dict.fromkeys(MATRICES, name)}, name, override, policy)
+    return NormOptimizer(params, rows, {**others, **dict.fromkeys(MATRICES, name), "recurrent": gates}, name, override, policy)
 
 
 def _direction(momentum: float, nesterov: bool) -> str:
@@ -217,7 +221,7 @@ def Ridge(
 
     Args:
         lr: of the matrices; the root mean square of an update is 0.2·lr, as AdamW's is about, whatever the shape.
-        momentum: shorter than Muon's 0.95, as the map amplifies what is small because it is old; with 0.95 much of the gain is lost.
+        momentum: shorter than Muon's 0.95; docs/results.md has both.
         damping: δ, relative to the mean squared singular value. Larger is nearer to momentum itself, and safer where it is noise.
         recurrent: columns of the gates' row, over the main row's with momentum 0.9 and ten times its damping.
         adamw: columns of the rest's row, over 0.4·lr, betas (0.9, 0.99); biases and gains are not decayed.
@@ -227,23 +231,19 @@ def Ridge(
         "lr": lr, "direction": _averaged(nesterov), "momentum": momentum, "act": "ridge", "damping": damping, "scale": "normuon",
         "weight_decay": 0.3, **columns,
     }  # fmt: skip
+    check_row({**DEFAULTS, **row}, "the row 'ridge'")    # before anything is reckoned from it
     gates = {**row, "momentum": 0.9, "damping": 10 * damping, **(recurrent or {})}
-    given: Any = lr
-    number = isinstance(given, int | float) or (isinstance(given, Tensor) and given.numel() == 1)
-    beside = 0.4 * float(given) if number else given    # which is refused by the row's name
-    rest = {**adamw_row(beside, (0.9, 0.99), weight_decay=0.1), **(adamw or {})}
-    rows = {"ridge": row, "ridge_recurrent": gates, "adamw": rest, "adamw_undecayed": {**rest, "weight_decay": 0.0}}
-    others = {role: "adamw_undecayed" if role in UNDECAYED else "adamw" for role in ROLES}
-    roles = {**others, "hidden": "ridge", "conv": "ridge", "recurrent": "ridge_recurrent"}
-    return NormOptimizer(params, rows, roles, "ridge", override, policy)
+    rest = {"lr": 0.4 * float(lr), "betas": (0.9, 0.99), "weight_decay": 0.1, **(adamw or {})}
+    return _beside_adamw(params, "ridge", row, rest, override, policy, gates)
 
 
 def auto(params: Params, *, override: Override = None, policy: Any = None) -> NormOptimizer:
     """The preset to start with where nothing is known: no number to choose. Today it is :func:`Ridge` as it stands.
 
-    Every number is the one that did well on four small networks (convolutions, a residual network, an LSTM, a transformer), with warm-up,
-    a rate held for half of the run and then lowered to zero, and no clipping; docs/results.md says what that is worth beside tuning.
-    Runs a hundred times as long want smaller rates: ``Ridge(model, lr=0.005)``.
+    Its numbers were chosen for short runs of small networks, with warm-up, a rate held for half of the run and then lowered to zero, and
+    no clipping; docs/results.md says, task by task, what that is worth beside tuning, and where it is worth nothing.
+
+    Args, returns and errors are those of every preset: a module (or tensors, which take the main row), ``override=``, ``policy=``.
     """
     return Ridge(params, override=override, policy=policy)
 

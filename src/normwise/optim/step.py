@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normwise import actions
 from normwise.engine.pack import Pack
-from normwise.engine.sharded import here
+from normwise.engine.sharded import here, local_states
 from normwise.engine.sharded.ahead import Request, fulfil
 from normwise.engine.sharded.split import Split, SplitPack, part_numbers
 from normwise.engine.sharded.together import simple
@@ -42,17 +42,19 @@ def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> lis
     for part in plan.parts:
         if not part.pack.sharded:
             one = Stepping(part.pack, part.states, group, on_update)
-            for stage in one.stages:
-                stage()
+            for stage in STAGES:
+                one.take(stage)
     return [Stepping(part.pack, part.states, group, on_update) for part in plan.parts if part.pack.sharded]
 
 
 def together(going: Sequence[Stepping]) -> None:
     """Packs of DTensors of all groups, stage by stage: what a stage measures of all of them travels in one collective a mesh."""
-    for k in range(len(Stepping.STAGES) if going else 0):
-        fulfil([request for one in going for request in one.asked(k)])
+    if not going:
+        return
+    for stage in STAGES:
+        fulfil([request for one in going for request in one.asked(stage)])
         for one in going:
-            one.stages[k]()
+            one.take(stage)
 
 
 def _is_plain_adamw(group: Group) -> bool:
@@ -76,15 +78,20 @@ def _fused_adamw(params: list[Tensor], states: States, group: Group) -> None:
     )  # fmt: skip
 
 
-class Stepping:
-    """One pack on its way through the columns. Each stage begins where norms of blocks are needed that were not known before."""
+STAGES = ("direct", "turn", "divide", "move", "hold")
+"""A new one begins where norms of blocks are needed that were not known before."""
 
-    STAGES = ("direct", "turn", "divide", "move", "hold")
+
+class Stepping:
+    """One pack on its way through the columns, stage by stage."""
 
     def __init__(self, part: Pack, states: States, group: Group, on_update: Update | None = None) -> None:
         self.part, self.group, self.on_update = part, group, on_update
-        self.states = [{name: here(value) for name, value in s.items()} for s in states] if part.sharded else states
-        self.stages = [getattr(self, stage) for stage in self.STAGES]
+        self.states = local_states(states) if part.sharded else states
+
+    def take(self, stage: str) -> None:
+        """One of ``STAGES``."""
+        getattr(self, stage)()
 
     def direct(self) -> None:
         """Decay of gradients, and the direction."""
@@ -109,7 +116,8 @@ class Stepping:
     def move(self) -> None:
         """Scale, decay and step."""
         part, group = self.part, self.group
-        factor = _scale(part, self.update, self.grads, self.states, group, self.weights)
+        lengths = {of: part.measure(L2(), tensors) for of, tensors in self._of_scale().items()}
+        factor = _scale(part, lengths, self.states, group)
         self.before = part.measure(L2(), self.weights) if group["hold"] == "radial_brake" else None
         _apply(part, self.weights, self.update, factor, self.states, group, self.on_update)
 
@@ -118,20 +126,24 @@ class Stepping:
         _hold(self.part, self.weights, self.states, self.group, self.before)
         narrow_(self.params, self.weights, self.states, part_numbers(self.part, self.states))
 
-    def asked(self, stage: int) -> list[Request]:
+    def _of_scale(self) -> dict[str, list[Tensor]]:
+        """What the scale measures, by name."""
+        known = {"weights": self.weights, "update": self.update, "grads": self.grads}
+        return {of: known[of] for of in MEASURED.get(self.group["scale"], ())}
+
+    def asked(self, stage: str) -> list[Request]:
         """What the stage will measure, in its order."""
-        part, group = self.part, self.group
-        name = self.STAGES[stage]
-        if name == "turn":
+        part, group, held = self.part, self.group, self.group["hold"]
+        if stage == "turn":
             return [(part, norm, self.update) for norm in _measured_by_act(part, group)]
-        if name == "divide" and group["row_beta"] and isinstance(part, SplitPack):
+        if stage == "divide" and group["row_beta"] and isinstance(part, SplitPack):
             return [(part.rows(), L2(), self.update)]
-        if name == "move":
-            tensors = [{"weights": self.weights, "update": self.update, "grads": self.grads}[of] for of in MEASURED.get(group["scale"], ())]
-            return [(part, L2(), t) for t in (*tensors, *((self.weights,) if group["hold"] == "radial_brake" else ()))]
-        if name == "hold" and group["hold"] in ("sphere", "ball", "radial_brake"):
+        if stage == "move":
+            before = [self.weights] if held == "radial_brake" else []
+            return [(part, L2(), tensors) for tensors in (*self._of_scale().values(), *before)]
+        if stage == "hold" and held in ("sphere", "ball", "radial_brake"):
             return [(part, L2(), self.weights)]
-        if name == "hold" and group["hold"] == "row_floor" and isinstance(part, SplitPack):
+        if stage == "hold" and held == "row_floor" and isinstance(part, SplitPack):
             return [(part.rows(), L2(), self.weights)]
         return []
 
@@ -149,7 +161,7 @@ MEASURED = {
     "normuon": ("update",), "init": ("update",), "relative": ("weights", "update"), "lamb": ("weights", "update"),
     "lars": ("weights", "grads"),
 }  # fmt: skip
-"""What a scale measures, in its order."""
+"""The norms that a scale needs."""
 
 
 def _with_decay(tensors: list[Tensor], params: list[Tensor], group: Group, where: str) -> list[Tensor]:
@@ -205,32 +217,35 @@ def _divide_split_rows(part: SplitPack, update: list[Tensor], states: States, gr
     return _scaled(rows, update, 1 / (torch.stack(running).flatten().sqrt() + group["eps"]))
 
 
-def _scale(
-    part: Pack, update: list[Tensor], grads: list[Tensor], states: States, group: Group, weights: list[Tensor]
-) -> float | Tensor:
-    """What the update is multiplied by before the learning rate: a number, or one a block ``(members · count,)``."""
+def _scale(part: Pack, lengths: Mapping[str, Tensor], states: States, group: Group) -> float | Tensor:
+    """What the update is multiplied by before the learning rate: a number, or one a block ``(members · count,)``.
+
+    lengths: the L2 norms of the blocks of what ``MEASURED`` says.
+    """
     scale, radius = group["scale"], float(group["radius"])
     shape = part.view.block_shape
     number = radius * (shape_scale(scale, shape[0], shape[-1], part.view.kernel) if len(shape) == 2 else 1.0)
     if scale == "normuon":
-        return radial_factor(part.measure(L2(), update), number)
+        return radial_factor(lengths["update"], number)
     if scale == "init":
-        return radial_factor(part.measure(L2(), update), _radii(part, states)) * number
+        return radial_factor(lengths["update"], _radii(part, states)) * number
     if scale in ("relative", "lamb", "lars"):
-        return _trust(part, update, grads, group, weights) * number
+        return _trust(part, lengths, group) * number
     return number
 
 
-def _trust(part: Pack, update: list[Tensor], grads: list[Tensor], group: Group, weights: list[Tensor]) -> Tensor:
-    weight = part.measure(L2(), weights)
+def _trust(part: Pack, lengths: Mapping[str, Tensor], group: Group) -> Tensor:
+    weight = lengths["weights"]
+    if group["scale"] == "lars":
+        return _lars(weight, lengths["grads"], group)
+    length = lengths["update"]
     if group["scale"] == "relative":
-        length = part.measure(L2(), update)
         least = RELATIVE_FLOOR * math.prod(part.view.block_shape) ** 0.5
         return torch.where(length > 0, weight.clamp(min=least) / length, 0.0)
-    if group["scale"] == "lamb":
-        length = part.measure(L2(), update)
-        return torch.where((weight > 0) & (length > 0), weight / length, 1.0)
-    slope = part.measure(L2(), grads)
+    return torch.where((weight > 0) & (length > 0), weight / length, 1.0)
+
+
+def _lars(weight: Tensor, slope: Tensor, group: Group) -> Tensor:
     ratio = group["trust"] * weight / (slope + group["weight_decay"] * weight)
     return torch.where((weight > 0) & (slope > 0), ratio, 1.0)
 

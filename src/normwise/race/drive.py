@@ -78,13 +78,16 @@ class Driver:
         with telling_of_lost_workers():
             try:
                 while self.queue or self.pending:
-                    while self.queue and len(self.pending) < self.capacity:
-                        going, k = self.queue.popleft()
-                        self.pending[executor.submit(call, going.runs[k])] = going, k
+                    self._hand_out(executor)
                     self._collect()
             except KeyboardInterrupt:
                 self._finish_pending()
                 raise
+
+    def _hand_out(self, executor: Executor) -> None:
+        while self.queue and len(self.pending) < self.capacity:
+            going, k = self.queue.popleft()
+            self.pending[executor.submit(call, going.runs[k])] = going, k
 
     def _collect(self) -> None:
         done, _ = wait(self.pending, return_when=FIRST_COMPLETED)

@@ -4,6 +4,7 @@
 ``owners`` brings whole matrices to one rank each, ``split`` is the pack that the rules work on.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,3 +18,8 @@ def is_sharded(t: Any) -> bool:
 def here(t: Tensor) -> Tensor:
     """What lies on this rank of a tensor: of a DTensor its part, of another all."""
     return t.to_local() if is_sharded(t) else t    # type: ignore[attr-defined]
+
+
+def local_states(states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """What lies on this rank of the states of some parameters."""
+    return [{name: here(value) for name, value in s.items()} for s in states]

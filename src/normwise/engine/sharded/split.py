@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,9 +37,7 @@ def acts_on_entries(action: str, norm: Norm | Set) -> bool:
 
 def part_numbers(part: Pack, states: Sequence[Mapping[str, Any]]) -> list[int]:
     """For random rounding the number of the part of each member that lies here; empty where nobody asks for it."""
-    if not part.sharded or not any(NOISE in s for s in states):
-        return []
-    return [Place.of(p).number if is_sharded(p) else 0 for p in part.params]
+    return part.numbers if isinstance(part, Split) and any(NOISE in s for s in states) else []
 
 
 class Split(Pack):
@@ -51,6 +50,11 @@ class Split(Pack):
     def _prepare(self) -> None:
         self._kept: dict[tuple[int, ...], Split] = {}
         self._measured: dict[Norm, list[Tensor]] = {}
+
+    @functools.cached_property
+    def numbers(self) -> list[int]:
+        """Of the part of each member that lies here, see ``Place.number``; 0 for members that are no DTensors."""
+        return [Place.of(p).number if is_sharded(p) else 0 for p in self.params]
 
     def _smaller(self, members: list[Member]) -> Split:
         raise NotImplementedError
