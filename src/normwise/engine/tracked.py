@@ -17,6 +17,8 @@ from normwise.norms.reduce import compute_dtype, wide
 from normwise.policy import Rule
 from normwise.policy.inventory import Entry
 
+APART_FROM = 1 << 15    # numbers of a tensor from which it is read where it lies: a copy of it costs more than a call
+
 
 class TrackedCap(BoundRule):
     """``project`` under the spectral norm with ``tolerance`` > 0, see :func:`normwise.norms.linalg.cap`.
@@ -44,8 +46,10 @@ class TrackedCap(BoundRule):
             self._know(part, self._together(part))
 
     def _act(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
-        matrices = part.borrow([t.detach() for t in tensors])
-        limit = torch.as_tensor(radius, dtype=wide(tensors[0].device), device=tensors[0].device).expand(len(matrices))
+        weights = [t.detach() for t in tensors]
+        large = weights[0].numel() >= APART_FROM
+        matrices = [part.view.blocks(w) for w in weights] if large else [part.borrow(weights)]
+        limit = torch.as_tensor(radius, dtype=wide(weights[0].device), device=weights[0].device).expand(sum(map(len, matrices)))
         before = self._known.get(id(part))
         cut, known = follow(matrices, limit, before, self.rule.tolerance)
         if known is not before:

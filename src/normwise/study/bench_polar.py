@@ -1,7 +1,8 @@
 """``normwise bench polar``: the polar factor against torch.optim.Muon's own iteration, speed and error, in one process.
 
 Both orthogonalise the same fp32 matrices; torch's function is called one matrix after the other, as torch.optim.Muon calls it.
-The two are timed alternately, so that what else the machine does falls on both.
+The two are timed alternately, so that what else the machine does falls on both, in a process that has freed a block of 32 MB before, as
+any training step has: until then malloc hands every temporary of a few megabytes back to the system, and both pay for fresh pages.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from normwise.norms.linalg import polar
 BARS = {(200, 64, 64): 10.0, (24, 256, 256): 1.5, (12, 1024, 256): 1.3, (8, 1024, 1024): 1.25}
 TORCH_STEPS = (3.4445, -4.7750, 2.0315)
 MEASURED = 12     # how many matrices of a batch the error is measured on: a float64 SVD costs far more than the iteration
+FREED = 30 << 20  # bytes: a block that large is freed once before anything is timed; above 32 MB glibc would learn nothing from it
 RELEVANT = 0.01   # errors are summarised over the singular values above this share of the largest
 
 
@@ -36,6 +38,7 @@ def run(method: str = "fast", repeats: int = 15, threads: int = 2) -> dict[str, 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        torch.ones(FREED, dtype=torch.uint8)    # and freed at once
         rows = []
         for shape in BARS:
             for kind, make in INPUTS.items():

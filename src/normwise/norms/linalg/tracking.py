@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
     """
     batch = as_batch(x)
     own = None if state is None else Tracked(*(t.clone() for t in state))
-    cut, own = follow(batch, bounds(radius, batch), own, tolerance)
+    cut, own = follow([batch], bounds(radius, batch), own, tolerance)
     if not cut:
         return x, own
     out = batch.clone()
@@ -93,15 +94,15 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
     return like_input(out, x), own
 
 
-def follow(batch: Tensor, limit: Tensor, state: Tracked | None, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
-    """``cap`` of a batch (b, m, n), b >= 1, for an engine: what becomes of the matrices that exceed, by position, and the state.
+def follow(parts: Sequence[Tensor], limit: Tensor, state: Tracked | None, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
+    """``cap`` of b >= 1 matrices for an engine: what becomes of those that exceed, by position, and the state.
 
-    batch: may be scratch memory, nothing of it is kept. limit: (b,), >= 0. state: its tensors are changed in place.
+    parts: the matrices, (k, m, n) each, so that only those that are looked at need be copied together; may be scratch memory, nothing of
+    it is kept. limit: (b,), >= 0. state: its tensors are changed in place.
     """
-    x = up(batch)
-    sketch = _sketch(x)
-    if state is None or not _fits(state, sketch, x[0]):
-        return _first(batch, limit, tolerance)
+    sketch = torch.cat([_sketch(up(p)) for p in parts])
+    if state is None or not _fits(state, sketch, parts[0][0]):
+        return _first(torch.cat(list(parts)), limit, tolerance)
     state.age.add_(1)
     moved = sketch - state.sketch
     length = _length(moved)
@@ -112,14 +113,22 @@ def follow(batch: Tensor, limit: Tensor, state: Tracked | None, tolerance: float
     cut: dict[int, Tensor] = {}
     for rows, depth in ((short, DEPTH), (long, DEPTH + 1)):
         if rows:
-            all_of = slice(None) if len(rows) == len(x) else rows
-            found = _look(Seen(*(t[all_of] for t in (x, limit, sketch, moved, state.vectors))), depth, tolerance)
+            all_of = slice(None) if len(rows) == len(sketch) else rows
+            found = _look(Seen(up(_chosen(parts, rows)), *(t[all_of] for t in (limit, sketch, moved, state.vectors))), depth, tolerance)
             lost += [rows[i] for i in found.lost]
             state = _store(state, rows, found, cut)
     if lost:
-        found = _decompose(batch[lost], limit[lost], state.vectors.shape[1], tolerance)
+        found = _decompose(_chosen(parts, lost), limit[lost], state.vectors.shape[1], tolerance)
         state = _store(state, lost, found, cut)
     return cut, state
+
+
+def _chosen(parts: Sequence[Tensor], rows: list[int]) -> Tensor:
+    """Some of the matrices as one batch, which is the only part itself where that is all."""
+    if len(parts) == 1:
+        return parts[0] if len(rows) == len(parts[0]) else parts[0][rows]
+    matrices = [m for part in parts for m in part.unbind()]
+    return torch.stack([matrices[i] for i in rows])
 
 
 def _store(state: Tracked, rows: list[int], found: Found, cut: dict[int, Tensor]) -> Tracked:
@@ -156,7 +165,7 @@ def _look(seen: Seen, depth: int, tolerance: float) -> Found:
         sigma = sigma[:, -vectors.shape[1]:]
         excess = torch.where(exceeds & (sigma > aim), 1 - aim * (1 - inward(v.dtype)) / positive(sigma), 0.0)
         less = vectors * excess[..., None]
-        sketch = torch.baddbmm(sketch, _combinations(images) @ images.mT, less, alpha=-1)
+        sketch = torch.baddbmm(sketch, _sums(images.mT), less, alpha=-1)
         cut = {i: _without(x[i], less[i], images[i]) for i, code in enumerate(codes) if code == 1}
     reach = torch.where(exceeds, aim, most)[:, 0]
     return Found(cut, [i for i, code in enumerate(codes) if code == 2], v if small else vectors, sketch, reach)
@@ -237,26 +246,26 @@ def _tall(x: Tensor) -> Tensor:
 
 
 def _sketch(x: Tensor) -> Tensor:
-    """(b, PROBES, s): random combinations along the long side, so that ‖sketch‖² is ‖x‖_F² in the mean.
-
-    By a product with a matrix that is mostly zero: on a CPU it is faster than to add up what each combination has.
-    """
-    tall = _tall(x)
-    return _combinations(tall.mT) @ tall
+    """(b, PROBES, s): random combinations along the long side, so that ‖sketch‖² is ‖x‖_F² in the mean."""
+    return _sums(_tall(x))
 
 
-def _combinations(x: Tensor) -> Tensor:
-    """(b, PROBES, l): what makes PROBES sums of the l columns of x. Each column is in one of them only."""
-    return _combining(x.shape[-1], x.dtype, x.device).expand(len(x), -1, -1)
+def _sums(tall: Tensor) -> Tensor:
+    """(b, l, s) -> (b, PROBES, s): sums of the l rows, each with its random weight in one of the sums."""
+    length = tall.shape[1]
+    size = length // PROBES
+    weights = _weighting(length, tall.dtype, tall.device)
+    runs = weights[: PROBES * size].view(1, PROBES, 1, size)
+    sums = (runs @ tall[:, : PROBES * size].unflatten(1, (PROBES, size))).squeeze(2)
+    over = length - PROBES * size
+    if over:
+        sums[:, :over] += weights[PROBES * size :, None] * tall[:, PROBES * size :]
+    return sums
 
 
 @functools.lru_cache(maxsize=64)    # one a length and device: a copy to a GPU at each step would be a synchronisation
-def _combining(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    weights, size = _weights(length), length // PROBES
-    sums = torch.zeros(PROBES, length, dtype=weights.dtype)
-    for i in range(length):
-        sums[i // size if i < PROBES * size else i - PROBES * size, i] = weights[i]
-    return sums.to(device, dtype)
+def _weighting(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _weights(length).to(device, dtype)
 
 
 def _weights(length: int) -> Tensor:
