@@ -259,6 +259,30 @@ def roundings() -> list[str]:
     return faults + _chances()
 
 
+NARROW = (
+    "max_norm", "max_norm tensor", "max_norm input", "max_norm l1", "max_norm rms", "max_norm linf", "min_max", "unit_norm", "center", "cpr",
+    "box", "l1_ball", "l1_ball unit", "spectral_cap", "spectral clip", "spectral_normalize",
+)  # fmt: skip
+
+
+def narrow(dtype: str, *only: str) -> list[str]:
+    """bf16 and fp16 parts: what a rule promises holds after rounding, after every step, measured in float64 on whole blocks."""
+    faults = []
+    for name, place in [(n, p) for n, p in PLACES(dist.get_world_size()).items() if n in (only or (n,))]:
+        for case in (c for c in cases() if c.name in NARROW):
+
+            def held(model: nn.Module, control: nw.Control, step: int, of: str = f"{dtype}, {name}, {case.name}") -> None:
+                found = control.verify() if step else None
+                if found is not None and not found:
+                    faults.append(f"{of}, after step {step}: {found}")
+
+            case.report = held
+            _, control, _ = train(place(net(getattr(torch, dtype))), case, 4)
+            if not control.verify() or not sum(control.violations().values()):
+                faults.append(f"{dtype}, {name}, {case.name}: {control.verify()}, {control.violations()}")
+    return faults
+
+
 def _chances() -> list[str]:
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,)) if world < 4 else init_device_mesh("cpu", (2, 2))

@@ -17,6 +17,7 @@ from sharded_cases import cases
 from sharded_group import Job, run
 
 COUNTS = "counted"
+WHERE = dict.fromkeys(("trained", "scaled", "mixed"), "sharded_training")
 RULES = [c.name for c in cases()]
 SOME = ["max_norm tensor", "clip, then bound", "group_lasso", "l1_ball unit", "spectral_cap"]
 PRESETS = list(nw.optim.PRESETS)
@@ -40,23 +41,40 @@ OTHERS: list[tuple[str, list[Any]]] = [
     ("regions", []), ("clip", [2.0]), ("clip", [1.0]), ("clip", [float("inf")]), ("clip", [3.0]), ("foreign_gradients", []),
     ("one_bad_rank", []), ("reports", []), ("balance", []), ("resumed", []), ("roundings", []),
 ]  # fmt: skip
+TRAINED = {2: ("ddp", "fsdp", "tensor_parallel"), 3: ("ddp", "fsdp", "tensor_parallel"), 4: ("ddp", "fsdp", "tensor_parallel", "hsdp", "fsdp_tp")}
+"""Ways to split a model that is trained, forward and backward included, see ``sharded_training``."""
+HOW = ("rules", "Adam", "MuonH", "auto")
+PIECES, CHECKPOINTED, COMPILED = ["fsdp", "rules", 2], ["fsdp", "rules", 1, True], ["fsdp", "rules", 1, False, "aot_eager"]
+RUNS_BY_DEFAULT: dict[int, list[tuple[str, list[Any]]]] = {
+    2: [
+        *(("trained", [way, how]) for way in TRAINED[2] for how in ("rules", "auto")),
+        *(("trained", given) for given in (["fsdp", "MuonH"], PIECES, CHECKPOINTED, COMPILED)),
+        ("scaled", ["ddp"]), ("scaled", ["fsdp"]), ("mixed", ["bfloat16"]), ("narrow", ["bfloat16", "mixed"]),
+    ],
+    3: [("trained", ["fsdp", "Adam"]), ("trained", ["tensor_parallel", "MuonH"])],
+    4: [("trained", ["fsdp_tp", "rules"]), ("trained", ["hsdp", "Adam"]), ("scaled", ["fsdp_tp"])],
+}  # fmt: skip
 
 
 def _default(world: int) -> list[Job]:
     others = [*OTHERS, ("nothing_here", [])] if world == 3 else OTHERS if world == 2 else [OTHERS[0], OTHERS[1], OTHERS[7], OTHERS[-1]]
     others = [*others, (COUNTS, [])] if world == 4 else others
     rules = [("equal", [*pair, "float32"]) for pair in RULES_BY_DEFAULT[world]]
-    return _jobs([*rules, *(("preset", list(p)) for p in PRESETS_BY_DEFAULT[world]), *others])
+    return _jobs([*rules, *(("preset", list(p)) for p in PRESETS_BY_DEFAULT[world]), *RUNS_BY_DEFAULT[world], *others])
 
 
 def _every(world: int) -> list[Job]:
     rules = [("equal", [r, w, dtype]) for r in RULES for w in WAYS[world] for dtype in ("float32", "float64")]
     presets = [("preset", [p, w, *kind]) for p in PRESETS for w in WAYS[world] for kind in (FAST, EXACT)]
-    return _jobs([*rules, *presets, *OTHERS])
+    runs = [("trained", [way, how]) for way in TRAINED[world] for how in HOW]
+    runs += [("trained", given) for given in (PIECES, CHECKPOINTED, COMPILED, ["tensor_parallel", *COMPILED[1:]])]
+    scaled = [("scaled", [way]) for way in ("ddp", "fsdp", *TRAINED[world][3:])]
+    narrow = [(job, [dtype]) for job in ("mixed", "narrow") for dtype in ("bfloat16", "float16")]
+    return _jobs([*rules, *presets, *runs, *scaled, *narrow, *OTHERS])
 
 
 def _jobs(wanted: list[tuple[str, list[Any]]]) -> list[Job]:
-    return [(" | ".join(map(str, [job, *given])), f"sharded_jobs:{job}", given) for job, given in wanted]
+    return [(" | ".join(map(str, [job, *given])), f"{WHERE.get(job, 'sharded_jobs')}:{job}", given) for job, given in wanted]
 
 
 def _hold(world: int, jobs: list[Job], tmp_path, coverage) -> None:
@@ -68,6 +86,8 @@ def _hold(world: int, jobs: list[Job], tmp_path, coverage) -> None:
     for _, where, given in jobs:
         if where.endswith(("equal", "preset")):
             coverage("split parameters equal whole ones", given[0], given[1], world=world, dtype=given[2])
+        elif where.endswith("trained"):
+            coverage("a run on many processes equals that on one", given[1], given[0], world=world, dtype="float64")
 
 
 def _hold_page(ranks: list[list[list[str]]]) -> None:

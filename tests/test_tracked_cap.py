@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import normwise as nw
+from normwise.norms import linalg
 
 CAP = 0.9
 WIDE = 96  # above the side up to which matrices are decomposed each time
@@ -185,3 +186,32 @@ def test_words() -> None:
         nw.Rule(action="clip_norm", norm="spectral", per="matrix", radius=1.0, tolerance=0.01)
     with pytest.raises(nw.PolicyError, match="tolerance is for projecting weights under the norm 'spectral'"):
         nw.Rule(action="project", norm="l1", radius=1.0, tolerance=0.01)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (5, 2), (8, 8), (7, 40), (41, 33), (36, 100), (3, 8)])
+def test_every_shape_and_matrices_that_lie_apart(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    batch = torch.randn(5, *shape)
+    radius = 0.7 * torch.linalg.matrix_norm(batch, ord=2)
+    whole, apart, seen = batch.clone(), batch.clone(), []
+    one = two = None
+    for _ in range(8):
+        moved = 0.05 * torch.randn(5, *shape)
+        whole, apart = whole + moved, apart + moved
+        whole, one = linalg.cap(whole, radius, one)
+        cut, two = linalg.follow([apart[:2], apart[2:3], apart[3:]], radius, two, 0.01)
+        apart = torch.stack([cut.get(i, m) for i, m in enumerate(apart)])
+        seen.append(float((torch.linalg.matrix_norm(whole.double(), ord=2) / radius).max()))
+        torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-5)
+    assert max(seen) <= 1.01 and max(seen) > 0.9
+
+
+def test_the_combinations_of_rows_have_the_matrix_s_length_on_average() -> None:
+    from normwise.norms.linalg.tracking import _sums
+
+    for length in (5, 8, 27, 64, 99):
+        rows = _sums(torch.eye(length, dtype=torch.float64)[None])[0]
+        assert ((rows != 0).sum(0) == 1).all(), "each row is in one combination"
+        assert float(rows.square().sum()) == pytest.approx(length)
+        x = torch.randn(1, length, 11, dtype=torch.float64)
+        torch.testing.assert_close(_sums(x)[0], rows @ x[0])

@@ -256,7 +256,7 @@ def _sums(tall: Tensor) -> Tensor:
     size = length // PROBES
     weights = _weighting(length, tall.dtype, tall.device)
     runs = weights[: PROBES * size].view(1, PROBES, 1, size)
-    sums = (runs @ tall[:, : PROBES * size].reshape(-1, PROBES, size, tall.shape[2])).squeeze(2)
+    sums = (runs @ tall[:, : PROBES * size].reshape(len(tall), PROBES, size, tall.shape[2])).squeeze(2)
     over = length - PROBES * size
     if over:
         sums[:, :over] += weights[PROBES * size :, None] * tall[:, PROBES * size :]

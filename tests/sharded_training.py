@@ -1,0 +1,236 @@
+"""Whole training runs on many processes, forward and backward included, each held against the same run on one process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import normwise as nw
+
+STEPS, PLACES, TOKENS, WIDTH = 6, 5, 20, 8
+BATCH = 24    # of two, three and four processes a multiple, and of their halves
+BLOCKS = "blocks.*.weight"
+
+
+class Reader(nn.Module):
+    """Tokens to logits: an embedding, two blocks of two matrices beside a residual, a head."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, TOKENS, bias=False)
+        self.checkpointed = checkpointed
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Block(nn.Module):
+    """x + down(gelu(up(x)))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(F.gelu(self.up(x)))
+        return y
+
+
+def reader(dtype: torch.dtype = torch.float64, checkpointed: bool = False) -> Reader:
+    torch.manual_seed(3)
+    return Reader(checkpointed).to(dtype)
+
+
+def batches(steps: int = STEPS) -> Iterator[tuple[Tensor, Tensor]]:
+    made = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        tokens = torch.randint(0, TOKENS, (BATCH, PLACES + 1), generator=made)
+        yield tokens[:, :-1], tokens[:, 1:]
+
+
+# ------------------------------------------------------------------------------------------------------------ placements
+
+
+def _ddp(model: nn.Module, mesh: Any) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def _fsdp(model: Any, mesh: DeviceMesh | None, **options: Any) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def _tensor_parallel(model: Any, mesh: DeviceMesh | None) -> nn.Module:
+    plan: dict[str, Any] = {"embedding": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())}
+    for i in range(len(model.blocks)):
+        plan |= {f"blocks.{i}.up": ColwiseParallel(), f"blocks.{i}.down": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+def _both(model: Any, mesh: DeviceMesh) -> nn.Module:
+    return _fsdp(_tensor_parallel(model, mesh["tp"]), mesh["dp"])
+
+
+class Way:
+    """How a model is put on processes, over how many of them its batch is split, and which part of it is this rank's."""
+
+    def __init__(self, place: Callable[[nn.Module, Any], nn.Module], mesh: Any, parts: int, mine: int) -> None:
+        self.place, self.mesh, self.parts, self.mine = place, mesh, parts, mine
+
+    def share(self, t: Tensor) -> Tensor:
+        return t.chunk(self.parts)[self.mine]
+
+
+def way(name: str) -> Way:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    line = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+    if name in ("hsdp", "fsdp_tp"):
+        names = ("copies", "dp") if name == "hsdp" else ("dp", "tp")
+        grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names)
+        return Way(_fsdp, grid, world, rank) if name == "hsdp" else Way(_both, grid, 2, grid.get_local_rank("dp"))
+    if name == "tensor_parallel":
+        return Way(_tensor_parallel, line, 1, 0)
+    return Way(_ddp if name == "ddp" else _fsdp, line, world, rank)
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def _rules(model: nn.Module) -> Any:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, foreach=False)
+    rules = [nw.clip_grad_norm(0.5), nw.max_norm(0.9, "head.weight"), nw.spectral_cap(0.6, BLOCKS), nw.agc(0.5, "embedding.weight")]
+    return optimizer, nw.attach(model, optimizer, rules)
+
+
+def _adam(model: nn.Module) -> Any:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.0, foreach=False)
+    return optimizer, nw.attach(model, optimizer, [nw.zclip(1.0, warmup=2), nw.hyperball(params=BLOCKS), nw.l1_prox(0.01, "head.weight")])
+
+
+def _muonh(model: nn.Module) -> Any:
+    return nw.optim.MuonH(model, lr=0.02, polar="exact", policy=[nw.clip_grad_norm(0.5)]), None
+
+
+def _auto(model: nn.Module) -> Any:
+    return nw.optim.auto(model), None
+
+
+MAKE = {"rules": _rules, "Adam": _adam, "MuonH": _muonh, "auto": _auto}
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        n.removeprefix("module.").replace("_orig_mod.", ""): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for n, p in model.named_parameters()
+    }
+
+
+def trained(place: str, how: str, pieces: int = 1, checkpointed: bool = False, backend: str = "") -> list[str]:
+    """A run in float64 on processes against that on one. pieces: of gradient accumulation. backend: of torch.compile."""
+    here = way(place)
+    plain, split = reader(checkpointed=checkpointed), here.place(reader(checkpointed=checkpointed), here.mesh)
+    made = {model: MAKE[how](model) for model in (plain, split)}
+    torch._dynamo.reset()
+    run = {plain: plain, split: torch.compile(split, backend=backend) if backend else split}
+    faults, graphs = [], []
+    for x, y in batches():
+        for model, (optimizer, control) in made.items():
+            optimizer.zero_grad()
+            mine = [here.share(t) if model is split else t for t in (x, y)]
+            for a, b in zip(*(t.chunk(pieces) for t in mine), strict=True):
+                (_loss(run[model], a, b) / pieces).backward()
+            optimizer.step()
+            if control is not None and not (control.verify() and sum(control.violations().values())):
+                faults.append(f"{control.verify()}, {control.violations()}: a run that nothing holds")
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    if graphs[1] != graphs[-1] or bool(graphs[-1]) != bool(backend):
+        faults.append(f"graphs after each step: {graphs}")
+    return faults + _differences(_weights(plain), _weights(split), 1e-9)
+
+
+def scaled(place: str) -> list[str]:
+    """GradScaler, which takes gradients that are all plain or all DTensors, an infinite one at two steps: on every rank the step happens, or on none, and what rules remember with it."""
+    here = way(place)
+    plain, split = reader(torch.float32), here.place(reader(torch.float32), here.mesh)
+    made = [(plain, *_adam(plain), torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3))]
+    made += [(split, *_adam(split), torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3))]
+    faults = []
+    for step, (x, y) in enumerate(batches(8)):
+        before = [_weights(model) for model, *_ in made]
+        for model, optimizer, _, scaler in made:
+            optimizer.zero_grad()
+            mine = [here.share(t) if model is split else t for t in (x, y)]
+            scaler.scale(_loss(model, *mine)).backward()
+            if step in (2, 5):
+                _spoil(model.get_parameter(f"{'module.' if place == 'ddp' and model is split else ''}head.weight").grad)
+            scaler.step(optimizer)
+            scaler.update()
+        stood = [all(torch.equal(w, _weights(model)[n]) for n, w in old.items()) for old, (model, *_) in zip(before, made, strict=True)]
+        if stood != [step in (2, 5)] * 2:
+            faults.append(f"step {step}: plain and split weights {stood} as before")
+    scales = [scaler.get_scale() for *_, scaler in made]
+    if scales[0] != scales[1]:
+        faults.append(f"scales {scales}")
+    found = [{n: f for rule in control.state_dict()["rules"] for n, f in rule["found"].items()} for _, _, control, _ in made]
+    for name, own in found[0].items():
+        faults += [f"{name} {k}: {v} and {found[1][name][k]}" for k, v in own.items() if not torch.allclose(v, found[1][name][k], rtol=1e-4)]
+    return faults + _differences(_weights(plain), _weights(split), 1e-4)
+
+
+def _spoil(grad: Any) -> None:
+    """One entry that is not finite, in the part of one rank alone."""
+    local = grad.to_local() if isinstance(grad, DTensor) else grad
+    if local.numel() and (not isinstance(grad, DTensor) or dist.get_rank() == 0):
+        local.view(-1)[0] = torch.inf
+
+
+def mixed(dtype: str) -> list[str]:
+    """FSDP's own mixed precision: fp32 weights that are split, bf16 or fp16 in the passes. The bounds are those of the fp32 weights."""
+    here = way("fsdp")
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+    model = _fsdp(reader(torch.float32), here.mesh, mp_policy=policy)
+    optimizer, control = _rules(model)
+    losses, faults = [], []
+    for x, y in itertools.islice(itertools.cycle(batches(2)), 20):
+        optimizer.zero_grad()
+        loss = _loss(model, here.share(x), here.share(y))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if not control.verify() or not sum(control.violations().values()):
+            faults.append(f"step {len(losses)}: {control.verify()}, {control.violations()}")
+    return faults + ([] if losses[-2] < 0.95 * losses[0] else [f"nothing learned: {losses}"])
+
+
+def _differences(plain: dict[str, Tensor], split: dict[str, Tensor], limit: float) -> list[str]:
+    faults = [] if plain.keys() == split.keys() else [f"names {sorted(split)}"]
+    for name, w in plain.items():
+        off = float((split[name] - w).abs().max() / w.abs().max())
+        if not off <= limit:
+            faults.append(f"{name} is off by {off:.2g}")
+    return faults
