@@ -260,8 +260,8 @@ def roundings() -> list[str]:
 
 
 NARROW = (
-    "max_norm", "max_norm tensor", "max_norm input", "max_norm l1", "max_norm rms", "max_norm linf", "min_max", "unit_norm", "center", "cpr",
-    "box", "l1_ball", "l1_ball unit", "spectral_cap", "spectral clip", "spectral_normalize",
+    "max_norm", "max_norm tensor", "max_norm input", "max_norm l1", "max_norm rms", "max_norm linf", "min_max", "unit_norm", "center",
+    "cpr", "box", "l1_ball", "l1_ball unit", "spectral_cap", "spectral clip", "spectral_normalize",
 )  # fmt: skip
 
 

@@ -174,7 +174,8 @@ def trained(place: str, how: str, pieces: int = 1, checkpointed: bool = False, b
 
 
 def scaled(place: str) -> list[str]:
-    """GradScaler, which takes gradients that are all plain or all DTensors, an infinite one at two steps: on every rank the step happens, or on none, and what rules remember with it."""
+    """GradScaler, which takes gradients that are all plain or all DTensors, an infinite one at two steps: on every rank the step happens,
+    or on none, and what rules remember with it."""
     here = way(place)
     plain, split = reader(torch.float32), here.place(reader(torch.float32), here.mesh)
     made = [(plain, *_adam(plain), torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3))]
@@ -197,8 +198,8 @@ def scaled(place: str) -> list[str]:
     if scales[0] != scales[1]:
         faults.append(f"scales {scales}")
     found = [{n: f for rule in control.state_dict()["rules"] for n, f in rule["found"].items()} for _, _, control, _ in made]
-    for name, own in found[0].items():
-        faults += [f"{name} {k}: {v} and {found[1][name][k]}" for k, v in own.items() if not torch.allclose(v, found[1][name][k], rtol=1e-4)]
+    pairs = [(f"{name} {what}", t, found[1][name][what]) for name, own in found[0].items() for what, t in own.items()]
+    faults += [f"{name}: {a} and {b}" for name, a, b in pairs if not torch.allclose(a, b, rtol=1e-4)]
     return faults + _differences(_weights(plain), _weights(split), 1e-4)
 
 

@@ -41,7 +41,8 @@ OTHERS: list[tuple[str, list[Any]]] = [
     ("regions", []), ("clip", [2.0]), ("clip", [1.0]), ("clip", [float("inf")]), ("clip", [3.0]), ("foreign_gradients", []),
     ("one_bad_rank", []), ("reports", []), ("balance", []), ("resumed", []), ("roundings", []),
 ]  # fmt: skip
-TRAINED = {2: ("ddp", "fsdp", "tensor_parallel"), 3: ("ddp", "fsdp", "tensor_parallel"), 4: ("ddp", "fsdp", "tensor_parallel", "hsdp", "fsdp_tp")}
+ON_A_LINE = ("ddp", "fsdp", "tensor_parallel")
+TRAINED = {2: ON_A_LINE, 3: ON_A_LINE, 4: (*ON_A_LINE, "hsdp", "fsdp_tp")}
 """Ways to split a model that is trained, forward and backward included, see ``sharded_training``."""
 HOW = ("rules", "Adam", "MuonH", "auto")
 PIECES, CHECKPOINTED, COMPILED = ["fsdp", "rules", 2], ["fsdp", "rules", 1, True], ["fsdp", "rules", 1, False, "aot_eager"]
