@@ -204,10 +204,11 @@ def scaled(place: str) -> list[str]:
 
 
 def _spoil(grad: Any) -> None:
-    """One entry that is not finite, in the part of one rank alone."""
-    local = grad.to_local() if isinstance(grad, DTensor) else grad
-    if local.numel() and (not isinstance(grad, DTensor) or dist.get_rank() == 0):
-        local.view(-1)[0] = torch.inf
+    """One entry that is not finite, in one part alone, and in its copies."""
+    mine = grad.to_local() if isinstance(grad, DTensor) else grad
+    where = zip(grad.device_mesh.get_coordinate(), grad.placements, strict=True) if isinstance(grad, DTensor) else ()
+    if mine.numel() and all(c == 0 for c, p in where if hasattr(p, "dim")):
+        mine.view(-1)[0] = torch.inf
 
 
 def mixed(dtype: str) -> list[str]:
