@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -18,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import normwise as nw
+from normwise.checkpoints import flat, nested
+from normwise.integrations.distributed_checkpoint import load
 
 STEPS, PLACES, TOKENS, WIDTH = 6, 5, 20, 8
 BATCH = 24    # of two, three and four processes a multiple, and of their halves
@@ -227,6 +232,55 @@ def mixed(dtype: str) -> list[str]:
         if not control.verify() or not sum(control.violations().values()):
             faults.append(f"step {len(losses)}: {control.verify()}, {control.violations()}")
     return faults + ([] if losses[-2] < 0.95 * losses[0] else [f"nothing learned: {losses}"])
+
+
+def first_half(folder: str, how: str) -> list[str]:
+    """Trains for half of the steps and saves with torch.distributed.checkpoint."""
+    run = Saved(how)
+    run.train(0, STEPS // 2)
+    tensors, metadata = run.state()
+    dcp.save(tensors, checkpoint_id=Path(folder, how))
+    Path(folder, f"{how}.json").write_text(json.dumps(metadata))    # the same on every rank
+    return []
+
+
+def second_half(folder: str, how: str) -> list[str]:
+    """Goes on from there on any number of processes, to where one process comes that was never interrupted."""
+    run = Saved(how)
+    run.train(STEPS - 1, STEPS)    # after a step there are states to be filled
+    tensors, _ = run.state()
+    load(tensors, Path(folder, how))
+    run.take(nested(tensors, json.loads(Path(folder, f"{how}.json").read_text())))
+    run.train(STEPS // 2, STEPS)
+    plain = Saved(how, split=False)
+    plain.train(0, STEPS)
+    return _differences(_weights(plain.model), _weights(run.model), 1e-9)
+
+
+class Saved:
+    """A model under ``fully_shard``, or a plain one, its optimizer and its control; what a checkpoint has of them."""
+
+    def __init__(self, how: str, split: bool = True) -> None:
+        self.way = way("fsdp")
+        self.model: nn.Module = self.way.place(reader(), self.way.mesh) if split else reader()
+        self.optimizer, self.control = MAKE[how](self.model)
+        self.split = split
+
+    def train(self, start: int, stop: int) -> None:
+        for x, y in itertools.islice(batches(), start, stop):
+            self.optimizer.zero_grad()
+            _loss(self.model, *(self.way.share(t) if self.split else t for t in (x, y))).backward()
+            self.optimizer.step()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        parts = {"model": self.model, "optimizer": self.optimizer, **({"control": self.control} if self.control else {})}
+        return flat({name: part.state_dict() for name, part in parts.items()})
+
+    def take(self, state: Any) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.control:
+            self.control.load_state_dict(state["control"])
 
 
 def _differences(plain: dict[str, Tensor], split: dict[str, Tensor], limit: float) -> list[str]:

@@ -115,6 +115,15 @@ def test_every_rule_and_optimizer_on_every_placement(world, tmp_path, coverage):
     _hold(world, _every(world), tmp_path, coverage)
 
 
+def test_saved_by_four_processes_and_resumed_by_two_and_by_one(tmp_path):
+    """In float64, to the weights of a run that was never interrupted."""
+    for world, job in ((4, "first_half"), (2, "second_half"), (1, "second_half")):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        found = run(world, [(how, f"sharded_training:{job}", [str(tmp_path), how]) for how in ("rules", "Adam", "MuonH")], folder)
+        assert all(faults == [] for ranks in found.values() for faults in ranks), found
+
+
 def test_a_flat_shard_is_refused():
     model = nn.Sequential(nn.Linear(4, 3))
     model[0].weight._fsdp_flattened = True
