@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import normwise as nw
+from normwise.engine.tracked import APART_FROM
 from normwise.norms import linalg
 
 CAP = 0.9
@@ -215,3 +216,17 @@ def test_the_combinations_of_rows_have_the_matrix_s_length_on_average() -> None:
         assert float(rows.square().sum()) == pytest.approx(length)
         x = torch.randn(1, length, 11, dtype=torch.float64)
         torch.testing.assert_close(_sums(x)[0], rows @ x[0])
+
+
+def test_weights_whose_memory_is_replaced_in_mid_run() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 200, bias=False))
+    assert net[0].weight.numel() >= APART_FROM, "it is read where it lies"
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    nw.attach(net, optimizer, nw.spectral_cap(1.0, "*", tolerance=0.01))
+    for i in range(6):
+        if i in (2, 4):
+            net[0].weight.data = net[0].weight.data * 1.3 if i == 2 else (net[0].weight.data * 1.3).t().contiguous().t()
+        net[0].weight.grad = 0.01 * torch.randn(200, 256)
+        optimizer.step()
+        assert largest(net) <= 1.01, f"step {i}"

@@ -30,6 +30,7 @@ class TrackedCap(BoundRule):
         super().__init__(rule, entries, owner, index)
         self.packs = pack(self.members, False, alone_from=SCRATCH_BYTES)    # a search is many small calls: fewer, larger batches
         self._known: dict[int, Tracked] = {}
+        self._views: dict[int, tuple[list[Any], list[Tensor]]] = {}
         for m in self.members:
             sizes = {"vectors": (0, min(m.view.block_shape)), "sketch": (0, min(m.view.block_shape)), "reach": (), "age": ()}
             options: dict[str, Any] = {"dtype": compute_dtype(m.param.dtype), "device": m.param.device}
@@ -46,16 +47,27 @@ class TrackedCap(BoundRule):
             self._know(part, self._together(part))
 
     def _act(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
-        weights = [t.detach() for t in tensors]
-        large = weights[0].numel() >= APART_FROM
-        matrices = [part.view.blocks(w) for w in weights] if large else [part.borrow(weights)]
-        limit = torch.as_tensor(radius, dtype=wide(weights[0].device), device=weights[0].device).expand(sum(map(len, matrices)))
+        matrices = self._matrices(part, tensors)
+        limit = torch.as_tensor(radius, dtype=wide(tensors[0].device), device=tensors[0].device).expand(len(tensors) * part.view.count)
         before = self._known.get(id(part))
         cut, known = follow(matrices, limit, before, self.rule.tolerance)
         if known is not before:
             self._know(part, known)
         if cut:
             self._write(part, tensors, cut, turn)
+
+    def _matrices(self, part: Pack, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The pack's matrices: large ones where they lie, as views that are kept until the weights lie elsewhere."""
+        if tensors[0].numel() < APART_FROM:
+            return [part.borrow([t.detach() for t in tensors])]
+        where = [(t.data_ptr(), t.stride()) for t in tensors]
+        kept = self._views.get(id(part))
+        if kept is not None and kept[0] == where:
+            return kept[1]
+        views = [part.view.blocks(t.detach()) for t in tensors]
+        if all(v.data_ptr() == t.data_ptr() for v, t in zip(views, tensors, strict=True)):    # and no copies
+            self._views[id(part)] = where, views
+        return views
 
     def _write(self, part: Pack, tensors: Sequence[Tensor], cut: dict[int, Tensor], turn: Turn) -> None:
         """Writes the matrices that were cut, where the step is taken."""

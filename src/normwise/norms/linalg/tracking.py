@@ -227,7 +227,7 @@ def _beyond(z: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal rows for what the rows of z have outside the span of the basis; zero rows where they have less."""
     for _ in range(2):    # once leaves what rounding leaves, which for converged vectors is all there is
         z = torch.baddbmm(z, z @ basis.mT, basis, alpha=-1)
-        z = z / positive(torch.linalg.vector_norm(z, dim=-1, keepdim=True))
+    z = z / positive(torch.linalg.vector_norm(z, dim=-1, keepdim=True))
     spread, rotation = torch.linalg.eigh(z @ z.mT)
     share = torch.where(spread > 1e-3, spread.clamp(min=1e-3).rsqrt(), 0.0)
     orthonormal: Tensor = (share[..., None] * rotation.mT) @ z
@@ -252,20 +252,22 @@ def _sketch(x: Tensor) -> Tensor:
 
 def _sums(tall: Tensor) -> Tensor:
     """(b, l, s) -> (b, PROBES, s): sums of the l rows, each with its random weight in one of the sums."""
-    length = tall.shape[1]
+    count, length, short = tall.shape
     size = length // PROBES
-    weights = _weighting(length, tall.dtype, tall.device)
-    runs = weights[: PROBES * size].view(1, PROBES, 1, size)
-    sums = (runs @ tall[:, : PROBES * size].reshape(len(tall), PROBES, size, tall.shape[2])).squeeze(2)
-    over = length - PROBES * size
-    if over:
-        sums[:, :over] += weights[PROBES * size :, None] * tall[:, PROBES * size :]
+    runs, rest = _weighting(count, length, tall.dtype, tall.device)
+    rows = tall[:, : PROBES * size].reshape(count * PROBES, size, short)
+    sums = torch.bmm(runs, rows).view(count, PROBES, short)
+    if len(rest):
+        sums[:, : len(rest)] += rest * tall[:, PROBES * size :]
     return sums
 
 
-@functools.lru_cache(maxsize=64)    # one a length and device: a copy to a GPU at each step would be a synchronisation
-def _weighting(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _weights(length).to(device, dtype)
+@functools.lru_cache(maxsize=64)    # one a shape and device: a copy to a GPU at each step would be a synchronisation
+def _weighting(count: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The weights of the rows in runs, (count · PROBES, 1, size), and of those that are left over, (rest, 1)."""
+    size = length // PROBES
+    runs, rest = torch.split(_weights(length).to(device, dtype), [PROBES * size, length - PROBES * size])
+    return runs.view(PROBES, 1, size).repeat(count, 1, 1), rest[:, None]
 
 
 def _weights(length: int) -> Tensor:
