@@ -65,7 +65,8 @@ class TrackedCap(BoundRule):
         if kept is not None and kept[0] == where:
             return kept[1]
         views = [part.view.blocks(t.detach()) for t in tensors]
-        if all(v.data_ptr() == t.data_ptr() for v, t in zip(views, tensors, strict=True)):    # and no copies
+        lasting = part.members[0].center is None    # the distances from a center are made anew at each step
+        if lasting and all(v.data_ptr() == t.data_ptr() for v, t in zip(views, tensors, strict=True)):    # and no copies
             self._views[id(part)] = where, views
         return views
 
