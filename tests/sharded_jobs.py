@@ -268,7 +268,8 @@ NARROW = (
 def narrow(dtype: str, *only: str) -> list[str]:
     """bf16 and fp16 parts: what a rule promises holds after rounding, after every step, measured in float64 on whole blocks."""
     faults = []
-    for name, place in [(n, p) for n, p in PLACES(dist.get_world_size()).items() if n in (only or (n,))]:
+    ways = PLACES(dist.get_world_size())
+    for name, place in ((n, ways[n]) for n in only or ways):
         for case in (c for c in cases() if c.name in NARROW):
 
             def held(model: nn.Module, control: nw.Control, step: int, of: str = f"{dtype}, {name}, {case.name}") -> None:

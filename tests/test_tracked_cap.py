@@ -230,3 +230,17 @@ def test_weights_whose_memory_is_replaced_in_mid_run() -> None:
         net[0].weight.grad = 0.01 * torch.randn(200, 256)
         optimizer.step()
         assert largest(net) <= 1.01, f"step {i}"
+
+
+@pytest.mark.parametrize("shape, growth, noise", [((256, 64), 1.001, 0.001), ((200, 120), 1.001, 0.004)])
+def test_more_and_more_singular_values_come_to_the_radius(shape: tuple[int, int], growth: float, noise: float) -> None:
+    """More than were followed at first: one of them that is not followed grows beyond the tolerance unseen."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, *shape, generator=generator)
+    radius = 0.98 * torch.linalg.matrix_norm(x, ord=2)
+    state, worst = None, 0.0
+    for _ in range(200):
+        x, state = linalg.cap(growth * x + noise * torch.randn(3, *shape, generator=generator), radius, state)
+        worst = max(worst, float((torch.linalg.matrix_norm(x.double(), ord=2) / radius).max()))
+    assert worst <= 1.01
+    assert all(int((torch.linalg.svdvals(m) > 0.98 * r).sum()) > 8 for m, r in zip(x, radius, strict=True)), "the crowd was there"

@@ -1,7 +1,7 @@
 """``normwise bench polar``: the polar factor against torch.optim.Muon's own iteration, speed and error, in one process.
 
 Both orthogonalise the same fp32 matrices; torch's function is called one matrix after the other, as torch.optim.Muon calls it.
-The two are timed alternately, so that what else the machine does falls on both, in a process that has freed a block of 32 MB before, as
+The two are timed alternately, so that what else the machine does falls on both, in a process that has freed a block of 30 MB before, as
 any training step has: until then malloc hands every temporary of a few megabytes back to the system, and both pay for fresh pages.
 """
 

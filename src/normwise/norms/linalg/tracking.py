@@ -22,6 +22,7 @@ LONG = 0.2        # a move from this share of the cap on, as in the first steps 
 SAFETY = 1.5      # an estimated move is taken this many times, since of rank one it may be seen at half its size
 WAIT = 50         # calls after which a matrix is looked at though nothing was seen to move: what the probes miss lasts that long at most
 CROWDED = 0.98    # a singular value from this share of the cap on is one to follow
+FULL = 0.75       # when so many of the followed are such ones, some may be missing: the matrix is decomposed, and twice as many followed
 JUMP = 1.5        # from this many caps on Ritz vectors are not exact enough, and the matrix is decomposed
 DENSE_BELOW = 32  # short sides up to this are decomposed rather than searched: as cheap
 
@@ -71,8 +72,9 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
     2. The others are searched: a Krylov space of the followed vectors, and the directions of the move. Small ones are decomposed.
     3. Where σ₁ exceeds the radius, all singular values above (1 − tolerance/2) radius are set to that: half of the tolerance is kept as
        room, so that a matrix is cut every few steps and not at each. A matrix within the radius keeps its bits.
-    The first call, matrices that leapt by 1.5 radii, and those with more values at the radius than the state can hold go through
-    ``cap_singular_values``; the state widens with them. Matrices that are not finite come back as they are.
+    The first call, matrices that leapt by 1.5 radii, and those with values from 0.98 radius on in three quarters of what is followed, so
+    that one might be missing there, go through ``cap_singular_values``; the state widens to twice as many. Matrices that are not finite
+    come back as they are.
 
     What it can miss: of a move of rank one that is spread over the rows, 8 estimate² / move² is about χ² with eight degrees of freedom, so
     that 1.5 times the estimate is below the move for 10% of all directions, below half of it for 0.1%, below a tenth for 4e-9; of moves
@@ -158,7 +160,8 @@ def _look(seen: Seen, depth: int, tolerance: float) -> Found:
     vectors, images, sigma = _eigen(x) if small else _ritz(x, v, seen.moved, depth)
     most = sigma[:, -1:]
     exceeds = most > limit
-    lost = (most > JUMP * limit) | (exceeds & ((sigma > aim).sum(1, keepdim=True) > vectors.shape[1]))
+    full = vectors.shape[1] if small else FULL * vectors.shape[1]
+    lost = (most > JUMP * limit) | ((sigma > CROWDED * limit).sum(1, keepdim=True) > full)
     codes = torch.where(lost, 2, exceeds.to(torch.int64)).flatten().tolist()
     cut: dict[int, Tensor] = {}
     if 1 in codes:
@@ -254,20 +257,20 @@ def _sums(tall: Tensor) -> Tensor:
     """(b, l, s) -> (b, PROBES, s): sums of the l rows, each with its random weight in one of the sums."""
     count, length, short = tall.shape
     size = length // PROBES
-    runs, rest = _weighting(count, length, tall.dtype, tall.device)
+    runs, rest = _weighting(length, tall.dtype, tall.device)
     rows = tall[:, : PROBES * size].reshape(count * PROBES, size, short)
-    sums = torch.bmm(runs, rows).view(count, PROBES, short)
+    sums = torch.bmm(runs if count == 1 else runs.repeat(count, 1, 1), rows).view(count, PROBES, short)
     if len(rest):
         sums[:, : len(rest)] += rest * tall[:, PROBES * size :]
     return sums
 
 
-@functools.lru_cache(maxsize=64)    # one a shape and device: a copy to a GPU at each step would be a synchronisation
-def _weighting(count: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The weights of the rows in runs, (count · PROBES, 1, size), and of those that are left over, (rest, 1)."""
+@functools.lru_cache(maxsize=64)    # one a length and device: a copy to a GPU at each step would be a synchronisation
+def _weighting(length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The weights of the rows in runs, (PROBES, 1, size), and of those that are left over, (rest, 1)."""
     size = length // PROBES
     runs, rest = torch.split(_weights(length).to(device, dtype), [PROBES * size, length - PROBES * size])
-    return runs.view(PROBES, 1, size).repeat(count, 1, 1), rest[:, None]
+    return runs.view(PROBES, 1, size), rest[:, None]
 
 
 def _weights(length: int) -> Tensor:
