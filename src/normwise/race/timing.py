@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from normwise.race.run import Lane, RaceRun, lane
-from normwise.study.pool import one_thread
+from normwise.study.turns import WARM_UP, in_turn, seconds_each
 from normwise.tasks.task import Task
 
-BURST, WARM_UP = 4, 2
+BURST = 4
 
 
 def step_times(runs: Sequence[RaceRun], task: Task, rounds: int) -> list[float]:
-    """Milliseconds a step of each run: all take turns in bursts of four steps, so that a slow moment of the machine strikes all alike;
-    medians over ``rounds`` bursts after two to warm up."""
-    with one_thread():
-        lanes = [lane(run, task, BURST * (rounds + WARM_UP)) for run in runs]
-        bursts = [[_burst(each) for each in lanes] for _ in range(WARM_UP + rounds)]
-    return [1e3 * statistics.median(column) for column in zip(*bursts[WARM_UP:], strict=True)]
+    """Milliseconds a step of each run: all take turns in bursts of four steps; medians over ``rounds`` bursts after two to warm up."""
+    bursts = [_burst(lane(run, task, BURST * (rounds + WARM_UP))) for run in runs]
+    return [1e3 * statistics.median(seconds) for seconds in in_turn(bursts, rounds)]
 
 
-def _burst(going: Lane) -> float:
-    """Seconds a step; the first of the four finds the caches filled by another contender."""
-    started = time.perf_counter()
-    for _ in range(BURST):
-        going.step()
-    return (time.perf_counter() - started) / BURST
+def _burst(going: Lane) -> Callable[[], float]:
+    return lambda: seconds_each(lambda _: going.step(), range(BURST))

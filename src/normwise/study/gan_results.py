@@ -4,48 +4,32 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from normwise.study import search
 from normwise.study.gan_cells import GanCell
 from normwise.study.gan_strategies import STRATEGIES, axes
 from normwise.study.gan_trial import JudgedData, Run, Training, batches
-from normwise.study.pool import one_thread
 from normwise.study.tables import median_reached, spread
+from normwise.study.turns import in_turn, seconds_each
 from normwise.tasks.dcgan import LOSSES
 
 BASELINE = "nothing"
-_BURST, _WARM_UP = 3, 2
+_BURST = 3
 
 
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
 def step_times(runs: Sequence[Run], data: JudgedData, rounds: int) -> list[float]:
-    """Milliseconds a step of each run: medians over ``rounds`` rounds, in which every run takes a burst of steps before the next one
-    does, so that a slow moment of the machine strikes all alike."""
-    with one_thread():
-        lanes = [_Lane(run, data) for run in runs]
-        for _ in range(_WARM_UP + rounds):
-            for lane in lanes:
-                lane.burst()
-    return [1e3 * statistics.median(lane.seconds[_WARM_UP:]) / _BURST for lane in lanes]
+    """Milliseconds a step of each run: medians over ``rounds`` rounds, in which every run has a burst of steps in turn."""
+    return [1e3 * statistics.median(seconds) for seconds in in_turn([_burst(run, data) for run in runs], rounds)]
 
 
-class _Lane:
-    def __init__(self, run: Run, data: JudgedData) -> None:
-        self.training, self.images, self.seconds = Training(run, data), batches(run, data), list[float]()
-
-    def burst(self) -> None:
-        real: list[Tensor] = list(itertools.islice(self.images, _BURST))
-        started = time.perf_counter()
-        for images in real:
-            self.training.step(images)
-        self.seconds.append(time.perf_counter() - started)
+def _burst(run: Run, data: JudgedData) -> Callable[[], float]:
+    training, images = Training(run, data), batches(run, data)
+    return lambda: seconds_each(training.step, itertools.islice(images, _BURST))
 
 
 # --------------------------------------------------------------------------------------------------------------- cells

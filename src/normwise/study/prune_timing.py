@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from torch import nn
 
 import normwise as nw
 from normwise.prune import cut
-from normwise.study.pool import one_thread
 from normwise.study.prune_run import example, rules, sgd
+from normwise.study.turns import in_turn, seconds_each
 from normwise.tasks.task import Batch, Task
 
 _BURST = 5
-_WARM_UP = 2
 KINDS = ("step_ms", "inference_ms", "single_ms")
 
 
@@ -26,19 +24,15 @@ def measure(task: Task, shapes: Sequence[Mapping[str, Sequence[int]]], rounds: i
     """Milliseconds of a training step, of inference on a training batch and on one input, of the full network, of it under the group
     lasso (``lasso``: steps only), and of the full network without the units of each of ``shapes`` (``smaller``).
 
-    ``ratio``: a smaller network's time over the full one's in the same round, the median over rounds, by kind. In a round each lane
-    has a burst of five in turn, so that a slow moment of the machine strikes all alike.
+    ``ratio``: a smaller network's time over the full one's in the same round, the median over rounds, by kind. In a round each network
+    has a burst of five of each kind in turn.
     """
     given = example(task)
     torch.manual_seed(0)
     full = task.build()
     models = [full, task.build(), *(cut(full, given, units) for units in shapes)]
-    with one_thread():
-        lanes = [_Lane(task, model, rules(model, given, 1e-6) if place == 1 else []) for place, model in enumerate(models)]
-        for _ in range(_WARM_UP + rounds):
-            for lane in lanes:
-                lane.burst()
-    first, lasso, *smaller = [lane.kept() for lane in lanes]
+    lanes = [_Lane(task, model, rules(model, given, 1e-6) if place == 1 else []) for place, model in enumerate(models)]
+    first, lasso, *smaller = [_by_kind(kept) for kept in in_turn([lane.burst for lane in lanes], rounds)]
     return {
         "full": _medians(first), "lasso": {"step_ms": _medians(lasso)["step_ms"]}, "smaller": [_medians(s) for s in smaller],
         "ratio": [{kind: _ratio(s[kind], first[kind]) for kind in KINDS} for s in smaller],
@@ -53,17 +47,16 @@ class _Lane:
             nw.attach(model, self.optimizer, policy)
         source = task.batches(task.batch, 0)
         self.batches = itertools.cycle([next(source) for _ in range(_BURST)])
-        self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
 
-    def burst(self) -> None:
+    def burst(self) -> list[float]:
+        """Seconds of each of ``KINDS``."""
         some = [next(self.batches) for _ in range(_BURST)]
         one = [tuple(tensor[:1] for tensor in batch) for batch in some]
         self.model.train()
-        self.seconds["step_ms"].append(_timed(self.step, some))
+        training = seconds_each(self.step, some)
         self.model.eval()
         with torch.no_grad():
-            self.seconds["inference_ms"].append(_timed(self.infer, some))
-            self.seconds["single_ms"].append(_timed(self.infer, one))
+            return [training, seconds_each(self.infer, some), seconds_each(self.infer, one)]
 
     def step(self, batch: Batch) -> None:
         self.optimizer.zero_grad()
@@ -73,15 +66,9 @@ class _Lane:
     def infer(self, batch: Batch) -> None:
         self.task.loss(self.model, batch)  # the forward pass in the task's own precision, and a cross-entropy beside it
 
-    def kept(self) -> dict[str, list[float]]:
-        return {kind: [1e3 * s / _BURST for s in seconds[_WARM_UP:]] for kind, seconds in self.seconds.items()}
 
-
-def _timed(call: Callable[[Batch], None], batches: Sequence[Batch]) -> float:
-    started = time.perf_counter()
-    for batch in batches:
-        call(batch)
-    return time.perf_counter() - started
+def _by_kind(kept: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    return {kind: [1e3 * seconds for seconds in column] for kind, column in zip(KINDS, zip(*kept, strict=True), strict=True)}
 
 
 def _medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
