@@ -83,7 +83,7 @@ class Training:
         # Strategies are compared step by step: their noise must not depend on what one of them draws itself, nor repeat the weights'.
         self.noise, self.between = (torch.Generator().manual_seed(run.seed + offset) for offset in (_NOISE, _BETWEEN))
         self.generator_optimizer, self.discriminator_optimizer = (
-            torch.optim.Adam(side.parameters(), run.lr, self.loss.betas) for side in (self.generator, self.discriminator)
+            torch.optim.Adam(side.parameters(), run.lr, self.loss.betas, fused=True) for side in (self.generator, self.discriminator)
         )
         self.controls = self._attached(run)
 
@@ -104,7 +104,8 @@ class Training:
 
     def _discriminate(self, real: Tensor, drawn: Tensor) -> float:
         self.discriminator_optimizer.zero_grad()
-        loss = self.loss.discriminator(self.discriminator(real), self.discriminator(drawn))
+        of_real, of_drawn = self.discriminator(torch.cat([real, drawn])).chunk(2)    # one pass: an image's logit depends on it alone
+        loss = self.loss.discriminator(of_real, of_drawn)
         if self.strategy.penalty is not None:
             loss = loss + self.strength * self.strategy.penalty(self.discriminator, real, drawn, self.between)
         loss.backward()  # type: ignore[no-untyped-call]
