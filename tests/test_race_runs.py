@@ -20,7 +20,6 @@ from normwise.race.contenders import CONTENDERS
 from normwise.race.initial import prepare
 from normwise.race.race import Options, race, replay
 from normwise.race.run import RaceRun, batch_of, lane, share_of_rate, train
-from normwise.study import turns as turns_module
 from normwise.study.pool import one_thread
 from normwise.study.progress import Progress
 from normwise.tasks.load import load_task
@@ -253,7 +252,7 @@ def test_step_times_are_interleaved_and_in_the_order_of_the_runs(cnn: Task, monk
     runs = [run_of(name, cnn, 5) for name in names]
     with monkeypatch.context() as patch:
         patch.setattr(timing, "lane", fake)
-        patch.setattr(turns_module.time, "perf_counter", lambda: clock[0])
+        patch.setattr("normwise.study.turns.time.perf_counter", lambda: clock[0])
         assert timing.step_times(runs, cnn, 2) == pytest.approx([2.0, 5.0, 1.0]), "the slow first bursts are warm-up"
     assert turns == [name for _ in range(timing.WARM_UP + 2) for name in names for _ in range(timing.BURST)]
     real = timing.step_times(runs, cnn, 1)
