@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -119,9 +120,10 @@ def main() -> int:
     dist.init_process_group("gloo")
     code = run(options)
     dist.barrier()    # nobody leaves while others still wait for an answer
-    dist.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)    # not sys.exit: gloo's threads may hold a tensor still, and abort in an interpreter that ends (pytorch/pytorch#179291)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
+import os
+import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,13 +23,27 @@ Job = tuple[str, str, list[Any]]
 
 
 def run(world: int, jobs: list[Job], folder: Path) -> dict[str, list[Any]]:
-    """What each job returned, on each rank: a list of faults, or numbers. A job that raises ends the group."""
-    mp.spawn(_rank, args=(world, jobs, str(folder)), nprocs=world)
-    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    """What each job returned, on each rank: a list of faults, or numbers. A job that raises ends the group.
+
+    A group that a *signal* ended is started once more, with a warning that says so: gloo's own threads abort a process now and then
+    on a busy machine (pytorch/pytorch#179291), and a fault of ours in a kernel comes again.
+    """
+    for attempt in ("first", "second"):
+        meeting = folder / attempt
+        meeting.mkdir()
+        try:
+            mp.spawn(_rank, args=(world, jobs, str(meeting)), nprocs=world)
+            break
+        except mp.ProcessExitedException as error:
+            if attempt == "second" or error.signal_name is None:
+                raise
+            warnings.warn(f"{error}; the group is started once more", RuntimeWarning, stacklevel=2)
+    ranks = [json.loads((meeting / f"{rank}.json").read_text()) for rank in range(world)]
     return {name: [r[name] for r in ranks] for name, _, _ in jobs}
 
 
 def _rank(rank: int, world: int, jobs: list[Job], folder: str) -> None:
+    faulthandler.enable()    # a process that a signal ends says where each of its threads was
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=120))
@@ -39,7 +57,9 @@ def _rank(rank: int, world: int, jobs: list[Job], folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     _wait_for_all(Path(folder), rank, world)
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)    # gloo's threads let go of their last tensors when they get to it; in an interpreter that is ending, that aborts
 
 
 def _wait_for_all(folder: Path, rank: int, world: int) -> None:

@@ -5,6 +5,8 @@ By default a part of the combinations, in one group a number of processes; all o
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +131,23 @@ def test_a_flat_shard_is_refused():
     model[0].weight._fsdp_flattened = True
     with pytest.raises(nw.PolicyError, match="flat shard"):
         nw.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), nw.max_norm(1.0))
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_group_that_a_signal_ended_is_started_once_more_and_only_once(deaths, tmp_path):
+    """An abort of gloo's on a busy machine fails no equality; one that comes again does."""
+    job: list[Job] = [("dies", "test_sharded:_dies", [str(tmp_path / "died"), deaths])]
+    if deaths == 1:
+        with pytest.warns(RuntimeWarning, match="SIGABRT.*once more"):
+            assert run(1, job, tmp_path) == {"dies": [1]}
+    else:
+        with pytest.warns(RuntimeWarning), pytest.raises(torch.multiprocessing.ProcessExitedException):
+            run(1, job, tmp_path)
+
+
+def _dies(marks: str, deaths: int) -> int:
+    died = len(Path(marks).read_text()) if Path(marks).exists() else 0
+    if died < deaths:
+        Path(marks).write_text("x" * (died + 1))
+        os.kill(os.getpid(), signal.SIGABRT)
+    return died
