@@ -121,11 +121,13 @@ def test_axes_say_what_their_positions_stand_for() -> None:
 def test_every_contender_has_the_common_axes_and_few_of_its_own() -> None:
     for name, contender in ((n, c) for n, c in CONTENDERS.items() if n != "auto"):
         assert contender.axes[0].name == "lr" and contender.axes[0].ratio == 2.0
-        assert contender.axes[-len(COMMON):] == COMMON and len(contender.own) <= 3
+        shared = contender.axes[-len(COMMON):]
+        assert [(axis.name, axis.values) for axis in shared] == [(axis.name, axis.values) for axis in COMMON] and len(contender.own) <= 3
         names = [axis.name for axis in contender.axes]
         assert len(set(names)) == len(names), name
         middle = contender.numbers([0] * len(names))
-        assert (middle["schedule"], middle["init"], middle["batch"], middle["clip"]) == ("linear", "own", 1.0, 0.0)
+        assert (middle["schedule"], middle["init"], middle["clip"]) == ("linear", "own", 0.0)
+        assert middle["batch"] == (0.5 if name == "ridge_small" else 1.0)
 
 
 def test_auto_has_no_choice_and_is_the_preset_without_arguments() -> None:

@@ -26,6 +26,8 @@ COMMON = (
 """What is no norm strategy of the weights or updates, or everybody's: each contender, the baselines too, may choose it."""
 
 
+SMALL = tuple(Choice("batch", axis.values, 0) if axis.name == "batch" else axis for axis in COMMON)
+"""The same choices, their search begun at half of the batch."""
 AS_IT_IS = (Choice("schedule", ("hold",)), Choice("init", ("own",)), Choice("batch", (1.0,)), Choice("clip", (0.0,)))
 """For a contender that stands for making no choice at all."""
 
@@ -112,6 +114,10 @@ def _ridge(model: nn.Module, n: Numbers) -> Built:
     return _preset("Ridge", n, model, damping=float(n["damping"]))
 
 
+def _ridge_small(model: nn.Module, n: Numbers) -> Built:
+    return _preset("Ridge", n, model, damping=float(n["damping"]), recurrent={"momentum": 0.8})
+
+
 def _auto(model: nn.Module, n: Numbers) -> Built:
     import normwise as nw
 
@@ -154,6 +160,11 @@ CONTENDERS: dict[str, Contender] = {
     "ridge": Contender(
         "Ridge", "momentum through its damped pseudo-inverse, RMS-matched; AdamW for the rest",
         (_rate(0.02), Choice("rest", (0.002, 0.004, 0.008, 0.016, 0.032), 2), Choice("damping", (0.01, 0.03, 0.1), 1)), _ridge,
+    ),
+    "ridge_small": Contender(
+        "Ridge, small batch", "Ridge, its search begun at half of the batch and 0.7 of the rates; momentum 0.8 for gates too",
+        (_rate(0.014), Choice("rest", (0.0014, 0.0028, 0.0056, 0.0112, 0.0224), 2), Choice("damping", (0.01, 0.03, 0.1), 1)),
+        _ridge_small, SMALL,
     ),
     "auto": Contender(
         "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Choice("lr", (0.02,)),), _auto, AS_IT_IS,
