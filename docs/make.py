@@ -57,7 +57,9 @@ def experiments(runs: Path) -> dict[str, Any] | None:
 
 def tried(results: dict[str, Any]) -> str:
     """One table a task and share of its horizon, best first, with every seed's result."""
-    from tried import VARIANTS  # beside this file
+    from tried import ON_TUNED, VARIANTS  # beside this file
+
+    label = {name: what[0] for name, what in [*VARIANTS.items(), *ON_TUNED.items()]}
 
     tables = []
     for task, share in dict.fromkeys((run["task"], run["share"]) for run in results["runs"]):
@@ -70,7 +72,7 @@ def tried(results: dict[str, Any]) -> str:
         lines = [f"| `{task}`, {share:.2f} H | mean | by seed, from 2000 |", "|---|---|---|"]
         for name in sorted(runs, key=lambda name: mean[name]):
             each = " ".join("diverged" if v is None else f"{v:.4f}" for _, v in sorted(runs[name].items()))
-            lines.append(f"| {VARIANTS[name][0]} | {sign * mean[name]:.4f} | {each} |")
+            lines.append(f"| {label[name]} | {sign * mean[name]:.4f} | {each} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 

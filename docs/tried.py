@@ -111,13 +111,51 @@ VARIANTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
 }  # fmt: skip
 """By name: what it is, how it is built, what it chooses of everybody's choices."""
 
+TUNED: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
+    "cnn": ({"lr": 0.02, "rest": 0.016, "damping": 0.03}, {"schedule": "linear"}),
+    "resnet": ({"lr": 0.04, "rest": 0.008, "damping": 0.1}, {"schedule": "linear", "clip": 1.0}),
+    "lstm": ({"lr": 0.04, "rest": 0.016, "damping": 0.1}, {"schedule": "linear", "init": "orthogonal"}),
+    "gpt": ({"lr": 0.02, "rest": 0.008, "damping": 0.03}, {"init": "orthogonal"}),
+}
+"""What the race's search came to for Ridge, by task."""
+SHORT = {"betas": (0.8, 0.95)}
+FASTER = {"momentum": 0.8}
+ON_TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "tuned": ("Ridge as the race tuned it", {}, {}),
+    "tuned-half": ("half the batch", {}, {"batch": 0.5}),
+    "tuned-half-low": ("half the batch, rates × 0.7", {"factor": 0.7}, {"batch": 0.5}),
+    "tuned-quarter-low": ("a quarter of the batch, rates × 0.7", {"factor": 0.7}, {"batch": 0.25}),
+    "tuned-short": ("β (0.8, 0.95) for the rest", {"adamw": SHORT}, {}),
+    "tuned-half-short": ("half the batch, β (0.8, 0.95) for the rest", {"adamw": SHORT}, {"batch": 0.5}),
+    "tuned-half-low-short": ("half the batch, rates × 0.7, β (0.8, 0.95) for the rest", {"factor": 0.7, "adamw": SHORT}, {"batch": 0.5}),
+    "tuned-gates": ("gates with momentum 0.8", {"recurrent": FASTER}, {}),
+    "tuned-gates-short": ("gates with momentum 0.8, β (0.8, 0.95) for the rest", {"recurrent": FASTER, "adamw": SHORT}, {}),
+    "tuned-gates-slow": ("gates with momentum 0.95", {"recurrent": {"momentum": 0.95}}, {}),
+    "tuned-gates-damped": ("gates with damping 0.3", {"recurrent": {"damping": 0.3}}, {}),
+    "tuned-rows": ("units divided by their running RMS (NorMuon)", {"row_beta": 0.95}, {}),
+    "tuned-decay-1": ("decay 1 instead of 0.3", {"weight_decay": 1.0}, {}),
+    "tuned-decay-0.1": ("decay 0.1 instead of 0.3", {"weight_decay": 0.1}, {}),
+    "tuned-rest-undecayed": ("no decay of the rest", {"adamw": {"weight_decay": 0.0}}, {}),
+}
+"""By name, of variants of what was tuned: what it is, columns of Ridge, choices."""
+
+
+def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
+    """A variant of the tuned form, as ``VARIANTS`` has the others."""
+    (numbers, base), (label, columns, chosen) = TUNED[task], ON_TUNED[name]
+    factor = columns.get("factor", 1.0)
+    columns = {k: v for k, v in columns.items() if k != "factor"}
+    rest = {"lr": numbers["rest"] * factor, "betas": (0.9, 0.99), **columns.pop("adamw", {})}
+    lr, damping = numbers["lr"] * factor, numbers["damping"]
+    return label, lambda model: (nw.optim.Ridge(model, lr, damping=damping, adamw=dict(rest), **columns), None), base | chosen
+
 
 def main() -> None:
     """Runs what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=list(STEPS))
     parser.add_argument("--data", required=True)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *ON_TUNED], metavar="NAME")
     parser.add_argument("--share", type=float, default=0.36)
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
@@ -133,7 +171,7 @@ def main() -> None:
 
 def one(task: Any, name: str, samples: int, seed: int) -> dict[str, Any]:
     """One variant's run; its result and seconds."""
-    _, build, chosen = VARIANTS[name]
+    _, build, chosen = VARIANTS[name] if name in VARIANTS else on_tuned(task.name, name)
     contender = f"tried {name}"    # for the time of this run; some variants are contenders by their plain name
     CONTENDERS[contender] = Contender(name, "", (), lambda model, numbers: build(model))
     numbers = {axis.name: axis.value(0) for axis in AS_IT_IS} | chosen

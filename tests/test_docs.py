@@ -31,6 +31,19 @@ def test_every_variant_that_was_tried_can_be_tried_again(monkeypatch: pytest.Mon
     assert len(set(found.values())) == len(found), found
 
 
+def test_every_variant_of_the_tuned_form_does_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the network with gates, so that what is said of gates is tried too."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    tried = importlib.import_module("tried")
+    from normwise.tasks.load import load_task
+
+    task = load_task("lstm", size="tiny")
+    found = {name: tried.one(task, name, 6 * task.batch, 2000)["result"] for name in tried.ON_TUNED}
+    assert all(value is not None and math.isfinite(value) for value in found.values()), found
+    assert len(set(found.values())) == len(found), found
+    assert not set(tried.ON_TUNED) & set(tried.VARIANTS)
+
+
 def test_every_link_between_documents_leads_somewhere() -> None:
     import re
 
