@@ -196,7 +196,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gan setting": ("gan", lambda results: results["setting"]),
     "gan": ("gan", bench),
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
-       for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10")},
+       for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
     "bench control": ("bench-control", bench),
     "bench polar": ("bench-polar", bench),
     "bench step": ("bench-step", bench),

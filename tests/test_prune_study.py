@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import normwise as nw
 from normwise import cli
 from normwise.errors import StudyError
 from normwise.prune import cut, targets
@@ -80,6 +81,33 @@ def test_a_run_shrinks_to_the_network_whose_units_it_names():
     assert fresh["parameters"] == found["parameters"] and fresh["multiplications"] == found["multiplications"]
 
 
+def test_held_norms_keep_a_layer_alive_under_a_lasso_that_takes_all_of_it():
+    """One step of the rules on gains of 1 and 0.5 with nothing to learn: soft threshold, then back to the norm, as written out."""
+    model, given = ResNet(3, 10, (4, 8), depth=1), torch.zeros(1, 3, 8, 8)
+    gains = model.blocks[0].norm1.weight
+    with torch.no_grad():
+        model.blocks[1].norm1.weight.mul_(2.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    nw.attach(model, optimizer, rules(model, given, 3.0, hold=True))
+    with torch.no_grad():
+        gains[:2] = 0.25    # less than the threshold of 0.3
+        gains[2:] = torch.tensor([1.0, 2.0])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    cut_off = torch.tensor([0.0, 0.0, 0.7, 1.7])
+    torch.testing.assert_close(gains.detach(), cut_off * (2.0 / cut_off.norm()), msg="initial norm: √(1 + 1 + 1 + 1)")
+    torch.testing.assert_close(model.blocks[1].norm1.weight.norm(), torch.tensor(2.0 * 8**0.5))
+    for _ in range(200):
+        optimizer.step()
+    assert (gains != 0).sum() == 1 and gains.detach().norm() == pytest.approx(2.0)
+
+
+def test_runs_without_held_norms_have_the_keys_that_they_always_had(cnn: Task):
+    plain, held = (Run(cnn.key, 3, 2, 0.1, 0.01, 0, True, hold=hold).settings() for hold in (False, True))
+    assert "hold" not in plain and held == plain | {"hold": True}
+
+
 def test_a_run_is_decided_by_its_settings(cnn: Task):
     run = Run(cnn.key, 20, 5, 0.1, 0.001, seed=3, full=True)
     first, again = execute(run, cnn), execute(run, cnn)
@@ -91,12 +119,12 @@ def test_a_run_that_fails_says_so(cnn: Task, lr: float, strength: float, why: st
     assert why in execute(Run(cnn.key, 40, 2, lr, strength, seed=0, full=False), cnn)["failed"]
 
 
-@pytest.mark.parametrize("task", ["cnn", "resnet"])
+@pytest.mark.parametrize("task", ["cnn", "resnet", "resnet --hold"])
 def test_the_command_writes_results_and_goes_on_where_it_was(
     task: str, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "results.json"
-    command = ["prune", task, "--budget", "quick", "--seeds", "2", "--json", str(file)]
+    command = ["prune", *task.split(), "--budget", "quick", "--seeds", "2", "--json", str(file)]
     assert cli.main(command) == 0
     first, table = json.loads(file.read_text()), capsys.readouterr().out
     assert "smaller / full" in table and str(file) in table

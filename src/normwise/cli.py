@@ -197,6 +197,7 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="parquet or IDX files (default: scikit-learn's digits)")
     parser.add_argument("--budget", default="standard", metavar="NAME", help="quick, standard (default) or long")
     parser.add_argument("--seeds", type=_whole, default=3, metavar="N", help="reported runs of each network (default 3)")
+    parser.add_argument("--hold", action="store_true", help="under the lasso each weight keeps its norm: no layer dies whole")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--state", type=Path, metavar="FILE", help="finished runs, to go on from (default: beside --json)")
     parser.set_defaults(command=_prune)
@@ -206,7 +207,7 @@ def _prune(given: argparse.Namespace) -> int:
     from normwise.study.prune import Options
     from normwise.study.prune_job import run
 
-    run(Options(given.task, given.data, given.budget, given.seeds, given.state), given.json)
+    run(Options(given.task, given.data, given.budget, given.seeds, given.state, given.hold), given.json)
     return 0
 
 

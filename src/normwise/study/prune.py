@@ -53,13 +53,14 @@ BUDGETS: dict[str, dict[str, Budget]] = {
 @dataclass(frozen=True)
 class Options:
     """What to run. task: cnn or resnet. data: a folder of images, None for scikit-learn's digits. state: the file of finished runs,
-    kept in memory only for None. seeds: reported runs of each network."""
+    kept in memory only for None. seeds: reported runs of each network. hold: whether weights under the lasso keep their layer's norm."""
 
     task: str = "cnn"
     data: Path | str | None = None
     budget: str = "standard"
     seeds: int = 3
     state: Path | None = None
+    hold: bool = False
 
 
 def run(options: Options, progress: Progress | None = None, budget: Budget | None = None) -> dict[str, Any]:
@@ -149,7 +150,8 @@ class _Study:
         from normwise import __version__
 
         versions = f"{__version__}+{_PROTOCOL}", torch.__version__
-        return Run(self.task.key, self.plan.steps, self.plan.fine_tuning, lr, strength, seed, full, dict(units or {}), versions)
+        hold = self.options.hold and strength > 0    # a run without a lasso is the same run
+        return Run(self.task.key, self.plan.steps, self.plan.fine_tuning, lr, strength, seed, full, dict(units or {}), versions, hold)
 
     def result(self, wanted: Run) -> dict[str, Any]:
         """From the file of finished runs, or run now and kept there."""
@@ -163,9 +165,10 @@ class _Study:
     def timing(self, seeds: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         shapes = [seed["smaller"]["removed"] for seed in seeds]
         settings = {"kind": "prune timing", "task": self.task.key, "shapes": shapes, "rounds": self.plan.rounds}
+        settings |= {"hold": True} if self.options.hold else {}
         kept = self.store.get(settings)
         if kept is None:
-            kept = prune_timing.measure(self.task, shapes, self.plan.rounds)
+            kept = prune_timing.measure(self.task, shapes, self.plan.rounds, self.options.hold)
             self.store.add(settings, kept)
         return kept
 
@@ -174,6 +177,7 @@ class _Study:
         return {
             **asdict(self.plan), "seeds": self.options.seeds, "tuning_seed": TUNING_SEED, "batch": self.task.batch,
             "allowed_loss": ALLOWED_LOSS, "momentum": MOMENTUM, "fine_tuning_rate": FINE_TUNING_RATE, "lasso_after": LASSO_AFTER,
+            "hold": self.options.hold,
         }  # fmt: skip
 
 

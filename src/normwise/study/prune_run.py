@@ -28,7 +28,7 @@ _OTHER_BATCHES = 1_000_000  # added to the seed: fine-tuning sees other orders a
 @dataclass(frozen=True)
 class Run:
     """Everything that decides a run. strength: of the group lasso, 0 for none. units: removed before training, as ``cut`` takes them,
-    so that a network of the smaller shape starts from fresh weights. full: whether the test part is measured."""
+    so that a network of the smaller shape starts from fresh weights. full: whether the test part is measured. hold: see ``rules``."""
 
     task: str
     steps: int
@@ -39,10 +39,12 @@ class Run:
     full: bool
     units: dict[str, list[int]] = field(default_factory=dict)
     versions: tuple[str, str] = ("", "")
+    hold: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """As plain data, for the key of the run and for the file of finished runs."""
-        return {"kind": "prune", **asdict(self)}
+        """As plain data, for the key of the run and for the file of finished runs, the older of which know nothing of ``hold``."""
+        settings = {"kind": "prune", **asdict(self)}
+        return settings if self.hold else {name: value for name, value in settings.items() if name != "hold"}
 
 
 def example(task: Task) -> Tensor:
@@ -50,15 +52,24 @@ def example(task: Task) -> Tensor:
     return next(task.batches(2, 0))[0]
 
 
-def rules(model: nn.Module, given: Tensor, strength: float, start: int = 0) -> list[nw.Rule]:
+def rules(model: nn.Module, given: Tensor, strength: float, start: int = 0, hold: bool = False) -> list[nw.Rule]:
     """Group lasso from step ``start`` on all that makes a unit removable; strength · √size for units of ``size`` numbers (Yuan and Lin,
-    2006)."""
+    2006).
+
+    hold: each weight under the lasso then goes back to its initial norm, all of its units by one factor, so that those below the average
+    shrink and the others grow. Where the next layer's BatchNorm takes any common factor out again, the loss does not hold such weights
+    against the lasso, which without this shortens them all alike, until the last of the layer is gone. Biases and shifts are not held.
+    """
     names = defaultdict(list)
     for name, size in targets(model, given).items():
         names[size].append(name)
     if not names:
         raise StudyError("this model has no units that could be removed, so there is nothing for the group lasso to do.")
-    return [nw.group_lasso(strength * math.sqrt(size), params=list(which), start=start) for size, which in names.items()]
+    lasso = [nw.group_lasso(strength * math.sqrt(size), params=list(which), start=start) for size, which in names.items()]
+    if not hold:
+        return lasso
+    weights = [name for which in names.values() for name in which if not name.endswith("bias")]
+    return [*lasso, nw.unit_norm(nw.Init(1.0), params=weights, per="tensor", start=start)]
 
 
 def execute(run: Run, task: Task) -> dict[str, Any]:
@@ -103,7 +114,7 @@ def _first_phase(run: Run, task: Task, model: nn.Module, given: Tensor) -> tuple
     if not run.strength:
         _train(task, model, run.lr, run.steps, run.seed)
         return model, {}
-    _train(task, model, run.lr, run.steps, run.seed, rules(model, given, run.strength, round(LASSO_AFTER * run.steps)))
+    _train(task, model, run.lr, run.steps, run.seed, rules(model, given, run.strength, round(LASSO_AFTER * run.steps), run.hold))
     before = _scores(task, model, run.full)
     model, report = shrink(model, given)
     return model, {

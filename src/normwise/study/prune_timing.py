@@ -20,7 +20,7 @@ _BURST = 5
 KINDS = ("step_ms", "inference_ms", "single_ms")
 
 
-def measure(task: Task, shapes: Sequence[Mapping[str, Sequence[int]]], rounds: int) -> dict[str, Any]:
+def measure(task: Task, shapes: Sequence[Mapping[str, Sequence[int]]], rounds: int, hold: bool = False) -> dict[str, Any]:
     """Milliseconds of a training step, of inference on a training batch and on one input, of the full network, of it under the group
     lasso (``lasso``: steps only), and of the full network without the units of each of ``shapes`` (``smaller``).
 
@@ -31,7 +31,7 @@ def measure(task: Task, shapes: Sequence[Mapping[str, Sequence[int]]], rounds: i
     torch.manual_seed(0)
     full = task.build()
     models = [full, task.build(), *(cut(full, given, units) for units in shapes)]
-    lanes = [_Lane(task, model, rules(model, given, 1e-6) if place == 1 else []) for place, model in enumerate(models)]
+    lanes = [_Lane(task, model, rules(model, given, 1e-6, hold=hold) if place == 1 else []) for place, model in enumerate(models)]
     first, lasso, *smaller = [_by_kind(kept) for kept in in_turn([lane.burst for lane in lanes], rounds)]
     return {
         "full": _medians(first), "lasso": {"step_ms": _medians(lasso)["step_ms"]}, "smaller": [_medians(s) for s in smaller],
