@@ -137,14 +137,14 @@ ON_TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tuned-decay-0.1": ("decay 0.1 instead of 0.3", {"weight_decay": 0.1}, {}),
     "tuned-rest-undecayed": ("no decay of the rest", {"adamw": {"weight_decay": 0.0}}, {}),
 }
-"""By name, of variants of what was tuned: what it is, columns of Ridge, choices."""
+"""By name, of variants of what was tuned: what it is, columns of Ridge (``factor``: times both rates), choices."""
 
 
 def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
     """A variant of the tuned form, as ``VARIANTS`` has the others."""
-    (numbers, base), (label, columns, chosen) = TUNED[task], ON_TUNED[name]
-    factor = columns.get("factor", 1.0)
-    columns = {k: v for k, v in columns.items() if k != "factor"}
+    (numbers, base), (label, varied, chosen) = TUNED[task], ON_TUNED[name]
+    columns = dict(varied)
+    factor = columns.pop("factor", 1.0)
     rest = {"lr": numbers["rest"] * factor, "betas": (0.9, 0.99), **columns.pop("adamw", {})}
     lr, damping = numbers["lr"] * factor, numbers["damping"]
     return label, lambda model: (nw.optim.Ridge(model, lr, damping=damping, adamw=dict(rest), **columns), None), base | chosen

@@ -96,7 +96,7 @@ def test_held_norms_keep_a_layer_alive_under_a_lasso_that_takes_all_of_it():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     cut_off = torch.tensor([0.0, 0.0, 0.7, 1.7])
-    torch.testing.assert_close(gains.detach(), cut_off * (2.0 / cut_off.norm()), msg="initial norm: √(1 + 1 + 1 + 1)")
+    torch.testing.assert_close(gains.detach(), cut_off * (2.0 / cut_off.norm()))    # 2: the norm of four ones
     torch.testing.assert_close(model.blocks[1].norm1.weight.norm(), torch.tensor(2.0 * 8**0.5))
     for _ in range(200):
         optimizer.step()

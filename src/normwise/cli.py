@@ -197,7 +197,7 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="parquet or IDX files (default: scikit-learn's digits)")
     parser.add_argument("--budget", default="standard", metavar="NAME", help="quick, standard (default) or long")
     parser.add_argument("--seeds", type=_whole, default=3, metavar="N", help="reported runs of each network (default 3)")
-    parser.add_argument("--hold", action="store_true", help="under the lasso each weight keeps its norm: no layer dies whole")
+    parser.add_argument("--hold", action="store_true", help="under the lasso each weight keeps its norm, so that units go one by one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--state", type=Path, metavar="FILE", help="finished runs, to go on from (default: beside --json)")
     parser.set_defaults(command=_prune)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,12 +111,8 @@ def _scion(model: nn.Module, n: Numbers) -> Built:
     return nw.optim.Scion(model, float(n["lr"]), radius=float(n["radius"]), head_radius=float(n["head"]), polar="fast"), None
 
 
-def _ridge(model: nn.Module, n: Numbers) -> Built:
-    return _preset("Ridge", n, model, damping=float(n["damping"]))
-
-
-def _ridge_small(model: nn.Module, n: Numbers) -> Built:
-    return _preset("Ridge", n, model, damping=float(n["damping"]), recurrent={"momentum": 0.8})
+def _ridge(model: nn.Module, n: Numbers, **columns: Any) -> Built:
+    return _preset("Ridge", n, model, damping=float(n["damping"]), **columns)
 
 
 def _auto(model: nn.Module, n: Numbers) -> Built:
@@ -164,7 +161,7 @@ CONTENDERS: dict[str, Contender] = {
     "ridge_small": Contender(
         "Ridge, small batch", "Ridge, its search begun at half of the batch and 0.7 of the rates; momentum 0.8 for gates too",
         (_rate(0.014), Choice("rest", (0.0014, 0.0028, 0.0056, 0.0112, 0.0224), 2), Choice("damping", (0.01, 0.03, 0.1), 1)),
-        _ridge_small, SMALL,
+        partial(_ridge, recurrent={"momentum": 0.8}), SMALL,
     ),
     "auto": Contender(
         "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Choice("lr", (0.02,)),), _auto, AS_IT_IS,
