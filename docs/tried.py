@@ -135,6 +135,9 @@ ON_TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tuned-rows": ("units divided by their running RMS (NorMuon)", {"row_beta": 0.95}, {}),
     "tuned-decay-1": ("decay 1 instead of 0.3", {"weight_decay": 1.0}, {}),
     "tuned-decay-0.1": ("decay 0.1 instead of 0.3", {"weight_decay": 0.1}, {}),
+    "tuned-head": ("the head by Ridge too", {"override": {"role:head": "ridge"}}, {}),
+    "tuned-both-ends": ("head and embeddings by Ridge too", {"override": {"role:head": "ridge", "role:embedding": "ridge"}}, {}),
+    "tuned-gates-as-one": ("the gates of a layer as one matrix", {"recurrent": {"per": "tensor"}}, {}),
     "tuned-rest-undecayed": ("no decay of the rest", {"adamw": {"weight_decay": 0.0}}, {}),
 }
 """By name, of variants of what was tuned: what it is, columns of Ridge (``factor``: times both rates), choices."""
