@@ -120,6 +120,8 @@ TUNED: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
 """What the race's search came to for Ridge, by task."""
 SHORT = {"betas": (0.8, 0.95)}
 FASTER = {"momentum": 0.8}
+ATTENTION = {"*.q.weight": 3.0, "*.k.weight": 3.0, "*.v.weight": 0.5, "*.out.weight": 0.5}
+OWN = {"init": "own"}
 ON_TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tuned": ("Ridge as the race tuned it", {}, {}),
     "tuned-half": ("half the batch", {}, {"batch": 0.5}),
@@ -138,9 +140,14 @@ ON_TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tuned-head": ("the head by Ridge too", {"override": {"role:head": "ridge"}}, {}),
     "tuned-both-ends": ("head and embeddings by Ridge too", {"override": {"role:head": "ridge", "role:embedding": "ridge"}}, {}),
     "tuned-gates-as-one": ("the gates of a layer as one matrix", {"recurrent": {"per": "tensor"}}, {}),
+    "tuned-scores": ("queries and keys at 2.5 times the rate", {"rates": {"*.q.weight": 2.5, "*.k.weight": 2.5}}, {}),
+    "tuned-attention": ("queries and keys at 3 times the rate, values and output at half, own initial weights", {"rates": ATTENTION}, OWN),
+    "tuned-gates-0.85": ("gates with momentum 0.85", {"recurrent": {"momentum": 0.85}}, {}),
+    "tuned-gates-loose": ("gates with momentum 0.85 and decay 0.1", {"recurrent": {"momentum": 0.85, "weight_decay": 0.1}}, {}),
     "tuned-rest-undecayed": ("no decay of the rest", {"adamw": {"weight_decay": 0.0}}, {}),
 }
-"""By name, of variants of what was tuned: what it is, columns of Ridge (``factor``: times both rates), choices."""
+"""By name, of variants of what was tuned: what it is, columns of Ridge (``factor``: times both rates; ``rates``: selectors of matrices with
+factors of their rate alone, at the same decay λ), choices."""
 
 
 def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
@@ -150,7 +157,14 @@ def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
     factor = columns.pop("factor", 1.0)
     rest = {"lr": numbers["rest"] * factor, "betas": (0.9, 0.99), **columns.pop("adamw", {})}
     lr, damping = numbers["lr"] * factor, numbers["damping"]
+    if rates := columns.pop("rates", None):
+        columns["override"] = {selector: {**ridge_row(damping), "lr": lr * times} for selector, times in rates.items()}
     return label, lambda model: (nw.optim.Ridge(model, lr, damping=damping, adamw=dict(rest), **columns), None), base | chosen
+
+
+def ridge_row(damping: float) -> dict[str, Any]:
+    """Ridge's row for hidden matrices, but the rate."""
+    return {"direction": "ema_nesterov", "momentum": 0.8, "act": "ridge", "damping": damping, "scale": "normuon", "weight_decay": 0.3}
 
 
 def main() -> None:
