@@ -141,6 +141,7 @@ ON_TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tuned-both-ends": ("head and embeddings by Ridge too", {"override": {"role:head": "ridge", "role:embedding": "ridge"}}, {}),
     "tuned-gates-as-one": ("the gates of a layer as one matrix", {"recurrent": {"per": "tensor"}}, {}),
     "tuned-scores": ("queries and keys at 2.5 times the rate", {"rates": {"*.q.weight": 2.5, "*.k.weight": 2.5}}, {}),
+    "tuned-own": ("own initial weights", {}, OWN),
     "tuned-attention": ("queries and keys at 3 times the rate, values and output at half, own initial weights", {"rates": ATTENTION}, OWN),
     "tuned-gates-0.85": ("gates with momentum 0.85", {"recurrent": {"momentum": 0.85}}, {}),
     "tuned-gates-loose": ("gates with momentum 0.85 and decay 0.1", {"recurrent": {"momentum": 0.85, "weight_decay": 0.1}}, {}),
@@ -156,15 +157,17 @@ def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
     columns = dict(varied)
     factor = columns.pop("factor", 1.0)
     rest = {"lr": numbers["rest"] * factor, "betas": (0.9, 0.99), **columns.pop("adamw", {})}
-    lr, damping = numbers["lr"] * factor, numbers["damping"]
-    if rates := columns.pop("rates", None):
-        columns["override"] = {selector: {**ridge_row(damping), "lr": lr * times} for selector, times in rates.items()}
-    return label, lambda model: (nw.optim.Ridge(model, lr, damping=damping, adamw=dict(rest), **columns), None), base | chosen
+    lr, damping, rates = numbers["lr"] * factor, numbers["damping"], columns.pop("rates", {})
 
+    def build(model: nn.Module) -> Built:
+        made = nw.optim.Ridge(model, lr, damping=damping, adamw=dict(rest), **columns)
+        if not rates:
+            return made, None
+        assert made.routing is not None
+        rows = {selector: {**made.routing.rows["ridge"], "lr": lr * times} for selector, times in rates.items()}
+        return nw.optim.Ridge(model, lr, damping=damping, adamw=dict(rest), override=rows, **columns), None
 
-def ridge_row(damping: float) -> dict[str, Any]:
-    """Ridge's row for hidden matrices, but the rate."""
-    return {"direction": "ema_nesterov", "momentum": 0.8, "act": "ridge", "damping": damping, "scale": "normuon", "weight_decay": 0.3}
+    return label, build, base | chosen
 
 
 def main() -> None:
