@@ -72,9 +72,9 @@ DEFAULTS: Row = {
     "polar": "fast", "damping": 0.03, "row_beta": 0.0, "scale": "absolute", "radius": 1.0, "trust": 1e-3, "velocity": 0.0,
     "decay": "weight", "weight_decay": 0.0, "hold": "none", "limit": 1.0, "maximize": False, "rounding": "nearest", "seed": 0,
 }  # fmt: skip
-"""What a row leaves out. ``radius`` multiplies every scale; ``limit`` belongs to ``hold``; ``row_beta`` > 0 divides each unit by the root
-of its second moment (NorMuon); ``velocity`` is momentum on the scaled step (LARS); ``rounding`` concerns weights in fp16 and bf16,
-``seed`` its random numbers."""
+"""What a row leaves out. ``radius`` multiplies every scale, a tuple each block of a tensor by its own (q, k, v); ``limit`` belongs to
+``hold``; ``row_beta`` > 0 divides each unit by the root of its second moment (NorMuon); ``velocity`` is momentum on the scaled step (LARS);
+``rounding`` concerns weights in fp16 and bf16, ``seed`` its random numbers."""
 
 STATE: dict[str, tuple[str, ...]] = {
     "plain": (), "heavy_ball": ("momentum_buffer",), "nesterov": ("momentum_buffer",), "ema": ("momentum_buffer",),
@@ -102,21 +102,24 @@ def _word(row: Mapping[str, Any], column: str, allowed: Collection[str], name: s
 
 
 def _check_numbers(row: Mapping[str, Any], name: str) -> None:
-    for column in ("lr", "eps", "weight_decay", "radius", "trust", "limit", "damping"):
-        _number(row[column], column, name, math.inf)
+    for column in ("lr", "eps", "weight_decay", "trust", "limit", "damping"):
+        check_number(row[column], column, name)
+    for radius in row["radius"] if isinstance(row["radius"], tuple | list) and row["radius"] else [row["radius"]]:
+        check_number(radius, "radius", name)
     if row["act"] == "ridge" and not row["damping"]:
         raise ValueError(f"{name} has act='ridge' and damping=0, and needs a damping > 0: 0.03 is the default.")
     for column in ("momentum", "row_beta", "velocity"):
-        _number(row[column], column, name, 1.0)
+        check_number(row[column], column, name, 1.0)
     if not isinstance(row["betas"], tuple | list) or len(row["betas"]) != 2:
         raise ValueError(f"{name} has betas={row['betas']!r}, and needs two numbers in [0, 1).")
     for beta in row["betas"]:
-        _number(beta, "betas", name, 1.0)
+        check_number(beta, "betas", name, 1.0)
     if type(row["seed"]) is not int or not 0 <= row["seed"] < 2**32:
         raise ValueError(f"{name} has seed={row['seed']!r}, and needs an integer from 0 to 2**32 - 1.")
 
 
-def _number(value: Any, column: str, name: str, below: float) -> None:
+def check_number(value: Any, column: str, name: str, below: float = math.inf) -> None:
+    """Refuses what is no number in [0, below)."""
     single = isinstance(value, Tensor) and value.numel() == 1
     number = float(value) if single or (isinstance(value, int | float) and not isinstance(value, bool)) else math.nan
     if not 0 <= number < below:
@@ -134,7 +137,8 @@ def needs_matrices(row: Mapping[str, Any]) -> bool:
 def acts_on_blocks(row: Mapping[str, Any]) -> bool:
     """Whether a step of the group needs blocks at all; a row of elementwise parts takes tensors of any shapes together."""
     holds = row["hold"] not in ("none", "frank_wolfe")
-    return row["act"] != "none" or row["scale"] != "absolute" or holds or row["row_beta"] > 0
+    apart = isinstance(row["radius"], tuple | list)
+    return row["act"] != "none" or row["scale"] != "absolute" or holds or row["row_beta"] > 0 or apart
 
 
 def stores_radius(row: Mapping[str, Any]) -> bool:

@@ -27,7 +27,7 @@ States = MutableMapping[Tensor, State]
 
 LAYOUTS = "layouts"
 """The group's key that keeps the axes of its parameters, as plain data, in their order."""
-PARTS = ("direction", "act", "norm", "per", "scale", "hold", "rounding")
+PARTS = ("direction", "act", "norm", "per", "scale", "radius", "hold", "rounding")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE_STATE = ("radius", "row_squares", CARRY, NOISE)
 """State in a dtype of its own; torch's ``load_state_dict`` would round it to the parameter's."""
@@ -121,8 +121,18 @@ def members(group: Group, indices: Iterable[int]) -> list[Member]:
     for i in indices:
         per = group["per"] if acts_on_blocks(group) and _has(axes[i].axes, group["per"]) else _whole(group)
         view = _view(axes[i], per, matrix, oriented, names[i])
+        _check_radii(group, view.count, names[i])
         found.append(Member(names[i], group["params"][i], view, 0))
     return found
+
+
+def _check_radii(group: Group, count: int, name: str) -> None:
+    radii = group["radius"]
+    if isinstance(radii, tuple | list) and len(radii) != count:
+        raise PolicyError(
+            f"radius has {len(radii)} numbers, one a block, but {name!r} has {count} per={group['per']!r}: give as many, or one "
+            "number for all."
+        )
 
 
 def _view(layout: Layout, per: str, matrix: bool, oriented: bool, name: str) -> BlockView:

@@ -41,7 +41,8 @@ class Routing:
         under = "-" if row["act"] == "none" else f"{row['act']} {row['norm']}/{row['per']}"
         hold = row["hold"] if row["hold"] != "none" else f"decay {row['weight_decay']:g}" if row["weight_decay"] else "-"
         shape = "x".join(map(str, e.param.shape)) or "scalar"
-        return e.name, shape, e.role, self.of[e.name], row["direction"], under, row["scale"], hold, f"{float(row['lr']):g}"
+        times = "" if row["radius"] == 1 else f" x {row['radius']}"
+        return e.name, shape, e.role, self.of[e.name], row["direction"], under, row["scale"] + times, hold, f"{float(row['lr']):g}"
 
 
 def route(model: nn.Module, rows: dict[str, Row], roles: Mapping[str, str], override: Mapping[Any, str | Row]) -> Routing:

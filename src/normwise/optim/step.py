@@ -20,7 +20,7 @@ from normwise.norms import L2, Norm, Spectral, get_norm
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.forms import Scaled
 from normwise.norms.linalg import polar, ridge_inverse
-from normwise.norms.reduce import up
+from normwise.norms.reduce import up, wide
 from normwise.optim.directions import DIRECTIONS
 from normwise.optim.parts import shape_scale
 from normwise.optim.plan import Plan
@@ -222,9 +222,8 @@ def _scale(part: Pack, lengths: Mapping[str, Tensor], states: States, group: Gro
 
     lengths: the L2 norms of the blocks of what ``MEASURED`` says.
     """
-    scale, radius = group["scale"], float(group["radius"])
-    shape = part.view.block_shape
-    number = radius * (shape_scale(scale, shape[0], shape[-1], part.view.kernel) if len(shape) == 2 else 1.0)
+    scale, shape = group["scale"], part.view.block_shape
+    number = _radius(part, group) * (shape_scale(scale, shape[0], shape[-1], part.view.kernel) if len(shape) == 2 else 1.0)
     if scale == "normuon":
         return radial_factor(lengths["update"], number)
     if scale == "init":
@@ -232,6 +231,14 @@ def _scale(part: Pack, lengths: Mapping[str, Tensor], states: States, group: Gro
     if scale in ("relative", "lamb", "lars"):
         return _trust(part, lengths, group) * number
     return number
+
+
+def _radius(part: Pack, group: Group) -> float | Tensor:
+    radius = group["radius"]
+    if not isinstance(radius, tuple | list):
+        return float(radius)
+    device = part.params[0].device
+    return torch.tensor([float(r) for r in radius], dtype=wide(device), device=device).repeat(len(part.members))
 
 
 def _trust(part: Pack, lengths: Mapping[str, Tensor], group: Group) -> Tensor:

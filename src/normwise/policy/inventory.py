@@ -10,6 +10,7 @@ from torch import nn
 
 from normwise.errors import LayoutError, PolicyError, nearest
 from normwise.layouts import Layout, layout_of
+from normwise.policy.attention import find_attention
 from normwise.policy.names import Site, clean_name, sites
 from normwise.policy.roles import ROLES, find_heads, group_tied, role_of
 
@@ -21,8 +22,9 @@ class Entry:
     """One parameter.
 
     ``name`` is its first clean name and ``tied`` its others. ``module`` holds it as ``local_name``; ``owners`` are the modules of
-    all its names, and for a parametrized tensor also the module whose tensor it is. Frozen and complex parameters are listed too:
-    see ``param.requires_grad`` and ``param.is_complex()``.
+    all its names, and for a parametrized tensor also the module whose tensor it is. ``attention`` says what it is in an attention: ``"q"``,
+    ``"k"``, ``"v"``, ``"out"``, ``"qkv"``, or nothing. Frozen and complex parameters are listed too: see ``param.requires_grad`` and
+    ``param.is_complex()``.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Entry:
     layout: Layout
     tied: tuple[str, ...] = ()
     owners: tuple[nn.Module, ...] = ()
+    attention: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,7 +60,8 @@ class Inventory:
     def __init__(self, model: nn.Module, roles: Mapping[Any, str] | None = None) -> None:
         places = sites(model)
         heads = find_heads(model, places)
-        found = tuple(_entry(tied, heads) for tied in group_tied(places))
+        attention = find_attention(model)
+        found = tuple(_entry(tied, heads, attention) for tied in group_tied(places))
         self.entries = _override(found, roles or {})
         self.by_name = {name: entry for entry in self.entries for name in entry.names}
 
@@ -68,13 +72,14 @@ class Inventory:
         return len(self.entries)
 
 
-def _entry(tied: list[Site], heads: set[int]) -> Entry:
+def _entry(tied: list[Site], heads: set[int], attention: Mapping[int, str]) -> Entry:
     first = tied[0]
     layout = _layout(tied)
     owners = {id(module): module for place in tied for module in (place.module, place.home[0])}
     names = tuple(place.name for place in tied[1:])
     role = role_of(tied, heads)
-    return Entry(first.name, first.param, first.module, first.local_name, role, layout, names, tuple(owners.values()))
+    part = next((attention[id(place.param)] for place in tied if id(place.param) in attention), "")
+    return Entry(first.name, first.param, first.module, first.local_name, role, layout, names, tuple(owners.values()), part)
 
 
 def _layout(tied: list[Site]) -> Layout:

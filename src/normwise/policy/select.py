@@ -1,4 +1,4 @@
-"""Which parameters a rule is about: globs, regular expressions, roles, module classes, predicates, and lists of these."""
+"""Which parameters a rule is about: globs, regular expressions, roles, parts of attentions, module classes, predicates, lists of these."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
+from normwise.policy import attention
 from normwise.policy.roles import GROUPS, ROLES
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Selector: TypeAlias = "One | Sequence[One]"
 - a glob on the clean name, the whole of it: ``"fc*"``, ``"*.weight"``, ``"blocks.[01].*"``;
 - a regular expression, found anywhere in the clean name: ``"re:fc[12]"`` or ``re.compile("fc[12]")``;
 - a role, or a group of roles: ``"role:bias"``, ``"role:matrix"``, ``"role:all"``;
+- a part of an attention, or two: ``"attention:q"``, ``"attention:qk"``, ``"attention:ov"``, ``"attention:all"``;
 - the class of the module that holds the parameter, or a base of it: ``"class:Linear"``, ``"class:torch.nn.Linear"``, ``nn.Linear``;
 - a predicate of the inventory's entry: ``lambda e: e.param.ndim == 4``;
 - a list or tuple of these: whatever any of them matches.
@@ -53,7 +55,7 @@ def select(entries: Iterable[Entry], params: Selector, exclude: Selector | None 
 
 
 def check_selector(selector: Selector) -> None:
-    """PolicyError for an unknown role, a broken regular expression or something that is no selector; needs no model."""
+    """PolicyError for an unknown role or part, a broken regular expression or something that is no selector; needs no model."""
     for one in _several(selector):
         _predicate(one)
 
@@ -89,8 +91,8 @@ def _predicate(one: Any) -> Predicate:
     if callable(one) and not isinstance(one, type | nn.Module):
         return lambda entry: _judged(one, entry)
     raise PolicyError(
-        f"{one!r} selects no parameters: a selector is a glob such as 'fc*', 're:...', 'role:...', 'class:...', "
-        "a compiled pattern, a module class, a function of an entry, or a list of these."
+        f"{one!r} selects no parameters: a selector is a glob such as 'fc*', 're:...', 'role:...', 'attention:...', "
+        "'class:...', a compiled pattern, a module class, a function of an entry, or a list of these."
     )
 
 
@@ -108,6 +110,9 @@ def _from_text(text: str) -> Predicate:
     if kind == "role":
         roles = _roles(rest)
         return lambda entry: entry.role in roles
+    if kind == "attention":
+        parts = _parts(rest)
+        return lambda entry: entry.attention in parts
     if kind == "class":
         return lambda entry: any(rest in _class_names(cls) for owner in entry.owners for cls in type(owner).__mro__)
     return lambda entry: any(fnmatch.fnmatchcase(name, text) for name in entry.names)
@@ -126,6 +131,13 @@ def _roles(name: str) -> tuple[str, ...]:
     if name in GROUPS:
         return GROUPS[name]
     raise PolicyError(f"'role:{name}' is no role.{nearest(name, (*ROLES, *GROUPS))}")
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    known = {**{part: (part,) for part in attention.PARTS}, **attention.GROUPS}
+    if name not in known:
+        raise PolicyError(f"'attention:{name}' is no part of an attention.{nearest(name, known)}")
+    return known[name]
 
 
 def _class_names(cls: type) -> tuple[str, ...]:
@@ -178,7 +190,7 @@ def _shown(selector: object) -> str:
 
 def _near(one: object, entries: list[Entry]) -> str:
     """The name or class nearest to what was written; a prefix counts as near, since a module's name is no parameter's."""
-    if not isinstance(one, str) or one.startswith(("re:", "role:")):
+    if not isinstance(one, str) or one.startswith(("re:", "role:", "attention:")):
         return ""
     names = [name for entry in entries for name in entry.names]
     classes = [f"class:{type(owner).__name__}" for entry in entries for owner in entry.owners]

@@ -1,0 +1,274 @@
+"""Which weights are an attention's queries, keys, values and output; steps of their own for them; selectors."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normwise as nw
+from normwise.errors import PolicyError
+from normwise.layouts import register_layout
+from normwise.optim import NormOptimizer, Ridge
+from normwise.policy.inventory import Inventory
+from normwise.policy.select import select, selector_from_data, selector_to_data
+
+F64 = torch.float64
+WIDTH = 4
+
+
+class Parts(nn.Module):
+    """Layers under given names: a Linear for each, or what is given."""
+
+    def __init__(self, /, *names: str, **layers: nn.Module) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+def found(model: nn.Module) -> dict[str, str]:
+    return {e.name.removesuffix(".weight"): e.attention for e in Inventory(model) if e.attention}
+
+
+SCHEMES = {
+    "Llama": ("q_proj", "k_proj", "v_proj", "o_proj"), "T5": ("q", "k", "v", "o"), "wav2vec": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "LLaMA, Meta's": ("wq", "wk", "wv", "wo"), "DistilBERT": ("q_lin", "k_lin", "v_lin", "out_lin"),
+    "ESPnet": ("linear_q", "linear_k", "linear_v", "linear_out"), "ours": ("q", "k", "v", "out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_layers_are_told_by_the_names_of_all_three(scheme: str) -> None:
+    layers = SCHEMES[scheme]
+    model = Parts("up", "down", attention=Parts(*layers))
+    assert found(model) == {f"attention.{name}": part for name, part in zip(layers, ("q", "k", "v", "out"), strict=True)}
+    assert found(Parts("up", attention=Parts(*layers[:2], layers[3]))) == {}    # no values: whatever it is, it is no attention
+
+
+def test_layers_with_all_three_in_one() -> None:
+    fused = nn.Linear(WIDTH, 3 * WIDTH)
+    assert found(Parts(c_attn=fused, c_proj=nn.Linear(WIDTH, WIDTH))) == {"c_attn": "qkv", "c_proj": "out"}    # GPT-2
+    assert found(Parts(query_key_value=fused, dense=nn.Linear(WIDTH, WIDTH))) == {"query_key_value": "qkv", "dense": "out"}    # NeoX
+    assert found(Parts("c_fc", "c_proj")) == {}    # GPT-2's MLP
+
+
+def test_an_output_inside_a_container_or_beside_the_other_three() -> None:
+    diffusers = Parts("to_q", "to_k", "to_v", to_out=nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1)))
+    assert found(diffusers) == {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
+    output = Parts("dense", LayerNorm=nn.LayerNorm(WIDTH))
+    bert = Parts(self=Parts("query", "key", "value"), output=output)
+    layer = Parts(attention=bert, output=Parts("dense"))    # the second output is the MLP's
+    assert found(layer) == {f"attention.self.{n}": p for n, p in (("query", "q"), ("key", "k"), ("value", "v"))} | {
+        "attention.output.dense": "out"
+    }
+
+
+def test_torchs_own_attention() -> None:
+    fused, separate = nn.MultiheadAttention(WIDTH, 2), nn.MultiheadAttention(WIDTH, 2, kdim=3, vdim=5)
+    assert found(fused) == {"in_proj_weight": "qkv", "out_proj": "out"}
+    assert found(separate) == {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v", "out_proj": "out"}
+
+
+def test_selectors_by_part() -> None:
+    model = Parts("up", attention=Parts("q", "k", "v", "out"))
+    entries = list(Inventory(model))
+
+    def names(selector: Any) -> list[str]:
+        return [e.name for e in select(entries, selector)]
+
+    assert names("attention:qk") == ["attention.q.weight", "attention.k.weight"]
+    assert names(["attention:out", "up.bias"]) == ["up.bias", "attention.out.weight"]
+    assert names("attention:all") == [f"attention.{n}.weight" for n in ("q", "k", "v", "out")]
+    assert selector_from_data(selector_to_data("attention:ov")) == "attention:ov"
+    policy = nw.Policy([nw.max_norm(0.1, "attention:qk")])
+    assert nw.Policy.from_yaml(policy.to_yaml()) == policy
+    nw.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), policy)
+    with pytest.raises(PolicyError, match=r"'attention:qv' is no part of an attention\. Did you mean 'qkv'\?"):
+        names("attention:qv")
+    with pytest.raises(PolicyError, match="params='attention:qkv' matches no parameter"):
+        names("attention:qkv")
+
+
+# ------------------------------------------------------------------------------------------------------------- a radius a block
+
+
+def ridge(g: Tensor, damping: float) -> Tensor:
+    """The formula by the singular values, at Frobenius norm 1."""
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    t = s / s.square().mean().sqrt()
+    mapped = (u * (t / (t * t + damping))) @ vh
+    return mapped / mapped.norm()
+
+
+def grads(model: nn.Module, seed: int = 0) -> None:
+    made = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=made, dtype=F64)
+
+
+def test_every_block_of_a_tensor_by_its_own_radius() -> None:
+    model = nn.MultiheadAttention(WIDTH, 2, dtype=F64)
+    row = {"lr": 0.1, "act": "ridge", "damping": 0.2, "scale": "normuon", "radius": (3.0, 1.0, 0.5)}
+    roles = dict.fromkeys(("hidden", "bias"), "plain")
+    optimizer = NormOptimizer(model, {"plain": {}, "row": row}, roles, "plain", {"in_proj_weight": "row"})
+    before = model.in_proj_weight.detach().clone().chunk(3)
+    grads(model)
+    optimizer.step()
+    for w, g, after, radius in zip(before, model.in_proj_weight.grad.chunk(3), model.in_proj_weight.chunk(3), (3, 1, 0.5), strict=True):
+        want = w - 0.1 * radius * 0.2 * math.sqrt(WIDTH * WIDTH) * ridge(g, 0.2)
+        torch.testing.assert_close(after.detach(), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["absolute", "init", "relative"])
+def test_a_tuple_of_equal_radii_is_that_radius(scale: str) -> None:
+    after = []
+    for radius in (0.7, (0.7, 0.7, 0.7)):
+        torch.manual_seed(1)
+        model = nn.MultiheadAttention(WIDTH, 2, bias=False, dtype=F64)
+        row = {"lr": 0.1, "act": "none", "scale": scale, "radius": radius}
+        optimizer = NormOptimizer(model, {"row": row, "out": {"lr": 0.0}}, {"hidden": "row"}, "row", {"out_proj.weight": "out"})
+        for seed in range(3):
+            grads(model, seed)
+            optimizer.step()
+        after.append(model.in_proj_weight.detach())
+    torch.testing.assert_close(*after, rtol=1e-13, atol=1e-13)
+
+
+def test_radii_that_fit_no_blocks_are_refused_before_anything_is_built() -> None:
+    model = nn.MultiheadAttention(WIDTH, 2, bias=False)
+    with pytest.raises(PolicyError, match=r"radius has 2 numbers, one a block, but 'in_proj_weight' has 3 per='matrix'"):
+        NormOptimizer(model, {"row": {"scale": "init", "radius": (1.0, 2.0)}}, {"hidden": "row"}, "row")
+    for wrong in ((1.0, -1.0), (), (1.0, "2")):
+        with pytest.raises(ValueError, match="radius="):
+            NormOptimizer(model, {"row": {"radius": wrong}}, {"hidden": "row"}, "row")
+    optimizer = NormOptimizer(nn.Linear(2, 2, bias=False), {"row": {"scale": "init"}}, {"head": "row"}, "row")
+    optimizer.param_groups[0]["radius"] = (1.0, 2.0)    # changed later: refused by the step, which changes nothing
+    weight = optimizer.param_groups[0]["params"][0]
+    weight.grad, before = torch.ones(2, 2), weight.detach().clone()
+    with pytest.raises(PolicyError, match="radius has 2 numbers"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the preset
+
+
+class Separate(nn.Module):
+    """torch's attention with a weight for each of q, k and v."""
+
+    def __init__(self, like: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH, bias=False, dtype=F64) for _ in range(4))
+        with torch.no_grad():
+            for layer, w in zip((self.q, self.k, self.v), like.in_proj_weight.chunk(3), strict=True):
+                layer.weight.copy_(w)
+            self.out.weight.copy_(like.out_proj.weight)
+
+    def weights(self) -> Tensor:
+        return torch.cat([self.q.weight, self.k.weight, self.v.weight]).detach()
+
+
+class Model(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.up, self.head = attention, nn.Linear(WIDTH, WIDTH, dtype=F64), nn.Linear(WIDTH, 2, dtype=F64)
+
+
+def test_q_k_and_v_in_one_tensor_step_as_three_do() -> None:
+    torch.manual_seed(2)
+    fused = nn.MultiheadAttention(WIDTH, 2, bias=False, dtype=F64)
+    models = [Model(fused), Model(Separate(fused))]
+    optimizers = [Ridge(m, 0.05, qk=3.0, ov=0.5) for m in models]
+    for seed in range(4):
+        made = torch.Generator().manual_seed(seed)
+        qkv, out = torch.randn(3 * WIDTH, WIDTH, generator=made, dtype=F64), torch.randn(WIDTH, WIDTH, generator=made, dtype=F64)
+        fused.in_proj_weight.grad, fused.out_proj.weight.grad = qkv, out
+        apart: Any = models[1].attention
+        apart.q.weight.grad, apart.k.weight.grad, apart.v.weight.grad = qkv.chunk(3)
+        apart.out.weight.grad = out
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(fused.in_proj_weight.detach(), apart.weights(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused.out_proj.weight, apart.out.weight, rtol=1e-12, atol=1e-12)
+
+
+def test_circuits_and_heads_have_their_factors_and_everything_else_has_none() -> None:
+    torch.manual_seed(3)
+    model = Model(Separate(nn.MultiheadAttention(WIDTH, 2, dtype=F64)))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    moved: dict[str, list[Tensor]] = {}
+    for factors in ({}, {"qk": 3.0, "ov": 0.5, "head": 2.0}):
+        model.load_state_dict(before)
+        optimizer = Ridge(model, 0.05, weight_decay=0.0, adamw={"weight_decay": 0.0}, **factors)
+        grads(model)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            moved.setdefault(name, []).append(p.detach() - before[name])
+    times = {"q": 3.0, "k": 3.0, "v": 0.5, "out": 0.5}
+    for name, (plain, scaled) in moved.items():
+        factor = 2.0 if name == "head.weight" else times.get(name.split(".")[1], 1.0)
+        torch.testing.assert_close(scaled, factor * plain, rtol=1e-9, atol=1e-12)
+        assert plain.norm() > 0
+    of = optimizer.routing.of    # type: ignore[union-attr]
+    assert (of["attention.q.weight"], of["attention.v.weight"], of["head.weight"]) == ("ridge_qk", "ridge_ov", "adamw_head")
+    assert "normuon x 3.0" in str(optimizer.routing)
+
+
+def test_the_users_own_word_wins_and_what_is_no_attention_is_as_ever() -> None:
+    model = Model(Separate(nn.MultiheadAttention(WIDTH, 2, dtype=F64)))
+    routing = Ridge(model, qk=3.0, override={"*.q.weight": "adamw", "role:hidden": "ridge"}).routing
+    assert routing is not None and {routing.of[f"attention.{n}.weight"] for n in "qkv"} == {"ridge"}
+    plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    assert Ridge(plain, qk=3.0, ov=0.5).state_dict() == Ridge(plain).state_dict()
+    frozen = Model(nn.MultiheadAttention(WIDTH, 2, dtype=F64)).requires_grad_(False)
+    frozen.up.requires_grad_(True)
+    Ridge(frozen, qk=3.0)
+
+
+def test_a_stack_that_is_not_one_matrix_each_takes_the_plain_step() -> None:
+    model = Model(nn.MultiheadAttention(WIDTH, 2, dtype=F64))
+    of = Ridge(model, qk=3.0, ov=0.5, per="tensor").routing.of    # type: ignore[union-attr]
+    assert (of["attention.in_proj_weight"], of["attention.out_proj.weight"]) == ("ridge", "ridge_ov")
+    assert Ridge(model, ov=3.0).routing.of["attention.in_proj_weight"] == "ridge_qkv"    # type: ignore[union-attr]
+
+    class Stacked(nn.Linear):
+        """A user's own layer, with its axes stated."""
+
+    one = Model(Parts(c_attn=Stacked(WIDTH, 3 * WIDTH, dtype=F64), c_proj=nn.Linear(WIDTH, WIDTH, dtype=F64)))
+    assert Ridge(one, qk=3.0, ov=0.5).routing.of["attention.c_attn.weight"] == "ridge"    # type: ignore[union-attr]
+    register_layout(Stacked, lambda m, name, t: nw.Layout("soi", (3, WIDTH, WIDTH)) if t.ndim == 2 else None)
+    assert Ridge(one, qk=3.0, ov=0.5).routing.of["attention.c_attn.weight"] == "ridge_qkv"    # type: ignore[union-attr]
+
+
+def test_factors_that_mean_nothing_are_refused() -> None:
+    model = Model(nn.MultiheadAttention(WIDTH, 2, dtype=F64))
+    with pytest.raises(ValueError, match=r"Ridge has qk=-1\.0, and needs a finite number >= 0"):
+        Ridge(model, qk=-1.0)
+    with pytest.raises(PolicyError, match=r"head= is about roles, which only a module tells"):
+        Ridge(model.parameters(), head=3.0)
+    with pytest.raises(PolicyError, match="which qk= and ov= cannot multiply"):
+        Ridge(model, qk=3.0, radius=(1.0, 1.0, 1.0))
+
+
+def test_a_run_with_a_radius_a_block_goes_on_where_it_was() -> None:
+    torch.manual_seed(4)
+    model = Model(nn.MultiheadAttention(WIDTH, 2, dtype=F64))
+    optimizer = Ridge(model, qk=3.0, ov=0.5, head=2.0)
+    grads(model, 0)
+    optimizer.step()
+    weights, state = {n: p.detach().clone() for n, p in model.named_parameters()}, copy.deepcopy(optimizer.state_dict())
+    grads(model, 1)
+    optimizer.step()
+    want = [p.detach().clone() for p in model.parameters()]
+    model.load_state_dict(weights)
+    again = Ridge(model, qk=3.0, ov=0.5, head=2.0)
+    again.load_state_dict(state)
+    grads(model, 1)
+    again.step()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), want, strict=True))
