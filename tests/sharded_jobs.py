@@ -221,6 +221,22 @@ def preset(name: str, place: str, dtype: str, polar: str, policy: bool = False) 
     return faults
 
 
+def radii() -> list[str]:
+    """A radius for each unit of a split matrix, against the same on a whole one."""
+    faults, each = [], tuple(0.1 * k for k in range(12))
+    for place, put in PLACES(dist.get_world_size()).items():
+        whole, split = net(torch.float64), put(net(torch.float64))
+        for model in (whole, split):
+            optimizer = nw.optim.NormalizedSGD(model, 0.1, per="unit", override={"even.weight": each})
+            for step in range(3):
+                _give(model, step, torch.float64)
+                optimizer.step()
+        for (n, p), q in zip(split.named_parameters(), whole.parameters(), strict=True):
+            if not torch.allclose(p.full_tensor() if isinstance(p, DTensor) else p, q, rtol=1e-12, atol=1e-12):
+                faults.append(f"{place}: {n}")
+    return faults
+
+
 def _too_many(collectives: int, optimizer: nw.optim.NormOptimizer) -> list[str]:
     """Two a bucket of whole blocks; and of all norms of all rows together one small one before the step and one after. NorMuon's second
     norm is of what its first has divided."""

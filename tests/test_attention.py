@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import normwise as nw
 from normwise.errors import PolicyError
-from normwise.layouts import register_layout
-from normwise.optim import NormOptimizer, Ridge
+from normwise.optim import AdamW, Muon, NormOptimizer, Ridge
 from normwise.policy.inventory import Inventory
 from normwise.policy.select import select, selector_from_data, selector_to_data
 
@@ -184,7 +184,10 @@ def test_q_k_and_v_in_one_tensor_step_as_three_do() -> None:
     torch.manual_seed(2)
     fused = nn.MultiheadAttention(WIDTH, 2, bias=False, dtype=F64)
     models = [Model(fused), Model(Separate(fused))]
-    optimizers = [Ridge(m, 0.05, qk=3.0, ov=0.5) for m in models]
+    overrides: list[dict[Any, Any]] = [
+        {"attention:qkv": (3.0, 3.0, 0.5), "attention:out": 0.5}, {"attention:qk": 3.0, "attention:ov": 0.5},
+    ]    # fmt: skip
+    optimizers = [Ridge(m, 0.05, override=o) for m, o in zip(models, overrides, strict=True)]
     for seed in range(4):
         made = torch.Generator().manual_seed(seed)
         qkv, out = torch.randn(3 * WIDTH, WIDTH, generator=made, dtype=F64), torch.randn(WIDTH, WIDTH, generator=made, dtype=F64)
@@ -198,68 +201,76 @@ def test_q_k_and_v_in_one_tensor_step_as_three_do() -> None:
     torch.testing.assert_close(fused.out_proj.weight, apart.out.weight, rtol=1e-12, atol=1e-12)
 
 
-def test_circuits_and_heads_have_their_factors_and_everything_else_has_none() -> None:
+@pytest.mark.parametrize("preset", [Ridge, Muon, AdamW])
+def test_what_is_multiplied_steps_that_much_further_and_decays_the_same(preset: Any) -> None:
     torch.manual_seed(3)
     model = Model(Separate(nn.MultiheadAttention(WIDTH, 2, dtype=F64)))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     moved: dict[str, list[Tensor]] = {}
-    for factors in ({}, {"qk": 3.0, "ov": 0.5, "head": 2.0}):
-        model.load_state_dict(before)
-        optimizer = Ridge(model, 0.05, weight_decay=0.0, adamw={"weight_decay": 0.0}, **factors)
-        grads(model)
-        optimizer.step()
-        for name, p in model.named_parameters():
-            moved.setdefault(name, []).append(p.detach() - before[name])
-    times = {"q": 3.0, "k": 3.0, "v": 0.5, "out": 0.5}
-    for name, (plain, scaled) in moved.items():
-        factor = 2.0 if name == "head.weight" else times.get(name.split(".")[1], 1.0)
-        torch.testing.assert_close(scaled, factor * plain, rtol=1e-9, atol=1e-12)
+    override = {"attention:qk": 3.0, "attention:ov": 0.5, "head.weight": 2.0, "attention:k": 2.0}    # keys: 3 times 2
+    for decay in (0.0, 0.3):
+        for given in (None, override):
+            model.load_state_dict(before)
+            optimizer = preset(model, 0.05, weight_decay=decay, override=given)
+            grads(model)
+            optimizer.step()
+            for name, p in model.named_parameters():
+                lr = next(g["lr"] for g in optimizer.param_groups if name in g["param_names"])
+                decayed = 1 - lr * next(g["weight_decay"] for g in optimizer.param_groups if name in g["param_names"])
+                moved.setdefault(name, []).append(p.detach() - decayed * before[name])
+    times = {"attention.q": 3.0, "attention.k": 6.0, "attention.v": 0.5, "attention.out": 0.5, "head": 2.0}
+    for name, (plain, scaled, plain_decayed, scaled_decayed) in moved.items():
+        factor = times.get(name.removesuffix(".weight"), 1.0) if name.endswith("weight") else 1.0
         assert plain.norm() > 0
-    of = optimizer.routing.of    # type: ignore[union-attr]
-    assert (of["attention.q.weight"], of["attention.v.weight"], of["head.weight"]) == ("ridge_qk", "ridge_ov", "adamw_head")
-    assert "normuon x 3.0" in str(optimizer.routing)
+        torch.testing.assert_close(scaled, factor * plain, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(plain_decayed, plain, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(scaled_decayed, factor * plain, rtol=1e-9, atol=1e-12)
 
 
-def test_the_users_own_word_wins_and_what_is_no_attention_is_as_ever() -> None:
+def test_the_routing_shows_what_is_multiplied() -> None:
     model = Model(Separate(nn.MultiheadAttention(WIDTH, 2, dtype=F64)))
-    routing = Ridge(model, qk=3.0, override={"*.q.weight": "adamw", "role:hidden": "ridge"}).routing
-    assert routing is not None and {routing.of[f"attention.{n}.weight"] for n in "qkv"} == {"ridge"}
-    plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    assert Ridge(plain, qk=3.0, ov=0.5).state_dict() == Ridge(plain).state_dict()
-    frozen = Model(nn.MultiheadAttention(WIDTH, 2, dtype=F64)).requires_grad_(False)
-    frozen.up.requires_grad_(True)
-    Ridge(frozen, qk=3.0)
-
-
-def test_a_stack_that_is_not_one_matrix_each_takes_the_plain_step() -> None:
-    model = Model(nn.MultiheadAttention(WIDTH, 2, dtype=F64))
-    of = Ridge(model, qk=3.0, ov=0.5, per="tensor").routing.of    # type: ignore[union-attr]
-    assert (of["attention.in_proj_weight"], of["attention.out_proj.weight"]) == ("ridge", "ridge_ov")
-    assert Ridge(model, ov=3.0).routing.of["attention.in_proj_weight"] == "ridge_qkv"    # type: ignore[union-attr]
-
-    class Stacked(nn.Linear):
-        """A user's own layer, with its axes stated."""
-
-    one = Model(Parts(c_attn=Stacked(WIDTH, 3 * WIDTH, dtype=F64), c_proj=nn.Linear(WIDTH, WIDTH, dtype=F64)))
-    assert Ridge(one, qk=3.0, ov=0.5).routing.of["attention.c_attn.weight"] == "ridge"    # type: ignore[union-attr]
-    register_layout(Stacked, lambda m, name, t: nw.Layout("soi", (3, WIDTH, WIDTH)) if t.ndim == 2 else None)
-    assert Ridge(one, qk=3.0, ov=0.5).routing.of["attention.c_attn.weight"] == "ridge_qkv"    # type: ignore[union-attr]
+    routing = Ridge(model, override={"attention:qk": 3.0, "role:head": 2.0, "*.q.weight": "ridge"}).routing
+    assert routing is not None and "normuon x 3.0" in str(routing)
+    rows = {n: routing.of[n] for n in ("attention.q.weight", "attention.k.weight", "attention.v.weight", "head.weight")}
+    assert list(rows.values()) == ["ridge", "ridge x 3.0", "ridge", "adamw x 2.0"]
 
 
 def test_factors_that_mean_nothing_are_refused() -> None:
     model = Model(nn.MultiheadAttention(WIDTH, 2, dtype=F64))
-    with pytest.raises(ValueError, match=r"Ridge has qk=-1\.0, and needs a finite number >= 0"):
-        Ridge(model, qk=-1.0)
-    with pytest.raises(PolicyError, match=r"head= is about roles, which only a module tells"):
-        Ridge(model.parameters(), head=3.0)
-    with pytest.raises(PolicyError, match="which qk= and ov= cannot multiply"):
-        Ridge(model, qk=3.0, radius=(1.0, 1.0, 1.0))
+    for wrong in (-1.0, True, None, (3.0, "1", 1.0), ()):
+        with pytest.raises(ValueError, match=r"override of 'attention:qkv' has radius=.*a finite number >= 0"):
+            Ridge(model, override={"attention:qkv": wrong})
+    with pytest.raises(PolicyError, match=r"radius has 3 numbers, one a block, but 'up.weight' has 1"):
+        Ridge(model, override={"up.weight": (3.0, 3.0, 0.5)})
+    with pytest.raises(PolicyError, match=r"whose row 'ridge x \(3.0, 3.0, 0.5\)' has a radius for each block already"):
+        Ridge(model, override={"attention:qkv": (3.0, 3.0, 0.5), "role:hidden": 2.0})
+    with pytest.raises(PolicyError, match="params='attention:qk' matches no parameter"):
+        Ridge(model, override={"attention:qk": 3.0})
+
+
+def test_looking_for_an_attention_changes_no_layer() -> None:
+    """A parametrized weight is computed when it is read, and spectral normalisation then moves its vectors."""
+    model = Parts(attention=Parts("q", "k", "v", "out"))
+    for layer in (model.attention.q, model.attention.out):
+        nn.utils.parametrizations.spectral_norm(layer)
+    before = copy.deepcopy(model.state_dict())
+    entries = {e.name: e.attention for e in Inventory(model)}
+    assert entries["attention.q.parametrizations.weight.original"] == "q"
+    assert entries["attention.out.parametrizations.weight.original"] == "out" and entries["attention.k.weight"] == "k"
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_wrappers_hide_nothing() -> None:
+    model = Parts(attention=Parts("q", "k", "v", "out"))
+    model.attention = torch.compile(model.attention)
+    model.attention._orig_mod.out = checkpoint_wrapper(model.attention._orig_mod.out)
+    assert found(nn.DataParallel(model)) == {f"attention.{n}": n for n in ("q", "k", "v", "out")}
 
 
 def test_a_run_with_a_radius_a_block_goes_on_where_it_was() -> None:
     torch.manual_seed(4)
     model = Model(nn.MultiheadAttention(WIDTH, 2, dtype=F64))
-    optimizer = Ridge(model, qk=3.0, ov=0.5, head=2.0)
+    optimizer = Ridge(model, override={"attention:qkv": (3.0, 3.0, 0.5), "role:head": 2.0})
     grads(model, 0)
     optimizer.step()
     weights, state = {n: p.detach().clone() for n, p in model.named_parameters()}, copy.deepcopy(optimizer.state_dict())
@@ -267,7 +278,7 @@ def test_a_run_with_a_radius_a_block_goes_on_where_it_was() -> None:
     optimizer.step()
     want = [p.detach().clone() for p in model.parameters()]
     model.load_state_dict(weights)
-    again = Ridge(model, qk=3.0, ov=0.5, head=2.0)
+    again = Ridge(model, override={"attention:qkv": (3.0, 3.0, 0.5), "role:head": 2.0})
     again.load_state_dict(state)
     grads(model, 1)
     again.step()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from normwise.engine.sharded.ahead import align
 from normwise.errors import PolicyError
 from normwise.narrow import NOISE
-from normwise.optim.parts import DEFAULTS, STATE, Row, check_row
+from normwise.optim.parts import DEFAULTS, STATE, Radius, Row, check_row
 from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, members
 from normwise.optim.routing import Routing, route
 from normwise.optim.step import Update, step_group, together
@@ -35,7 +35,8 @@ class NormOptimizer(Optimizer):
         rows: name -> row of parts.
         roles: role -> name of a row, for a module.
         main: the row of parameters given without a module.
-        override: selector -> name of a row (or a row): what the user routes by hand, before roles.
+        override: selector -> what the user routes by hand, before roles: the name of a row; a row; or a number, which multiplies the radius
+            of the rows that these parameters take otherwise, and so their steps (a tuple: block by block, as (3.0, 3.0, 0.5) for q, k, v).
         policy: rules that run inside the step; those on updates need no snapshot of the weights then. Their state is in ``state_dict()``.
 
     A real ``torch.optim.Optimizer``: groups, per-group options, closures, schedulers, state round trips, hooks. ``.grad`` is never written,
@@ -55,7 +56,7 @@ class NormOptimizer(Optimizer):
         rows: Mapping[str, Row],
         roles: Mapping[str, str],
         main: str,
-        override: Mapping[Any, str | Row] | None = None,
+        override: Mapping[Any, str | Row | Radius] | None = None,
         policy: Any = None,
     ) -> None:
         complete = {name: {**DEFAULTS, **row} for name, row in rows.items()}

@@ -7,7 +7,7 @@ apply → hold → rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from normwise.norms import Norm, get_norm
 from normwise.norms.linalg import METHODS
 
 Row = dict[str, Any]
+Radius = float | Sequence[float]
 
 CHOICES: dict[str, dict[str, str]] = {
     "direction": {
@@ -103,23 +104,22 @@ def _word(row: Mapping[str, Any], column: str, allowed: Collection[str], name: s
 
 def _check_numbers(row: Mapping[str, Any], name: str) -> None:
     for column in ("lr", "eps", "weight_decay", "trust", "limit", "damping"):
-        check_number(row[column], column, name)
-    for radius in row["radius"] if isinstance(row["radius"], tuple | list) and row["radius"] else [row["radius"]]:
-        check_number(radius, "radius", name)
+        _number(row[column], column, name)
+    for radius in row["radius"] if apart(row) and row["radius"] else [row["radius"]]:
+        _number(radius, "radius", name)
     if row["act"] == "ridge" and not row["damping"]:
         raise ValueError(f"{name} has act='ridge' and damping=0, and needs a damping > 0: 0.03 is the default.")
     for column in ("momentum", "row_beta", "velocity"):
-        check_number(row[column], column, name, 1.0)
+        _number(row[column], column, name, 1.0)
     if not isinstance(row["betas"], tuple | list) or len(row["betas"]) != 2:
         raise ValueError(f"{name} has betas={row['betas']!r}, and needs two numbers in [0, 1).")
     for beta in row["betas"]:
-        check_number(beta, "betas", name, 1.0)
+        _number(beta, "betas", name, 1.0)
     if type(row["seed"]) is not int or not 0 <= row["seed"] < 2**32:
         raise ValueError(f"{name} has seed={row['seed']!r}, and needs an integer from 0 to 2**32 - 1.")
 
 
-def check_number(value: Any, column: str, name: str, below: float = math.inf) -> None:
-    """Refuses what is no number in [0, below)."""
+def _number(value: Any, column: str, name: str, below: float = math.inf) -> None:
     single = isinstance(value, Tensor) and value.numel() == 1
     number = float(value) if single or (isinstance(value, int | float) and not isinstance(value, bool)) else math.nan
     if not 0 <= number < below:
@@ -137,8 +137,12 @@ def needs_matrices(row: Mapping[str, Any]) -> bool:
 def acts_on_blocks(row: Mapping[str, Any]) -> bool:
     """Whether a step of the group needs blocks at all; a row of elementwise parts takes tensors of any shapes together."""
     holds = row["hold"] not in ("none", "frank_wolfe")
-    apart = isinstance(row["radius"], tuple | list)
-    return row["act"] != "none" or row["scale"] != "absolute" or holds or row["row_beta"] > 0 or apart
+    return row["act"] != "none" or row["scale"] != "absolute" or holds or row["row_beta"] > 0 or apart(row)
+
+
+def apart(row: Mapping[str, Any]) -> bool:
+    """Whether each block of a tensor has a radius of its own."""
+    return isinstance(row["radius"], tuple | list)
 
 
 def stores_radius(row: Mapping[str, Any]) -> bool:

@@ -18,8 +18,8 @@ from normwise.errors import LayoutError, PolicyError
 from normwise.layouts import BlockView, Layout, block_view
 from normwise.narrow import CARRY, NOISE, memory, rounds
 from normwise.norms import L2, Norm, get_norm
-from normwise.norms.reduce import compute_dtype
-from normwise.optim.parts import STATE, acts_on_blocks, needs_matrices, stores_radius
+from normwise.norms.reduce import compute_dtype, wide
+from normwise.optim.parts import STATE, acts_on_blocks, apart, needs_matrices, stores_radius
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
@@ -27,7 +27,7 @@ States = MutableMapping[Tensor, State]
 
 LAYOUTS = "layouts"
 """The group's key that keeps the axes of its parameters, as plain data, in their order."""
-PARTS = ("direction", "act", "norm", "per", "scale", "radius", "hold", "rounding")
+PARTS = ("direction", "act", "norm", "per", "scale", "hold", "rounding")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE_STATE = ("radius", "row_squares", CARRY, NOISE)
 """State in a dtype of its own; torch's ``load_state_dict`` would round it to the parameter's."""
@@ -35,10 +35,11 @@ WIDE_STATE = ("radius", "row_squares", CARRY, NOISE)
 
 @dataclass(eq=False)
 class Part:
-    """A pack with the states of its members."""
+    """A pack with the states of its members, and the radius of each block ``(members · count,)`` where they are not all one."""
 
     pack: Pack
     states: list[State]
+    radii: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -71,7 +72,8 @@ def same(a: Sequence[object], b: Sequence[object]) -> bool:
 def _built_for(group: Group, present: list[Tensor]) -> tuple[Any, ...]:
     parts = tuple([group[column] for column in PARTS])
     kinds = [(p.dtype, p.device) for p in present]
-    return *parts, group["velocity"] > 0, group["row_beta"] > 0, id(group[LAYOUTS]), kinds
+    radii = tuple(group["radius"]) if apart(group) else None    # one number for all may change at every step
+    return *parts, radii, group["velocity"] > 0, group["row_beta"] > 0, id(group[LAYOUTS]), kinds
 
 
 def build(group: Group, present: Sequence[int], state: States) -> Plan:
@@ -81,7 +83,7 @@ def build(group: Group, present: Sequence[int], state: States) -> Plan:
     """
     packs = _packs(group, members(group, present))
     radii = _radii(packs, group, state)
-    parts = [Part(p, [_ready(state[t], t, p, group) for t in p.params]) for p in packs]
+    parts = [Part(p, [_ready(state[t], t, p, group) for t in p.params], _radius_each(p, group)) for p in packs]
     for k, p in enumerate(p for part in packs for p in part.params):
         _remember(state[p], p, group, 4096 * len(state) + k)
     for p, radius in radii:
@@ -127,10 +129,9 @@ def members(group: Group, indices: Iterable[int]) -> list[Member]:
 
 
 def _check_radii(group: Group, count: int, name: str) -> None:
-    radii = group["radius"]
-    if isinstance(radii, tuple | list) and len(radii) != count:
+    if apart(group) and len(group["radius"]) != count:
         raise PolicyError(
-            f"radius has {len(radii)} numbers, one a block, but {name!r} has {count} per={group['per']!r}: give as many, or one "
+            f"radius has {len(group['radius'])} numbers, one a block, but {name!r} has {count} per={group['per']!r}: give as many, or one "
             "number for all."
         )
 
@@ -212,6 +213,14 @@ def _ready(state: State, p: Tensor, part: Pack, group: Group) -> State:
         # Where torch's fused kernel wants it: on the device; on the CPU reading it is free anyway.
         state["step"] = state["step"].to(p.device) if "step" in state else torch.zeros((), dtype=torch.float32, device=p.device)
     return state
+
+
+def _radius_each(part: Pack, group: Group) -> Tensor | None:
+    """Put on the device here, once: a step must not wait for a copy."""
+    if not apart(group):
+        return None
+    device = part.params[0].device
+    return torch.tensor([float(r) for r in group["radius"]], dtype=wide(device), device=device).repeat(len(part.members))
 
 
 def _remember(state: State, p: Tensor, group: Group, number: int) -> None:

@@ -1,26 +1,23 @@
 """Named methods: each is rows of parts and a routing of roles, with its source. None is a class of its own.
 
 Every preset takes, beside what its signature names, any column of its main row by keyword (``maximize=True``, ``per="head"``,
-``hold="ball", limit=3.0``; see ``normwise.optim.CHOICES``), ``override=`` (selector -> row or a row's name) and ``policy=`` (rules that run
-inside the step).
+``hold="ball", limit=3.0``; see ``normwise.optim.CHOICES``), ``override=`` (selector -> row, a row's name, or a number that multiplies the
+step) and ``policy=`` (rules that run inside the step).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
 from normwise.optim.optimizer import NormOptimizer
-from normwise.optim.parts import DEFAULTS, Row, check_number, check_row
-from normwise.policy.attention import GROUPS
-from normwise.policy.inventory import Entry, Inventory
+from normwise.optim.parts import DEFAULTS, Radius, Row, check_row
 
 Params = nn.Module | Iterable[Any]
-Override = Mapping[Any, str | Row] | None
+Override = Mapping[Any, str | Row | Radius] | None
 MATRICES = ("hidden", "conv", "recurrent")
 """What the matrix methods take; embeddings, heads, biases, gains and bare parameters go to AdamW, as their authors do."""
 UNDECAYED = ("bias", "gain")
@@ -40,50 +37,15 @@ def _single(params: Params, name: str, row: Row, override: Override, policy: Any
 
 
 def _beside_adamw(
-    params: Params, name: str, row: Row, adamw: Row | None, override: Override, policy: Any, recurrent: Row | None = None,
-    head: float = 1.0, attention: Mapping[str, Row] | None = None,
-) -> NormOptimizer:  # fmt: skip
-    """``row`` for matrices, AdamW for the rest: with the same decay, but none of biases and gains.
-
-    recurrent: the row of gates, where there is one. head: the rate of heads, relative to the rest's. attention: rows by :func:`_circuit`.
-    """
+    params: Params, name: str, row: Row, adamw: Row | None, override: Override, policy: Any, recurrent: Row | None = None
+) -> NormOptimizer:
+    """``row`` for matrices (``recurrent`` for gates, where there is one), AdamW for the rest: with the same decay, but none of biases
+    and gains."""
     rest = {**adamw_row(3e-4, (0.9, 0.95), weight_decay=row.get("weight_decay", 0.0)), **(adamw or {})}
-    others = {} if recurrent is None else {"recurrent": recurrent}
-    rows = {name: row, **{f"{name}_{kind}": other for kind, other in {**others, **(attention or {})}.items()}}
-    rows |= {"adamw": rest, "adamw_undecayed": {**rest, "weight_decay": 0.0}}
-    roles = {role: "adamw_undecayed" if role in UNDECAYED else "adamw" for role in ROLES} | dict.fromkeys(MATRICES, name)
-    roles |= {kind: f"{name}_{kind}" for kind in others}
-    if head != 1:
-        rows["adamw_head"], roles["head"] = {**rest, "lr": float(rest["lr"]) * head}, "adamw_head"
-    inside = {partial(_in_circuit, circuit): f"{name}_{circuit}" for circuit in attention or {}}
-    return NormOptimizer(params, rows, roles, name, {**inside, **(override or {})}, policy)
-
-
-def _circuit(entry: Entry) -> str:
-    """``"qk"``, ``"ov"``, ``"qkv"`` of one tensor with all three stacked, or nothing."""
-    if entry.role != "hidden":
-        return ""
-    if entry.attention == "qkv":
-        return "qkv" if entry.layout.size("s") == 3 else ""
-    return next((circuit for circuit in ("qk", "ov") if entry.attention in GROUPS[circuit]), "")
-
-
-def _in_circuit(circuit: str, entry: Entry) -> bool:
-    return _circuit(entry) == circuit
-
-
-def _attention(model: Any, row: Row, qk: float, ov: float) -> dict[str, Row]:
-    """``row`` with another radius for each circuit that the model has."""
-    if qk == ov == 1:
-        return {}
-    radius = row.get("radius", 1.0)
-    if isinstance(radius, tuple | list):
-        raise PolicyError(f"radius is {radius!r}, which qk= and ov= cannot multiply: give one number, or neither qk nor ov.")
-    radii = {"qk": radius * qk, "ov": radius * ov, "qkv": (radius * qk, radius * qk, radius * ov)}
-    if row.get("per", "matrix") != "matrix":
-        del radii["qkv"]
-    present = {_circuit(entry) for entry in Inventory(model) if entry.param.requires_grad}
-    return {circuit: {**row, "radius": its} for circuit, its in radii.items() if circuit in present}
+    gates = name if recurrent is None else f"{name}_recurrent"
+    rows = {name: row, gates: recurrent or row, "adamw": rest, "adamw_undecayed": {**rest, "weight_decay": 0.0}}
+    others = {role: "adamw_undecayed" if role in UNDECAYED else "adamw" for role in ROLES}
+    return NormOptimizer(params, rows, {**others, **dict.fromkeys(MATRICES, name), "recurrent": gates}, name, override, policy)
 
 
 def _direction(momentum: float, nesterov: bool) -> str:
@@ -249,10 +211,9 @@ def MuonH(
 
 def Ridge(
     params: Params, lr: float = 0.02, *, momentum: float = 0.8, nesterov: bool = True, damping: float = 0.03,
-    qk: float = 1.0, ov: float = 1.0, head: float = 1.0,
     recurrent: Row | None = None, adamw: Row | None = None, override: Override = None, policy: Any = None, **columns: Any,
 ) -> NormOptimizer:  # fmt: skip
-    """Momentum through its damped pseudo-inverse: w ← (1 − ηλ)w − η·ρ·0.2·√(d_out·d_in)·u/‖u‖, u = (y·yᵀ + δ)⁻¹·y of the scaled momentum y.
+    """Momentum through its damped pseudo-inverse: w ← (1 − ηλ)w − η·0.2·√(d_out·d_in)·u/‖u‖, u = (y·yᵀ + δ)⁻¹·y of the scaled momentum y.
 
     As Muon, for hidden matrices, convolutions and gates; but small singular values of the momentum come out larger than its largest
     ones, instead of equal to them, and tiny ones stay tiny. An inverse by Cholesky takes the place of an iteration, at about its price.
@@ -262,10 +223,6 @@ def Ridge(
         lr: of the matrices; the root mean square of an update is 0.2·lr, as AdamW's is about, whatever the shape.
         momentum: shorter than Muon's 0.95; docs/results.md has both.
         damping: δ, relative to the mean squared singular value. Larger is nearer to momentum itself, and safer where it is noise.
-        qk, ov: ρ of an attention's queries and keys, and of its values and output; 1 is the step of every other matrix, and so is 1 the
-            default. In the tensor of ``nn.MultiheadAttention`` q, k and v have each their own. Which layers these are, selectors
-            ``"attention:qk"`` and ``"attention:ov"`` say; a Linear with q, k and v in one is one matrix, and takes the plain step.
-        head: the learning rate of heads, relative to the rest's.
         recurrent: columns of the gates' row, over the main row's with momentum 0.9 and ten times its damping.
         adamw: columns of the rest's row, over 0.4·lr, betas (0.9, 0.99); biases and gains are not decayed.
         columns: ``weight_decay`` (0.3, of matrices; the rest has 0.1); every other one of the main row.
@@ -275,13 +232,9 @@ def Ridge(
         "weight_decay": 0.3, **columns,
     }  # fmt: skip
     check_row({**DEFAULTS, **row}, "the row 'ridge'")    # before anything is reckoned from it
-    for name, value in (("qk", qk), ("ov", ov), ("head", head)):
-        check_number(value, name, "Ridge")
-        if value != 1 and not isinstance(params, nn.Module):
-            raise PolicyError(f"{name}= is about roles, which only a module tells: give the module instead of its tensors.")
     gates = {**row, "momentum": 0.9, "damping": 10 * damping, **(recurrent or {})}
     rest = {"lr": 0.4 * float(lr), "betas": (0.9, 0.99), "weight_decay": 0.1, **(adamw or {})}
-    return _beside_adamw(params, "ridge", row, rest, override, policy, gates, head, _attention(params, row, qk, ov))
+    return _beside_adamw(params, "ridge", row, rest, override, policy, gates)
 
 
 def auto(params: Params, *, override: Override = None, policy: Any = None) -> NormOptimizer:

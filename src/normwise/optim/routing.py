@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
-from normwise.optim.parts import DEFAULTS, Row, check_row
+from normwise.optim.parts import DEFAULTS, Radius, Row, apart, check_row
 from normwise.policy.inventory import Entry, Inventory
 from normwise.policy.select import select
 
@@ -45,8 +45,8 @@ class Routing:
         return e.name, shape, e.role, self.of[e.name], row["direction"], under, row["scale"] + times, hold, f"{float(row['lr']):g}"
 
 
-def route(model: nn.Module, rows: dict[str, Row], roles: Mapping[str, str], override: Mapping[Any, str | Row]) -> Routing:
-    """Assigns every trainable parameter of ``model`` to a row.
+def route(model: nn.Module, rows: dict[str, Row], roles: Mapping[str, str], override: Mapping[Any, str | Row | Radius]) -> Routing:
+    """Assigns every trainable parameter of ``model`` to a row; each override acts on what those before it left.
 
     Raises PolicyError for a row that does not exist, a selector that matches nothing, and parameters that nothing covers, by name.
     """
@@ -56,14 +56,35 @@ def route(model: nn.Module, rows: dict[str, Row], roles: Mapping[str, str], over
     rows = dict(rows)
     of = {e.name: roles[e.role] for e in entries if e.role in roles}
     for i, (selector, wanted) in enumerate(override.items()):
-        name = wanted if isinstance(wanted, str) else f"override {i + 1}"
-        if not isinstance(wanted, str):
-            rows[name] = {**DEFAULTS, **wanted}
-            check_row(rows[name], name)
-        if name not in rows:
-            raise PolicyError(f"override sends {selector!r} to the row {name!r}.{nearest(name, rows)}")
-        of |= {e.name: name for e in select(entries, selector)}
+        names = [e.name for e in select(entries, selector)]
+        if isinstance(wanted, str | Mapping):
+            of |= dict.fromkeys(names, _row(rows, selector, wanted, f"override {i + 1}"))
+        else:
+            of |= {name: _scaled(rows, of[name], selector, wanted) for name in names if name in of}
     missing = [f"{e.name} ({e.role})" for e in entries if e.name not in of]
     if missing:
         raise PolicyError(f"no row covers {', '.join(missing)}: route them by override={{selector: row}}. Rows: {', '.join(rows)}.")
     return Routing(rows, entries, of)
+
+
+def _row(rows: dict[str, Row], selector: Any, wanted: str | Row, new: str) -> str:
+    """The name of the row that an override asks for; a row of the user's own is added as ``new``."""
+    if not isinstance(wanted, str):
+        rows[new] = {**DEFAULTS, **wanted}
+        check_row(rows[new], new)
+        return new
+    if wanted not in rows:
+        raise PolicyError(f"override sends {selector!r} to the row {wanted!r}.{nearest(wanted, rows)}")
+    return wanted
+
+
+def _scaled(rows: dict[str, Row], base: str, selector: Any, factor: Radius) -> str:
+    """The name of the row ``base`` with its radius times ``factor``; added where it is new."""
+    row = rows[base]
+    check_row({**row, "radius": factor}, f"override of {selector!r}")
+    if apart(row):
+        raise PolicyError(f"override multiplies {selector!r}, whose row {base!r} has a radius for each block already: {row['radius']}.")
+    radius = tuple(row["radius"] * f for f in factor) if isinstance(factor, tuple | list) else row["radius"] * factor
+    name = f"{base} x {factor}"
+    rows[name] = {**row, "radius": radius}
+    return name

@@ -20,10 +20,10 @@ from normwise.norms import L2, Norm, Spectral, get_norm
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.forms import Scaled
 from normwise.norms.linalg import polar, ridge_inverse
-from normwise.norms.reduce import up, wide
+from normwise.norms.reduce import up
 from normwise.optim.directions import DIRECTIONS
-from normwise.optim.parts import shape_scale
-from normwise.optim.plan import Plan
+from normwise.optim.parts import apart, shape_scale
+from normwise.optim.plan import Part, Plan
 
 Group = Mapping[str, Any]
 States = Sequence[dict[str, Any]]
@@ -41,10 +41,10 @@ def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> lis
         return []
     for part in plan.parts:
         if not part.pack.sharded:
-            one = Stepping(part.pack, part.states, group, on_update)
+            one = Stepping(part, group, on_update)
             for stage in STAGES:
                 one.take(stage)
-    return [Stepping(part.pack, part.states, group, on_update) for part in plan.parts if part.pack.sharded]
+    return [Stepping(part, group, on_update) for part in plan.parts if part.pack.sharded]
 
 
 def together(going: Sequence[Stepping]) -> None:
@@ -62,18 +62,18 @@ def _is_plain_adamw(group: Group) -> bool:
     if torch.compiler.is_compiling():
         return False
     plain = (group["direction"], group["act"], group["scale"], group["hold"]) == ("adam", "none", "absolute", "none")
-    simple = plain and group["radius"] == 1 and not group["row_beta"] and not group["velocity"]
+    simple = plain and not apart(group) and group["radius"] > 0 and not group["row_beta"] and not group["velocity"]
     return simple and (group["decay"] in ("none", "weight") or not group["weight_decay"])
 
 
 def _fused_adamw(params: list[Tensor], states: States, group: Group) -> None:
-    steps = [s["step"] for s in states]
+    steps, radius = [s["step"] for s in states], group["radius"]
     torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
         list(map(here, params)), [here(p.grad) for p in params if p.grad is not None],
         [here(s["exp_avg"]) for s in states], [here(s["exp_avg_sq"]) for s in states], [], steps,
-        lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
-        weight_decay=group["weight_decay"] if group["decay"] == "weight" else 0.0, eps=group["eps"], amsgrad=False,
+        lr=group["lr"] * radius, beta1=group["betas"][0], beta2=group["betas"][1],
+        weight_decay=group["weight_decay"] / radius if group["decay"] == "weight" else 0.0, eps=group["eps"], amsgrad=False,
         maximize=group["maximize"],
     )  # fmt: skip
 
@@ -85,9 +85,9 @@ STAGES = ("direct", "turn", "divide", "move", "hold")
 class Stepping:
     """One pack on its way through the columns, stage by stage."""
 
-    def __init__(self, part: Pack, states: States, group: Group, on_update: Update | None = None) -> None:
-        self.part, self.group, self.on_update = part, group, on_update
-        self.states = local_states(states) if part.sharded else states
+    def __init__(self, planned: Part, group: Group, on_update: Update | None = None) -> None:
+        self.part, self.radii, self.group, self.on_update = planned.pack, planned.radii, group, on_update
+        self.states: States = local_states(planned.states) if self.part.sharded else planned.states
 
     def take(self, stage: str) -> None:
         """One of ``STAGES``."""
@@ -117,7 +117,7 @@ class Stepping:
         """Scale, decay and step."""
         part, group = self.part, self.group
         lengths = {of: part.measure(L2(), tensors) for of, tensors in self._of_scale().items()}
-        factor = _scale(part, lengths, self.states, group)
+        factor = _scale(part, lengths, self.states, group, self.radii)
         self.before = part.measure(L2(), self.weights) if group["hold"] == "radial_brake" else None
         _apply(part, self.weights, self.update, factor, self.states, group, self.on_update)
 
@@ -217,13 +217,14 @@ def _divide_split_rows(part: SplitPack, update: list[Tensor], states: States, gr
     return _scaled(rows, update, 1 / (torch.stack(running).flatten().sqrt() + group["eps"]))
 
 
-def _scale(part: Pack, lengths: Mapping[str, Tensor], states: States, group: Group) -> float | Tensor:
+def _scale(part: Pack, lengths: Mapping[str, Tensor], states: States, group: Group, radii: Tensor | None) -> float | Tensor:
     """What the update is multiplied by before the learning rate: a number, or one a block ``(members · count,)``.
 
-    lengths: the L2 norms of the blocks of what ``MEASURED`` says.
+    lengths: the L2 norms of the blocks of what ``MEASURED`` says. radii: of each block, where they are not all one.
     """
     scale, shape = group["scale"], part.view.block_shape
-    number = _radius(part, group) * (shape_scale(scale, shape[0], shape[-1], part.view.kernel) if len(shape) == 2 else 1.0)
+    radius = float(group["radius"]) if radii is None else radii
+    number = radius * (shape_scale(scale, shape[0], shape[-1], part.view.kernel) if len(shape) == 2 else 1.0)
     if scale == "normuon":
         return radial_factor(lengths["update"], number)
     if scale == "init":
@@ -231,14 +232,6 @@ def _scale(part: Pack, lengths: Mapping[str, Tensor], states: States, group: Gro
     if scale in ("relative", "lamb", "lars"):
         return _trust(part, lengths, group) * number
     return number
-
-
-def _radius(part: Pack, group: Group) -> float | Tensor:
-    radius = group["radius"]
-    if not isinstance(radius, tuple | list):
-        return float(radius)
-    device = part.params[0].device
-    return torch.tensor([float(r) for r in radius], dtype=wide(device), device=device).repeat(len(part.members))
 
 
 def _trust(part: Pack, lengths: Mapping[str, Tensor], group: Group) -> Tensor:

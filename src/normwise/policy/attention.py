@@ -1,71 +1,71 @@
-"""Which matrices of an attention are its queries, keys, values and output: told by torch's module, otherwise by what siblings are called.
+"""Which matrices of an attention are its queries, keys, values and output: told by the names of siblings, nothing else tells them apart.
 
-Nothing but names tells queries from keys, so a layer counts only where its siblings confirm it: a module has layers for queries, keys and
-values under names in use for them, or one layer for all three.
+A name alone says nothing: a layer counts where there are siblings for queries, keys and values, or one layer for all three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from normwise.policy.names import Site
+
 PARTS = ("q", "k", "v", "out", "qkv")
-GROUPS = {"qk": ("q", "k"), "ov": ("v", "out"), "all": PARTS}
+CIRCUITS = {"qk": ("q", "k"), "ov": ("v", "out"), "all": PARTS}
 """The two circuits of an attention, what it looks at and what it moves (Elhage et al., 2021), and all of it: ``qkv``, q, k and v in one
 tensor, belongs to both and is neither."""
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
-    "q": ("q", "query", "q_proj", "query_proj", "to_q", "wq", "w_q", "q_lin", "q_linear", "linear_q"),
-    "k": ("k", "key", "k_proj", "key_proj", "to_k", "wk", "w_k", "k_lin", "k_linear", "linear_k"),
-    "v": ("v", "value", "v_proj", "value_proj", "to_v", "wv", "w_v", "v_lin", "v_linear", "linear_v"),
-    "out": ("out", "o", "out_proj", "o_proj", "to_out", "proj", "c_proj", "wo", "w_o", "out_lin", "linear_out", "dense", "output"),
-    "qkv": ("qkv", "qkv_proj", "to_qkv", "wqkv", "Wqkv", "c_attn", "in_proj", "query_key_value"),
+    "q": ("q", "query", "q_proj", "query_proj", "to_q", "wq", "w_q", "q_lin", "q_linear", "linear_q", "q_proj_weight"),
+    "k": ("k", "key", "k_proj", "key_proj", "to_k", "wk", "w_k", "k_lin", "k_linear", "linear_k", "k_proj_weight"),
+    "v": ("v", "value", "v_proj", "value_proj", "to_v", "wv", "w_v", "v_lin", "v_linear", "linear_v", "v_proj_weight"),
+    "out": ("out", "o", "out_proj", "o_proj", "to_out", "proj", "c_proj", "wo", "w_o", "out_lin", "linear_out", "dense"),
+    "qkv": ("qkv", "qkv_proj", "to_qkv", "wqkv", "Wqkv", "c_attn", "in_proj", "query_key_value", "in_proj_weight"),
 }
-_TORCHS = {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v", "in_proj_weight": "qkv"}
+"""``..._proj_weight`` are the tensors that ``nn.MultiheadAttention`` holds itself."""
+_SEPARATE = {"q", "k", "v"}
+Layers = Mapping[str, Mapping[str, nn.Parameter]]
+"""The path of a module -> the names of its layers -> their matrices."""
 
 
-def find_attention(model: nn.Module) -> dict[int, str]:
-    """The part of every weight of an attention, by the id of the parameter.
+def find_attention(places: Iterable[Site]) -> dict[int, str]:
+    """The part of every matrix of an attention, by the id of the parameter.
 
-    Found are ``nn.MultiheadAttention``, and modules whose children are called as in GPT-2, BERT, ViT, Llama, T5, diffusers or timm; the
-    output may stand beside the module of the other three, as BERT's does. Only matrices count.
+    Found are ``nn.MultiheadAttention``, and modules whose children are called as in GPT-2, BERT, ViT, Llama, T5, diffusers or timm. The
+    output may lie in a container (``to_out.0`` of diffusers) or beside the module of the other three (``output.dense`` of BERT).
     """
+    layers = _layers(places)
     found: dict[int, str] = {}
-    for module in model.modules():
-        found |= {id(weight): part for part, weight in _weights(module).items() if weight is not None and weight.ndim == 2}
+    for path, named in layers.items():
+        parts = {part: named[name] for part, names in _NAMES.items() for name in names if name in named}
+        if "qkv" in parts or parts.keys() >= _SEPARATE:
+            kept = _SEPARATE if parts.keys() >= _SEPARATE else {"qkv"}
+            outputs = {"out": parts["out"]} if "out" in parts else _output_elsewhere(layers, path)
+            found |= {id(param): part for part, param in ({part: parts[part] for part in kept} | outputs).items()}
     return found
 
 
-def _weights(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The weights that belong to ``module`` as an attention; nothing where it is none."""
-    if isinstance(module, nn.MultiheadAttention):
-        return {part: getattr(module, name, None) for name, part in _TORCHS.items()} | {"out": module.out_proj.weight}
-    found = {part: _weight(_child(module, names)) for part, names in _NAMES.items()}
-    if all(found[part] is not None for part in ("q", "k", "v")):
-        return found
-    if found["qkv"] is not None or _holds_attention(module):
-        return {"qkv": found["qkv"], "out": found["out"]}
+def _layers(places: Iterable[Site]) -> Layers:
+    layers: dict[str, dict[str, nn.Parameter]] = {}
+    for place in places:
+        module, local = place.home
+        name = local.removesuffix("_orig")
+        path = place.name.rpartition(".")[0] if module is place.module else place.name.rpartition(".parametrizations.")[0]
+        if name == "weight":
+            path, _, name = path.rpartition(".")
+        elif not name.endswith("_proj_weight"):
+            continue
+        if place.param.ndim == 2:
+            layers.setdefault(path, {})[name] = place.param
+    return layers
+
+
+def _output_elsewhere(layers: Layers, path: str) -> dict[str, nn.Parameter]:
+    """An output that is no sibling: the only matrix of a sibling container, or BERT's ``output.dense`` beside the module of the others."""
+    above = path.rpartition(".")[0]
+    for place in (*(f"{path}.{name}".lstrip(".") for name in _NAMES["out"]), f"{above}.output".lstrip(".")):
+        inside = layers.get(place, {})
+        if len(inside) == 1:
+            return {"out": next(iter(inside.values()))}
     return {}
-
-
-def _holds_attention(module: nn.Module) -> bool:
-    """BERT's and ViT's way: q, k and v in a child, the output in a sibling of it."""
-    inner = _child(module, ("self", "attention"))
-    weights = {} if inner is None or isinstance(inner, nn.MultiheadAttention) else _weights(inner)
-    return weights.get("q") is not None and weights.get("out") is None
-
-
-def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    return next((child for name in names if (child := module._modules.get(name)) is not None), None)
-
-
-def _weight(layer: nn.Module | None) -> nn.Parameter | None:
-    """The matrix of a layer, or of the only layer in a container such as diffusers' ``to_out`` (a Linear and a Dropout)."""
-    if layer is None:
-        return None
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, nn.Parameter):
-        return weight
-    inside = [w for child in layer.children() if isinstance(w := getattr(child, "weight", None), nn.Parameter) and w.ndim == 2]
-    return inside[0] if len(inside) == 1 else None

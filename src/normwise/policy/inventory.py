@@ -60,7 +60,7 @@ class Inventory:
     def __init__(self, model: nn.Module, roles: Mapping[Any, str] | None = None) -> None:
         places = sites(model)
         heads = find_heads(model, places)
-        attention = find_attention(model)
+        attention = find_attention(places)
         found = tuple(_entry(tied, heads, attention) for tied in group_tied(places))
         self.entries = _override(found, roles or {})
         self.by_name = {name: entry for entry in self.entries for name in entry.names}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
-from normwise.policy import attention
+from normwise.policy.attention import CIRCUITS, PARTS
 from normwise.policy.roles import GROUPS, ROLES
 
 if TYPE_CHECKING:
@@ -108,10 +108,10 @@ def _from_text(text: str) -> Predicate:
     if kind == "re":
         return _predicate(_compiled(rest))
     if kind == "role":
-        roles = _roles(rest)
+        roles = _listed_in(GROUPS, ROLES, text, "role")
         return lambda entry: entry.role in roles
     if kind == "attention":
-        parts = _parts(rest)
+        parts = _listed_in(CIRCUITS, PARTS, text, "part of an attention")
         return lambda entry: entry.attention in parts
     if kind == "class":
         return lambda entry: any(rest in _class_names(cls) for owner in entry.owners for cls in type(owner).__mro__)
@@ -125,19 +125,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise PolicyError(f"'re:{pattern}' is no regular expression: {error}.") from error
 
 
-def _roles(name: str) -> tuple[str, ...]:
-    if name in ROLES:
+def _listed_in(groups: Mapping[str, tuple[str, ...]], singles: tuple[str, ...], text: str, what: str) -> tuple[str, ...]:
+    """What the selector ``text`` names behind its colon: one of ``singles``, or a group of them."""
+    name = text.partition(":")[2]
+    if name in singles:
         return (name,)
-    if name in GROUPS:
-        return GROUPS[name]
-    raise PolicyError(f"'role:{name}' is no role.{nearest(name, (*ROLES, *GROUPS))}")
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    known = {**{part: (part,) for part in attention.PARTS}, **attention.GROUPS}
-    if name not in known:
-        raise PolicyError(f"'attention:{name}' is no part of an attention.{nearest(name, known)}")
-    return known[name]
+    if name in groups:
+        return groups[name]
+    raise PolicyError(f"{text!r} is no {what}.{nearest(name, (*singles, *groups))}")
 
 
 def _class_names(cls: type) -> tuple[str, ...]:
