@@ -242,8 +242,8 @@ def test_factors_that_mean_nothing_are_refused() -> None:
             Ridge(model, override={"attention:qkv": wrong})
     with pytest.raises(PolicyError, match=r"radius has 3 numbers, one a block, but 'up.weight' has 1"):
         Ridge(model, override={"up.weight": (3.0, 3.0, 0.5)})
-    with pytest.raises(PolicyError, match=r"whose row 'ridge x \(3.0, 3.0, 0.5\)' has a radius for each block already"):
-        Ridge(model, override={"attention:qkv": (3.0, 3.0, 0.5), "role:hidden": 2.0})
+    with pytest.raises(PolicyError, match=r"'role:hidden' by 2 numbers, whose row 'ridge x \(3.0, 3.0, 0.5\)' has 3"):
+        Ridge(model, override={"attention:qkv": (3.0, 3.0, 0.5), "role:hidden": (2.0, 1.0)})
     with pytest.raises(PolicyError, match="params='attention:qk' matches no parameter"):
         Ridge(model, override={"attention:qk": 3.0})
 

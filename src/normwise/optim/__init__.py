@@ -4,6 +4,7 @@
 >>> print(optimizer.routing)     # which parameter takes which step
 """
 
+from normwise.optim.factors import role_factors
 from normwise.optim.optimizer import NormOptimizer
 from normwise.optim.parts import CHOICES, DEFAULTS
 from normwise.optim.presets import (
@@ -27,4 +28,5 @@ from normwise.optim.presets import (
 __all__ = [
     "CHOICES", "DEFAULTS", "LAMB", "LARS", "PRESETS", "SGD", "AdamH", "AdamW", "Lion", "Muon", "MuonH", "NorMuon", "NormOptimizer",
     "NormalizedSGD", "Ridge", "Scion", "Signum", "auto",
+    "role_factors",
 ]  # fmt: skip

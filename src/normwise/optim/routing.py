@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +82,17 @@ def _scaled(rows: dict[str, Row], base: str, selector: Any, factor: Radius) -> s
     """The name of the row ``base`` with its radius times ``factor``; added where it is new."""
     row = rows[base]
     check_row({**row, "radius": factor}, f"override of {selector!r}")
-    if apart(row):
-        raise PolicyError(f"override multiplies {selector!r}, whose row {base!r} has a radius for each block already: {row['radius']}.")
-    radius = tuple(row["radius"] * f for f in factor) if isinstance(factor, tuple | list) else row["radius"] * factor
+    if isinstance(factor, tuple | list) and apart(row) and len(factor) != len(row["radius"]):
+        raise PolicyError(f"override multiplies {selector!r} by {len(factor)} numbers, whose row {base!r} has {len(row['radius'])}.")
     name = f"{base} x {factor}"
-    rows[name] = {**row, "radius": radius}
+    rows[name] = {**row, "radius": _times(row["radius"], factor)}
     return name
+
+
+def _times(radius: Radius, factor: Radius) -> Radius:
+    """The product, one number for each block where either has one for each."""
+    if not isinstance(radius, Sequence) and not isinstance(factor, Sequence):
+        return radius * factor
+    count = len(radius if isinstance(radius, Sequence) else factor)    # type: ignore[arg-type]
+    each = ([*x] if isinstance(x, Sequence) else [x] * count for x in (radius, factor))
+    return tuple(r * f for r, f in zip(*each, strict=True))

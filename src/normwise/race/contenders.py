@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,19 +30,23 @@ COMMON = (
 SMALL = tuple(Choice("batch", axis.values, 0) if axis.name == "batch" else axis for axis in COMMON)
 """The same choices, their search begun at half of the batch."""
 AS_IT_IS = (Choice("schedule", ("hold",)), Choice("init", ("own",)), Choice("batch", (1.0,)), Choice("clip", (0.0,)))
-"""For a contender that stands for making no choice at all."""
+"""For what stands for making no choice at all, with a rate that is held."""
+LINEAR = (Choice("schedule", ("linear",)), *AS_IT_IS[1:])
+"""The same with a rate that falls from the start."""
 
 
 @dataclass(frozen=True)
 class Contender:
     """label, about: for tables. own: the rate first, then what is the family's own. build: model and numbers to an optimizer and the
-    control that is attached to it, if there is one. common: what everybody may choose."""
+    control that is attached to it, if there is one. common: what everybody may choose. same: task -> the contender that it is there, run
+    for run: its runs are read, not done again."""
 
     label: str
     about: str
     own: tuple[Choice, ...]
     build: Callable[[nn.Module, Numbers], Built]
     common: tuple[Choice, ...] = COMMON
+    same: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def axes(self) -> tuple[Choice, ...]:
@@ -59,6 +63,7 @@ def _rate(centre: float) -> Choice:
 
 _REST = Choice("rest", (0.001, 0.002, 0.004, 0.008, 0.016), 2)
 """The learning rate of the AdamW that takes embeddings, heads, biases and gains."""
+_RIDGE = (_rate(0.02), Choice("rest", (0.002, 0.004, 0.008, 0.016, 0.032), 2), Choice("damping", (0.01, 0.03, 0.1), 1))
 _DECAY = Choice("decay", (0.0, 0.01, 0.1, 0.3), 2)
 
 
@@ -115,6 +120,12 @@ def _ridge(model: nn.Module, n: Numbers, **columns: Any) -> Built:
     return _preset("Ridge", n, model, damping=float(n["damping"]), **columns)
 
 
+def _ridge_roles(model: nn.Module, n: Numbers) -> Built:
+    import normwise as nw
+
+    return _ridge(model, n, recurrent={"momentum": 0.85, "weight_decay": 0.1}, override=nw.optim.role_factors(model))
+
+
 def _auto(model: nn.Module, n: Numbers) -> Built:
     import normwise as nw
 
@@ -154,17 +165,18 @@ CONTENDERS: dict[str, Contender] = {
         "Scion", "steepest descent under a norm per layer, unconstrained",
         (_rate(1e-3), Choice("radius", (3.0, 10.0, 30.0, 100.0), 1), Choice("head", (10.0, 100.0, 1000.0), 1)), _scion,
     ),
-    "ridge": Contender(
-        "Ridge", "momentum through its damped pseudo-inverse, RMS-matched; AdamW for the rest",
-        (_rate(0.02), Choice("rest", (0.002, 0.004, 0.008, 0.016, 0.032), 2), Choice("damping", (0.01, 0.03, 0.1), 1)), _ridge,
-    ),
+    "ridge": Contender("Ridge", "momentum through its damped pseudo-inverse, RMS-matched; AdamW for the rest", _RIDGE, _ridge),
     "ridge_small": Contender(
         "Ridge, small batch", "Ridge, its search begun at half of the batch and 0.7 of the rates; momentum 0.8 for gates too",
         (_rate(0.014), Choice("rest", (0.0014, 0.0028, 0.0056, 0.0112, 0.0224), 2), Choice("damping", (0.01, 0.03, 0.1), 1)),
         partial(_ridge, recurrent={"momentum": 0.8}), SMALL,
     ),
+    "ridge_roles": Contender(
+        "Ridge, steps by role", "Ridge with normwise.optim.role_factors(model); momentum 0.85 and decay 0.1 for gates",
+        _RIDGE, _ridge_roles, same={"cnn": "ridge", "resnet": "ridge"},
+    ),
     "auto": Contender(
-        "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Choice("lr", (0.02,)),), _auto, AS_IT_IS,
+        "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Choice("lr", (0.028,)),), _auto, LINEAR,
     ),
 }  # fmt: skip
 

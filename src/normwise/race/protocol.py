@@ -30,7 +30,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(6, 2, 0, 0.25, ("muon", "muonh"), 8),
-    "standard": Budget(12, 5, 0, 1.0, ("muon", "normuon", "muonh", "scion", "ridge", "ridge_small", "auto"), 20),
+    "standard": Budget(12, 5, 0, 1.0, ("muon", "normuon", "muonh", "scion", "ridge", "ridge_small", "ridge_roles", "auto"), 20),
     "long": Budget(24, 8, 2, 1.0, None, 40),
 }
 
