@@ -10,9 +10,9 @@ from normwise.race.contenders import CONTENDERS
 from normwise.race.run import RaceRun
 
 PACE = {"adamw": 1.0, "sgd": 3.0, "adamw_max_norm": 1.15, "muon": 0.5, "normuon": 0.47, "muonh": 0.55, "adamh": 0.95, "scion": 0.62,
-        "ridge": 0.4, "ridge_small": 0.38, "auto": 0.43}
+        "ridge": 0.4, "ridge_small": 0.38, "ridge_roles": 0.36, "auto": 0.43}
 STEP_MS = {"adamw": 60.0, "sgd": 55.0, "adamw_max_norm": 66.0, "muon": 72.0, "normuon": 75.0, "muonh": 71.0, "adamh": 64.0, "scion": 70.0,
-           "ridge": 64.0, "ridge_small": 34.0, "auto": 64.0}
+           "ridge": 64.0, "ridge_small": 34.0, "ridge_roles": 64.0, "auto": 64.0}
 
 
 def noise(*parts: Any) -> float:

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import normwise as nw
 from normwise.errors import PolicyError
-from normwise.optim import AdamW, Muon, NormOptimizer, Ridge
+from normwise.optim import AdamW, Muon, NormOptimizer, Ridge, auto, role_factors
 from normwise.policy.inventory import Inventory
 from normwise.policy.select import select, selector_from_data, selector_to_data
 
@@ -246,6 +246,94 @@ def test_factors_that_mean_nothing_are_refused() -> None:
         Ridge(model, override={"attention:qkv": (3.0, 3.0, 0.5), "role:hidden": (2.0, 1.0)})
     with pytest.raises(PolicyError, match="params='attention:qk' matches no parameter"):
         Ridge(model, override={"attention:qk": 3.0})
+
+
+def test_factors_multiply_each_other_block_by_block() -> None:
+    """A number and one for each block, in either order, and one for each block twice."""
+    torch.manual_seed(6)
+    model = Model(nn.MultiheadAttention(WIDTH, 2, dtype=F64))
+    start = copy.deepcopy(model.state_dict())
+    ends = []
+    for override in (
+        {"attention:qkv": (6.0, 6.0, 1.0)}, {"attention:qkv": (3.0, 3.0, 0.5), "*in_proj_weight": 2.0},
+        {"*in_proj_weight": 2.0, "attention:qkv": (3.0, 3.0, 0.5)}, {"attention:qkv": (3.0, 2.0, 0.5), "*in_proj_weight": (2, 3, 2)},
+    ):  # fmt: skip
+        model.load_state_dict(start)
+        optimizer = Ridge(model, 0.05, weight_decay=0.0, override=override)
+        grads(model)
+        optimizer.step()
+        ends.append(model.attention.in_proj_weight.detach().clone())
+    assert all(torch.equal(end, ends[0]) for end in ends[1:])
+    assert not torch.equal(ends[0], start["attention.in_proj_weight"])
+
+
+# ------------------------------------------------------------------------------------------------------------ factors by role
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.lstm, self.head = nn.Embedding(5, WIDTH), nn.LSTM(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.tokens(x))[0])
+
+
+def test_role_factors_are_for_what_the_model_has_and_trains() -> None:
+    fused = Model(nn.MultiheadAttention(WIDTH, 2))
+    assert role_factors(fused) == {"attention:ov": 0.5, "attention.in_proj_weight": (3.0, 3.0, 0.5)}
+    assert role_factors(Model(Separate(nn.MultiheadAttention(WIDTH, 2, dtype=F64)))) == {"attention:qk": 3.0, "attention:ov": 0.5}
+    assert role_factors(Recurrent()) == {"role:head": 3.0}
+    assert role_factors(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))) == {}
+    unknown = Parts(c_attn=nn.Linear(WIDTH, 3 * WIDTH), c_proj=nn.Linear(WIDTH, WIDTH))
+    assert role_factors(unknown) == {"attention:ov": 0.5}    # q, k and v in one matrix that nobody has told apart
+    frozen = Recurrent()
+    frozen.head.requires_grad_(False)
+    assert role_factors(frozen) == {}
+    for model in (fused, Recurrent(), unknown):
+        Ridge(model, override=role_factors(model))    # every selector matches
+
+
+def test_auto_is_the_rows_that_its_page_names() -> None:
+    """Against groups written out by hand: the same step, the same state."""
+    torch.manual_seed(5)
+    model = Model(Separate(nn.MultiheadAttention(WIDTH, 2, dtype=F64)))
+    by_hand = copy.deepcopy(model)
+    factors = {"attention.q": 3.0, "attention.k": 3.0, "attention.v": 0.5, "attention.out": 0.5, "up": 1.0}
+    named = dict(by_hand.named_parameters())
+    ridge = {"direction": "ema_nesterov", "momentum": 0.8, "act": "ridge", "damping": 0.03, "scale": "normuon", "weight_decay": 0.3}
+    adam = {"lr": 0.008, "direction": "adam", "betas": (0.9, 0.99)}
+    groups: list[dict[str, Any]] = [{**ridge, "lr": 0.028, "radius": f, "params": [named[f"{name}.weight"]]} for name, f in factors.items()]
+    groups += [{**adam, "weight_decay": 0.1, "params": [named["head.weight"]]}]
+    groups += [{**adam, "params": [named["up.bias"], named["head.bias"]]}]
+    optimizers = [auto(model), NormOptimizer(groups, {"main": {}}, {}, "main")]
+    for seed in range(3):
+        for m, optimizer in zip((model, by_hand), optimizers, strict=True):
+            grads(m, seed)
+            optimizer.step()
+    for (name, a), b in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_auto_by_what_the_model_has() -> None:
+    def rates(model: nn.Module, **given: Any) -> dict[str, tuple[float, float]]:
+        groups = auto(model, **given).param_groups
+        return {name: (g["lr"], g["radius"]) for g in groups for name in g["param_names"]}
+
+    recurrent = rates(Recurrent())
+    assert recurrent["tokens.weight"] == (0.016, 1.0) and recurrent["head.weight"] == (0.016, 3.0)
+    assert recurrent["lstm.weight_hh_l0"] == (0.04, 1.0) and recurrent["head.bias"] == (0.016, 1.0)
+    gates = next(g for g in auto(Recurrent()).param_groups if "lstm.weight_ih_l0" in g["param_names"])
+    assert (gates["momentum"], gates["damping"], gates["weight_decay"]) == (0.85, 1.0, 0.1)
+    images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2))
+    assert rates(images) == {
+        "0.weight": (0.04, 1.0), "0.bias": (0.008, 1.0), "2.weight": (0.028, 1.0), "2.bias": (0.008, 1.0), "3.weight": (0.008, 1.0),
+        "3.bias": (0.008, 1.0),
+    }  # fmt: skip
+    assert rates(Recurrent(), override={"role:head": 2.0})["head.weight"] == (0.016, 2.0), "the user's word for the same selector"
+    assert rates(Recurrent(), override={"head.weight": 2.0})["head.weight"] == (0.016, 6.0)
+    plain = auto([nn.Parameter(torch.ones(3, 2))]).param_groups[0]
+    assert (plain["lr"], plain["act"]) == (0.028, "ridge")
 
 
 def test_looking_for_an_attention_changes_no_layer() -> None:
