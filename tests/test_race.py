@@ -130,12 +130,18 @@ def test_every_contender_has_the_common_axes_and_few_of_its_own() -> None:
         assert middle["batch"] == (0.5 if name == "ridge_small" else 1.0)
 
 
-def test_auto_has_no_choice_and_is_the_preset_without_arguments() -> None:
+@pytest.mark.parametrize("model", [
+    nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2)), nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2)),
+    nn.Sequential(nn.Embedding(4, 3), nn.LSTM(3, 3), nn.Linear(3, 2)),
+])  # fmt: skip
+def test_auto_has_no_choice_and_is_the_preset_without_arguments(model: nn.Module) -> None:
+    """Also where the model has no parameter of auto's main row."""
     axes = CONTENDERS["auto"].axes
     assert [axis.name for axis in axes] == ["lr", *(axis.name for axis in COMMON)]
     middle = (0,) * len(axes)
     assert propose(axes, {}, 12) == middle and propose(axes, {middle: 1.0}, 12) is None
-    numbers, model = CONTENDERS["auto"].numbers(middle), nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    numbers = CONTENDERS["auto"].numbers(middle)
+    assert numbers["schedule"] == "linear"
     built, plain = CONTENDERS["auto"].build(model, numbers)[0], nw.optim.auto(model)
     assert [g["lr"] for g in built.param_groups] == [g["lr"] for g in plain.param_groups]
     tenth = CONTENDERS["auto"].build(model, {**numbers, "lr": 0.0028})[0]
@@ -462,25 +468,6 @@ def test_the_order_in_which_workers_finish_changes_nothing(
     orders = [[json.loads(line)["key"] for line in path.read_text().splitlines() if line] for path in (tmp_path / "one.jsonl", state)]
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1], "the same runs, in another order"
     assert threading.active_count() < 20
-
-
-def test_a_contender_that_is_another_one_somewhere_takes_its_runs_there(
-    no_training: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    @contextmanager
-    def threads(workers: int, setup: Callable[[], Any]) -> Iterator[ThreadPoolExecutor]:
-        with ThreadPoolExecutor(workers) as executor:
-            yield executor
-
-    monkeypatch.setattr(race_module, "open_pool", threads)
-    results = race(Options("cnn", state=tmp_path / "cnn.jsonl", contenders=["ridge", "ridge_roles"], workers=3))
-    ridge, roles = (next(line for line in results["contenders"] if line["name"] == name) for name in ("ridge", "ridge_roles"))
-    assert {**roles, **{key: ridge[key] for key in ("name", "label", "about")}} == ridge
-    assert no_training["ridge"] > 12 and no_training["ridge_roles"] == 0
-    runs = [json.loads(line)["settings"] for line in (tmp_path / "cnn.jsonl").read_text().splitlines() if line]
-    assert len(runs) == len({json.dumps(run) for run in runs}), "no run was done twice"
-    race(Options("gpt", contenders=["ridge", "ridge_roles"]))
-    assert no_training["ridge_roles"] > 12
 
 
 def test_a_contender_that_diverges_is_kept_and_missed(no_training: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

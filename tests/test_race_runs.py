@@ -94,15 +94,6 @@ def test_a_contender_is_its_optimizer_under_the_schedule(gpt: Task, name: str) -
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "every parameter moves"
 
 
-@pytest.mark.parametrize("name, other, task", [(n, o, t) for n, c in CONTENDERS.items() for t, o in c.same.items()])
-def test_a_contender_that_is_said_to_be_another_one_is_that_one(name: str, other: str, task: str) -> None:
-    numbers = {"lr": 0.04, "rest": 0.016, "damping": 0.1, "schedule": "hold", "init": "orthogonal", "batch": 0.5, "clip": 1.0}
-    assert CONTENDERS[name].axes == CONTENDERS[other].axes
-    loaded = load_task(task, size="tiny")
-    ran = [train(run_of(n, loaded, 6, full=True, **numbers), loaded) for n in (name, other)]
-    assert {**ran[0], "seconds": 0} == {**ran[1], "seconds": 0} and not ran[0]["diverged"]
-
-
 def test_adamw_decays_matrices_and_neither_biases_nor_gains() -> None:
     """Without a gradient, decay is all that is left: (1 - lr · decay) times each matrix."""
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))

@@ -13,6 +13,13 @@ straight into the residual stream."""
 HEAD_OVER_GATES = 3.0
 
 
+def convolutional(model: nn.Module) -> bool:
+    """Whether it has convolutions that it trains, and neither attention nor gates."""
+    entries = [e for e in Inventory(model).entries if e.param.requires_grad]
+    roles = {e.role for e in entries}
+    return {"conv", "head"} <= roles and "recurrent" not in roles and not any(e.attention for e in entries)
+
+
 def role_factors(model: nn.Module) -> dict[str, Radius]:
     """Factors of the steps by what the parameters are for, to be given to a matrix preset: ``Ridge(model, override=role_factors(model))``.
 

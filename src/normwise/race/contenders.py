@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from normwise.race.lattice import Choice, Value
 Numbers = Mapping[str, Value]
 Built = tuple[torch.optim.Optimizer, Any]
 BASELINES = ("adamw", "sgd")
+AUTO_RATE = 0.028
+"""Of auto's main row, which a model need not have: all of its rates are told by this one."""
 
 COMMON = (
     Choice("schedule", ("linear", "hold")),
@@ -38,15 +40,13 @@ LINEAR = (Choice("schedule", ("linear",)), *AS_IT_IS[1:])
 @dataclass(frozen=True)
 class Contender:
     """label, about: for tables. own: the rate first, then what is the family's own. build: model and numbers to an optimizer and the
-    control that is attached to it, if there is one. common: what everybody may choose. same: task -> the contender that it is there, run
-    for run: its runs are read, not done again."""
+    control that is attached to it, if there is one. common: what everybody may choose."""
 
     label: str
     about: str
     own: tuple[Choice, ...]
     build: Callable[[nn.Module, Numbers], Built]
     common: tuple[Choice, ...] = COMMON
-    same: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def axes(self) -> tuple[Choice, ...]:
@@ -122,17 +122,18 @@ def _ridge(model: nn.Module, n: Numbers, **columns: Any) -> Built:
 
 def _ridge_roles(model: nn.Module, n: Numbers) -> Built:
     import normwise as nw
+    from normwise.optim.factors import convolutional
 
-    return _ridge(model, n, recurrent={"momentum": 0.85, "weight_decay": 0.1}, override=nw.optim.role_factors(model))
+    head = {"weight_decay": 1.0} if convolutional(model) else None
+    return _ridge(model, n, recurrent={"momentum": 0.85, "weight_decay": 0.1}, head=head, override=nw.optim.role_factors(model))
 
 
 def _auto(model: nn.Module, n: Numbers) -> Built:
     import normwise as nw
 
     optimizer = nw.optim.auto(model)
-    share = float(n["lr"]) / optimizer.param_groups[0]["lr"]    # 1 as tuned; only the robustness runs ask for other rates
     for group in optimizer.param_groups:
-        group["lr"] *= share
+        group["lr"] *= float(n["lr"]) / AUTO_RATE    # 1 as tuned; only the robustness runs ask for other rates
     return optimizer, None
 
 
@@ -172,11 +173,11 @@ CONTENDERS: dict[str, Contender] = {
         partial(_ridge, recurrent={"momentum": 0.8}), SMALL,
     ),
     "ridge_roles": Contender(
-        "Ridge, steps by role", "Ridge with normwise.optim.role_factors(model); momentum 0.85 and decay 0.1 for gates",
-        _RIDGE, _ridge_roles, same={"cnn": "ridge", "resnet": "ridge"},
+        "Ridge, by role", "Ridge with normwise.optim.role_factors(model); gates with momentum 0.85 and decay 0.1; a head over convolutions "
+        "with decay 1", _RIDGE, _ridge_roles,
     ),
     "auto": Contender(
-        "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Choice("lr", (0.028,)),), _auto, LINEAR,
+        "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Choice("lr", (AUTO_RATE,)),), _auto, LINEAR,
     ),
 }  # fmt: skip
 

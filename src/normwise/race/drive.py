@@ -85,21 +85,9 @@ class Driver:
                 raise
 
     def _hand_out(self, executor: Executor) -> None:
-        """A run that two plans ask for is done once: the second waits for it."""
-        under_way = {going.runs[k] for going, k in self.pending.values()}
-        waiting: list[tuple[_Going, int]] = []
         while self.queue and len(self.pending) < self.capacity:
             going, k = self.queue.popleft()
-            run = going.runs[k]
-            kept = self.store.get(run.settings())
-            if kept is not None:
-                self._take(going, k, kept)
-            elif run in under_way:
-                waiting.append((going, k))
-            else:
-                self.pending[executor.submit(call, run)] = going, k
-                under_way.add(run)
-        self.queue.extendleft(reversed(waiting))
+            self.pending[executor.submit(call, going.runs[k])] = going, k
 
     def _collect(self) -> None:
         done, _ = wait(self.pending, return_when=FIRST_COMPLETED)

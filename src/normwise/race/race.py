@@ -193,7 +193,6 @@ class _Race:
     # --------------------------------------------------------------------------------------------------- details
 
     def _make(self, name: str, numbers: dict[str, Any], samples: int, seed: int, full: bool) -> RaceRun:
-        name = CONTENDERS[name].same.get(self.facts.name, name)
         return RaceRun(self.facts.key, name, tuple(numbers.items()), samples, seed, full, PROTOCOL, self.version)
 
     def _tuning_horizon(self, rules: plans.Rules, name: str) -> int:
