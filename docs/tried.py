@@ -35,11 +35,12 @@ def preset(name: str, **columns: Any) -> Build:
 class Metric(torch.optim.Optimizer):
     """Ridge with another map in the place of its own; for maps that keep a memory of past gradients, which no row of the library does.
 
-    act: the map's name, see ``mapped``. beta: of the running mean of g·gᵀ and gᵀ·g. The gates of an LSTM are one matrix here.
+    act: the map's name, see ``mapped``. beta: of the running mean of g·gᵀ and gᵀ·g. given: of the Ridge that takes everything else.
+    The gates of an LSTM are one matrix here.
     """
 
-    def __init__(self, model: nn.Module, act: str, beta: float = 0.8, momentum: float = 0.8, decay: float = 0.3) -> None:
-        self.inner = nw.optim.Ridge(model, adamw=dict(REST))
+    def __init__(self, model: nn.Module, act: str, beta: float = 0.8, momentum: float = 0.8, decay: float = 0.3, **given: Any) -> None:
+        self.inner = nw.optim.Ridge(model, **{"adamw": dict(REST), **given})
         self.act, self.beta, self.momentum, self.decay, self.count = act, beta, momentum, decay, 0
         super().__init__(self.inner.param_groups, {})
         self.inner.param_groups = self.param_groups
@@ -54,13 +55,16 @@ class Metric(torch.optim.Optimizer):
         for p in self.matrices:
             state, g = self.state[p], p.grad.flatten(1)
             m = state.setdefault("momentum", torch.zeros_like(g)).lerp_(g, 1 - self.momentum)
-            u = self.mapped(state, g, g.lerp(m, self.momentum))
+            u = self.mapped(p, g, g.lerp(m, self.momentum))
             p.mul_(1 - lr * self.decay).add_((u / u.norm()).view_as(p), alpha=-lr * 0.2 * p.numel() ** 0.5)
             p.grad = None
         self.inner.step()
 
-    def mapped(self, state: dict[str, Any], g: Tensor, d: Tensor) -> Tensor:
-        """d, the momentum, after the map; U, Σ, V are its singular value decomposition, L and R the running means."""
+    def mapped(self, p: Tensor, g: Tensor, d: Tensor) -> Tensor:
+        """d, the momentum of p, after the map; U, Σ, V are its singular value decomposition, L and R the running means."""
+        state = self.state[p]
+        if self.act in ("kernel", "frequencies"):
+            return by_kernel(d.view_as(p), self.param_groups[0]["damping"], self.act == "frequencies").flatten(1)
         if self.act == "power":
             u, s, vh = torch.linalg.svd(d, full_matrices=False)
             return u * (s / s[0] + 0.01).pow(-0.25) @ vh
@@ -78,6 +82,16 @@ class Metric(torch.optim.Optimizer):
         turned = ql.mT @ g @ qr
         square = state.setdefault("square", torch.zeros_like(g)).lerp_(turned.square(), 1 - self.beta) / (1 - self.beta**self.count)
         return ql @ (ql.mT @ d @ qr / square.sqrt().add(1e-12)) @ qr.mT
+
+
+def by_kernel(d: Tensor, damping: float, frequencies: bool) -> Tensor:
+    """Ridge's map of a convolution's momentum for each entry of its kernel apart, or for each of the kernel's frequencies."""
+    x = torch.fft.fft2(d.double()) if frequencies else d.double()
+    x = x.permute(2, 3, 0, 1)
+    gram = x @ x.mH
+    size = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1) / min(x.shape[-2:])
+    u = torch.linalg.solve(gram + (damping * size + 1e-30)[..., None, None] * torch.eye(len(d)), x).permute(2, 3, 0, 1)
+    return (torch.fft.ifft2(u).real if frequencies else u).float().contiguous()
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
@@ -145,10 +159,16 @@ ON_TUNED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tuned-attention": ("queries and keys at 3 times the rate, values and output at half, own initial weights", {"rates": ATTENTION}, OWN),
     "tuned-gates-0.85": ("gates with momentum 0.85", {"recurrent": {"momentum": 0.85}}, {}),
     "tuned-gates-loose": ("gates with momentum 0.85 and decay 0.1", {"recurrent": {"momentum": 0.85, "weight_decay": 0.1}}, {}),
+    "tuned-head-decayed": ("the head with decay 1 instead of 0.1", {"head": {"weight_decay": 1.0}}, {}),
+    "tuned-head-slow": ("the head at 0.3 times the rate", {"override": {"role:head": 0.3}}, {}),
+    "tuned-role": ("by role, as `ridge_roles` races", {"role": True}, {}),
+    "tuned-role-own": ("by role, own initial weights", {"role": True}, OWN),
+    "tuned-kernel": ("convolutions entry by entry of their kernels", {"act": "kernel"}, {}),
+    "tuned-frequencies": ("convolutions frequency by frequency of their kernels", {"act": "frequencies"}, {}),
     "tuned-rest-undecayed": ("no decay of the rest", {"adamw": {"weight_decay": 0.0}}, {}),
 }
 """By name, of variants of what was tuned: what it is, columns of Ridge (``factor``: times both rates; ``rates``: selectors of matrices with
-factors of their rate alone, at the same decay λ), choices."""
+factors of their rate alone, at the same decay λ; ``role``: as the contender by role; ``act``: of ``Metric``), choices."""
 
 
 def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
@@ -158,8 +178,13 @@ def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
     factor = columns.pop("factor", 1.0)
     rest = {"lr": numbers["rest"] * factor, "betas": (0.9, 0.99), **columns.pop("adamw", {})}
     lr, damping, rates = numbers["lr"] * factor, numbers["damping"], columns.pop("rates", {})
+    role, act = columns.pop("role", False), columns.pop("act", None)
 
     def build(model: nn.Module) -> Built:
+        if role:
+            return CONTENDERS["ridge_roles"].build(model, numbers)
+        if act:
+            return Metric(model, act, lr=lr, damping=damping, adamw=dict(rest)), None
         made = nw.optim.Ridge(model, lr, damping=damping, adamw=dict(rest), **columns)
         if not rates:
             return made, None

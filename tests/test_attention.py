@@ -12,24 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import normwise as nw
+from attention_cases import F64, WIDTH, Model, Parts, Separate, grads
 from normwise.errors import PolicyError
-from normwise.optim import AdamW, Muon, NormOptimizer, Ridge, auto, role_factors
+from normwise.optim import AdamW, Muon, NormOptimizer, Ridge
 from normwise.policy.inventory import Inventory
 from normwise.policy.select import select, selector_from_data, selector_to_data
-
-F64 = torch.float64
-WIDTH = 4
-
-
-class Parts(nn.Module):
-    """Layers under given names: a Linear for each, or what is given."""
-
-    def __init__(self, /, *names: str, **layers: nn.Module) -> None:
-        super().__init__()
-        for name in names:
-            self.add_module(name, nn.Linear(WIDTH, WIDTH))
-        for name, layer in layers.items():
-            self.add_module(name, layer)
 
 
 def found(model: nn.Module) -> dict[str, str]:
@@ -106,12 +93,6 @@ def ridge(g: Tensor, damping: float) -> Tensor:
     return mapped / mapped.norm()
 
 
-def grads(model: nn.Module, seed: int = 0) -> None:
-    made = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=made, dtype=F64)
-
-
 def test_every_block_of_a_tensor_by_its_own_radius() -> None:
     model = nn.MultiheadAttention(WIDTH, 2, dtype=F64)
     row = {"lr": 0.1, "act": "ridge", "damping": 0.2, "scale": "normuon", "radius": (3.0, 1.0, 0.5)}
@@ -157,27 +138,6 @@ def test_radii_that_fit_no_blocks_are_refused_before_anything_is_built() -> None
 
 
 # ----------------------------------------------------------------------------------------------------------------- the preset
-
-
-class Separate(nn.Module):
-    """torch's attention with a weight for each of q, k and v."""
-
-    def __init__(self, like: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH, bias=False, dtype=F64) for _ in range(4))
-        with torch.no_grad():
-            for layer, w in zip((self.q, self.k, self.v), like.in_proj_weight.chunk(3), strict=True):
-                layer.weight.copy_(w)
-            self.out.weight.copy_(like.out_proj.weight)
-
-    def weights(self) -> Tensor:
-        return torch.cat([self.q.weight, self.k.weight, self.v.weight]).detach()
-
-
-class Model(nn.Module):
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention, self.up, self.head = attention, nn.Linear(WIDTH, WIDTH, dtype=F64), nn.Linear(WIDTH, 2, dtype=F64)
 
 
 def test_q_k_and_v_in_one_tensor_step_as_three_do() -> None:
@@ -265,75 +225,6 @@ def test_factors_multiply_each_other_block_by_block() -> None:
         ends.append(model.attention.in_proj_weight.detach().clone())
     assert all(torch.equal(end, ends[0]) for end in ends[1:])
     assert not torch.equal(ends[0], start["attention.in_proj_weight"])
-
-
-# ------------------------------------------------------------------------------------------------------------ factors by role
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.lstm, self.head = nn.Embedding(5, WIDTH), nn.LSTM(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(self.tokens(x))[0])
-
-
-def test_role_factors_are_for_what_the_model_has_and_trains() -> None:
-    fused = Model(nn.MultiheadAttention(WIDTH, 2))
-    assert role_factors(fused) == {"attention:ov": 0.5, "attention.in_proj_weight": (3.0, 3.0, 0.5)}
-    assert role_factors(Model(Separate(nn.MultiheadAttention(WIDTH, 2, dtype=F64)))) == {"attention:qk": 3.0, "attention:ov": 0.5}
-    assert role_factors(Recurrent()) == {"role:head": 3.0}
-    assert role_factors(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))) == {}
-    unknown = Parts(c_attn=nn.Linear(WIDTH, 3 * WIDTH), c_proj=nn.Linear(WIDTH, WIDTH))
-    assert role_factors(unknown) == {"attention:ov": 0.5}    # q, k and v in one matrix that nobody has told apart
-    frozen = Recurrent()
-    frozen.head.requires_grad_(False)
-    assert role_factors(frozen) == {}
-    for model in (fused, Recurrent(), unknown):
-        Ridge(model, override=role_factors(model))    # every selector matches
-
-
-def test_auto_is_the_rows_that_its_page_names() -> None:
-    """Against groups written out by hand: the same step, the same state."""
-    torch.manual_seed(5)
-    model = Model(Separate(nn.MultiheadAttention(WIDTH, 2, dtype=F64)))
-    by_hand = copy.deepcopy(model)
-    factors = {"attention.q": 3.0, "attention.k": 3.0, "attention.v": 0.5, "attention.out": 0.5, "up": 1.0}
-    named = dict(by_hand.named_parameters())
-    ridge = {"direction": "ema_nesterov", "momentum": 0.8, "act": "ridge", "damping": 0.03, "scale": "normuon", "weight_decay": 0.3}
-    adam = {"lr": 0.008, "direction": "adam", "betas": (0.9, 0.99)}
-    groups: list[dict[str, Any]] = [{**ridge, "lr": 0.028, "radius": f, "params": [named[f"{name}.weight"]]} for name, f in factors.items()]
-    groups += [{**adam, "weight_decay": 0.1, "params": [named["head.weight"]]}]
-    groups += [{**adam, "params": [named["up.bias"], named["head.bias"]]}]
-    optimizers = [auto(model), NormOptimizer(groups, {"main": {}}, {}, "main")]
-    for seed in range(3):
-        for m, optimizer in zip((model, by_hand), optimizers, strict=True):
-            grads(m, seed)
-            optimizer.step()
-    for (name, a), b in zip(model.named_parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
-
-
-def test_auto_by_what_the_model_has() -> None:
-    def rates(model: nn.Module, **given: Any) -> dict[str, tuple[float, float]]:
-        groups = auto(model, **given).param_groups
-        return {name: (g["lr"], g["radius"]) for g in groups for name in g["param_names"]}
-
-    recurrent = rates(Recurrent())
-    assert recurrent["tokens.weight"] == (0.016, 1.0) and recurrent["head.weight"] == (0.016, 3.0)
-    assert recurrent["lstm.weight_hh_l0"] == (0.04, 1.0) and recurrent["head.bias"] == (0.016, 1.0)
-    gates = next(g for g in auto(Recurrent()).param_groups if "lstm.weight_ih_l0" in g["param_names"])
-    assert (gates["momentum"], gates["damping"], gates["weight_decay"]) == (0.85, 1.0, 0.1)
-    images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2))
-    assert rates(images) == {
-        "0.weight": (0.04, 1.0), "0.bias": (0.008, 1.0), "2.weight": (0.028, 1.0), "2.bias": (0.008, 1.0), "3.weight": (0.008, 1.0),
-        "3.bias": (0.008, 1.0),
-    }  # fmt: skip
-    assert rates(Recurrent(), override={"role:head": 2.0})["head.weight"] == (0.016, 2.0), "the user's word for the same selector"
-    assert rates(Recurrent(), override={"head.weight": 2.0})["head.weight"] == (0.016, 6.0)
-    plain = auto([nn.Parameter(torch.ones(3, 2))]).param_groups[0]
-    assert (plain["lr"], plain["act"]) == (0.028, "ridge")
 
 
 def test_looking_for_an_attention_changes_no_layer() -> None:

@@ -67,6 +67,9 @@ WRITTEN_OUT: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "muonh": lambda m: nw.optim.MuonH(m, 0.02, adamw=REST, polar="fast"),
     "adamh": lambda m: nw.optim.AdamH(m, 0.02, adamw=REST),
     "scion": lambda m: nw.optim.Scion(m, 1e-3, radius=10.0, head_radius=100.0, polar="fast"),
+    "ridge": lambda m: nw.optim.Ridge(m, 0.02, damping=0.03, adamw={**REST, "lr": 0.008}),
+    "ridge_roles": lambda m: nw.optim.Ridge(
+        m, 0.02, damping=0.03, adamw={**REST, "lr": 0.008}, override={"*.[qk].weight": 3.0, "*.v.weight": 0.5, "*.out.weight": 0.5}),
     "adamw": lambda m: torch.optim.AdamW(
         [{"params": [p for p in m.parameters() if p.ndim > 1], "weight_decay": 0.1},
          {"params": [p for p in m.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=3e-3, betas=(0.9, 0.99), fused=True),
@@ -92,6 +95,17 @@ def test_a_contender_is_its_optimizer_under_the_schedule(gpt: Task, name: str) -
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(going.model.parameters(), model.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "every parameter moves"
+
+
+def test_by_role_is_told_by_gates_and_by_convolutions(cnn: Task) -> None:
+    contender = CONTENDERS["ridge_roles"]
+    numbers = contender.numbers([0] * len(contender.axes))
+    built = {task.name: contender.build(task.build(), numbers)[0] for task in (cnn, load_task("lstm", size="tiny"))}
+    rows = {task: {name: g for g in optimizer.param_groups for name in g["param_names"]} for task, optimizer in built.items()}
+    assert rows["cnn"]["head.weight"]["weight_decay"] == 1.0 and rows["cnn"]["head.weight"]["radius"] == 1.0
+    gates = rows["lstm"]["lstm.weight_hh_l0"]
+    assert (gates["momentum"], gates["weight_decay"], gates["lr"]) == (0.85, 0.1, 0.02)
+    assert rows["lstm"]["head.weight"]["weight_decay"] == 0.1 and rows["lstm"]["head.weight"]["radius"] == 3.0
 
 
 def test_adamw_decays_matrices_and_neither_biases_nor_gains() -> None:
