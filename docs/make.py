@@ -1,7 +1,8 @@
 """Writes the tables and the picture of README.md and docs/ from the committed results: ``python docs/make.py``; ``--check`` only compares.
 
 Raw results lie in ``docs/results/``: ``cnn-digits.json`` and ``cnn-mnist.json`` by ``normwise compare cnn --json``, each of their single
-runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``gan.json`` by
+runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``other-TASK.runs.jsonl`` by
+``normwise race TASK --contenders auto --state``, on bundled data; ``gan.json`` by
 ``normwise race gan --json``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table stands between ``<!-- NAME -->`` and
 ``<!-- end NAME -->``.
 """
@@ -29,7 +30,7 @@ def load(name: str) -> dict[str, Any] | None:
     if name == "race":
         found = {task: race for task in RACES if (race := load(f"race-{task}")) is not None}
         return found or None
-    if name.startswith("race-"):
+    if name.startswith(("race-", "other-")):
         return raced(RESULTS / f"{name}.runs.jsonl")
     if name == "tried":
         return experiments(RESULTS / "tried.runs.jsonl")
@@ -84,6 +85,13 @@ def one_race(results: dict[str, Any]) -> str:
     task = results["race"]
     seen = f"![{task}: validation result against horizon](images/race-{task}.svg)\n\n" if results["contenders"] else ""
     return f"{seen}{page(results)} {results['core_hours']:.1f} core-hours of training so far, measured beside other work."
+
+
+def on_other_data(results: dict[str, Any]) -> str:
+    """A race of ``auto`` and the baselines on bundled data."""
+    from normwise.race.table import page
+
+    return f"{page(results)} {results['core_hours']:.1f} core-hours of training."
 
 
 def all_races(results: dict[str, dict[str, Any]]) -> str:
@@ -192,6 +200,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "race": ("race", all_races),
     "races": ("race", races_in_short),
     **{f"race {task}": (f"race-{task}", one_race) for task in RACES},
+    **{f"other {task}": (f"other-{task}", on_other_data) for task in RACES},
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),
     "gan": ("gan", bench),
