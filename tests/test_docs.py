@@ -32,18 +32,19 @@ def test_every_variant_that_was_tried_can_be_tried_again(monkeypatch: pytest.Mon
 
 
 def test_every_variant_of_the_tuned_form_does_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the network with gates, so that what is said of gates is tried too; what is said of attention, on the one that has it."""
+    """On the network with gates, so that what is said of gates is tried too; what is said of attention and of kernels, on those that have
+    them."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     tried = importlib.import_module("tried")
     from normwise.tasks.load import load_task
 
-    gates, attention = load_task("lstm", size="tiny"), load_task("gpt", size="tiny")
+    gates, attention, kernels = (load_task(name, size="tiny") for name in ("lstm", "gpt", "resnet"))
     found: dict[str, float] = {}
     for name, (_, columns, _) in tried.ON_TUNED.items():
-        task = attention if "rates" in columns else gates
+        task = attention if "rates" in columns else kernels if "act" in columns else gates
         found[name] = tried.one(task, name, 6 * task.batch, 2000)["result"]
-    plain = tried.one(attention, "tuned", 6 * attention.batch, 2000)["result"]
-    assert plain not in found.values()
+    for task in (attention, kernels):
+        assert tried.one(task, "tuned", 6 * task.batch, 2000)["result"] not in found.values()
     assert all(value is not None and math.isfinite(value) for value in found.values()), found
     assert len(set(found.values())) == len(found), found
     assert not set(tried.ON_TUNED) & set(tried.VARIANTS)
