@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +79,13 @@ def tried(results: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def one_race(results: dict[str, Any]) -> str:
-    """One task's tables, with the picture of its ladder once there is something to draw."""
+def one_race(results: dict[str, Any], drawn: bool = True) -> str:
+    """One task's tables, with the picture of its ladder, if it is drawn and there is something to draw."""
     from normwise.race.table import page
 
     task = results["race"]
-    seen = f"![{task}: validation result against horizon](images/race-{task}.svg)\n\n" if results["contenders"] else ""
+    seen = f"![{task}: validation result against horizon](images/race-{task}.svg)\n\n" if drawn and results["contenders"] else ""
     return f"{seen}{page(results)} {results['core_hours']:.1f} core-hours of training so far, measured beside other work."
-
-
-def on_other_data(results: dict[str, Any]) -> str:
-    """A race of ``auto`` and the baselines on bundled data."""
-    from normwise.race.table import page
-
-    return f"{page(results)} {results['core_hours']:.1f} core-hours of training."
 
 
 def all_races(results: dict[str, dict[str, Any]]) -> str:
@@ -200,7 +194,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "race": ("race", all_races),
     "races": ("race", races_in_short),
     **{f"race {task}": (f"race-{task}", one_race) for task in RACES},
-    **{f"other {task}": (f"other-{task}", on_other_data) for task in RACES},
+    **{f"other {task}": (f"other-{task}", partial(one_race, drawn=False)) for task in ("cnn", "gpt")},
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),
     "gan": ("gan", bench),

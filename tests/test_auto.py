@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from attention_cases import F64, WIDTH, Model, Parts, Recurrent, Separate, grads
+from normwise.errors import PolicyError
 from normwise.optim import NormOptimizer, Ridge, auto, role_factors
 
 
@@ -76,6 +78,26 @@ def test_auto_over_convolutions_with_and_without_normalisation() -> None:
         next(g["damping"] for g in auto(images(*norm)).param_groups if "0.weight" in g["param_names"]) for norm in ([], [nn.BatchNorm2d(4)])
     ]
     assert dampings == [0.03, 0.1]
+
+
+def test_a_frozen_normalisation_layer_is_one_all_the_same() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    whole = rates(model)
+    model[1].requires_grad_(False)
+    assert rates(model) == {name: rate for name, rate in whole.items() if not name.startswith("1.")}
+
+
+def test_columns_by_role_lie_over_those_of_the_roles_row() -> None:
+    optimizer = Ridge(Recurrent(), by_role={"recurrent": {"damping": 0.5}, "head": {"weight_decay": 0.7}, "bias": {"lr": 0.001}})
+    rows = {name: g for g in optimizer.param_groups for name in g["param_names"]}
+    gates, head, bias = rows["lstm.weight_hh_l0"], rows["head.weight"], rows["head.bias"]
+    assert (gates["damping"], gates["momentum"], gates["act"], gates["weight_decay"]) == (0.5, 0.9, "ridge", 0.3)
+    assert (head["weight_decay"], head["lr"], head["act"]) == (0.7, 0.008, "none")
+    assert (bias["lr"], bias["weight_decay"]) == (0.001, 0.0)
+    with pytest.raises(PolicyError, match=r"by_role has columns for 'gates', which is no role"):
+        Ridge(Recurrent(), by_role={"gates": {}})
+    with pytest.raises(PolicyError, match="dampin"):
+        Ridge(Recurrent(), by_role={"recurrent": {"dampin": 1.0}})
 
 
 def test_auto_decays_a_head_more_over_nothing_but_convolutions() -> None:

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from normwise.optim.parts import Radius
-from normwise.policy.inventory import Inventory
+from normwise.policy.inventory import Entry, Inventory
 
-SCORES, VALUES = 3.0, 0.5
-"""Queries and keys: a score is a product of the two, so a step moves it little while both are small. Values and output: their product goes
-straight into the residual stream."""
-HEAD_OVER_GATES = 3.0
-
-
-def convolutional(model: nn.Module) -> bool:
-    """Whether it has convolutions that it trains, and neither attention nor gates."""
-    entries = [e for e in Inventory(model).entries if e.param.requires_grad]
-    roles = {e.role for e in entries}
-    return {"conv", "head"} <= roles and "recurrent" not in roles and not any(e.attention for e in entries)
+SCORES, VALUES, HEAD_OVER_GATES = 3.0, 0.5, 3.0
+"""Found by trial on development seeds, docs/results.md: for queries and keys, for values and output, for the head over gates."""
 
 
 def role_factors(model: nn.Module) -> dict[str, Radius]:
     """Factors of the steps by what the parameters are for, to be given to a matrix preset: ``Ridge(model, override=role_factors(model))``.
 
-    Three times the step for the queries and keys of every attention, half of it for its values and output (block by block where q, k and v
-    are one tensor whose layout says so; a plain Linear for all three keeps one step); three times for the head of a model with recurrent
-    layers. Selector -> factor, for what ``model`` has and trains; empty where it has none of it. Measured for :func:`Ridge` only, on small
-    networks: docs/results.md.
+    Three times the step for the queries and keys of every attention, half of it for its values and output, the two circuits of Elhage et
+    al. (2021); block by block where q, k and v are one tensor whose layout says so, while a plain Linear for all three keeps one step.
+    Three times for the head of a model with recurrent layers. Measured for :func:`Ridge` only, on small networks: docs/results.md.
+
+    Returns selector -> factor, for what ``model`` has and trains; empty where it has none of it. LayoutError for a lazy parameter that has
+    no shape yet.
     """
-    entries = [e for e in Inventory(model).entries if e.param.requires_grad]
+    return factors_of(Inventory(model).trainable)
+
+
+def factors_of(entries: Sequence[Entry]) -> dict[str, Radius]:
+    """:func:`role_factors` of what an inventory found."""
     parts, roles = {e.attention for e in entries}, {e.role for e in entries}
     found: dict[str, Radius] = {}
     if parts & {"q", "k"}:
@@ -40,3 +39,9 @@ def role_factors(model: nn.Module) -> dict[str, Radius]:
     if {"recurrent", "head"} <= roles:
         found["role:head"] = HEAD_OVER_GATES
     return found
+
+
+def over_convolutions(entries: Sequence[Entry]) -> bool:
+    """Whether there is a head over convolutions, with neither attention nor gates."""
+    roles = {e.role for e in entries}
+    return {"conv", "head"} <= roles and "recurrent" not in roles and not any(e.attention for e in entries)

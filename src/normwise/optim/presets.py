@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
-from normwise.optim.factors import convolutional, role_factors
+from normwise.optim.factors import factors_of, over_convolutions
 from normwise.optim.optimizer import NormOptimizer
 from normwise.optim.parts import DEFAULTS, Radius, Row, check_row
 from normwise.policy.inventory import Inventory
@@ -39,13 +39,16 @@ def _single(params: Params, name: str, row: Row, override: Override, policy: Any
 
 
 def _beside_adamw(
-    params: Params, name: str, row: Row, adamw: Row | None, override: Override, policy: Any, own: Mapping[str, Row] | None = None
+    params: Params, name: str, row: Row, adamw: Row | None, override: Override, policy: Any, by_role: Mapping[str, Row] | None = None
 ) -> NormOptimizer:
-    """``row`` for matrices, AdamW for the rest: with the same decay, but none of biases and gains. own: role -> columns over its row's."""
+    """``row`` for matrices, AdamW for the rest: with the same decay, but none of biases and gains. by_role: columns over those of the row
+    that the role takes otherwise."""
     rest = {**adamw_row(3e-4, (0.9, 0.95), weight_decay=row.get("weight_decay", 0.0)), **(adamw or {})}
     rows = {name: row, "adamw": rest, "adamw_undecayed": {**rest, "weight_decay": 0.0}}
     of = {role: "adamw_undecayed" if role in UNDECAYED else "adamw" for role in ROLES} | dict.fromkeys(MATRICES, name)
-    for role, columns in (own or {}).items():
+    for role, columns in (by_role or {}).items():
+        if role not in ROLES:
+            raise PolicyError(f"by_role has columns for {role!r}, which is no role.{nearest(role, ROLES)}")
         base, of[role] = of[role], f"{of[role]}_{role}"
         rows[of[role]] = {**rows[base], **columns}
     return NormOptimizer(params, rows, of, name, override, policy)
@@ -214,8 +217,7 @@ def MuonH(
 
 def Ridge(
     params: Params, lr: float = 0.02, *, momentum: float = 0.8, nesterov: bool = True, damping: float = 0.03,
-    conv: Row | None = None, recurrent: Row | None = None, head: Row | None = None, adamw: Row | None = None,
-    override: Override = None, policy: Any = None, **columns: Any,
+    by_role: Mapping[str, Row] | None = None, adamw: Row | None = None, override: Override = None, policy: Any = None, **columns: Any,
 ) -> NormOptimizer:  # fmt: skip
     """Momentum through its damped pseudo-inverse: w ← (1 − ηλ)w − η·0.2·√(d_out·d_in)·u/‖u‖, u = (y·yᵀ + δ)⁻¹·y of the scaled momentum y.
 
@@ -227,9 +229,8 @@ def Ridge(
         lr: of the matrices; the root mean square of an update is 0.2·lr, as AdamW's is about, whatever the shape.
         momentum: shorter than Muon's 0.95; docs/results.md has both.
         damping: δ, relative to the mean squared singular value. Larger is nearer to momentum itself, and safer where it is noise.
-        conv: columns of the convolutions' row, over the main row's.
-        recurrent: columns of the gates' row, over the main row's with momentum 0.9 and ten times its damping.
-        head: columns of the heads' row, over the rest's.
+        by_role: role -> columns, over those of the row that it takes otherwise: ``{"conv": {"damping": 0.1}}``. Gates, ``"recurrent"``,
+            have momentum 0.9 and ten times the damping where nothing else is said. PolicyError for what is no role.
         adamw: columns of the rest's row, over 0.4·lr, betas (0.9, 0.99); biases and gains are not decayed.
         columns: ``weight_decay`` (0.3, of matrices; the rest has 0.1); every other one of the main row.
     """
@@ -238,18 +239,18 @@ def Ridge(
         "weight_decay": 0.3, **columns,
     }  # fmt: skip
     check_row({**DEFAULTS, **row}, "the row 'ridge'")    # before anything is reckoned from it
-    own = {"recurrent": {"momentum": 0.9, "damping": 10 * damping, **(recurrent or {})}}
-    own |= {role: columns_of for role, columns_of in (("conv", conv), ("head", head)) if columns_of is not None}
+    given = by_role or {}
+    gates = {"momentum": 0.9, "damping": 10 * damping, **given.get("recurrent", {})}
     rest = {"lr": 0.4 * float(lr), "betas": (0.9, 0.99), "weight_decay": 0.1, **(adamw or {})}
-    return _beside_adamw(params, "ridge", row, rest, override, policy, own)
+    return _beside_adamw(params, "ridge", row, rest, override, policy, {**given, "recurrent": gates})
 
 
 def auto(params: Params, *, override: Override = None, policy: Any = None) -> NormOptimizer:
     """The preset to start with where nothing is known: no number to choose. It is :func:`Ridge` with what the model itself tells.
 
     - Linear layers take Ridge's step at 0.028, and gates at 0.04 with more damping and less decay.
-    - Where there are normalisation layers, convolutions take 0.04 with more damping, and the rest AdamW's 0.008. A model without them
-      bears smaller steps of convolutions, 0.02, and needs larger ones of the rest, 0.016.
+    - Where there are normalisation layers, which their gains tell, convolutions take 0.04 with more damping, and the rest AdamW's 0.008. A
+      model without them bears smaller steps of convolutions, 0.02, and needs larger ones of the rest, 0.016.
     - Queries and keys, values and output, and the head over gates step as :func:`role_factors` says; the head of a network of
       convolutions, without attention or gates, has ten times the decay.
 
@@ -259,16 +260,19 @@ def auto(params: Params, *, override: Override = None, policy: Any = None) -> No
     Args, returns and errors are those of every preset: a module (or tensors, which take the main row), ``override=``, ``policy=``. Your
     ``override`` acts after those factors, and takes the place of one with the same selector.
     """
-    entries = [e for e in Inventory(params).entries if e.param.requires_grad] if isinstance(params, nn.Module) else []
-    normalised = not entries or any(e.role == "gain" for e in entries)
-    factors = role_factors(params) if isinstance(params, nn.Module) else {}
-    return Ridge(
-        params, 0.028,
-        conv={"lr": 0.04, "damping": 0.1} if normalised else {"lr": 0.02},
-        recurrent={"lr": 0.04, "damping": 1.0, "momentum": 0.85, "weight_decay": 0.1},
-        head={"weight_decay": 1.0} if isinstance(params, nn.Module) and convolutional(params) else None,
-        adamw={"lr": 0.008 if normalised else 0.016}, override={**factors, **(override or {})}, policy=policy,
-    )  # fmt: skip
+    if not isinstance(params, nn.Module):
+        return Ridge(params, 0.028, override=override, policy=policy)
+    inventory = Inventory(params)
+    normalised = any(e.role == "gain" for e in inventory)    # of a frozen layer, too
+    by_role: dict[str, Row] = {
+        "conv": {"lr": 0.04, "damping": 0.1} if normalised else {"lr": 0.02},
+        "recurrent": {"lr": 0.04, "damping": 1.0, "momentum": 0.85, "weight_decay": 0.1},
+    }
+    if over_convolutions(inventory.trainable):
+        by_role["head"] = {"weight_decay": 1.0}
+    rest = {"lr": 0.008 if normalised else 0.016}
+    told = {**factors_of(inventory.trainable), **(override or {})}
+    return Ridge(params, 0.028, by_role=by_role, adamw=rest, override=told, policy=policy)
 
 
 PRESETS = {

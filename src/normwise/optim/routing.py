@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from torch import nn
@@ -50,7 +51,7 @@ def route(model: nn.Module, rows: dict[str, Row], roles: Mapping[str, str], over
 
     Raises PolicyError for a row that does not exist, a selector that matches nothing, and parameters that nothing covers, by name.
     """
-    entries = tuple(e for e in Inventory(model).entries if e.param.requires_grad)
+    entries = Inventory(model).trainable
     if not entries:
         raise PolicyError("the model has no trainable parameters.")
     rows = dict(rows)
@@ -93,6 +94,5 @@ def _times(radius: Radius, factor: Radius) -> Radius:
     """The product, one number for each block where either has one for each."""
     if not isinstance(radius, Sequence) and not isinstance(factor, Sequence):
         return radius * factor
-    count = len(radius if isinstance(radius, Sequence) else factor)    # type: ignore[arg-type]
-    each = ([*x] if isinstance(x, Sequence) else [x] * count for x in (radius, factor))
-    return tuple(r * f for r, f in zip(*each, strict=True))
+    each = (x if isinstance(x, Sequence) else repeat(x) for x in (radius, factor))
+    return tuple(r * f for r, f in zip(*each, strict=False))    # a number for all is repeated without an end

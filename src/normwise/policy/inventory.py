@@ -52,7 +52,7 @@ class Inventory:
         Selector -> role, to correct what was found: ``{"decoder.out.weight": "head", "experts.*": "hidden"}``. Later items win.
         The selectors see the roles that were found.
 
-    ``entries`` is the tuple of `Entry`, ``by_name`` finds one by any of its clean names.
+    ``entries`` is the tuple of `Entry`, ``trainable`` those of them that are not frozen, ``by_name`` finds one by any of its clean names.
     Raises PolicyError for a role that does not exist or a selector that matches nothing, LayoutError for a lazy parameter that has
     no shape yet.
     """
@@ -63,6 +63,7 @@ class Inventory:
         attention = find_attention(places)
         found = tuple(_entry(tied, heads, attention) for tied in group_tied(places))
         self.entries = _override(found, roles or {})
+        self.trainable = tuple(entry for entry in self.entries if entry.param.requires_grad)
         self.by_name = {name: entry for entry in self.entries for name in entry.names}
 
     def __iter__(self) -> Iterator[Entry]:

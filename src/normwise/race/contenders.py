@@ -17,8 +17,6 @@ from normwise.race.lattice import Choice, Value
 Numbers = Mapping[str, Value]
 Built = tuple[torch.optim.Optimizer, Any]
 BASELINES = ("adamw", "sgd")
-AUTO_RATE = 0.028
-"""Of auto's main row, which a model need not have: all of its rates are told by this one."""
 
 COMMON = (
     Choice("schedule", ("linear", "hold")),
@@ -121,19 +119,24 @@ def _ridge(model: nn.Module, n: Numbers, **columns: Any) -> Built:
 
 
 def _ridge_roles(model: nn.Module, n: Numbers) -> Built:
-    import normwise as nw
-    from normwise.optim.factors import convolutional
+    from normwise.optim.factors import factors_of, over_convolutions
+    from normwise.policy.inventory import Inventory
 
-    head = {"weight_decay": 1.0} if convolutional(model) else None
-    return _ridge(model, n, recurrent={"momentum": 0.85, "weight_decay": 0.1}, head=head, override=nw.optim.role_factors(model))
+    entries = Inventory(model).trainable
+    by_role = {"recurrent": {"momentum": 0.85, "weight_decay": 0.1}}
+    if over_convolutions(entries):
+        by_role["head"] = {"weight_decay": 1.0}
+    return _ridge(model, n, by_role=by_role, override=factors_of(entries))
 
 
 def _auto(model: nn.Module, n: Numbers) -> Built:
     import normwise as nw
 
     optimizer = nw.optim.auto(model)
+    assert optimizer.routing is not None
+    share = float(n["lr"]) / optimizer.routing.rows["ridge"]["lr"]    # 1 as tuned; only the robustness runs ask for other rates
     for group in optimizer.param_groups:
-        group["lr"] *= float(n["lr"]) / AUTO_RATE    # 1 as tuned; only the robustness runs ask for other rates
+        group["lr"] *= share
     return optimizer, None
 
 
@@ -170,14 +173,14 @@ CONTENDERS: dict[str, Contender] = {
     "ridge_small": Contender(
         "Ridge, small batch", "Ridge, its search begun at half of the batch and 0.7 of the rates; momentum 0.8 for gates too",
         (_rate(0.014), Choice("rest", (0.0014, 0.0028, 0.0056, 0.0112, 0.0224), 2), Choice("damping", (0.01, 0.03, 0.1), 1)),
-        partial(_ridge, recurrent={"momentum": 0.8}), SMALL,
+        partial(_ridge, by_role={"recurrent": {"momentum": 0.8}}), SMALL,
     ),
     "ridge_roles": Contender(
         "Ridge, by role", "Ridge with normwise.optim.role_factors(model); gates with momentum 0.85 and decay 0.1; a head over convolutions "
         "with decay 1", _RIDGE, _ridge_roles,
     ),
     "auto": Contender(
-        "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Choice("lr", (AUTO_RATE,)),), _auto, LINEAR,
+        "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Choice("lr", (0.028,)),), _auto, LINEAR,
     ),
 }  # fmt: skip
 
