@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -13,12 +15,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from normwise.engine import Engine, Turn, field, given, states
+from normwise.engine import Engine, Turn, given, states
+from normwise.engine.changes import Marks, grads, versions
+from normwise.engine.field import report
 from normwise.engine.finite import OnNonFinite, check_choice
-from normwise.engine.marks import Marks
 from normwise.engine.measures import NormLog, NormReport
+from normwise.engine.receipt import Receipt
 from normwise.engine.sharded.comm import TRAFFIC, Traffic
-from normwise.engine.verify import Verification, verify
+from normwise.engine.verify import Rested, Verification, verify
 from normwise.errors import PolicyError
 from normwise.policy import Policy, Rule
 from normwise.policy.inventory import Inventory, clean_name
@@ -26,6 +30,12 @@ from normwise.policy.inventory import Inventory, clean_name
 Closure = Callable[[], Any]
 VERSION = 1
 """Of the form of the control's state."""
+UNHEARD = 3
+"""Changes of the weights between backward passes, without a hook that ran, after which the user is told."""
+WITNESSES = 8
+"""Tensors that are looked at to tell whether a step that raised is tried again with the same gradients: backward passes change all."""
+_AT_WORK: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[Control]]] = weakref.WeakKeyDictionary()
+"""The controls of each optimizer, so that a second one does not act beside the first without a word."""
 
 
 def attach(
@@ -36,45 +46,75 @@ def attach(
     on_nonfinite: OnNonFinite = "ignore",
     log: bool = False,
     timed: bool = False,
+    replace: bool = False,
 ) -> Control:
     """Makes ``policy`` hold in every ``optimizer.step()`` from now on.
 
     Args:
         model: where names, module types and so roles and block axes come from. Its parameters and state-dict keys are not changed.
-        optimizer: any ``torch.optim.Optimizer``, or several (one global norm over all of them, measured once a step).
+        optimizer: any ``torch.optim.Optimizer``, or several (one global norm over all of them, measured once a step). A wrapper that has the
+            real one in ``.optimizer``, as Accelerate's, is opened.
         policy: a :class:`Policy`, a rule, or a list of rules.
         on_nonfinite: what to do about gradients that are not finite. ``"raise"``: an error that names the parameters, before anything was
             changed. ``"skip"``: the step is skipped. ``"zero"``: such entries become 0. ``"ignore"`` (default): nothing is looked at, which
-            costs nothing; the blocks concerned are left as they are. The first two cost one scalar synchronisation a step.
+            costs nothing; the blocks concerned are left as they are, and the first norm that a rule finds not finite is told once, where
+            telling needs no synchronisation. ``"raise"`` and ``"skip"`` cost one scalar synchronisation a step.
         log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each.
         timed: add up the time spent here in :attr:`Control.seconds`.
+        replace: take earlier controls off these optimizers first, as a notebook cell that is run twice wants. Without it a second control
+            with a rule of the same kind on the same parameters is an error, and one with other rules a warning, since both act.
 
     Returns:
         The control; also a context manager that detaches at its end.
 
     Raises:
         PolicyError: a pattern that matches nothing, a rule that contradicts another, a parameter that no optimizer holds, a zero block
-            under ``radius="init"``; before anything is changed or hooked.
+            under ``radius="init"``, an optimizer whose hooks never run; before anything is changed or hooked.
         LayoutError: a block that a parameter does not have, or whose axes nobody stated.
 
-    Parameters that are added to the model and its optimizer later, frozen, unfrozen or replaced, are noticed at the next step: the rules
-    are bound again and keep what they know by name. Of a new name ``"init"`` means the weights at that step; frozen ones are left alone.
+    Parameters that are added to the model and its optimizer later, frozen, unfrozen, converted (``model.bfloat16()``) or replaced, are
+    noticed at the next step: the rules are bound again and keep what they know by name. Of a new name ``"init"`` means the weights at that
+    step; frozen ones are left alone. Where the model has a new tensor that the optimizer does not hold, the next step is an error.
 
     With a GradScaler nothing changes either: rules see unscaled gradients. Only where one global gradient norm spans several optimizers,
-    call ``scaler.unscale_`` on each of them before the first step, as torch asks for any clipping across optimizers.
+    call ``scaler.unscale_`` on each of them before the first step, as torch asks for any clipping across optimizers. A step that raises and
+    is tried again has its rules once.
 
     >>> control = nw.attach(model, optimizer, [nw.max_norm(3.0), nw.clip_grad_norm(1.0)])
     """
+    given.check_model(model, optimizer)
     check_choice(on_nonfinite)
-    return Control(model, given.optimizers(optimizer), Policy(policy), on_nonfinite, log, timed)
+    return Control(model, given.optimizers(optimizer), Policy(policy), on_nonfinite, log, timed, replace)
 
 
 @dataclass
-class _Counter:
-    """Steps of one optimizer. ``skips`` adds up what a fused GradScaler skipped, on the device, and is read only when needed."""
+class _Stepper:
+    """One optimizer: how many steps it has done, and what is known of the one that is under way."""
 
     calls: int = 0
     skips: Tensor | None = None
+    """What a fused GradScaler skipped, added up on the device, and read only when needed."""
+    heard: bool = False
+    """Whether a step hook ever ran."""
+    turn: Turn | None = None
+    """Begun and not ended: the step runs, or has raised."""
+    depth: int = 0
+    """Calls of ``super().step()`` within the step."""
+    evaluated: bool = False
+    """Whether the closure was evaluated before in this step."""
+    acted: Marks | None = None
+    """Gradients that the rules have changed already."""
+    decayed: Marks | None = None
+    """Weights that have decayed already."""
+    ready: Marks | None = None
+    """Gradients that the gradient phase of another optimizer has prepared."""
+    open: Marks | None = None
+    start: _Start | None = None
+    owed: list[Tensor] = field(default_factory=list)
+    """What decays add to the weights after the step, where the closure was evaluated at other weights than the step starts from."""
+    two_phase: bool = False
+    """Whether it has ever done that."""
+    closures: int = 0
 
     def steps(self) -> int:
         if self.skips is not None:    # read once a step, however many rules ask
@@ -83,55 +123,107 @@ class _Counter:
 
     def advance(self, happened: Tensor | None) -> None:
         self.calls += 1
+        self.acted = self.decayed = self.start = None
         if happened is not None:
             skipped = 1 - happened.detach().reshape(())
             self.skips = skipped if self.skips is None else self.skips.to(skipped.device) + skipped
+
+    def forget(self) -> None:
+        """Drops what is known of a step that was begun; a state that is loaded begins anew."""
+        self.turn = self.acted = self.decayed = self.ready = self.open = self.start = None
+        self.owed = []
+
+
+@dataclass
+class _Start:
+    """The weights that a step with a closure starts from: how often written to, and copies where the step may be evaluated elsewhere."""
+
+    params: list[nn.Parameter]
+    versions: list[int]
+    weights: list[Tensor] | None
 
 
 class Control:
     """A policy at work. Made by :func:`attach`."""
 
     def __init__(
-        self, model: nn.Module, optimizers: list[Optimizer], policy: Policy, on_nonfinite: OnNonFinite, log: bool, timed: bool
-    ) -> None:
+        self, model: nn.Module, optimizers: list[Optimizer], policy: Policy, on_nonfinite: OnNonFinite, log: bool, timed: bool,
+        replace: bool = False, built_in: bool = False,
+    ) -> None:  # fmt: skip
         self.policy, self.optimizers = policy, optimizers
+        self.built_in = built_in
+        """Whether it is the ``policy=`` of an optimizer of normwise's own, which :func:`attach` does not replace."""
         self._model = model
         self._kept: list[states.Saved] = [{} for _ in policy]
+        self._rested: dict[tuple[int, str], int] = {}
+        self._steppers = [_Stepper() for _ in optimizers]
         self._bind(log, resting=False)
+        others = _at_work(optimizers)
+        if replace:
+            for other in (o for o in others if not o.built_in):
+                other.remove()
+        _check_beside(self, [o for o in others if o._handles])
         self.on_nonfinite = on_nonfinite
         self.seconds = 0.0
         """Time spent in the hooks, with ``timed=True``."""
         self._timed = timed
+        self._told: set[str] = set()
         self._traffic = Traffic()
-        self._counters = [_Counter() for _ in optimizers]
-        self._turns: dict[int, Turn | None] = {}
-        self._decayed: set[int] = set()
-        self._ready: dict[int, Marks] = {}
         self._nests = [given.may_nest(type(o)) for o in optimizers]
-        self._depth: dict[int, int] = {}
-        self._open: dict[int, Marks] = {}
-        self._handles = [h for k, o in enumerate(optimizers) for h in self._hook(k, o)]
+        self._born = [versions(self.engine.params(k)) for k in range(len(optimizers))]
+        self._handles = [h for k, o in enumerate(optimizers) for h in (*self._hook(k, o), *self._listen(k))]
+        for o in optimizers:
+            _AT_WORK.setdefault(o, []).append(weakref.ref(self))
 
     def _bind(self, log: bool, resting: bool) -> None:
         """Finds the parameters of the rules; nothing is changed where that is refused."""
         inventory = Inventory(self._model, self.policy.roles)
-        engine = Engine(inventory, self.policy, self.optimizers, resting)
+        if resting:
+            self.engine.refuse_replaced(inventory)
+        engine = Engine(self._model, inventory, self.policy, self.optimizers, resting)
         given.refuse_iterate_owners(engine, self.optimizers)
         self.inventory, self.engine = inventory, engine
         self._names = {id(module): clean_name(name) for name, module in self._model.named_modules(remove_duplicate=False)}
         self._log = NormLog(inventory, engine.owner) if log else None
 
     def _follow(self) -> None:
-        """Binds the rules anew where parameters were added, frozen, unfrozen, replaced or taken away; what was known stays, by name."""
+        """Binds the rules anew where parameters were added, frozen, unfrozen, converted, replaced or taken away; what was known stays, by
+        name, and by the parameter itself where that has a new name."""
         if not self.engine.outdated(self._model):
             return
-        known, inline = self._states(), self.engine.inline
+        old, known, inline = self.engine, self._states(), self.engine.inline
         self._bind(self._log is not None, resting=True)
         self.engine.inline = inline
-        self._ready.clear()
+        for stepper in self._steppers:
+            stepper.ready = None
+        renamed = {m.name: e.name for b in old.rules for m in b.members for e in self.inventory if e.param is m.param and e.name != m.name}
+        known = [states.renamed(kept, renamed) for kept in known]
         self._kept = [states.beyond(kept, b) for kept, b in zip(known, self.engine.rules, strict=True)]
         for bound, kept in zip(self.engine.rules, known, strict=True):
             states.carry_over(bound, kept)
+        self._note_rested(old)
+
+    def _note_rested(self, old: Engine) -> None:
+        """Remembers at which step a rule last acted on what is frozen from now on, so that ``verify`` can measure it still."""
+        present = {id(e.param) for e in self.inventory}
+        for i, (before, now) in enumerate(zip(old.rules, self.engine.rules, strict=True)):
+            bound = {id(m.param) for m in now.members}
+            for m in before.members:
+                if id(m.param) not in bound and id(m.param) in present:
+                    self._rested[i, m.name] = self._steppers[m.optimizer].steps() - 1
+                elif id(m.param) not in present:
+                    self._tell(
+                        f"{m.name} is no longer in the model: rule '{now.rule.label()}' has stopped acting on it, though its optimizer still "
+                        "holds it."
+                    )
+            for m in now.members:
+                self._rested.pop((i, m.name), None)
+
+    def _tell(self, message: str) -> None:
+        """Warns once."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=2)
 
     # ------------------------------------------------------------------------------------------------ hooks
 
@@ -150,6 +242,32 @@ class Control:
 
         return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
+    def _listen(self, k: int) -> list[Any]:
+        """Tells the user where the weights change from one backward pass to the next and no step hook ever runs: somebody else steps.
+
+        Looks at one parameter, until the first hook runs.
+        """
+        watched = next((p for p in self.engine.params(k) if p.requires_grad and p.is_leaf and not _renormalised(self.inventory, p)), None)
+        if watched is None:
+            return []
+        mine, name, seen = weakref.ref(self), type(self.optimizers[k]).__name__, [-1, 0]
+
+        def after_backward(param: Tensor) -> None:
+            control = mine()
+            if control is None or control._steppers[k].heard:
+                handle.remove()
+            elif seen[0] != (version := param._version):
+                seen[:] = version, seen[1] + (seen[0] >= 0)
+                if seen[1] >= UNHEARD:
+                    handle.remove()
+                    control._tell(
+                        f"the weights change from one backward pass to the next, but no step hook of the {name} ran, so that no rule acted: "
+                        "another optimizer steps them, or one around it that does not call its step(). Attach to the one that steps."
+                    )
+
+        handle = watched.register_post_accumulate_grad_hook(after_backward)
+        return [handle]
+
     @contextmanager
     def _clock(self) -> Any:
         start = time.perf_counter() if self._timed else 0.0
@@ -162,17 +280,19 @@ class Control:
 
     def _before(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A closure computes the gradients within the step, so the gradient phase runs after each of its evaluations."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        closure, stepper = kwargs.get("closure", args[1] if len(args) > 1 else None), self._steppers[k]
         if self._nests[k] and self._within(k, closure):
-            self._depth[k] += 1
+            stepper.depth += 1
             return None
+        stepper.heard = True
         self._follow()
-        self._turns[k], self._depth[k] = None, 0
-        self._decayed.discard(k)
+        failed, stepper.turn = stepper.turn, None    # a turn that never came to its end: that step raised, and this one may be its repetition
+        stepper.depth, stepper.evaluated, stepper.owed = 0, False, []
         if closure is None:
-            self._begin(k)
+            self._begin(k, failed)
             return None
-        self._ready.pop(k, None)
+        stepper.ready = None
+        stepper.start = self._start(k)
         wrapped = self._wrap(k, closure)
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": wrapped}
@@ -189,30 +309,69 @@ class Control:
             begin()
             return loss
 
-        evaluate.wrapped_by = self  # type: ignore[attr-defined]
+        evaluate.wrapped_by = (*getattr(closure, "wrapped_by", ()), self)  # type: ignore[attr-defined]
         return evaluate
 
     def _within(self, k: int, closure: Closure | None) -> bool:
         """Whether this is the ``super().step()`` of a step that has begun: torch calls the hooks for each class of the two."""
         if closure is not None:
-            return getattr(closure, "wrapped_by", None) is self
-        return k in self._open and self._open[k].still(self.engine.params(k))
+            return self in getattr(closure, "wrapped_by", ())
+        marks = self._steppers[k].open
+        repeated = given.steps_under_way(self.optimizers[k]) == 1    # a step that raised and is tried again
+        return marks is not None and not repeated and marks.still(grads(self.engine.params(k)))
 
-    def _begin(self, k: int) -> None:
-        """All that happens between the gradients and the step."""
-        ready = self._ready.pop(k, None)
-        prepared = ready is not None and ready.still(self.engine.params(k))
+    def _start(self, k: int) -> _Start | None:
+        """Where a step with a closure starts. Copies are kept at the first one, and later where that was evaluated elsewhere: SAM moves the
+        weights, evaluates, and puts them back, so that what a rule changes in between is lost."""
+        params, stepper = self.engine.started(k), self._steppers[k]
+        if not params:
+            return None
+        stepper.closures += 1
+        kept = [p.detach().clone() for p in params] if stepper.two_phase or stepper.closures == 1 else None
+        return _Start(params, versions(params), kept)
+
+    def _begin(self, k: int, failed: Turn | None = None) -> None:
+        """All that happens between the gradients and the step. ``failed``: the turn of a step that raised just before."""
+        stepper, params = self._steppers[k], self.engine.params(k)
+        ready, stepper.ready = stepper.ready, None
+        prepared = ready is not None and ready.still(grads(params))
         if prepared and ready is not None and ready.skip:
             return
-        turn = self._turn(k)
-        if not prepared and not self._prepare(k, turn):
-            return
-        if k not in self._decayed:
-            self._decayed.add(k)
-            self.engine.decay_phase(turn)
+        if failed is not None and stepper.acted is not None and stepper.acted.still(_witnesses(grads(params))):
+            turn = failed    # tried again with gradients that the rules have changed already
+        else:
+            turn = self._turn(k)
+            if not prepared and not self._prepare(k, turn):
+                return
+        self._decay(k, turn)
+        stepper.evaluated = True
+        stepper.acted = Marks(_witnesses(grads(params)))
         if self._nests[k]:
-            self._open[k] = Marks(self.engine.params(k))
-        self._turns[k] = turn
+            stepper.open = Marks(grads(params))
+        stepper.turn = turn
+
+    def _decay(self, k: int, turn: Turn) -> None:
+        """Once a step that happens, at the weights that it starts from."""
+        stepper, decaying = self._steppers[k], _witnesses(self.engine.started(k, decayed=True))
+        if stepper.evaluated:
+            return
+        again = stepper.decayed is not None and stepper.decayed.any_still(decaying)    # none: they were restored, and decay anew
+        start = stepper.start
+        if start is None or versions(start.params) == start.versions:
+            self.engine.decay_phase(turn, decays=not again)
+        elif start.weights is not None:
+            stepper.two_phase = True
+            moved = [p.detach().clone() for p in start.params]
+            torch._foreach_copy_([p.detach() for p in start.params], start.weights)
+            self.engine.decay_phase(turn, decays=not again)
+            stepper.owed = [p.detach() - w for p, w in zip(start.params, start.weights, strict=True)]
+            torch._foreach_copy_([p.detach() for p in start.params], moved)
+        else:
+            raise PolicyError(
+                f"{type(self.optimizers[k]).__name__} evaluates its closure at other weights than its step starts from, which it did not in its "
+                "first step: rules that decay weights, or act on updates, cannot tell where the step starts."
+            )
+        stepper.decayed = Marks(_witnesses(self.engine.started(k, decayed=True)))
 
     def _prepare(self, k: int, turn: Turn) -> bool:
         """The gradient phase: of this optimizer, or of all of them where a rule spans several. False where the step must be skipped.
@@ -223,18 +382,22 @@ class Control:
         skip = self.engine.handle_nonfinite(concerned, "ignore" if _skips_itself(turn) else self.on_nonfinite)
         if not skip:
             if self._log:
-                self._log.before(concerned, first=self._turns.get(k) is None)
+                self._log.before(concerned, first=self._steppers[k].turn is None)
             turn.spanning = self.engine.spanning
             self.engine.gradient_phase(turn)
             turn.spanning = False
-        self._ready = {other: Marks(self.engine.params(other), skip) for other in concerned if other != k}
+        else:
+            self.engine.drop_reports(concerned)
+        for other in range(len(self.optimizers)):
+            found = Marks(grads(self.engine.params(other)), skip) if other in concerned and other != k else None
+            self._steppers[other].ready = found
         return not skip
 
     def _turn(self, k: int) -> Turn:
         """The turn of optimizer ``k``; unscales the gradients that a fused GradScaler left scaled."""
         optimizer = self.optimizers[k]
-        earlier = self._turns.get(k)
-        turn = Turn(k, self._counters[k].steps, lambda m: self.engine.rate(m.param))
+        earlier = self._steppers[k].turn
+        turn = Turn(k, self._steppers[k].steps, lambda m: self.engine.rate(m.param), tell=self._tell)
         if earlier is not None:
             turn.before = earlier.before
         if self.engine.maximizes():
@@ -262,45 +425,55 @@ class Control:
         return bool(self._log) or bool(self.engine.phase("penalty", "gradient"))
 
     def _after(self, k: int) -> None:
-        if self._depth.get(k):
-            self._depth[k] -= 1
+        stepper = self._steppers[k]
+        if stepper.depth:
+            stepper.depth -= 1
             return
-        self._open.pop(k, None)
-        turn = self._turns.get(k)
+        stepper.open = None
+        turn, stepper.turn = stepper.turn, None
         if turn is None:    # skipped, or a closure that was never called
             return
+        if stepper.owed and stepper.start is not None:
+            torch._foreach_add_([p.detach() for p in stepper.start.params], stepper.owed)
         self.engine.after_phase(turn)
         if self._log:
             self._log.after(k)
-        self._counters[k].advance(turn.happened)
-        self._turns[k] = None
+        stepper.advance(turn.happened)
 
     def report_max_logits(self, attention: str | nn.Module, maxima: Tensor) -> None:
         """Tells ``nw.qk_clip`` the largest attention logit of each query head in this step's batches, after scaling, before softmax.
 
         ``attention`` is the attention module, or its clean name; ``maxima`` has the shape ``(heads,)``. Of several reports before a step
-        (gradient accumulation) the larger ones count; the step uses them up. Raises PolicyError for a module without such a rule.
+        (gradient accumulation) the larger ones count; the step uses them up, also where the rule rests or the step is skipped. Raises
+        PolicyError for a module without such a rule.
         """
         known = f"a {type(attention).__name__} outside of the model" if isinstance(attention, nn.Module) else attention
-        field.report(self.engine.rules, self._names.get(id(attention), clean_name(known)), maxima)
+        report(self.engine.rules, self._names.get(id(attention), clean_name(known)), maxima)
 
     # ------------------------------------------------------------------------------------------------ what it knows
 
     @property
     def steps(self) -> int:
         """Optimizer steps done under this control: the largest count where there are several optimizers."""
-        return max(c.steps() for c in self._counters)
+        return max(self._counts())
+
+    def _counts(self) -> list[int]:
+        return [s.steps() for s in self._steppers]
 
     @torch.no_grad()
     def norms(self) -> NormReport:
         """The L2 norms of weights and gradients: in total, per role and per parameter; with ``log=True`` also before and after the
         last step's rules, and the update's."""
-        return NormReport.measured(self.inventory, self.engine.owner, self._log)
+        report = NormReport.measured(self.inventory, self.engine.owner, self._log)
+        if bad := [kind for kind, total in report.total.items() if total != total or total == float("inf")]:
+            self._tell(f"the norm of all {' and all '.join(bad)} values is not finite. on_nonfinite='raise' names the gradients where it begins.")
+        return report
 
     @torch.no_grad()
     def penalty(self) -> float:
-        """The value of all penalties (of prox rules too) on the present weights: what they add to the loss that is minimised."""
-        return sum(b.penalty(self.steps) for b in self.engine.rules)
+        """The value of all penalties (of prox rules too) on the present weights: what they add to the loss that is minimised. Schedules
+        are those of each parameter's own optimizer's step."""
+        return sum(b.penalty(self._counts()) for b in self.engine.rules)
 
     def communication(self) -> Traffic:
         """What the rules sent from this rank since they were attached: ``collectives``, and ``bytes`` put into them; all zero without
@@ -315,19 +488,48 @@ class Control:
 
     @torch.no_grad()
     def verify(self) -> Verification:
-        """Measures every bound on weights again, in float64 on whole blocks, and names what breaks it and by how much.
+        """Measures every bound on weights again, in float64 on whole blocks, on the model as it is now, and names what breaks one and by how
+        much.
 
-        Inequalities must hold exactly; spheres to two ulp of the weights' dtype. A rule that did not run at the last step (``every``,
-        ``start``, ``stop``) is listed as not enforced, not as broken.
+        Inequalities must hold exactly; spheres to two ulp of the weights' dtype. The result is true where bounds were measured and all of
+        them hold. It is false where one is broken, where a rule never ran on what it should bound (before the first step; a new layer;
+        an optimizer whose hooks never ran), and where nothing could be measured: a policy of gradient rules alone promises nothing about
+        weights. A rule that rested at the last step (``every``, ``start``, ``stop``) is listed as not enforced, not as broken. Of parameters
+        that are frozen now the bound of the last step that acted on them is measured.
         """
-        return verify(self.engine, [c.steps() for c in self._counters])
+        inventory = Inventory(self._model, self.policy.roles)
+        return verify(self.engine, inventory, self._counts(), self._frozen(inventory), self._silent())
+
+    def _frozen(self, inventory: Inventory) -> Rested:
+        """The rules as they were on parameters that are frozen now."""
+        bounds = {}
+        for i, rule in enumerate(self.policy):
+            entries = [e for e in inventory if (i, e.name) in self._rested and not e.param.requires_grad and id(e.param) in self.engine.owner]
+            if entries and not self.engine.rules[i].flat:
+                bounds[i] = self.engine.bound_again(i, entries)
+                states.carry_over(bounds[i], self._kept[i])
+        return Rested(bounds, self._rested)
+
+    def _silent(self) -> dict[int, str]:
+        """Why an optimizer that has never stepped here has not, where its weights have moved all the same."""
+        found = {}
+        for k, stepper in enumerate(self._steppers):
+            if not stepper.heard and versions(self.engine.params(k)) != self._born[k]:
+                name = type(self.optimizers[k]).__name__
+                found[k] = f"the weights have changed since attach, but no step hook of the {name} ran; attach to the optimizer that steps them"
+        return found
+
+    def receipt(self) -> Receipt:
+        """What the rules did in the last step, in a few lines: on how many tensors and blocks each acts, how many it changed, and which
+        parameters no rule touches. ``print`` it."""
+        return Receipt.of(self.engine, self._counts(), self._silent())
 
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Step counts, and by parameter name the radii and centers stored at attach and what rules found in training. Plain tensors and
         numbers: safe to load weights-only."""
-        return {"version": VERSION, "steps": [c.steps() for c in self._counters], "rules": self._states()}
+        return {"version": VERSION, "steps": self._counts(), "rules": self._states()}
 
     def _states(self) -> list[states.Saved]:
         return [states.together(kept, states.state_of(b)) for kept, b in zip(self._kept, self.engine.rules, strict=True)]
@@ -336,8 +538,9 @@ class Control:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where ``state`` was taken. PolicyError, with nothing changed, where it belongs to another policy or model."""
         _check_state(state, self)
-        for counter, steps in zip(self._counters, state["steps"], strict=True):
-            counter.calls, counter.skips = int(steps), None
+        for stepper, steps in zip(self._steppers, state["steps"], strict=True):
+            stepper.forget()
+            stepper.calls, stepper.skips = int(steps), None
         self._kept = [states.beyond(saved, b) for saved, b in zip(state["rules"], self.engine.rules, strict=True)]
         for bound, saved in zip(self.engine.rules, state["rules"], strict=True):
             bound.restore(saved)
@@ -347,6 +550,8 @@ class Control:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for o in self.optimizers:
+            _AT_WORK[o] = [one for one in _AT_WORK.get(o, []) if one() not in (None, self)]
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Neither copied nor pickled: a copy of an optimizer has no hooks, so a copied control would hold nothing."""
@@ -364,6 +569,36 @@ class Control:
     def __repr__(self) -> str:
         rules = "; ".join(r.label() for r in self.policy)
         return f"Control({len(self.optimizers)} optimizer(s), {self.steps} steps: {rules})"
+
+
+def _at_work(optimizers: Iterable[Optimizer]) -> list[Control]:
+    """The controls that are attached to any of these optimizers."""
+    found = {id(c): c for o in optimizers for ref in _AT_WORK.get(o, ()) if (c := ref()) is not None and c._handles}
+    return list(found.values())
+
+
+def _check_beside(new: Control, others: Sequence[Control]) -> None:
+    """Two controls both act. With rules of one kind on one parameter that is a decay twice, or a bound that stays under a looser one."""
+    instead = "Put all rules into one attach; or replace=True takes the earlier control off, as control.remove() does."
+    for other in others:
+        for mine in new.engine.rules:
+            for theirs in other.engine.rules:
+                shared = {m.name for m in mine.members} & {m.name for m in theirs.members}
+                if mine.rule.kind() == theirs.rule.kind() and shared:
+                    raise PolicyError(
+                        f"the optimizer has a control already, whose rule '{theirs.rule.label()}' acts on {min(shared)!r} too: it and "
+                        f"'{mine.rule.label()}' would both act at each step. {instead}"
+                    )
+        warnings.warn(f"the optimizer has a control already ({other!r}), and both act at each step. {instead}", stacklevel=4)
+
+
+def _renormalised(inventory: Inventory, param: nn.Parameter) -> bool:
+    """Whether a forward pass changes the parameter, as ``nn.Embedding(max_norm=...)`` does."""
+    return any(getattr(e.module, "max_norm", None) is not None for e in inventory if e.param is param)
+
+
+def _witnesses(tensors: Sequence[Any]) -> list[Any]:
+    return list(tensors[:: max(1, len(tensors) // WITNESSES)])
 
 
 def _skips_itself(turn: Turn) -> bool:

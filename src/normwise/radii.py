@@ -58,7 +58,7 @@ class Brake(RadiusRule):
 
 @dataclass(frozen=True)
 class Quantile(RadiusRule):
-    """A radius for gradients: the ``percentile`` of the norms of the last ``window`` steps, this one's among them.
+    """A radius for gradients and updates: the ``percentile`` of the norms of the last ``window`` steps, this one's among them.
 
     percentile: in [0, 100], default 10; between two norms it is interpolated, as ``numpy.percentile`` does.
     window: how many steps are remembered; default 10000, within which it is the whole history (the paper's). Kept in the checkpoint.
@@ -67,7 +67,7 @@ class Quantile(RadiusRule):
     percentile: float = 10.0
     window: int = 10_000
     name: ClassVar[str] = "quantile"
-    allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "grad"),)
+    allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "grad"), ("clip_norm", "update"))
 
     def __post_init__(self) -> None:
         given = number(self.percentile, "percentile", zero=True)
@@ -80,7 +80,7 @@ class Quantile(RadiusRule):
 
 @dataclass(frozen=True)
 class ZScore(RadiusRule):
-    """A radius for gradients, below the norm only where that is a spike: more than ``z`` standard deviations above its running mean.
+    """A radius for gradients and updates, below the norm only where that is a spike: more than ``z`` standard deviations above its running mean.
 
     With mean m and deviation s of the norms so far and the score ζ = (‖g‖ − m)/s, a spike gets the radius m + z²/ζ · s, the smaller the
     larger it is, and enters the running mean and variance (factor ``alpha``) as that, not as it was. The first ``warmup`` norms give the
@@ -91,7 +91,7 @@ class ZScore(RadiusRule):
     alpha: float = 0.97
     warmup: int = 25
     name: ClassVar[str] = "zscore"
-    allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "grad"),)
+    allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "grad"), ("clip_norm", "update"))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "z", number(self.z, "z"))

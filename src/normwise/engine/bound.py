@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ from normwise.policy.inventory import Entry
 from normwise.schedules import Init, Relative, Scheduled, at
 
 
+EARLY = 20
+"""Norms of gradients that are looked at for a threshold that something else has put on them."""
+
+
 class BoundRule:
     """A :class:`Rule` bound to parameters. ``packs`` are built once."""
 
@@ -39,6 +44,10 @@ class BoundRule:
         self.optimizers = frozenset(m.optimizer for m in members)
         self._acted: dict[int, list[Tensor | tuple[Any, Tensor]]] = {}
         self._inline_turn: Turn | None = None
+        self._told = False
+        self._early: list[Tensor] | None = []
+        self.watches = False
+        """Whether it is the first rule that sees the gradients, and so can tell that something has clipped them before."""
         if self.flat and isinstance(rule.radius, Init) and rule.floor is None:
             self._refuse_zero(self._stored(self.packs[0]), f"the {len(members)} parameters together")
         self.store: dict[str, dict[str, Tensor]] = {}
@@ -46,6 +55,14 @@ class BoundRule:
 
     promises = True
     """Whether a rule on weights leaves a bound behind that can be verified."""
+
+    looks_back = False
+    """Whether ``begin`` measures the weights that the step starts from."""
+
+    @property
+    def paced(self) -> bool:
+        """Whether the rule needs the learning rate."""
+        return self.phase in ("decay", "prox")
 
     remembers = False
     """Whether the rule keeps what it measures, so that every rank must know all of it."""
@@ -55,6 +72,9 @@ class BoundRule:
 
     def commit(self, turn: Turn) -> None:
         """After a step that happened."""
+
+    def drop_reports(self, optimizers: Sequence[int]) -> None:
+        """Forgets what the user reported for a step of these optimizers, which is over or does not happen."""
 
     def fits(self, own: Tensor, kept: Tensor) -> bool:
         """Whether a stored tensor can take the place of this rule's own."""
@@ -308,11 +328,42 @@ class BoundRule:
         assert isinstance(self.norm, Norm)
         value = part.measure(self.norm, self._measurable(part, tensors))
         only_clips = rule.action != "normalize" and rule.min_radius is None
+        if self.watches:
+            self._look_at(value, turn)
         if only_clips and not part.sharded and may_branch(value) and bool((value <= radius).all()):
             return
+        self._look_for_nonfinite(value, turn)
         low = None if rule.min_radius is None else least(rule.min_radius, radius, self._hair(part))
         factor = actions.factor(rule.action, value, radius, low, rule.rate)
         self._multiply(part, tensors, factor, turn)
+
+    def _look_for_nonfinite(self, value: Tensor, turn: Turn) -> None:
+        """Tells once of a norm that is not finite, where looking is free."""
+        if not self._told and may_branch(value) and value.numel() and not math.isfinite(float(value.max())):
+            self._told = True
+            what = {"gradient": "gradients", "update": "updates"}.get(self.phase, "weights")
+            turn.tell(
+                f"rule '{self.rule.label()}' found {what} whose norm is not finite, in step {turn.step() + 1}. They are left as they are, and "
+                "training goes on with them; attach with on_nonfinite='raise' to have the parameters named, or 'skip'."
+            )
+
+    def _look_at(self, value: Tensor, turn: Turn) -> None:
+        """Tells once where the norms of the first gradients are all but the same: something clips them before they come here, so that a
+        history of them is one of the other threshold. The numbers are read back once."""
+        if self._early is None:
+            return
+        self._early.append(value.detach().reshape(()))
+        if len(self._early) < EARLY:
+            return
+        seen, self._early = torch.stack(self._early).double(), None
+        middle = seen.median()
+        same = int(((seen - middle).abs() <= 1e-5 * middle).sum())
+        if same >= 0.9 * EARLY and bool(middle > 0):
+            turn.tell(
+                f"the gradients that rule '{self.rule.label()}' sees had the norm {float(middle):.6g} in {same} of the first {EARLY} steps: "
+                "something clips them before, such as a trainer's max_grad_norm or gradient_clip_val, or clip_grad_norm_ in the loop. Turn one "
+                "of the two off."
+            )
 
     def _multiply(self, part: Pack, tensors: Sequence[Tensor], factor: Tensor, turn: Turn) -> None:
         """Each block times its factor, in place, where the step is taken."""
@@ -353,11 +404,17 @@ class BoundRule:
         noted = [a for acted in self._acted.values() for a in acted]
         return sum(int(((a if isinstance(a, Tensor) else a[0].counted(a[1])) != 1).sum()) for a in noted)
 
-    def penalty(self, step: int) -> float:
-        """strength · Σ penalty of the present weights; 0 for what is no penalty, or not within ``start`` and ``stop`` at ``step``."""
-        if self.rule.action not in ("penalty", "prox") or not _within(self.rule, step):
+    def penalty(self, steps: Sequence[int]) -> float:
+        """strength · Σ penalty of the present weights, each at the step of its own optimizer, of which ``steps`` has the counts; 0 for what
+        is no penalty, or not within ``start`` and ``stop``."""
+        if self.rule.action not in ("penalty", "prox"):
             return 0.0
-        return self.strength(Turn(0, lambda: step)) * sum(float(self._value(p)) for p in self.packs)
+        total = 0.0
+        for part in self.packs:
+            step = max(steps[k] for k in part.optimizers)
+            if _within(self.rule, step):
+                total += self.strength(Turn(0, lambda step=step: step)) * float(self._value(part))    # type: ignore[misc]
+        return total
 
     def _value(self, part: Pack) -> Tensor:
         assert isinstance(self.norm, Norm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch.optim import Optimizer
 
 from normwise.engine import finite
 from normwise.engine.bound import BoundRule
+from normwise.engine.changes import Bindings, on_meta, replaced
 from normwise.engine.field import bind, refuse_foreign_decay
-from normwise.engine.pack import Pack
+from normwise.engine.pack import Member, Pack
 from normwise.engine.sharded import here, is_sharded
 from normwise.engine.sharded.ahead import align, fulfil, run_all
 from normwise.engine.turn import Turn
@@ -32,19 +32,25 @@ class Engine:
     resting: a rule may have nothing to act on because all that it matches is frozen, as it may be for a while in training.
     """
 
-    def __init__(self, inventory: Inventory, policy: Policy, optimizers: Sequence[Optimizer], resting: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, inventory: Inventory, policy: Policy, optimizers: Sequence[Optimizer], resting: bool = False
+    ) -> None:
         self.inventory, self.policy, self.optimizers = inventory, policy, list(optimizers)
         self.owner = _owners(inventory, self.optimizers)
         targets = [(rule, self._targets(rule, resting)) for rule in policy]
         check([(rule, {e.name for e in entries}) for rule, entries in targets])
         self.rules = [bind(rule, entries, self.owner, i) for i, (rule, entries) in enumerate(targets)]
-        self._seen = _trainable(self.optimizers)
+        self._bindings = Bindings(model, self.optimizers)
         self._params = [list(self.held(k).values()) for k in range(len(self.optimizers))]
         self.spanning = any(_spans(b) for b in self.phase("penalty", "gradient"))
         _refuse_spanning(self.phase("update", "prox"))
-        self._groups: dict[int, tuple[tuple[int, ...], dict[int, dict[str, Any]]]] = {}
+        self._groups: dict[int, tuple[tuple[tuple[int, int], ...], dict[int, dict[str, Any]]]] = {}
         for bound in self.rules:
             refuse_foreign_decay(bound, self._group)
+        for bound in self.phase("gradient")[:1]:
+            bound.watches = not self.phase("penalty") and bound.flat and bound.rule.action == "clip_norm"
+        self._paced = [b for b in self.rules if b.paced]
+        self.check_rates()
         self._own = [(b, what, v) for b in self.rules for what, v in b.functions()]
         self.sharded = any(is_sharded(p) for params in self._params for p in params)
         """Whether any parameter is a DTensor."""
@@ -55,18 +61,47 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ binding
 
     def outdated(self, model: nn.Module) -> bool:
-        """Whether an optimizer holds a parameter of the model that was not there, or was frozen, when the rules were bound; or whether one
-        that they act on is frozen, or held no longer."""
-        now = _trainable(self.optimizers)
-        if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
-            return False
-        known = {id(p) for p in self._seen} | {id(m.param) for b in self.rules for m in b.members}
-        held = {id(p) for p in now}
-        gone = any(id(m.param) not in held for b in self.rules for m in b.members)
-        if gone or any(id(p) in held - known for p in model.parameters()):
+        """Whether the rules must be bound anew: where an optimizer holds a parameter of the model that was not there, or was frozen, when
+        they were bound; where one that they act on is frozen or held no longer; where parameters have another dtype or shape, or other
+        ones stand in their place in the model."""
+        bindings = self._bindings
+        if bindings.registered_elsewhere():
             return True
-        self._seen = now
+        if not bindings.held_elsewhere():
+            return bindings.converted()
+        known = {id(p) for p in bindings.params} | {id(m.param) for b in self.rules for m in b.members}
+        held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
+        gone = any(id(m.param) not in held for b in self.rules for m in b.members)
+        owner = _owners(self.inventory, self.optimizers)
+        moved = any(owner.get(p, k) != k for p, k in self.owner.items())
+        if gone or moved or any(id(p) in held - known for p in model.parameters()):
+            return True
+        bindings.refresh()
         return False
+
+    def refuse_replaced(self, inventory: Inventory) -> None:
+        """PolicyError where the model has another tensor under a name that a rule acts on, and the optimizer still holds the old one."""
+        held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        mine = {id(m.param) for b in self.rules for m in b.members}
+        fresh = {id(e.param) for e in inventory}
+        lost = [name for name in replaced(self.inventory, inventory, held) if id(self.inventory.by_name[name].param) in mine - fresh]
+        if lost:
+            shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            raise PolicyError(
+                f"the model has another tensor as {shown} than when the rules were attached (a new layer, or load_state_dict(assign=True)), "
+                "and the optimizer still holds the old one: its steps would change nothing that the model uses. Give the new tensor to the "
+                "optimizer (add_param_group, or a new optimizer), then attach to that; or load without assign."
+            )
+
+    def check_rates(self) -> None:
+        """PolicyError where a rule needs the learning rate and its parameters' group has none."""
+        for bound in self._paced:
+            for m in bound.members:
+                if self._group(m.param).get("lr") is None:
+                    raise PolicyError(
+                        f"rule '{bound.rule.label()}' needs the learning rate, and the group of {m.name!r} has lr="
+                        f"{self._group(m.param).get('lr')!r}: its optimizer finds its own. Give it a learning rate, or leave the rule out."
+                    )
 
     def _targets(self, rule: Rule, resting: bool) -> list[Entry]:
         matched = rule.targets(self.inventory.entries)
@@ -98,10 +133,18 @@ class Engine:
         """The rules of these phases, in the order of the phases and then of the policy."""
         return [b for name in names for b in self.rules if b.phase == name]
 
+    def holds(self, param: nn.Parameter) -> bool:
+        """Whether one of the optimizers holds a parameter now."""
+        return any(param is p for o in self.optimizers for g in o.param_groups for p in g["params"])
+
     def rate(self, param: nn.Parameter) -> Any:
-        """η: the ``lr`` of the parameter's group, times the factor ``d`` that D-Adaptation and Prodigy keep there."""
+        """η: the ``lr`` of the parameter's group, times the factor ``d`` that D-Adaptation and Prodigy keep there. A tensor has no
+        dimensions, whatever the group has; other numbers, as numpy's, are floats."""
         group = self._group(param)
-        return group["lr"] * group.get("d", 1.0)
+        rate, factor = group["lr"], group.get("d", 1.0)
+        if isinstance(rate, Tensor):
+            return (rate.reshape(()) if rate.ndim else rate) * factor
+        return float(rate) * factor
 
     def maximizes(self) -> bool:
         """Whether any group of any optimizer has ``maximize=True``."""
@@ -115,7 +158,7 @@ class Engine:
         """The parameter's group now: ``load_state_dict`` replaces the optimizer's groups by new ones."""
         k = self.owner[id(param)]
         groups = self.optimizers[k].param_groups
-        token = tuple(id(g) for g in groups)
+        token = tuple((id(g), len(g["params"])) for g in groups)
         if k not in self._groups or self._groups[k][0] != token:
             self._groups[k] = (token, {id(p): g for g in groups for p in g["params"]})
         return self._groups[k][1][id(param)]
@@ -142,19 +185,33 @@ class Engine:
         for bound in bounds:
             bound.run(turn)
 
-    def decay_phase(self, turn: Turn) -> None:
-        """Decoupled weight decay and CPR's, then the snapshot that rules on updates need."""
+    def decay_phase(self, turn: Turn, decays: bool = True) -> None:
+        """Decoupled weight decay and CPR's, then the snapshot that rules on updates need.
+
+        decays: False where a step that raised is tried again, whose weights have decayed already.
+        """
         self._turn = turn
         if self.sharded:
             fulfil([request for bound in self.rules for request in bound.before_begin(turn)])
         for bound in self.rules:
             bound.begin(turn)
-        self._run_all(self.phase("decay", "cpr"), turn)
+        if decays:
+            self._run_all(self.phase("decay", "cpr"), turn)
+        for m in self._snapshot_members(turn.optimizer):
+            if m.param.grad is not None:
+                turn.before.setdefault(id(m.param), m.param.detach().clone())
+
+    def _snapshot_members(self, optimizer: int) -> list[Member]:
+        """What rules on updates compare with, where the optimizer does not hand its updates over."""
         inline = self.inline_rules()
-        for bound in self.phase("update"):
-            for m in bound.members if bound not in inline else ():
-                if m.param.grad is not None and m.optimizer == turn.optimizer:
-                    turn.before.setdefault(id(m.param), m.param.detach().clone())
+        return [m for b in self.phase("update") if b not in inline for m in b.members if m.optimizer == optimizer]
+
+    def started(self, optimizer: int, decayed: bool = False) -> list[nn.Parameter]:
+        """The parameters whose weights at the start of a step matter to some rule: to decay (alone, if ``decayed``), to compare with."""
+        early = [m for b in self.phase("decay", "cpr") for m in b.members if m.optimizer == optimizer]
+        others = [] if decayed else [m for b in self.rules if b.looks_back for m in b.members if m.optimizer == optimizer]
+        others += [] if decayed else self._snapshot_members(optimizer)
+        return list({id(m.param): m.param for m in (*early, *others)}.values())
 
     def inline_rules(self) -> list[BoundRule]:
         """The rules on updates that run within the optimizer's step; one global vector is complete only after it."""
@@ -170,11 +227,21 @@ class Engine:
     def after_phase(self, turn: Turn) -> None:
         """Rules on updates, prox, attention heads, rules on weights; nothing where GradScaler skipped the step and knowing it is free."""
         if turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
+            self.drop_reports([turn.optimizer])
             return
         inline = self.inline_rules()
         self._run_all([b for b in self.phase("update", "prox", "qk_clip", "weight") if b not in inline], turn)
         for bound in self.rules:
             bound.commit(turn)
+
+    def drop_reports(self, optimizers: Sequence[int]) -> None:
+        """Forgets what was reported for a step that is skipped."""
+        for bound in self.rules:
+            bound.drop_reports(optimizers)
+
+    def bound_again(self, index: int, entries: list[Entry]) -> BoundRule:
+        """One rule on other parameters, beside those that it is bound to: what is frozen now."""
+        return bind(self.policy[index], entries, self.owner, index)
 
     def handle_nonfinite(self, optimizers: Sequence[int], mode: str) -> bool:
         """See :func:`normwise.engine.finite.handle`."""
@@ -202,10 +269,6 @@ class Engine:
                     )
 
 
-def _trainable(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    return [p for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad]
-
-
 def _owners(inventory: Inventory, optimizers: Sequence[Optimizer]) -> dict[int, int]:
     """id(parameter) -> index of the optimizer that holds it. Two could not both be the one whose step a bound holds after."""
     owner: dict[int, int] = {}
@@ -219,6 +282,11 @@ def _owners(inventory: Inventory, optimizers: Sequence[Optimizer]) -> dict[int, 
 
 def _refuse(entry: Entry, rule: Rule) -> None:
     p = entry.param
+    if on_meta(p):
+        raise PolicyError(
+            f"{entry.name!r} is on the meta device and has no values yet: materialise the model (to_empty and load, or its own "
+            "initialisation), then attach."
+        )
     if not p.is_floating_point():
         raise PolicyError(
             f"{entry.name!r} is {p.dtype}, and rule '{rule.label()}' needs real floating-point numbers: exclude it, or train its "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normwise import actions
 from normwise.engine.bound import BoundRule, _now
-from normwise.engine.member_tensors import grads_of, starts_of, weights_of
+from normwise.engine.member_tensors import starts_of, weights_of
 from normwise.engine.observe import OBSERVERS, State
 from normwise.engine.pack import Flat, Member, Pack
 from normwise.engine.sharded import is_sharded
@@ -23,7 +23,7 @@ from normwise.engine.turn import Turn
 from normwise.errors import PolicyError, nearest
 from normwise.norms import L2, Norm, Radius, Set
 from normwise.norms.base import clip_factor
-from normwise.norms.reduce import up, wide
+from normwise.norms.reduce import may_branch, up, wide
 from normwise.policy import Rule
 from normwise.policy.inventory import Entry
 from normwise.radii import Brake, Inflection, Quantile, StepLength, WarmStart, ZScore
@@ -70,6 +70,10 @@ class Stepped(BoundRule):
             member.radius = first if kind.of == "init" else None
         return member
 
+    @property
+    def paced(self) -> bool:
+        return True
+
     def _measures_starts(self) -> bool:
         return getattr(self.rule.radius, "of", None) == "weight"
 
@@ -97,6 +101,7 @@ class Braked(BoundRule):
     """Weights whose norm may keep only a share of what the step added to it."""
 
     promises = False
+    looks_back = True
 
     def before_begin(self, turn: Turn) -> list[Request]:
         assert isinstance(self.norm, Norm)
@@ -151,20 +156,25 @@ class Remembering(BoundRule):
 
 
 class Adaptive(Remembering):
-    """Gradients clipped to what their own history says. The history grows after the step, and only if it happened: a closure that is
+    """Gradients or updates clipped to what their own history says. The history grows after the step, and only if it happened: a closure that is
     evaluated several times is one observation."""
 
     _seen: tuple[Turn, list[tuple[Pack, State]]] | None = None
 
-    def _on_gradients(self, part: Pack, turn: Turn) -> None:
+    def radius(self, part: Pack, turn: Turn | None, step: int = 0) -> Radius:
+        return math.inf    # known once the norm is measured
+
+    def _scale(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
         assert isinstance(self.norm, Norm)
-        grads = grads_of(part)
-        value = part.measure(self.norm, grads)
+        value = part.measure(self.norm, tensors)
+        self._look_for_nonfinite(value, turn)
+        if self.watches:
+            self._look_at(value, turn)
         limit, fresh = self.observe(self.rule.radius, self._recall(part), value.to(wide(value.device)))
         if self._seen is None or self._seen[0] is not turn:
             self._seen = (turn, [])
         self._seen[1].append((part, fresh))
-        self._multiply(part, grads, actions.factor("clip_norm", value, limit), turn)
+        self._multiply(part, tensors, actions.factor("clip_norm", value, limit), turn)
 
     def commit(self, turn: Turn) -> None:
         """Keeps what the turn observed."""
@@ -205,6 +215,10 @@ class Constrained(Remembering):
 # --------------------------------------------------------------------------------------------------- attention heads
 
 
+SILENT_STEPS = 3
+"""Steps without a report after which the user is told."""
+
+
 class Heads(BoundRule):
     """Queries and keys of the heads whose logits were reported too large, shrunk after the step."""
 
@@ -215,6 +229,8 @@ class Heads(BoundRule):
             if m.view.batch > 2 or _stack(m) > 3:
                 raise PolicyError(f"qk_clip cannot tell queries from keys in {m.name!r}: at most three matrices may be stacked, q, k, v.")
         self._reports: dict[str, Tensor] = {}
+        self._ever, self._quiet = False, 0
+        self._passed: list[bool] | None = None
 
     def attentions(self) -> set[str]:
         """The names under which maxima can be reported: of the layers that are scaled, and of the modules that hold them."""
@@ -222,11 +238,45 @@ class Heads(BoundRule):
 
     def report(self, attention: str, maxima: Tensor) -> None:
         """Remembers the maxima for the members of an attention, until its next step; of several reports the larger ones."""
+        self._ever = True
+        self._drop_skipped()
         for m in self.members:
             if any(attention in _places_of(name) for name in self._names[m.name]):
                 self._check(m, attention, maxima)
                 new, old = maxima.to(m.param.device), self._reports.get(m.name)
                 self._reports[m.name] = new if old is None else torch.maximum(old, new)
+
+    def _drop_skipped(self) -> None:
+        """Drops reports of a step that never came, as where GradScaler skips it and no hook runs: a backward pass went by since, and its
+        gradients are gone."""
+        if self._passed is None:
+            passed = self._passed = [False]
+            for m in self.members:
+                if m.param.requires_grad and m.param.is_leaf:
+                    m.param.register_post_accumulate_grad_hook(lambda _: passed.__setitem__(0, True))
+                    break
+        gone = all(m.param.grad is None or (may_branch(m.param.grad) and not m.param.grad.any()) for m in self.members)
+        if self._passed[0] and gone:
+            self._reports.clear()
+            self._passed[0] = False
+
+    def drop_reports(self, optimizers: Sequence[int]) -> None:
+        for m in self.members:
+            if m.optimizer in optimizers:
+                self._reports.pop(m.name, None)
+        if self._passed is not None:
+            self._passed[0] = False
+
+    def commit(self, turn: Turn) -> None:
+        """Reports are of one step, whether the rule acted in it or rested."""
+        self.drop_reports([turn.optimizer])
+        if not self._ever and turn.optimizer in self.optimizers:
+            self._quiet += 1
+            if self._quiet == SILENT_STEPS:
+                turn.tell(
+                    f"rule '{self.rule.label()}' has heard of no attention logits in {SILENT_STEPS} steps, so that it has never acted: report "
+                    "them before each step, control.report_max_logits(attention, maxima)."
+                )
 
     def _check(self, m: Member, attention: str, maxima: Tensor) -> None:
         if maxima.shape != (_heads(m),):

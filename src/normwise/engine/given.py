@@ -1,22 +1,43 @@
-"""What a policy can be attached to: optimizers with step hooks, in whatever wrapper."""
+"""What a policy can be attached to: a model, and optimizers whose step hooks run, in whatever wrapper."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from normwise.engine.engine import Engine
 from normwise.errors import PolicyError
 
 OWN_THEIR_ITERATES = ("LBFGS", "ScheduleFree")
+INNER = ("base_optimizer", "optim", "_optimizer", "inner_optimizer", "opt", "base")
+"""Where wrappers that are not opened keep the optimizer that they drive."""
+FORWARDERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric", "transformers", "deepspeed", "torch")
+"""Packages whose wrappers hand a step on and do nothing to the weights after it."""
+_STEP = Optimizer.profile_hook_step(lambda: None).__code__
+"""Of torch's wrapper around every ``step``, which runs the hooks."""
+
+
+def check_model(model: Any, optimizer: Any) -> None:
+    """PolicyError for what is no module: parameters, swapped arguments."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(optimizer, nn.Module):
+        raise PolicyError(f"the first argument is {_kind(model)} and the second a model: they are swapped. Write attach(model, optimizer, rules).")
+    what = "parameters" if isinstance(model, Iterable) and not isinstance(model, str) else _kind(model)
+    raise PolicyError(
+        f"attach needs the model, given {what}: rules name parameters and ask module types for their axes. Write attach(model, optimizer, rules)."
+    )
 
 
 def optimizers(given: Any) -> list[Optimizer]:
-    """One optimizer or several, out of their wrappers; PolicyError for anything else."""
-    several = isinstance(given, Iterable) and not isinstance(given, str) and _hooked(given) is None
-    found = [_unwrapped(o) for o in (given if several else [given])]
+    """One optimizer or several, out of their wrappers; PolicyError for anything else, and where hooks would never run."""
+    single = isinstance(given, str | Optimizer) or not isinstance(given, Iterable) or hasattr(given, "optimizer")
+    found = [_hooked(o) for o in ([given] if single else given)]
     if not found:
         raise PolicyError("no optimizer was given: attach(model, optimizer, policy) takes one or a list of several.")
     if len({id(o) for o in found}) < len(found):
@@ -24,23 +45,62 @@ def optimizers(given: Any) -> list[Optimizer]:
     return found
 
 
-def _hooked(optimizer: Any) -> Any:
-    """What has step hooks: the optimizer, or the one that Accelerate's and Lightning's wrappers keep in ``.optimizer``; else None."""
-    while not hasattr(optimizer, "register_step_pre_hook"):
-        if (optimizer := getattr(optimizer, "optimizer", None)) is None:
-            return None
-    return optimizer
+def _hooked(given: Any) -> Optimizer:
+    """The optimizer itself, or the one in ``.optimizer`` of a wrapper whose own step hooks never run."""
+    optimizer, passed = given, []
+    while not _runs_hooks(optimizer):
+        passed.append(optimizer)
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or any(inner is one for one in passed):
+            raise PolicyError(_why_not(given))
+        optimizer = inner
+    for wrapper in passed:
+        if isinstance(wrapper, Optimizer) and type(wrapper).__module__.partition(".")[0] not in FORWARDERS:
+            name, inner = type(wrapper).__name__, type(optimizer).__name__
+            warnings.warn(
+                f"torch runs no step hooks for {name}, which does not call Optimizer.__init__: the rules act in the steps of its .optimizer, a "
+                f"{inner}. What {name} does to the weights after those steps is not held; control.verify() measures it.",
+                stacklevel=5,
+            )
+    result: Optimizer = optimizer
+    return result
 
 
-def _unwrapped(given: Any) -> Optimizer:
-    if (optimizer := _hooked(given)) is None:
-        raise PolicyError(f"{given!r} is no optimizer with step hooks: attach(model, optimizer, policy) needs a torch.optim.Optimizer.")
-    return optimizer
+def _runs_hooks(optimizer: Any) -> bool:
+    """torch wraps ``step`` when an instance is initialised, class by class; a class of its own that never does has hooks that never run."""
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        return False
+    if not isinstance(optimizer, Optimizer):
+        return True
+    return "_optimizer_step_pre_hooks" in vars(optimizer) and getattr(type(optimizer).step, "hooked", False)
+
+
+def _why_not(given: Any) -> str:
+    if not isinstance(given, Optimizer):
+        created = " Its .optimizer is not created yet: attach later." if hasattr(given, "optimizer") else ""
+        return f"{given!r} is no optimizer with step hooks: attach(model, optimizer, policy) needs a torch.optim.Optimizer.{created}"
+    name = type(given).__name__
+    inside = [f".{where} (a {type(getattr(given, where)).__name__})" for where in INNER if isinstance(getattr(given, where, None), Optimizer)]
+    instead = f" Attach to the optimizer that it drives, {inside[0]}." if inside else " Call super().__init__ in it, or attach to the optimizer that it drives."
+    return f"torch runs no step hooks for this {name}, which does not call Optimizer.__init__, so that no rule would ever act.{instead}"
+
+
+def _kind(given: Any) -> str:
+    return f"a {type(given).__name__}"
 
 
 def may_nest(cls: type) -> bool:
     """Whether an optimizer's class has a ``step`` of its own over that of another optimizer, which it may call."""
     return sum("step" in vars(base) for base in cls.__mro__ if base is not Optimizer) > 1
+
+
+def steps_under_way(optimizer: Optimizer) -> int:
+    """How many of torch's step wrappers run for the optimizer at this moment: 2 within a ``super().step()``; 0 in compiled code."""
+    count, frame = 0, sys._getframe(1)
+    while frame is not None:
+        count += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back    # type: ignore[assignment]
+    return count
 
 
 def refuse_iterate_owners(engine: Engine, given: Sequence[Optimizer]) -> None:

@@ -32,6 +32,11 @@ class Member:
     """``"init"``: the norms of its blocks at attach, ``(count,)``."""
     center: Tensor | None = None
     center_norm: Tensor | None = None
+    shape: tuple[int, ...] = field(init=False)
+    """That the parameter had when bound."""
+
+    def __post_init__(self) -> None:
+        self.shape = tuple(self.param.shape)
 
 
 @dataclass(eq=False)

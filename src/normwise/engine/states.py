@@ -34,6 +34,11 @@ def beyond(kept: Mapping[str, Any], bound: BoundRule) -> Saved:
     return {what: {name: t for name, t in kept[what].items() if name not in own[what]} for what in own}
 
 
+def renamed(kept: Saved, names: Mapping[str, str]) -> Saved:
+    """``kept`` with the names that parameters have now, where the same tensor has another one: behind a parametrization, say."""
+    return {what: {names.get(n, n): t for n, t in value.items()} if isinstance(value, dict) else value for what, value in kept.items()}
+
+
 def carry_over(bound: BoundRule, kept: Saved) -> None:
     """Gives a rule that was bound again what it knew of each parameter, by name, where it still fits."""
     own = state_of(bound)

@@ -28,3 +28,5 @@ class Turn:
     """The gradient phase of every optimizer at once."""
     ascends: Callable[[Member], bool] | None = None
     """Whether the parameter's group has ``maximize=True``; None where no group has."""
+    tell: Callable[[str], None] = lambda message: None
+    """Warns the user, once a message."""

@@ -1,8 +1,8 @@
-"""The proof that bounds hold: measured again in float64, on whole blocks."""
+"""The proof that bounds hold: measured again in float64, on whole blocks, on the weights that the model has now."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,9 +16,22 @@ from normwise.engine.rounding import hair, inside, least
 from normwise.engine.sharded.split import Split
 from normwise.narrow import ulp
 from normwise.norms import Norm, Set
+from normwise.policy.inventory import Entry, Inventory
 
 SPHERE_ULP = 2
 """How many ulp of the weights' dtype a norm may be away from its sphere."""
+SHOWN = 20
+"""Breaches that are printed."""
+BOUNDS_NOTHING = {
+    "penalty": "a penalty pulls, and bounds nothing",
+    "gradient": "it acts on gradients",
+    "decay": "a decay pulls, and bounds nothing",
+    "cpr": "it pulls towards its bound, and may be above it",
+    "update": "it acts on updates",
+    "prox": "a prox pulls, and bounds nothing",
+    "qk_clip": "only a forward pass shows attention logits",
+}
+"""By phase: why a rule leaves nothing on the weights to measure."""
 
 
 @dataclass(frozen=True)
@@ -36,47 +49,151 @@ class Breach:
         return f"{self.parameter}[block {self.block}] is {self.value:.9g}, bound {self.bound:.9g} (by {self.excess:.3g}) in '{self.rule}'"
 
 
+@dataclass(frozen=True)
+class Largest:
+    """Of all blocks under one rule the one that is nearest to its bound, or farthest outside."""
+
+    rule: str
+    parameter: str
+    block: int
+    value: float
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.rule}: largest {self.value:.9g}, bound {self.bound:.9g} ({self.parameter}[block {self.block}])"
+
+
 @dataclass
 class Verification:
-    """What :meth:`Control.verify` found. True in a condition where every bound holds."""
+    """What :meth:`Control.verify` found. True in a condition where bounds were measured and every one holds.
+
+    False where a bound is broken, where a rule never ran on something that it should bound, and where nothing could be measured at all.
+    """
 
     breaches: list[Breach] = field(default_factory=list)
     blocks: int = 0
     """How many blocks were measured."""
     rules: list[str] = field(default_factory=list)
     """The rules whose bounds were measured."""
+    largest: list[Largest] = field(default_factory=list)
+    """For each of these the block nearest to its bound, or farthest outside."""
     not_enforced: list[str] = field(default_factory=list)
-    """Rules that did not act at the last step, so that nothing is promised now."""
+    """Rules that rested at the last step (``every``, ``start``, ``stop``), and those whose optimizer has not stepped yet: nothing is promised
+    now."""
+    never_ran: list[str] = field(default_factory=list)
+    """Rules that have not acted on what they should bound, each with the reason."""
+    unchecked: list[str] = field(default_factory=list)
+    """What could not be measured on the weights, each with the reason."""
     zeros: int = 0
     """Zero blocks under a rule that would give them a norm: no direction is theirs to take, so they are left at zero."""
 
     @property
+    def held(self) -> list[str]:
+        """The rules whose every measured bound holds."""
+        broken = {b.rule for b in self.breaches}
+        return [rule for rule in self.rules if rule not in broken]
+
+    @property
     def ok(self) -> bool:
-        return not self.breaches
+        return not self.breaches and not self.never_ran and bool(self.rules)
 
     def __bool__(self) -> bool:
         return self.ok
 
     def __str__(self) -> str:
-        head = f"{self.blocks} blocks under {len(self.rules)} rules measured in float64: "
-        if self.ok:
-            left = f" {self.zeros} blocks are zero, and stay so." if self.zeros else ""
-            return f"{head}every bound holds.{left}"
-        shown = "".join(f"\n  {b}" for b in self.breaches[:20])
-        more = f"\n  and {len(self.breaches) - 20} more" if len(self.breaches) > 20 else ""
-        return head + f"{len(self.breaches)} broken:{shown}{more}"
+        shown = [f"  {b}" for b in self.breaches[:SHOWN]]
+        if len(self.breaches) > SHOWN:
+            shown.append(f"  and {len(self.breaches) - SHOWN} more")
+        shown += [f"  {one}" for one in self.largest]
+        shown += [f"  never ran: {one}" for one in self.never_ran]
+        shown += [f"  not enforced now: {one}" for one in self.not_enforced]
+        shown += [f"  not checked: {one}" for one in self.unchecked]
+        return "\n".join([self._headline(), *shown])
+
+    def _headline(self) -> str:
+        if not self.rules:
+            return "nothing was checked." if self.never_ran or self.not_enforced or self.unchecked else "nothing was checked: no rule bounds weights."
+        head = f"{self.blocks} blocks under {len(self.rules)} rule{'s' * (len(self.rules) != 1)} measured in float64: "
+        if self.breaches:
+            return f"{head}{len(self.breaches)} broken:"
+        left = f" {self.zeros} blocks are zero, and stay so." if self.zeros else ""
+        return f"{head}every bound holds{', but rules never ran' if self.never_ran else ''}.{left}"
 
 
-def verify(engine: Engine, steps: Sequence[int]) -> Verification:
-    """Measures every bound on weights of ``engine``; ``steps`` are the optimizers' step counts."""
+@dataclass
+class Rested:
+    """Rules bound to parameters that are frozen now, and at which step each last acted on them."""
+
+    bounds: Mapping[int, BoundRule]
+    steps: Mapping[tuple[int, str], int]
+
+
+def verify(engine: Engine, inventory: Inventory, steps: Sequence[int], rested: Rested, silent: Mapping[int, str]) -> Verification:
+    """Measures every bound on weights.
+
+    engine: the rules as bound at the last step. inventory: the model as it is now. steps: the optimizers' step counts. rested: what is frozen
+    now, and was under a rule before. silent: why an optimizer that never stepped under the control did not, by its index.
+    """
     result = Verification()
-    for bound in (b for b in engine.phase("weight") if b.rule.rate == 1 and b.promises):
-        acted = [(part, _last_step(part, steps)) for part in bound.packs]
-        acted = [(part, last) for part, last in acted if last >= 0 and bound.rule.active(last)]
-        (result.rules if acted else result.not_enforced).append(bound.rule.label())
-        for part, last in acted:
-            _measure(bound, part, last, result)
+    present = {id(e.param): e for e in inventory}
+    for i, bound in enumerate(engine.rules):
+        label = bound.rule.label()
+        if (reason := _nothing_to_measure(bound)) is not None:
+            result.unchecked.append(f"{label}: {reason}")
+            continue
+        result.never_ran += [f"{label}: {what}" for what in _outside(bound, engine, inventory, present)]
+        packs = [(bound, part, _last_step(part, steps)) for part in bound.packs]
+        if i in rested.bounds:
+            frozen = rested.bounds[i]
+            packs += [(frozen, part, max(rested.steps.get((i, m.name), -1) for m in part.members)) for part in frozen.packs]
+        acted, resting = [], False
+        for owner, part, last in packs:
+            kept = part.only(lambda m: id(m.param) in present and tuple(m.param.shape) == m.shape)
+            if kept is None:
+                continue
+            if last < 0:
+                reasons = sorted({silent[k] for k in kept.optimizers if k in silent})
+                note = f"{label}: {_listed(m.name for m in kept.members)}: {'; '.join(reasons) or 'its optimizer has not stepped yet'}"
+                (result.never_ran if reasons else result.not_enforced).append(note)
+            elif bound.rule.active(last):
+                acted.append((owner, kept, last))
+            else:
+                resting = True
+        if acted:
+            result.rules.append(label)
+            _measure_all(acted, label, result)
+        elif resting or not packs:
+            result.not_enforced.append(label if resting else f"{label}: all that it matches is frozen")
     return result
+
+
+def _nothing_to_measure(bound: BoundRule) -> str | None:
+    if bound.phase != "weight":
+        return BOUNDS_NOTHING[bound.phase]
+    if not bound.promises:
+        return "it brakes a step, and bounds no norm"
+    return None if bound.rule.rate == 1 else f"at rate={bound.rule.rate:g} the bound is reached by and by"
+
+
+def _outside(bound: BoundRule, engine: Engine, inventory: Inventory, present: Mapping[int, Entry]) -> list[str]:
+    """What the rule should bound by its selector and does not know, or knows and the model has no longer."""
+    mine = {id(m.param) for m in bound.members}
+    gone = {m.name for m in bound.members if id(m.param) not in present}
+    changed = [m.name for m in bound.members if id(m.param) in present and tuple(m.param.shape) != m.shape]
+    fresh = [e for e in bound.rule.matched(inventory) if id(e.param) not in mine and e.param.requires_grad]
+    replaced = [e.name for e in fresh if e.name in gone]
+    added = [e.name for e in fresh if e.name not in gone and engine.holds(e.param)]
+    reasons = (
+        (replaced, "the model has another tensor there now, on which the rule never acted"),
+        (added, "joined the optimizer after its last step; the rule acts from the next one on"),
+        (changed, "has another shape now; the rule acts from the next step on"),
+    )
+    return [f"{_listed(names)}: {reason}" for names, reason in reasons if names]
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
 
 def _last_step(part: Pack, steps: Sequence[int]) -> int:
@@ -84,16 +201,24 @@ def _last_step(part: Pack, steps: Sequence[int]) -> int:
     return max(steps[k] for k in part.optimizers) - 1
 
 
-def _measure(bound: BoundRule, part: Pack, step: int, result: Verification) -> None:
-    radius, exact = bound.radius(part, None, step), part.local([_exact(m) for m in part.members])
-    limit = torch.as_tensor(radius, dtype=torch.float64, device=exact[0].device).expand(block_count(part))
-    value = _value(bound, part, exact, limit)
-    excess = _excess(bound, part, value, limit)
-    result.blocks += len(limit)
-    result.zeros += int((value == 0).sum()) if _has_least(bound) else 0
-    for i in torch.nonzero(~(excess <= 0)).flatten().tolist():
-        name, block = _where(part, i)
-        result.breaches.append(Breach(bound.rule.label(), name, block, float(value[i]), float(limit[i]), float(excess[i])))
+def _measure_all(acted: Sequence[tuple[BoundRule, Pack, int]], label: str, result: Verification) -> None:
+    nearest: list[tuple[float, Largest]] = []
+    for bound, part, step in acted:
+        radius, exact = bound.radius(part, None, step), part.local([_exact(m) for m in part.members])
+        limit = torch.as_tensor(radius, dtype=torch.float64, device=exact[0].device).expand(block_count(part))
+        value = _value(bound, part, exact, limit)
+        excess = _excess(bound, part, value, limit)
+        result.blocks += len(limit)
+        result.zeros += int((value == 0).sum()) if _has_least(bound) else 0
+        for i in torch.nonzero(~(excess <= 0)).flatten().tolist():
+            name, block = _where(part, i)
+            result.breaches.append(Breach(label, name, block, float(value[i]), float(limit[i]), float(excess[i])))
+        if len(value):
+            worst = int(torch.argmax(torch.nan_to_num(value - limit, nan=torch.inf)))
+            name, block = _where(part, worst)
+            nearest.append((float((value - limit)[worst]), Largest(label, name, block, float(value[worst]), float(limit[worst]))))
+    if nearest:
+        result.largest.append(max(nearest, key=lambda one: one[0] if one[0] == one[0] else torch.inf)[1])
 
 
 def _has_least(bound: BoundRule) -> bool:

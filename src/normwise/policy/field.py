@@ -108,29 +108,31 @@ def cpr(
 
 def autoclip(
     percentile: float = 10.0, params: Selector | None = EVERYTHING, *, window: int = 10_000, norm: NormLike = "l2", per: str = "global",
-    **common: Unpack[Common],
+    on: str = "grad", **common: Unpack[Common],
 ) -> Rule:  # fmt: skip
     """Clips the gradient to a percentile of the norms that it had so far: g ← g · min(1, p / ‖g‖), p found anew at each step.
 
     The history holds the norms before clipping, this step's included, of the last ``window`` steps (default 10000; the paper keeps all),
     and grows once a step that happens. Seetharaman et al., AutoClip: adaptive gradient clipping for source separation networks, 2020;
     10 is theirs, so that nine of ten steps are clipped. ``per="tensor"`` keeps a history for each parameter: give a smaller window there,
-    since each history is sorted once a step (10000 norms: 0.8 ms on a CPU).
+    since each history is sorted once a step (10000 norms: 0.8 ms on a CPU). ``on="update"`` clips what the optimizer adds to the weights
+    instead, by the history of that; ``per="global"`` is then for one optimizer.
     """
-    return Rule(params=params, action="clip_norm", norm=norm, per=per, on="grad", radius=Quantile(percentile, window), **common)
+    return Rule(params=params, action="clip_norm", norm=norm, per=per, on=on, radius=Quantile(percentile, window), **common)
 
 
 def zclip(
     z: float = 2.5, params: Selector | None = EVERYTHING, *, alpha: float = 0.97, warmup: int = 25, norm: NormLike = "l2",
-    per: str = "global", **common: Unpack[Common],
+    per: str = "global", on: str = "grad", **common: Unpack[Common],
 ) -> Rule:  # fmt: skip
     """Clips only spikes: a gradient norm more than z deviations above its running mean, to mean + z²/score · deviation.
 
     Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025 (arXiv 2504.02507), with its defaults: running mean and
     variance with factor ``alpha``, which a spike enters as what it was clipped to; the first ``warmup`` norms only start them. See
-    :class:`normwise.radii.ZScore`. A norm that is not finite is left to ``on_nonfinite`` and does not enter.
+    :class:`normwise.radii.ZScore`. A norm that is not finite is left to ``on_nonfinite`` and does not enter. ``on="update"`` clips spikes of
+    what the optimizer adds to the weights instead; ``per="global"`` is then for one optimizer.
     """
-    return Rule(params=params, action="clip_norm", norm=norm, per=per, on="grad", radius=ZScore(z, alpha, warmup), **common)
+    return Rule(params=params, action="clip_norm", norm=norm, per=per, on=on, radius=ZScore(z, alpha, warmup), **common)
 
 
 # --------------------------------------------------------------------------------------------------------- attention

@@ -175,11 +175,20 @@ class Rule:
         params, listed = DEFAULT_PARAMS if self.params is None else self.params, list(entries)
         if not self.optional:
             return select(listed, params, self.exclude)
-        found = [e for e in listed if matches(params, e) and not (self.exclude is not None and matches(self.exclude, e))]
+        found = self.matched(listed)
         if not found:
             select(listed, params)
             raise PolicyError(f"rule '{self.label()}' matches nothing: all it selects is excluded by {self.exclude!r}.")
         return found
+
+    def kind(self) -> tuple[Any, ...]:
+        """What two rules have in common that do the same to different amounts: action, target, norm and blocks."""
+        return self.action, self.on, None if self.action in ("weight_decay", "qk_clip") else kinds.norm_label(self.norm), self.per
+
+    def matched(self, entries: Iterable[Entry]) -> list[Entry]:
+        """As :meth:`targets`, but empty where the rule matches nothing."""
+        params = DEFAULT_PARAMS if self.params is None else self.params
+        return [e for e in entries if matches(params, e) and not (self.exclude is not None and matches(self.exclude, e))]
 
     def view(self, entry: Entry) -> BlockView:
         """The blocks of one parameter that the rule acts on; LayoutError where it has none such."""
