@@ -52,7 +52,8 @@ def attach(
 
     Args:
         model: where names, module types and so roles and block axes come from. Its parameters and state-dict keys are not changed.
-        optimizer: any ``torch.optim.Optimizer``, or several (one global norm over all of them, measured once a step). A wrapper that has the
+        optimizer: any ``torch.optim.Optimizer``, or several (one global norm over all of them, measured once a step). A wrapper that has
+        the
             real one in ``.optimizer``, as Accelerate's, is opened.
         policy: a :class:`Policy`, a rule, or a list of rules.
         on_nonfinite: what to do about gradients that are not finite. ``"raise"``: an error that names the parameters, before anything was
@@ -151,6 +152,9 @@ class Control:
         replace: bool = False, built_in: bool = False,
     ) -> None:  # fmt: skip
         self.policy, self.optimizers = policy, optimizers
+        self._handles: list[Any] = []
+        self.inventory: Inventory
+        self.engine: Engine
         self.built_in = built_in
         """Whether it is the ``policy=`` of an optimizer of normwise's own, which :func:`attach` does not replace."""
         self._model = model
@@ -213,7 +217,8 @@ class Control:
                     self._rested[i, m.name] = self._steppers[m.optimizer].steps() - 1
                 elif id(m.param) not in present:
                     self._tell(
-                        f"{m.name} is no longer in the model: rule '{now.rule.label()}' has stopped acting on it, though its optimizer still "
+                        f"{m.name} is no longer in the model: rule '{now.rule.label()}' has stopped acting on it, though its optimizer "
+                        "still "
                         "holds it."
                     )
             for m in now.members:
@@ -261,11 +266,12 @@ class Control:
                 if seen[1] >= UNHEARD:
                     handle.remove()
                     control._tell(
-                        f"the weights change from one backward pass to the next, but no step hook of the {name} ran, so that no rule acted: "
+                        f"the weights change from one backward pass to the next, but no step hook of the {name} ran, so that no rule "
+                        "acted: "
                         "another optimizer steps them, or one around it that does not call its step(). Attach to the one that steps."
                     )
 
-        handle = watched.register_post_accumulate_grad_hook(after_backward)
+        handle: Any = watched.register_post_accumulate_grad_hook(after_backward)  # type: ignore[no-untyped-call]
         return [handle]
 
     @contextmanager
@@ -286,7 +292,7 @@ class Control:
             return None
         stepper.heard = True
         self._follow()
-        failed, stepper.turn = stepper.turn, None    # a turn that never came to its end: that step raised, and this one may be its repetition
+        failed, stepper.turn = stepper.turn, None    # a turn that never ended: that step raised, and this one may be its repetition
         stepper.depth, stepper.evaluated, stepper.owed = 0, False, []
         if closure is None:
             self._begin(k, failed)
@@ -368,7 +374,8 @@ class Control:
             torch._foreach_copy_([p.detach() for p in start.params], moved)
         else:
             raise PolicyError(
-                f"{type(self.optimizers[k]).__name__} evaluates its closure at other weights than its step starts from, which it did not in its "
+                f"{type(self.optimizers[k]).__name__} evaluates its closure at other weights than its step starts from, which it did "
+                "not in its "
                 "first step: rules that decay weights, or act on updates, cannot tell where the step starts."
             )
         stepper.decayed = Marks(_witnesses(self.engine.started(k, decayed=True)))
@@ -465,8 +472,9 @@ class Control:
         """The L2 norms of weights and gradients: in total, per role and per parameter; with ``log=True`` also before and after the
         last step's rules, and the update's."""
         report = NormReport.measured(self.inventory, self.engine.owner, self._log)
+        self._judge()
         if bad := [kind for kind, total in report.total.items() if total != total or total == float("inf")]:
-            self._tell(f"the norm of all {' and all '.join(bad)} values is not finite. on_nonfinite='raise' names the gradients where it begins.")
+            self._tell(f"the norm of all {' and all '.join(bad)} values is not finite. on_nonfinite='raise' names where it begins.")
         return report
 
     @torch.no_grad()
@@ -488,14 +496,14 @@ class Control:
 
     @torch.no_grad()
     def verify(self) -> Verification:
-        """Measures every bound on weights again, in float64 on whole blocks, on the model as it is now, and names what breaks one and by how
-        much.
+        """Measures every bound on weights again, in float64 on whole blocks, on the model as it is now, and names what breaks one and by
+        how much.
 
         Inequalities must hold exactly; spheres to two ulp of the weights' dtype. The result is true where bounds were measured and all of
         them hold. It is false where one is broken, where a rule never ran on what it should bound (before the first step; a new layer;
         an optimizer whose hooks never ran), and where nothing could be measured: a policy of gradient rules alone promises nothing about
-        weights. A rule that rested at the last step (``every``, ``start``, ``stop``) is listed as not enforced, not as broken. Of parameters
-        that are frozen now the bound of the last step that acted on them is measured.
+        weights. A rule that rested at the last step (``every``, ``start``, ``stop``) is listed as not enforced, not as broken. Of
+        parameters that are frozen now the bound of the last step that acted on them is measured.
         """
         inventory = Inventory(self._model, self.policy.roles)
         return verify(self.engine, inventory, self._counts(), self._frozen(inventory), self._silent())
@@ -503,8 +511,9 @@ class Control:
     def _frozen(self, inventory: Inventory) -> Rested:
         """The rules as they were on parameters that are frozen now."""
         bounds = {}
-        for i, rule in enumerate(self.policy):
-            entries = [e for e in inventory if (i, e.name) in self._rested and not e.param.requires_grad and id(e.param) in self.engine.owner]
+        frozen = [e for e in inventory if not e.param.requires_grad and id(e.param) in self.engine.owner]
+        for i in range(len(self.policy)):
+            entries = [e for e in frozen if (i, e.name) in self._rested]
             if entries and not self.engine.rules[i].flat:
                 bounds[i] = self.engine.bound_again(i, entries)
                 states.carry_over(bounds[i], self._kept[i])
@@ -516,13 +525,19 @@ class Control:
         for k, stepper in enumerate(self._steppers):
             if not stepper.heard and versions(self.engine.params(k)) != self._born[k]:
                 name = type(self.optimizers[k]).__name__
-                found[k] = f"the weights have changed since attach, but no step hook of the {name} ran; attach to the optimizer that steps them"
+                found[k] = f"the weights have changed since attach, but no step hook of the {name} ran; attach to what steps them"
         return found
 
     def receipt(self) -> Receipt:
         """What the rules did in the last step, in a few lines: on how many tensors and blocks each acts, how many it changed, and which
         parameters no rule touches. ``print`` it."""
+        self._judge()
         return Receipt.of(self.engine, self._counts(), self._silent())
+
+    def _judge(self) -> None:
+        """What steps on a device did not look at, since that waits for it."""
+        for bound in self.engine.rules:
+            bound.judge(self._tell)
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -581,15 +596,26 @@ def _check_beside(new: Control, others: Sequence[Control]) -> None:
     """Two controls both act. With rules of one kind on one parameter that is a decay twice, or a bound that stays under a looser one."""
     instead = "Put all rules into one attach; or replace=True takes the earlier control off, as control.remove() does."
     for other in others:
-        for mine in new.engine.rules:
-            for theirs in other.engine.rules:
-                shared = {m.name for m in mine.members} & {m.name for m in theirs.members}
-                if mine.rule.kind() == theirs.rule.kind() and shared:
-                    raise PolicyError(
-                        f"the optimizer has a control already, whose rule '{theirs.rule.label()}' acts on {min(shared)!r} too: it and "
-                        f"'{mine.rule.label()}' would both act at each step. {instead}"
-                    )
-        warnings.warn(f"the optimizer has a control already ({other!r}), and both act at each step. {instead}", stacklevel=4)
+        twice = _same_kind(new, other)
+        if twice is not None:
+            mine, theirs, name = twice
+            what = "policy= of its own" if other.built_in else "control already"
+            message = f"the optimizer has a {what}, whose rule '{theirs}' acts on {name!r} too: it and '{mine}' both act at each step."
+            if not other.built_in:
+                raise PolicyError(f"{message} {instead}")
+            warnings.warn(f"{message} Leave one of the two out.", stacklevel=4)
+        elif not other.built_in:
+            warnings.warn(f"the optimizer has a control already ({other!r}), and both act at each step. {instead}", stacklevel=4)
+
+
+def _same_kind(new: Control, other: Control) -> tuple[str, str, str] | None:
+    """Two rules, by label, that do the same to a parameter, and its name."""
+    for mine in new.engine.rules:
+        for theirs in other.engine.rules:
+            shared = {m.name for m in mine.members} & {m.name for m in theirs.members}
+            if mine.rule.kind() == theirs.rule.kind() and shared:
+                return mine.rule.label(), theirs.rule.label(), min(shared)
+    return None
 
 
 def _renormalised(inventory: Inventory, param: nn.Parameter) -> bool:

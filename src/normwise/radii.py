@@ -80,7 +80,8 @@ class Quantile(RadiusRule):
 
 @dataclass(frozen=True)
 class ZScore(RadiusRule):
-    """A radius for gradients and updates, below the norm only where that is a spike: more than ``z`` standard deviations above its running mean.
+    """A radius for gradients and updates, below the norm only where that is a spike: more than ``z`` standard deviations above its
+    running mean.
 
     With mean m and deviation s of the norms so far and the score ζ = (‖g‖ − m)/s, a spike gets the radius m + z²/ζ · s, the smaller the
     larger it is, and enters the running mean and variance (factor ``alpha``) as that, not as it was. The first ``warmup`` norms give the

@@ -25,7 +25,6 @@ from normwise.policy import Rule
 from normwise.policy.inventory import Entry
 from normwise.schedules import Init, Relative, Scheduled, at
 
-
 EARLY = 20
 """Norms of gradients that are looked at for a threshold that something else has put on them."""
 
@@ -343,25 +342,32 @@ class BoundRule:
             self._told = True
             what = {"gradient": "gradients", "update": "updates"}.get(self.phase, "weights")
             turn.tell(
-                f"rule '{self.rule.label()}' found {what} whose norm is not finite, in step {turn.step() + 1}. They are left as they are, and "
+                f"rule '{self.rule.label()}' found {what} whose norm is not finite, in step {turn.step() + 1}. They are left as they "
+                "are, and "
                 "training goes on with them; attach with on_nonfinite='raise' to have the parameters named, or 'skip'."
             )
 
     def _look_at(self, value: Tensor, turn: Turn) -> None:
-        """Tells once where the norms of the first gradients are all but the same: something clips them before they come here, so that a
-        history of them is one of the other threshold. The numbers are read back once."""
-        if self._early is None:
-            return
-        self._early.append(value.detach().reshape(()))
-        if len(self._early) < EARLY:
+        """Keeps the norms of the first gradients; reading them waits for a device, so that there it is left to ``judge``."""
+        if self._early is not None and len(self._early) < EARLY:
+            self._early.append(value.detach().reshape(()))
+            if len(self._early) == EARLY and may_branch(value):
+                self.judge(turn.tell)
+
+    def judge(self, tell: Callable[[str], None]) -> None:
+        """Tells once where the norms of the first gradients were all but the same: something clips them before they come here, and a
+        history of them is one of the other threshold."""
+        if self._early is None or len(self._early) < EARLY:
             return
         seen, self._early = torch.stack(self._early).double(), None
         middle = seen.median()
         same = int(((seen - middle).abs() <= 1e-5 * middle).sum())
         if same >= 0.9 * EARLY and bool(middle > 0):
-            turn.tell(
-                f"the gradients that rule '{self.rule.label()}' sees had the norm {float(middle):.6g} in {same} of the first {EARLY} steps: "
-                "something clips them before, such as a trainer's max_grad_norm or gradient_clip_val, or clip_grad_norm_ in the loop. Turn one "
+            tell(
+                f"the gradients that rule '{self.rule.label()}' sees had the norm {float(middle):.6g} in {same} of the first {EARLY} "
+                "steps: "
+                "something clips them before, such as a trainer's max_grad_norm or gradient_clip_val, or clip_grad_norm_ in the loop. "
+                "Turn one "
                 "of the two off."
             )
 

@@ -48,7 +48,7 @@ class Bindings:
 
     def registered_elsewhere(self) -> bool:
         """Whether a module of the model has another parameter or submodule under one of its names: a new head, ``assign=True``."""
-        return not all(map(operator.is_, map(dict.get, self._registries, self._names), self._registered))  # type: ignore[arg-type]
+        return not all(map(operator.is_, map(dict.get, self._registries, self._names), self._registered))
 
 
 def _trainable(optimizers: Iterable[Optimizer]) -> list[Tensor]:

@@ -88,7 +88,8 @@ class Engine:
         if lost:
             shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
             raise PolicyError(
-                f"the model has another tensor as {shown} than when the rules were attached (a new layer, or load_state_dict(assign=True)), "
+                f"the model has another tensor as {shown} than when the rules were attached (a new layer, or "
+                "load_state_dict(assign=True)), "
                 "and the optimizer still holds the old one: its steps would change nothing that the model uses. Give the new tensor to the "
                 "optimizer (add_param_group, or a new optimizer), then attach to that; or load without assign."
             )

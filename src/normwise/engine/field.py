@@ -156,8 +156,8 @@ class Remembering(BoundRule):
 
 
 class Adaptive(Remembering):
-    """Gradients or updates clipped to what their own history says. The history grows after the step, and only if it happened: a closure that is
-    evaluated several times is one observation."""
+    """Gradients or updates clipped to what their own history says. The history grows after the step, and only if it happened: a closure
+    that is evaluated several times is one observation."""
 
     _seen: tuple[Turn, list[tuple[Pack, State]]] | None = None
 
@@ -253,7 +253,7 @@ class Heads(BoundRule):
             passed = self._passed = [False]
             for m in self.members:
                 if m.param.requires_grad and m.param.is_leaf:
-                    m.param.register_post_accumulate_grad_hook(lambda _: passed.__setitem__(0, True))
+                    m.param.register_post_accumulate_grad_hook(lambda _: passed.__setitem__(0, True))  # type: ignore[no-untyped-call]
                     break
         gone = all(m.param.grad is None or (may_branch(m.param.grad) and not m.param.grad.any()) for m in self.members)
         if self._passed[0] and gone:
@@ -274,7 +274,8 @@ class Heads(BoundRule):
             self._quiet += 1
             if self._quiet == SILENT_STEPS:
                 turn.tell(
-                    f"rule '{self.rule.label()}' has heard of no attention logits in {SILENT_STEPS} steps, so that it has never acted: report "
+                    f"rule '{self.rule.label()}' has heard of no attention logits in {SILENT_STEPS} steps, so that it has never acted: "
+                    "report "
                     "them before each step, control.report_max_logits(attention, maxima)."
                 )
 

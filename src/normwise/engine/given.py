@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -27,10 +28,11 @@ def check_model(model: Any, optimizer: Any) -> None:
     if isinstance(model, nn.Module):
         return
     if isinstance(optimizer, nn.Module):
-        raise PolicyError(f"the first argument is {_kind(model)} and the second a model: they are swapped. Write attach(model, optimizer, rules).")
+        raise PolicyError(f"the arguments are swapped, {_kind(model)} before a model. Write attach(model, optimizer, rules).")
     what = "parameters" if isinstance(model, Iterable) and not isinstance(model, str) else _kind(model)
     raise PolicyError(
-        f"attach needs the model, given {what}: rules name parameters and ask module types for their axes. Write attach(model, optimizer, rules)."
+        f"attach needs the model, given {what}: rules name parameters and ask module types for their axes. Write attach(model, "
+        "optimizer, rules)."
     )
 
 
@@ -58,7 +60,8 @@ def _hooked(given: Any) -> Optimizer:
         if isinstance(wrapper, Optimizer) and type(wrapper).__module__.partition(".")[0] not in FORWARDERS:
             name, inner = type(wrapper).__name__, type(optimizer).__name__
             warnings.warn(
-                f"torch runs no step hooks for {name}, which does not call Optimizer.__init__: the rules act in the steps of its .optimizer, a "
+                f"torch runs no step hooks for {name}, which does not call Optimizer.__init__: the rules act in the steps of its "
+                ".optimizer, a "
                 f"{inner}. What {name} does to the weights after those steps is not held; control.verify() measures it.",
                 stacklevel=5,
             )
@@ -80,8 +83,9 @@ def _why_not(given: Any) -> str:
         created = " Its .optimizer is not created yet: attach later." if hasattr(given, "optimizer") else ""
         return f"{given!r} is no optimizer with step hooks: attach(model, optimizer, policy) needs a torch.optim.Optimizer.{created}"
     name = type(given).__name__
-    inside = [f".{where} (a {type(getattr(given, where)).__name__})" for where in INNER if isinstance(getattr(given, where, None), Optimizer)]
-    instead = f" Attach to the optimizer that it drives, {inside[0]}." if inside else " Call super().__init__ in it, or attach to the optimizer that it drives."
+    inside = [(where, getattr(given, where, None)) for where in INNER]
+    driven = [f".{where} (a {type(one).__name__})" for where, one in inside if isinstance(one, Optimizer)]
+    instead = f" Attach to the optimizer that it drives, {driven[0]}." if driven else " Attach to the optimizer that it drives."
     return f"torch runs no step hooks for this {name}, which does not call Optimizer.__init__, so that no rule would ever act.{instead}"
 
 
@@ -96,10 +100,11 @@ def may_nest(cls: type) -> bool:
 
 def steps_under_way(optimizer: Optimizer) -> int:
     """How many of torch's step wrappers run for the optimizer at this moment: 2 within a ``super().step()``; 0 in compiled code."""
-    count, frame = 0, sys._getframe(1)
+    count = 0
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         count += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back    # type: ignore[assignment]
+        frame = frame.f_back
     return count
 
 

@@ -78,8 +78,8 @@ class Verification:
     largest: list[Largest] = field(default_factory=list)
     """For each of these the block nearest to its bound, or farthest outside."""
     not_enforced: list[str] = field(default_factory=list)
-    """Rules that rested at the last step (``every``, ``start``, ``stop``), and those whose optimizer has not stepped yet: nothing is promised
-    now."""
+    """Rules that rested at the last step (``every``, ``start``, ``stop``), and those whose optimizer has not stepped yet: nothing is
+    promised now."""
     never_ran: list[str] = field(default_factory=list)
     """Rules that have not acted on what they should bound, each with the reason."""
     unchecked: list[str] = field(default_factory=list)
@@ -112,7 +112,8 @@ class Verification:
 
     def _headline(self) -> str:
         if not self.rules:
-            return "nothing was checked." if self.never_ran or self.not_enforced or self.unchecked else "nothing was checked: no rule bounds weights."
+            listed = self.never_ran or self.not_enforced or self.unchecked
+            return "nothing was checked." if listed else "nothing was checked: no rule bounds weights."
         head = f"{self.blocks} blocks under {len(self.rules)} rule{'s' * (len(self.rules) != 1)} measured in float64: "
         if self.breaches:
             return f"{head}{len(self.breaches)} broken:"
@@ -128,11 +129,13 @@ class Rested:
     steps: Mapping[tuple[int, str], int]
 
 
-def verify(engine: Engine, inventory: Inventory, steps: Sequence[int], rested: Rested, silent: Mapping[int, str]) -> Verification:
+def verify(
+    engine: Engine, inventory: Inventory, steps: Sequence[int], rested: Rested, silent: Mapping[int, str]
+) -> Verification:
     """Measures every bound on weights.
 
-    engine: the rules as bound at the last step. inventory: the model as it is now. steps: the optimizers' step counts. rested: what is frozen
-    now, and was under a rule before. silent: why an optimizer that never stepped under the control did not, by its index.
+    engine: the rules as bound at the last step. inventory: the model as it is now. steps: the optimizers' step counts. rested: what is
+    frozen now, and was under a rule before. silent: why an optimizer that never stepped under the control did not, by its index.
     """
     result = Verification()
     present = {id(e.param): e for e in inventory}

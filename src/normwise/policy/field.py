@@ -129,8 +129,8 @@ def zclip(
 
     Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025 (arXiv 2504.02507), with its defaults: running mean and
     variance with factor ``alpha``, which a spike enters as what it was clipped to; the first ``warmup`` norms only start them. See
-    :class:`normwise.radii.ZScore`. A norm that is not finite is left to ``on_nonfinite`` and does not enter. ``on="update"`` clips spikes of
-    what the optimizer adds to the weights instead; ``per="global"`` is then for one optimizer.
+    :class:`normwise.radii.ZScore`. A norm that is not finite is left to ``on_nonfinite`` and does not enter. ``on="update"`` clips spikes
+    of what the optimizer adds to the weights instead; ``per="global"`` is then for one optimizer.
     """
     return Rule(params=params, action="clip_norm", norm=norm, per=per, on=on, radius=ZScore(z, alpha, warmup), **common)
 
