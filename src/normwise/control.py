@@ -215,7 +215,7 @@ class Control:
             for m in before.members:
                 if id(m.param) not in bound and id(m.param) in present:
                     self._rested[i, m.name] = self._steppers[m.optimizer].steps() - 1
-                elif id(m.param) not in present:
+                elif id(m.param) not in present and self.engine.holds(m.param):
                     self._tell(
                         f"{m.name} is no longer in the model: rule '{now.rule.label()}' has stopped acting on it, though its optimizer "
                         "still "

@@ -69,6 +69,7 @@ class Engine:
             return True
         if not bindings.held_elsewhere():
             return bindings.converted()
+        self._groups.clear()
         known = {id(p) for p in bindings.params} | {id(m.param) for b in self.rules for m in b.members}
         held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
         gone = any(id(m.param) not in held for b in self.rules for m in b.members)
@@ -145,7 +146,7 @@ class Engine:
         rate, factor = group["lr"], group.get("d", 1.0)
         if isinstance(rate, Tensor):
             return (rate.reshape(()) if rate.ndim else rate) * factor
-        return float(rate) * factor
+        return float(rate.item() if hasattr(rate, "item") else rate) * factor
 
     def maximizes(self) -> bool:
         """Whether any group of any optimizer has ``maximize=True``."""

@@ -187,6 +187,10 @@ class Adaptive(Remembering):
 class Constrained(Remembering):
     """CPR: λ ← max(0, λ + μ(R − κ)), then w ← w − λ·2w, both at the weights before the step, R their mean square."""
 
+    def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
+        super().__init__(rule, entries, owner, index)
+        self._pending: dict[int, dict[int, tuple[Pack, State]]] = {}
+
     def _to_measure(self, part: Split, turn: Turn) -> list[tuple[Norm, Sequence[Tensor]]]:
         return [(L2(), weights_of(part))]
 
@@ -199,9 +203,17 @@ class Constrained(Remembering):
         multiplier = (state["lambda"] + self.strength(turn) * (square - kappa)).clamp(min=0)
         finite = square.isfinite()
         fresh["lambda"] = torch.where(finite, multiplier, state["lambda"])
-        self._keep(part, fresh, turn.happened)
+        self._pending.setdefault(turn.optimizer, {})[id(part)] = (part, fresh)
         self._multiply(part, weights_of(part), torch.where(finite, 1 - 2 * fresh["lambda"], 1.0), turn)
 
+    def commit(self, turn: Turn) -> None:
+        """The multiplier advances with a step that happened, and not twice where one that raised was tried again."""
+        for part, fresh in self._pending.pop(turn.optimizer, {}).values():
+            self._keep(part, fresh, turn.happened)
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        super().restore(saved)
+        self._pending.clear()
 
     def _stated(self, part: Pack, turn: Turn, n: int) -> Tensor:
         """κ as a mean square: the number, or k times that of the weights when attached."""

@@ -150,18 +150,21 @@ def verify(
             frozen = rested.bounds[i]
             packs += [(frozen, part, max(rested.steps.get((i, m.name), -1) for m in part.members)) for part in frozen.packs]
         acted, resting = [], False
+        asleep: dict[str, list[str]] = {}
         for owner, part, last in packs:
             kept = part.only(lambda m: id(m.param) in present and tuple(m.param.shape) == m.shape)
             if kept is None:
                 continue
             if last < 0:
-                reasons = sorted({silent[k] for k in kept.optimizers if k in silent})
-                note = f"{label}: {_listed(m.name for m in kept.members)}: {'; '.join(reasons) or 'its optimizer has not stepped yet'}"
-                (result.never_ran if reasons else result.not_enforced).append(note)
+                reason = "; ".join(sorted({silent[k] for k in kept.optimizers if k in silent}))
+                asleep.setdefault(reason, []).extend(m.name for m in kept.members)
             elif bound.rule.active(last):
                 acted.append((owner, kept, last))
             else:
                 resting = True
+        for reason, names in asleep.items():
+            note = f"{label}: {_listed(names)}: {reason or 'its optimizer has not stepped yet'}"
+            (result.never_ran if reason else result.not_enforced).append(note)
         if acted:
             result.rules.append(label)
             _measure_all(acted, label, result)

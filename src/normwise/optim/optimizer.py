@@ -77,7 +77,7 @@ class NormOptimizer(Optimizer):
             raise PolicyError("policy= needs the module, since rules name parameters: give the module instead of its tensors.")
         from normwise.control import Control
 
-        control = Control(params, [self], Policy(policy), "ignore", False, False)
+        control = Control(params, [self], Policy(policy), "ignore", False, False, built_in=True)
         control.engine.inline = True
         return control
 
