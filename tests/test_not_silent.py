@@ -331,7 +331,7 @@ def test_a_class_whose_hooks_never_run_is_refused_and_what_to_attach_to_is_named
     model = net()
     inner = SGD(model.parameters(), lr=0.1)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(nw.PolicyError, match="runs no step hooks.*Attach to the optimizer that it drives") as raised:
+    with pytest.raises(nw.PolicyError, match=r"runs no step hooks.*Attach to the optimizer that it drives") as raised:
         nw.attach(model, wrap(inner), nw.max_norm(0.1))
     assert wrap is not BaseOnly or ".base_optimizer (a SGD)" in str(raised.value)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
@@ -401,7 +401,8 @@ def test_decay_and_snapshots_are_of_the_weights_that_a_two_phase_step_starts_fro
 # -------------------------------------------------------------------------------------------------- changes after attach
 
 CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
-    "bfloat16": lambda m: m.bfloat16(), "half": lambda m: m.half(), "double": lambda m: m.double(), "a part of it": lambda m: m[2].bfloat16(),
+    "bfloat16": lambda m: m.bfloat16(), "half": lambda m: m.half(), "double": lambda m: m.double(),
+    "a part of it": lambda m: m[2].bfloat16(),
     "data": lambda m: setattr(m[0].weight, "data", m[0].weight.data.bfloat16()),
 }
 
@@ -548,7 +549,7 @@ def test_the_same_attach_twice_is_an_error_and_replace_means_it():
     model = net(dtype=F64)
     optimizer = SGD(model.parameters(), lr=0.1)
     first = nw.attach(model, optimizer, nw.weight_decay(1.0))
-    with pytest.raises(nw.PolicyError, match="has a control already.*replace=True"):
+    with pytest.raises(nw.PolicyError, match=r"has a control already.*replace=True"):
         nw.attach(model, optimizer, nw.weight_decay(1.0))
     with pytest.raises(nw.PolicyError, match="has a control already"):
         nw.attach(model, optimizer, nw.weight_decay(0.1))
@@ -566,7 +567,7 @@ def test_a_looser_bound_over_a_tighter_one_is_an_error_and_nothing_is_hooked():
     optimizer = SGD(model.parameters(), lr=0.1)
     nw.attach(model, optimizer, nw.max_norm(0.1))
     hooks = len(optimizer._optimizer_step_pre_hooks)
-    with pytest.raises(nw.PolicyError, match="max|clip_norm l2/unit <= 0.1"):
+    with pytest.raises(nw.PolicyError, match=r"max|clip_norm l2/unit <= 0.1"):
         nw.attach(model, optimizer, nw.max_norm(3.0))
     assert len(optimizer._optimizer_step_pre_hooks) == hooks
 
@@ -832,7 +833,8 @@ def test_arguments_of_another_kind_get_one_sentence(first, second, says):
 
 RATES: dict[str, Any] = {
     "tensor": lambda: torch.tensor(0.1, dtype=F64), "tensor of shape (1,)": lambda: torch.tensor([0.1], dtype=F64),
-    "numpy": lambda: __import__("numpy").float64(0.1), "numpy of shape (1,)": lambda: __import__("numpy").array([0.1]), "float": lambda: 0.1,
+    "numpy": lambda: __import__("numpy").float64(0.1), "numpy of shape (1,)": lambda: __import__("numpy").array([0.1]),
+    "float": lambda: 0.1,
 }    # fmt: skip
 
 
@@ -860,7 +862,7 @@ def test_a_rule_that_needs_a_rate_refuses_an_optimizer_without_one(rule):
     optimizer = Plain(model.parameters(), 0.1)
     optimizer.param_groups[0]["lr"] = None
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(nw.PolicyError, match="needs the learning rate.*lr=None"):
+    with pytest.raises(nw.PolicyError, match=r"needs the learning rate.*lr=None"):
         nw.attach(model, optimizer, rule)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     nw.attach(model, optimizer, nw.max_norm(1.0))    # which needs none
@@ -892,3 +894,180 @@ def test_update_clipping_from_history_is_gradient_clipping_of_what_sgd_adds(rule
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
     assert changed >= 2 and sum(other.violations().values()) == sum(control.violations().values())
+
+
+# ------------------------------------------------------------------------------------------------- receipts of optimizers
+
+
+class Decoder(nn.Module):
+    """Embedding, matrices and a head, of sizes that a test chooses."""
+
+    def __init__(self, vocabulary: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) for _ in range(layers)])
+        self.lm_head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.lm_head(x)
+
+
+def step_once(model: nn.Module, optimizer: Optimizer) -> None:
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+def test_an_optimizers_receipt_says_who_takes_which_step():
+    model = Decoder(10, 16, 6)
+    optimizer = nw.optim.Muon(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step_once(model, optimizer)
+    receipt = optimizer.receipt()
+    numbers = sum(p.numel() for p in model.parameters())
+    assert f"6 matrices under the spectral LMO ({6 * 256 / numbers:.0%} of the parameters" in str(receipt)
+    assert "1 embedding" in str(receipt) and "1 head" in str(receipt) and "under AdamW" in str(receipt)
+    assert sum(g.numbers for g in receipt.groups) == numbers
+    assert receipt.covered == 6 * 256 / (6 * 256 + 2 * 160)
+
+
+def test_a_matrix_method_with_little_to_do_is_told_once_in_the_first_step():
+    model = Decoder(100, 16, 1)
+    optimizer = nw.optim.Muon(model)
+    with pytest.warns(UserWarning, match=r"steps 7% of the weights of two or more.*embed\.weight \(embedding, 100x16\)") as caught:
+        for _ in range(3):
+            step_once(model, optimizer)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("make", [nw.optim.AdamW, nw.optim.SGD, lambda m: nw.optim.Muon([p for p in m.parameters() if p.ndim == 2])])
+def test_other_methods_have_no_such_word(make):
+    model = Decoder(100, 16, 1)
+    optimizer = make(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step_once(model, optimizer)
+    assert optimizer.receipt().groups
+
+
+def test_a_receipt_tells_of_parameters_without_a_gradient_and_of_the_policys_rules():
+    model = Decoder(10, 16, 2)
+    optimizer = nw.optim.Muon(model, policy=nw.max_norm(0.1))
+    model(torch.arange(4)).sum().backward()
+    model.blocks[1][0].weight.grad = None
+    optimizer.step()
+    text = str(optimizer.receipt())
+    assert "not stepped yet, without a gradient: 1 (blocks.1.0.weight)" in text and "clip_norm l2/unit <= 0.1 on 4 tensors" in text
+
+
+# ------------------------------------------------------------------------------------------------- what is said and logged
+
+
+@pytest.mark.parametrize(("given", "allowed", "hint"), [
+    ("error", ("raise", "skip", "zero", "ignore"), None), ("clip", ("clip_norm", "qk_clip", "project"), "clip_norm"),
+    ("spectrl", ("spectral", "l2"), "spectral"), ("Hidden", ("hidden", "head"), "hidden"), ("xyz", ("l1", "l2"), None), ("", ("l1",), None),
+    ("rais", ("raise", "skip"), "raise"), ("max", ("max_of_units", "min"), "max_of_units"), ("l3", ("l1", "l2", "linf"), None),
+])    # fmt: skip
+def test_a_suggestion_is_made_where_one_is_near(given, allowed, hint):
+    from normwise.errors import nearest
+
+    text = nearest(given, allowed)
+    assert (f"Did you mean {hint!r}?" in text) if hint else ("Did you mean" not in text)
+    assert text.endswith(f"Allowed: {', '.join(sorted(allowed))}.")
+
+
+def test_the_action_clip_is_taken_for_clip_norm():
+    with pytest.raises(nw.PolicyError, match="Did you mean 'clip_norm'"):
+        nw.Rule(action="clip", radius=1.0)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_after_zero_grad_no_zero_is_reported_as_a_gradient_norm(log, set_to_none):
+    model = net(dtype=F64)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    control = nw.attach(model, optimizer, nw.max_norm(0.3), log=log)
+    backward(model)
+    raw = float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    total = control.norms().total
+    if log:
+        assert total["grad"] == pytest.approx(raw, rel=1e-12)
+    elif set_to_none:
+        assert "grad" not in total
+    else:
+        assert total["grad"] == 0.0, "these gradients are zero"
+
+
+def test_sparse_and_complex_gradients_count_in_the_totals():
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4, sparse=True), "fc": nn.Linear(4, 2)}).double()
+    model.register_parameter("phase", nn.Parameter(torch.randn(3, dtype=torch.complex128)))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    control = nw.attach(model, optimizer, nw.max_norm(0.3), log=True)
+    model["fc"](model["embed"](torch.tensor([1, 1, 5]))).square().sum().backward()
+    model.phase.grad = torch.randn(3, dtype=torch.complex128)
+    by_hand = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in model.parameters()]
+    raw = torch.cat([torch.view_as_real(g).flatten() if g.is_complex() else g.flatten() for g in by_hand]).norm()
+    total = control.norms().total
+    assert total["grad"] == pytest.approx(float(raw), rel=1e-12)
+    weights = torch.cat([torch.view_as_real(p.detach()).flatten() if p.is_complex() else p.detach().flatten() for p in model.parameters()])
+    assert total["weight"] == pytest.approx(float(weights.norm()), rel=1e-12)
+
+
+def test_a_matrix_norm_of_the_users_own_that_does_not_tell_rows_from_columns_needs_no_orientation():
+    class Schatten4(nw.norms.Norm):
+        name = "schatten4"
+        matrix = True
+
+        @property
+        def dual_norm(self):
+            raise NotImplementedError
+
+        def measure(self, x: Tensor) -> Tensor:
+            return torch.linalg.svdvals(x).pow(4).sum(1).pow(0.25)
+
+        project = lmo = dual_norm    # clipping needs none of them
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 4, dtype=F64))
+
+    model = Bare()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    control = nw.attach(model, optimizer, nw.Rule(params="w", action="clip_norm", norm=Schatten4(), radius=0.7))
+    model.w.grad = torch.zeros_like(model.w)
+    optimizer.step()
+    assert float(torch.linalg.svdvals(model.w.detach()).pow(4).sum() ** 0.25) <= 0.7 and control.verify()
+
+
+@pytest.mark.parametrize("rule", [
+    nw.clip_grad_norm(0.1), nw.l2_penalty(0.1), nw.l1_penalty(0.1), nw.group_lasso(0.1), nw.zclip(), nw.agc(), nw.clip_grad_value(0.01),
+    nw.max_norm(0.3), nw.normalize_grad(),
+], ids=lambda r: r.label())    # fmt: skip
+def test_fp32_gradients_of_bf16_weights(rule):
+    """torch lets a parameter keep gradients of another dtype; the rules act on them as on those of an fp32 twin."""
+    model = net().bfloat16()
+    twin = net()
+    with torch.no_grad():
+        for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+            p.copy_(q)
+    optimizer, plain = Plain(model.parameters(), 0.0), Plain(twin.parameters(), 0.0)
+    nw.attach(model, optimizer, rule)
+    nw.attach(twin, plain, rule)
+    for i, (p, q) in enumerate(zip(model.parameters(), twin.parameters(), strict=True)):
+        q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(i))
+        p.grad_dtype = None
+        p.grad = q.grad.clone()
+    try:
+        optimizer.step()
+    except RuntimeError:    # the optimizer's own step does not take them
+        pass
+    plain.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)

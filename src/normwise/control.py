@@ -161,6 +161,7 @@ class Control:
         self._kept: list[states.Saved] = [{} for _ in policy]
         self._rested: dict[tuple[int, str], int] = {}
         self._steppers = [_Stepper() for _ in optimizers]
+        given.check_ranks(model, policy, on_nonfinite)
         self._bind(log, resting=False)
         others = _at_work(optimizers)
         if replace:

@@ -37,7 +37,10 @@ class BoundRule:
         self.norm: Norm | Set = rule.norm
         self.phase = rule.phase
         self.flat = rule.per == "global" and rule.action != "weight_decay"
-        members = [self._member(e, owner[id(e.param)]) for e in lying_here(entries, self.flat)]
+        present = lying_here(entries, self.flat)
+        self.elsewhere = len(entries) - len(present)
+        """How many parameters lie on other ranks alone."""
+        members = [self._member(e, owner[id(e.param)]) for e in present]
         self.packs = packs_of(members, self.flat, self.remembers) if members else []
         check_split(rule, self.packs)
         self.optimizers = frozenset(m.optimizer for m in members)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -12,7 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from normwise.engine.engine import Engine
+from normwise.engine.sharded import comm, is_sharded
 from normwise.errors import PolicyError
+from normwise.policy import Policy
 
 OWN_THEIR_ITERATES = ("LBFGS", "ScheduleFree")
 INNER = ("base_optimizer", "optim", "_optimizer", "inner_optimizer", "opt", "base")
@@ -91,6 +95,27 @@ def _why_not(given: Any) -> str:
 
 def _kind(given: Any) -> str:
     return f"a {type(given).__name__}"
+
+
+def check_ranks(model: nn.Module, policy: Policy, on_nonfinite: str) -> None:
+    """PolicyError on every rank of a sharded model whose ranks have different rules: other radii would drift apart without a word, other
+    rules would wait for each other until the time-out. Nothing is sent for a model without DTensors."""
+    meshes = {p.device_mesh: None for p in model.parameters() if is_sharded(p)}    # type: ignore[attr-defined]
+    mine = "\n".join([f"on_nonfinite={on_nonfinite!r}", *(re.sub(r" at 0x[0-9a-f]+", "", repr(rule)) for rule in policy)])
+    for mesh in meshes:
+        texts = comm.texts_if_different(mine, mesh)
+        if not texts:
+            continue
+        ranks = comm.ranks_of(comm.group_of(mesh, tuple(range(mesh.ndim))))
+        other = next(i for i, text in enumerate(texts) if text != texts[0])
+        first, second = texts[0].split("\n"), texts[other].split("\n")
+        pairs = itertools.zip_longest(first, second, fillvalue="nothing")
+        here, there = next((a, b) for a, b in pairs if a != b)
+        raise PolicyError(
+            f"the ranks of this sharded model have different rules: rank {ranks[0]} has {here}, rank {ranks[other]} has {there}. Give "
+            "every rank "
+            "the same policy."
+        )
 
 
 def may_nest(cls: type) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from normwise.engine.sharded import is_sharded
 from normwise.engine.sharded.together import lengths
 from normwise.policy.inventory import Entry, Inventory
 
@@ -26,7 +27,7 @@ class NormLog:
 
     def _held(self, optimizers: Iterable[int]) -> list[Entry]:
         wanted = set(optimizers)
-        return [e for e in self.entries if self.owner[id(e.param)] in wanted and e.param.is_floating_point()]
+        return [e for e in self.entries if self.owner[id(e.param)] in wanted and _has_norm(e.param)]
 
     def before(self, optimizers: Sequence[int], first: bool = True) -> None:
         """Before the rules: raw gradients, and where it is the step's ``first`` evaluation the weights as the last step left them."""
@@ -52,6 +53,9 @@ class NormLog:
 class NormReport:
     """L2 norms by kind (``weight``, ``grad``, and with ``log=True`` ``weight_before``, ``grad_before``, ``update``).
 
+    Without a log ``grad`` is that of the gradients there are now, and missing where there are none, as after ``zero_grad``; with one it is
+    the last step's. Sparse gradients count by the entries they hold, complex numbers by both of their parts.
+
     ``total[kind]`` is one number, ``role[kind]`` one a role, ``parameter[kind]`` one a parameter. A total is the norm of all numbers
     together, √Σ‖·‖², not the sum of norms.
     """
@@ -63,9 +67,12 @@ class NormReport:
     @classmethod
     def measured(cls, inventory: Inventory, owner: Mapping[int, int], log: NormLog | None) -> NormReport:
         """The present norms, and what the log recorded at the last step."""
-        entries = [e for e in inventory.entries if id(e.param) in owner and e.param.is_floating_point()]
+        entries = [e for e in inventory.entries if id(e.param) in owner and _has_norm(e.param)]
         values: dict[str, dict[str, Tensor]] = {k: dict(v) for k, v in log.values.items() if v} if log else {}
-        values |= _norms({"weight": {e.name: e.param.detach() for e in entries}, "grad": _grads(entries)})
+        now = {"weight": {e.name: e.param.detach() for e in entries}}
+        if not values.get("grad") and (present := _grads(entries)):    # what was logged outlives zero_grad
+            now["grad"] = present
+        values |= _norms(now)
         roles = {e.name: e.role for e in inventory.entries}
         report = cls()
         for kind in (k for k in KINDS if k in values):
@@ -83,12 +90,27 @@ class NormReport:
 
 
 def _grads(entries: Iterable[Entry]) -> dict[str, Tensor]:
-    return {e.name: e.param.grad for e in entries if e.param.grad is not None and e.param.grad.layout == torch.strided}
+    return {e.name: e.param.grad for e in entries if e.param.grad is not None}
+
+
+def _has_norm(p: Tensor) -> bool:
+    return p.is_floating_point() or p.is_complex()
+
+
+def _real(t: Tensor) -> Tensor:
+    """Real numbers with the same L2 norm: of a sparse tensor the sums of what it holds, of a complex one both parts."""
+    if is_sharded(t):
+        return t
+    if t.layout == torch.sparse_coo:
+        t = t.coalesce().values()
+    elif t.layout != torch.strided:
+        t = t.values()
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _norms(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """The L2 norms, as 0-dim tensors, of tensors by kind and name; one collective a mesh for all of them."""
-    norms = iter(lengths([t for tensors in found.values() for t in tensors.values()]))
+    norms = iter(lengths([_real(t) for tensors in found.values() for t in tensors.values()]))
     return {kind: {name: next(norms) for name in tensors} for kind, tensors in found.items()}
 
 

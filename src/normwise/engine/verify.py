@@ -168,6 +168,9 @@ def verify(
         if acted:
             result.rules.append(label)
             _measure_all(acted, label, result)
+        elif bound.elsewhere and not packs:
+            result.rules.append(label)
+            result.unchecked.append(f"{label}: nothing of it lies on this rank; the others measure it")
         elif resting or not packs:
             result.not_enforced.append(label if resting else f"{label}: all that it matches is frozen")
     return result

@@ -16,6 +16,7 @@ from normwise.errors import PolicyError
 from normwise.narrow import NOISE
 from normwise.optim.parts import DEFAULTS, STATE, Radius, Row, check_row
 from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, members
+from normwise.optim.receipt import Receipt, little_covered
 from normwise.optim.routing import Routing, route
 from normwise.optim.step import Update, step_group, together
 from normwise.policy import Policy
@@ -68,6 +69,7 @@ class NormOptimizer(Optimizer):
         given: Any = self.routing.groups() if self.routing is not None else params
         super().__init__(given, _defaults(complete[main]))
         self._plans: dict[Any, Plan] = {}
+        self._told = False
         self._policy_control = self._attach(params, policy)
 
     def _attach(self, params: Any, policy: Any) -> Any:
@@ -109,6 +111,8 @@ class NormOptimizer(Optimizer):
                 loss = closure()
         align(p for group in self.param_groups for p in group["params"])
         plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        if not self._told:
+            self._tell()
         on_update = self._update_rules()
         together([one for group, plan in zip(self.param_groups, plans, strict=True) for one in step_group(plan, group, on_update)])
         return loss
@@ -127,6 +131,19 @@ class NormOptimizer(Optimizer):
             plan = build(group, [i for i, g in enumerate(grads) if g is not None and g.numel()], self.state)
             self._plans[key] = plan
         return plan
+
+    @_disable_dynamo
+    def _tell(self) -> None:
+        """In the first step, once: where a matrix method has little to do, which wrong roles look like."""
+        self._told = True
+        message = little_covered(self)
+        if message:
+            warnings.warn(message, stacklevel=5)
+
+    def receipt(self) -> Receipt:
+        """Who takes which step, in a few lines: how many matrices and numbers each method has, which parameters had no gradient so far, and
+        what the rules of ``policy=`` did in the last step. ``print`` it."""
+        return Receipt.of(self)
 
     def _update_rules(self) -> Update | None:
         control = self.control
@@ -177,6 +194,7 @@ class NormOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = {}
+        self._told = True
         self.__dict__.setdefault("routing", None)
         for group in self.param_groups:
             _complete(group)

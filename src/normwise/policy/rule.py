@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from normwise import schedules
 from normwise.errors import NormwiseError, PolicyError, nearest
 from normwise.layouts import PER, BlockView, Layout, block_view
-from normwise.norms import L2, Norm, Nuclear, Orthogonal, Set, Spectral
+from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
 from normwise.policy import fields as kinds
 from normwise.policy.fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
 from normwise.policy.heads import Heads, convert_heads, heads_to_data, split_heads
@@ -195,7 +195,7 @@ class Rule:
         layout = self.layout.check(entry.param.shape, entry.name) if self.layout else entry.layout
         if self.heads is not None:
             layout = split_heads(layout, self.heads, entry.name)
-        oriented = self.norm.matrix and not isinstance(self.norm, Spectral | Nuclear | Set)
+        oriented = isinstance(self.norm, Norm) and self.norm.matrix and self.norm.oriented
         per = "head" if self.action == "qk_clip" else self.per
         return block_view(layout, per, self.norm.matrix, oriented=oriented, name=entry.name)
 

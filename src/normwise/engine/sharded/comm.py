@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -91,6 +92,21 @@ def all_rows(t: Tensor, group: Any) -> Tensor:
     dist.all_gather(list(rows.unbind()), t.contiguous(), group=group)
     TRAFFIC.add(t, rows)
     return rows
+
+
+def texts_if_different(text: str, mesh: Any) -> list[str]:
+    """The texts of all ranks of a mesh, in the order of its ranks, where they are not all the same; empty where they are."""
+    if mesh.get_coordinate() is None or mesh.size() == 1:
+        return []
+    group, coded = group_of(mesh, tuple(range(mesh.ndim))), text.encode()
+    digest = int.from_bytes(hashlib.sha256(coded).digest()[:7], "big")
+    seen = all_rows(torch.tensor([digest, len(coded)], device=mesh.device_type), group)
+    if bool((seen == seen[0]).all()):
+        return []
+    padded = torch.zeros(int(seen[:, 1].max()), dtype=torch.uint8)
+    padded[: len(coded)] = torch.frombuffer(bytearray(coded), dtype=torch.uint8)
+    rows = all_rows(padded.to(mesh.device_type), group).cpu()
+    return [bytes(row[: int(n)].tolist()).decode() for row, n in zip(rows, seen[:, 1], strict=True)]
 
 
 def exchange(sent: Tensor, give: Sequence[int], take: Sequence[int], group: Any) -> Tensor:
