@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -1064,10 +1065,62 @@ def test_fp32_gradients_of_bf16_weights(rule):
         q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(i))
         p.grad_dtype = None
         p.grad = q.grad.clone()
-    try:
+    with contextlib.suppress(RuntimeError):    # the optimizer's own step may not take them
         optimizer.step()
-    except RuntimeError:    # the optimizer's own step does not take them
-        pass
     plain.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------- lassos, pruning, races
+
+
+class Blocks(nn.Module):
+    """Convolutions before BatchNorms as people write them: in turn, or all convolutions first; and one that nothing normalises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(6)
+        self.last = nn.Conv2d(6, 5, 1)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn2(self.conv2(self.bn1(self.conv1(self.stem(x))).relu())).relu()
+        return self.fc(self.last(x).relu().mean((2, 3)))
+
+
+def test_a_group_lasso_before_batch_norm_is_told_with_what_to_do():
+    model = Blocks()
+    with pytest.warns(UserWarning, match=r"units of 3 layers whose output a BatchNorm rescales, such as stem\.0\.weight before stem\.1"):
+        nw.attach(model, SGD(model.parameters(), lr=0.1), nw.group_lasso(0.1))
+    quiet = [nw.group_lasso(0.1, params=["last.weight", "fc.weight"]), nw.group_lasso(0.1, params="class:BatchNorm2d"), nw.l1_prox(0.1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rule in quiet:
+            nw.attach(model, SGD(model.parameters(), lr=0.1), rule)
+
+
+def test_shrinks_report_tells_what_stayed_and_how_far_from_zero_it_is():
+    pytest.importorskip("torch_pruning", reason="torch-pruning is the extra 'prune'")
+    from normwise.prune import shrink
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[0].bias[1] = 0
+        model[3].weight[4] = -0.01
+    _, report = shrink(model, torch.zeros(1, 1, 8, 8))
+    assert set(report.units) == {"0"} and set(report.whole) == {"2"}
+    assert report.whole["2"] == (6, pytest.approx(0.01, rel=1e-6))
+    assert "2: 6 units, none of them zero (the nearest 0.01 away)" in str(report)
+
+
+def test_a_task_that_the_race_has_no_horizon_for_is_one_sentence():
+    from normwise.errors import StudyError
+    from normwise.race.race import Options, race
+
+    with pytest.raises(StudyError, match=r"first horizon.*'vit'.*Allowed: cnn"):
+        race(Options(task="vit"))

@@ -177,6 +177,8 @@ class Control:
         self._nests = [given.may_nest(type(o)) for o in optimizers]
         self._born = [versions(self.engine.params(k)) for k in range(len(optimizers))]
         self._handles = [h for k, o in enumerate(optimizers) for h in (*self._hook(k, o), *self._listen(k))]
+        for message in self.engine.lassos_before_batch_norm(model):
+            self._tell(message)
         for o in optimizers:
             _AT_WORK.setdefault(o, []).append(weakref.ref(self))
 

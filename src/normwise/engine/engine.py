@@ -23,6 +23,7 @@ from normwise.norms.reduce import may_branch
 from normwise.policy import Policy, Rule
 from normwise.policy.conflicts import check
 from normwise.policy.inventory import Entry, Inventory
+from normwise.policy.normalised import before_batch_norm
 from normwise.schedules import at
 
 
@@ -94,6 +95,24 @@ class Engine:
                 "and the optimizer still holds the old one: its steps would change nothing that the model uses. Give the new tensor to the "
                 "optimizer (add_param_group, or a new optimizer), then attach to that; or load without assign."
             )
+
+    def lassos_before_batch_norm(self, model: nn.Module) -> list[str]:
+        """What to tell of rules that shrink units to zero where a BatchNorm takes their length out again."""
+        told = []
+        lassos = [b for b in self.rules if b.rule.action == "prox" and b.rule.per == "unit" and b.rule.power == 1]
+        normalised = before_batch_norm(model) if lassos else {}
+        for bound in lassos:
+            modules = {id(m.param): self.inventory.by_name[m.name].module for m in bound.members}
+            found = [(m.name, normalised[modules[id(m.param)]]) for m in bound.members if modules[id(m.param)] in normalised]
+            if found:
+                name, norm = found[0]
+                told.append(
+                    f"rule '{bound.rule.label()}' shortens units of {len(found)} layers whose output a BatchNorm rescales, such as "
+                    f"{name} before "
+                    f"{norm}: there a shorter filter computes the same, so that hardly any unit becomes zero. Put it on gains and shifts, "
+                    "nw.group_lasso(s, params='class:BatchNorm2d'), and exclude these layers; nw.prune.shrink removes what is zero."
+                )
+        return told
 
     def check_rates(self) -> None:
         """PolicyError where a rule needs the learning rate and its parameters' group has none."""

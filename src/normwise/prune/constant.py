@@ -37,6 +37,15 @@ def _constants(x: Tensor, axis: int) -> Tensor:
     return torch.where(high - low <= _SAME * (1 + middle.abs()), middle, math.nan)
 
 
+def nearest_to_zero(writer: Writer) -> float:
+    """Of all units the smallest: by the L2 norm of its weights or, behind a BatchNorm with a gain, by that where it is smaller."""
+    lengths = writer.layer.weight.detach().flatten(1).norm(dim=1)
+    for norm in writer.norms:
+        if norm.affine:
+            lengths = torch.minimum(lengths, norm.weight.detach().abs().to(lengths))
+    return float(lengths.min()) if len(lengths) else 0.0
+
+
 def is_zero(writer: Writer, unit: int) -> bool:
     """Whether the unit's value does not depend on the input: its row is zero, or the gain of every BatchNorm on it."""
     if not writer.layer.weight[unit].any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -27,7 +27,8 @@ class Report:
     """What :func:`shrink` did.
 
     units: by layer that lost any, how many it had and has. removed: by the same layers, which, as indices in the full model; layers
-    joined by a shortcut have the same. kept: by layer, zero units that stayed, and why. parameters: before and after.
+    joined by a shortcut have the same. kept: by layer, zero units that stayed, and why. whole: by layer that has no zero unit, how many
+    units it has and how far the nearest is from zero: the L2 norm of its weights, or its BatchNorm's gain. parameters: before and after.
     difference: the largest difference of any output, in evaluation and float64, over the example input and over 16 samples of noise.
     """
 
@@ -36,6 +37,7 @@ class Report:
     kept: dict[str, str]
     parameters: tuple[int, int]
     difference: float
+    whole: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -46,6 +48,7 @@ class Report:
         before, after = self.parameters
         lines = [f"{name}: {was} units, now {left}" for name, (was, left) in self.units.items()] or ["nothing was removed"]
         lines += [f"{name}: {why}" for name, why in self.kept.items()]
+        lines += [f"{name}: {units} units, none of them zero (the nearest {least:.2g} away)" for name, (units, least) in self.whole.items()]
         return "\n".join([*lines, f"parameters: {before}, now {after}; largest output difference {self.difference:.1e}"])
 
 
@@ -84,7 +87,7 @@ def shrink(model: M, example_input: Tensor, tolerance: float = 0.0) -> tuple[M, 
         if kept is not None:
             break
     _close(small, model)
-    return small, _report(model, small, left, kept, [example_input, probe])
+    return small, _report(model, small, left, kept, [example_input, probe], _whole(found, left, kept))
 
 
 def cut(model: M, example_input: Tensor, units: Mapping[str, Sequence[int]]) -> M:
@@ -230,13 +233,22 @@ def _set_to_zero(model: nn.Module, tolerance: float) -> None:
             module.weight[module.weight.abs() <= tolerance] = 0
 
 
-def _report(full: nn.Module, small: nn.Module, left: dict[str, list[int]], kept: dict[str, str], samples: list[Tensor]) -> Report:
+def _whole(found: list[Group], left: dict[str, list[int]], kept: dict[str, str]) -> dict[str, tuple[int, float]]:
+    """The layers that lost nothing and keep nothing that is zero: what a report without them would leave to guess."""
+    writers = [(group, w) for group in found for w in group.writers if w.name not in left and group.name not in kept]
+    return {w.name: (group.size, constant.nearest_to_zero(w)) for group, w in writers if not group.obstacle}
+
+
+def _report(
+    full: nn.Module, small: nn.Module, left: dict[str, list[int]], kept: dict[str, str], samples: list[Tensor],
+    whole: dict[str, tuple[int, float]],
+) -> Report:  # fmt: skip
     layers = dict(full.named_modules())
     sizes = {name: len(layers[name].weight) for name in left}
     gone = {name: tuple(sorted(set(range(sizes[name])) - set(rest))) for name, rest in left.items()}
     counts = tuple(sum(p.numel() for p in model.parameters()) for model in (full, small))
     units = {name: (sizes[name], len(rest)) for name, rest in left.items()}
-    return Report(units, gone, kept, (counts[0], counts[1]), _difference(full, small, samples))
+    return Report(units, gone, kept, (counts[0], counts[1]), _difference(full, small, samples), whole)
 
 
 @torch.no_grad()

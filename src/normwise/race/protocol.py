@@ -43,7 +43,9 @@ def budget(name: str) -> Budget:
 
 
 def first_horizon(task: str, batch: int, scale: float) -> int:
-    """H before any doubling, in samples."""
+    """H before any doubling, in samples. StudyError for a task that the protocol has no number of steps for."""
+    if task not in STEPS:
+        raise StudyError(f"a race needs a first horizon for its task, and race.protocol.STEPS has none for {task!r}.{nearest(task, STEPS)}")
     return max(1, round(STEPS[task] * scale)) * batch
 
 

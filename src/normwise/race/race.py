@@ -63,6 +63,7 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     Raises StudyError and DataError for options and data that cannot be used, before anything is trained.
     """
     plan = budget(options.budget)
+    first_horizon(options.task, 1, plan.scale)    # refused before anything is loaded
     names = chosen(options.contenders if options.contenders is not None else plan.contenders)
     if options.workers < 1 or (options.seeds is not None and options.seeds < 1):
         raise StudyError(f"workers and seeds must be whole numbers >= 1, given {options.workers} and {options.seeds}.")
