@@ -254,7 +254,7 @@ def hold(case: Case, place: Callable[[nn.Module], nn.Module], dtype: torch.dtype
     if case.rtol < 1 and not out.worst <= limit:
         out.faults.append(f"{out.name} is off by {out.worst:.2g}")
     first, second = control.verify(), other.verify()
-    if not second.ok or first.blocks != second.blocks:
+    if second.breaches or second.never_ran or second.ok != first.ok or first.blocks != second.blocks:
         out.faults.append(f"verify: {second} (whole: {first})")
     if case.rtol < 1 and sum(control.violations().values()) != sum(other.violations().values()):
         out.faults.append(f"violations {other.violations()}, whole {control.violations()}")
