@@ -38,8 +38,8 @@ class BoundRule:
         self.phase = rule.phase
         self.flat = rule.per == "global" and rule.action != "weight_decay"
         present = lying_here(entries, self.flat)
-        self.elsewhere = len(entries) - len(present)
-        """How many parameters lie on other ranks alone."""
+        self.elsewhere = {id(e.param) for e in entries} - {id(e.param) for e in present}
+        """The ids of parameters that lie on other ranks alone."""
         members = [self._member(e, owner[id(e.param)]) for e in present]
         self.packs = packs_of(members, self.flat, self.remembers) if members else []
         check_split(rule, self.packs)

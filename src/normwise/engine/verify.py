@@ -186,7 +186,7 @@ def _nothing_to_measure(bound: BoundRule) -> str | None:
 
 def _outside(bound: BoundRule, engine: Engine, inventory: Inventory, present: Mapping[int, Entry]) -> list[str]:
     """What the rule should bound by its selector and does not know, or knows and the model has no longer."""
-    mine = {id(m.param) for m in bound.members}
+    mine = {id(m.param) for m in bound.members} | bound.elsewhere
     gone = {m.name for m in bound.members if id(m.param) not in present}
     changed = [m.name for m in bound.members if id(m.param) in present and tuple(m.param.shape) != m.shape]
     fresh = [e for e in bound.rule.matched(inventory) if id(e.param) not in mine and e.param.requires_grad]
