@@ -311,13 +311,14 @@ def narrow(dtype: str, *only: str) -> list[str]:
     ways = PLACES(dist.get_world_size())
     for name, place in ((n, ways[n]) for n in only or ways):
         for case in (c for c in cases() if c.name in NARROW):
+            bounds = any(rule.phase == "weight" for rule in nw.Policy(case.policy()))    # of CPR nothing is measured
+            of = f"{dtype}, {name}, {case.name}"
 
-            def held(model: nn.Module, control: nw.Control, step: int, of: str = f"{dtype}, {name}, {case.name}") -> None:
+            def held(model: nn.Module, control: nw.Control, step: int, of: str = of, bounds: bool = bounds) -> None:
                 found = control.verify() if step else None
                 if found is not None and (not found if bounds else found.breaches):
                     faults.append(f"{of}, after step {step}: {found}")
 
-            bounds = any(rule.phase == "weight" for rule in nw.Policy(case.policy()))    # of CPR nothing is measured
             case.report = held
             _, control, _ = train(place(net(getattr(torch, dtype))), case, 4)
             if control.verify().ok != bounds or control.verify().breaches or not sum(control.violations().values()):
