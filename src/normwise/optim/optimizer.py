@@ -11,11 +11,12 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from normwise.engine.member_tensors import refuse_overlap
 from normwise.engine.sharded.ahead import align
 from normwise.errors import PolicyError
 from normwise.narrow import NOISE
 from normwise.optim.parts import DEFAULTS, STATE, Radius, Row, check_row
-from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, members
+from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, members, names_of
 from normwise.optim.routing import Routing, route
 from normwise.optim.step import Update, step_group, together
 from normwise.policy import Policy
@@ -200,7 +201,8 @@ def _complete(group: dict[str, Any]) -> None:
 def _check_group(group: dict[str, Any]) -> None:
     _complete(group)
     check_row(group, f"the group {group['name']!r}" if "name" in group else "a parameter group", BESIDES)
-    for p in group["params"]:
+    for p, name in zip(group["params"], names_of(group), strict=True):
+        refuse_overlap(p, name)
         if not p.is_floating_point():
             raise PolicyError(f"a parameter is {p.dtype}: steps under a norm need real floating-point numbers; train its view_as_real.")
     group[LAYOUTS] = layouts(group)
