@@ -208,6 +208,12 @@ def _whole(group: Group) -> str:
 
 def _plain_layout(p: Tensor, group: Group) -> Layout:
     """The axes of a tensor given without its module: outputs first, as torch's Muon reads them; above two dimensions nobody knows."""
+    if p.ndim < 2 and needs_matrices(group):
+        raise LayoutError(
+            f"a tensor of shape {tuple(p.shape)} was given without its module, to a method of matrices, and it is none: give the model, as "
+            "nw.optim.Muon(model) or nw.optim.auto(model), which then sends vectors, embeddings and heads to AdamW. Or give only the hidden "
+            "matrices, and the others to an optimizer of their own."
+        )
     if p.ndim <= 2:
         return Layout("oi"[: max(p.ndim, 1)], tuple(p.shape) or (1,))
     if needs_matrices(group) or (acts_on_blocks(group) and group["per"] not in ("tensor", "matrix", "global", "element")):
@@ -265,7 +271,7 @@ def _ready(state: State, p: Tensor, part: Pack, group: Group) -> State:
         state["row_squares"] = torch.zeros(rows, dtype=compute_dtype(p.dtype), device=p.device)
     if group["direction"] == "adam":
         # Where torch's fused kernel wants it: on the device; on the CPU reading it is free anyway.
-        state["step"] = state["step"].to(p.device) if "step" in state else torch.zeros((), dtype=torch.float32, device=p.device)
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=p.device)
     return state
 
 

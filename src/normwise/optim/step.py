@@ -293,7 +293,7 @@ def _scaled(part: Pack, update: list[Tensor], factor: Tensor) -> list[Tensor]:
 def _accelerate(update: list[Tensor], lr: float, states: States, group: Group) -> list[Tensor]:
     """v ← μ·v + η·u: momentum on the scaled step, so that a changed learning rate does not rescale what is under way (LARS)."""
     velocities = [s["velocity"] for s in states]
-    torch._foreach_mul_(velocities, group["velocity"])
+    torch._foreach_mul_(velocities, group["momentum"] if group["velocity"] is True else group["velocity"])
     torch._foreach_add_(velocities, update, alpha=lr)
     return velocities
 
