@@ -5,7 +5,6 @@ Each test has a twin whose tensors are all contiguous. The odd one lies in a lar
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +63,14 @@ LAYS: dict[str, Lay] = {
     "transposed slice": lambda t: _within(t, (1, 1), turned=True),
     "channels_last": _channels_last,
 }
-every_lay = pytest.mark.parametrize("lay", list(LAYS.values()), ids=list(LAYS))
+
+
+def some(given: dict[str, Any], *by_default: str) -> list[Any]:
+    """All of them in the long run, the named ones by default."""
+    return [pytest.param(v, id=k, marks=() if k in by_default else pytest.mark.long) for k, v in given.items()]
+
+
+every_lay = pytest.mark.parametrize("lay", some(LAYS, "rows and columns of a larger tensor", "transposed slice", "channels_last"))
 every_preset = pytest.mark.parametrize("preset", list(PRESETS.values()), ids=list(PRESETS))
 
 
@@ -143,7 +149,7 @@ GRADS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded scalar": lambda g: g.flatten()[:1].sum().expand(g.shape),
     "negated lazily": lambda g: torch._neg_view(-g),
 }
-every_grad = pytest.mark.parametrize("other", list(GRADS.values()), ids=list(GRADS))
+every_grad = pytest.mark.parametrize("other", some(GRADS, "slice", "expanded rows", "expanded scalar", "negated lazily"))
 
 
 def give(model: nn.Module, twin: nn.Module, seed: int, other: Callable[[Tensor], Tensor] = lambda g: g) -> None:
@@ -221,7 +227,9 @@ def saved_and_loaded(state: Any) -> Any:
 
 
 @every_preset
-@pytest.mark.parametrize(("first", "then"), [(None, "channels_last"), ("channels_last", None), ("rows and columns of a larger tensor", "transposed")])
+@pytest.mark.parametrize(
+    ("first", "then"), [(None, "channels_last"), ("channels_last", None), ("rows and columns of a larger tensor", "transposed")]
+)
 def test_a_checkpoint_goes_on_in_another_memory_format(preset: Callable[..., NormOptimizer], first: str | None, then: str | None) -> None:
     twin = net()
     model = laid(net(), LAYS[first])[0] if first else net()
@@ -371,8 +379,8 @@ def test_a_rule_acts_as_on_contiguous_copies_and_writes_nothing_else(rule: Calla
 
 
 GRADIENT_RULES = [
-    "l2_penalty", "clip_grad_norm", "clip_grad_norm per unit", "project grad", "lmo grad", "clip_grad_value", "normalize_grad", "agc", "autoclip", "zclip",
-    "orthogonal_penalty",
+    "l2_penalty", "clip_grad_norm", "clip_grad_norm per unit", "project grad", "lmo grad", "clip_grad_value", "normalize_grad", "agc",
+    "autoclip", "zclip", "orthogonal_penalty",
 ]  # fmt: skip
 
 

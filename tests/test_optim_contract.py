@@ -772,7 +772,10 @@ def three() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(4, 3, generator=gen, dtype=F64)) for _ in range(3)]
 
 
-def run_beside(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, a: list[nn.Parameter], b: list[nn.Parameter], steps: int = 3) -> None:
+Listed = list[nn.Parameter]
+
+
+def run_beside(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, a: Listed, b: Listed, steps: int = 3) -> None:
     for seed in range(steps):
         for k, (p, q) in enumerate(zip(a, b, strict=True)):
             p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * seed + k), dtype=F64)
@@ -914,8 +917,9 @@ def test_a_cycled_momentum_is_what_every_group_uses(preset: Build, plan: str) ->
         train(by_hand, b, range(seed, seed + 1))
         assert equal(cycled, by_hand)
     assert len(seen) > 2
+    a.state_dict()
     for group in a.param_groups:
-        assert group["direction"] not in ("adam", "lion") or group["momentum"] == group["betas"][0] or "momentum" in a.defaults
+        assert group["direction"] not in ("adam", "lion") or group["momentum"] == group["betas"][0]
 
 
 def test_a_plain_descent_shows_no_momentum() -> None:
@@ -1039,13 +1043,13 @@ def test_a_state_of_other_shapes_is_refused_before_anything_changes() -> None:
 
 
 def test_torchs_own_hook_that_matches_names_keeps_the_axes_of_the_model() -> None:
-    """The recipe of torch's documentation copies every key of the saved group but params and names, and so the layouts in the saved order."""
+    """The recipe of torch's documentation copies every key of the saved group but params and names, so the layouts in the saved order."""
 
     class Both(nn.Module):
         def __init__(self, first: str) -> None:
             super().__init__()
             torch.manual_seed(0)
-            made = {"conv": nn.ConvTranspose1d(6, 4, 2, bias=False), "linear": nn.Linear(5, 3, bias=False)}
+            made = {"turned": nn.ConvTranspose1d(6, 4, 2, bias=False), "plain": nn.Conv1d(5, 3, 2, bias=False)}
             for name in (first, *(n for n in made if n != first)):
                 self.add_module(name, made[name])
 
@@ -1065,7 +1069,7 @@ def test_torchs_own_hook_that_matches_names_keeps_the_axes_of_the_model() -> Non
             optimizer.step()
 
     for hook in (True, False):
-        whole, first, second = Both("conv"), Both("conv"), Both("linear")
+        whole, first, second = Both("turned"), Both("turned"), Both("plain")
         a, b, c = MuonH(whole), MuonH(first), MuonH(second)
         stepped(whole, a, range(4))
         stepped(first, b, range(2))
@@ -1075,7 +1079,7 @@ def test_torchs_own_hook_that_matches_names_keeps_the_axes_of_the_model() -> Non
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             c.load_state_dict(saved_and_loaded(b.state_dict()))
-        assert [x[0] for x in c.param_groups[0]["layouts"]] == ["oi", "iok"]
+        assert [x[0] for x in c.param_groups[0]["layouts"]] == ["oik", "iok"]
         stepped(second, c, range(2, 4))
         for name, p in whole.named_parameters():
             assert torch.equal(p, second.get_parameter(name)), name
@@ -1100,7 +1104,7 @@ def test_the_same_names_in_other_groups_are_refused() -> None:
         return [{"params": [(f"w{k}", p[k]) for k in part]} for part in (order[:1], order[1:])]
 
     one, two = AdamW(named(a, [0, 1, 2])), AdamW(named(b, [1, 0, 2]))
-    with pytest.raises(nw.PolicyError, match="in other groups: w0, w1 are not where"):
+    with pytest.raises(nw.PolicyError, match="in other groups: w0, w1 are not in the group 0"):
         two.load_state_dict(one.state_dict())
     turned = AdamW([{"params": [("w2", b[2]), ("w1", b[1])]}, {"params": [("w0", b[0])]}])
     for p in a:

@@ -23,7 +23,8 @@ def settle(group: Row, last: Settled | None, name: str) -> Settled:
     """
     now = (group["direction"], group["momentum"], group["betas"], group["velocity"])
     rate = group["lr"]
-    if last is not None and now == last and (type(rate) is float or (isinstance(rate, Tensor) and not rate.ndim)) and "nesterov" not in group:
+    ready = type(rate) is float or (isinstance(rate, Tensor) and not rate.ndim)
+    if ready and last is not None and now == last and "nesterov" not in group:
         return last
     for column in ("lr", "momentum", "betas", "velocity", "weight_decay", "eps"):
         group[column] = as_plain(group[column], column)

@@ -133,6 +133,11 @@ def complete(given: Mapping[str, Any], name: str, base: Mapping[str, Any] | None
             row["direction"] = "heavy_ball"    # as in torch's SGD, where it is the momentum that says so
         elif "momentum" not in stated:
             row["momentum"] = 0.0
+    elif row["direction"] == "plain" and row["velocity"] is not True:    # which is then the momentum: one number, by both names
+        if "velocity" in stated or "momentum" not in stated:
+            row["momentum"] = row["velocity"]
+        else:
+            row["velocity"] = bool(row["momentum"])
     if wanted is not None:
         set_nesterov(row, wanted, name)
     return row
@@ -148,7 +153,8 @@ def refuse_unused(given: Mapping[str, Any], row: Mapping[str, Any], name: str) -
         parts = ", ".join(f"{c}={row[c]!r}" for c in ("direction", "act", "scale", "hold") if row[c] != DEFAULTS[c] or c == "direction")
         raise PolicyError(
             f"{name} has {column}={given[column]!r}, which no part of it uses ({parts}), so that it would be left out in silence. "
-            f"{_INSTEAD.get(column, '')}Give it to the row that it is meant for (adamw={{...}}, by_role={{...}}, override={{...}}), or leave it out."
+            f"{_INSTEAD.get(column, '')}Give it to the row that it is meant for (adamw={{...}}, by_role={{...}}, override={{...}}), "
+            "or leave it out."
         )
 
 

@@ -218,8 +218,8 @@ def _plain_layout(p: Tensor, group: Group) -> Layout:
         return Layout("oi"[: max(p.ndim, 1)], tuple(p.shape) or (1,))
     if needs_matrices(group) or (acts_on_blocks(group) and group["per"] not in ("tensor", "matrix", "global", "element")):
         raise LayoutError(
-            f"a tensor of shape {tuple(p.shape)} was given without its module, and its axes cannot be told: give the module (NormOptimizer "
-            "reads them from its type), or layouts=[nw.Layout('oikk', shape)] in its group."
+            f"a tensor of shape {tuple(p.shape)} was given without its module, and its axes cannot be told: give the "
+            "model, as nw.optim.auto(model) (they are read from its modules' types), or layouts=[nw.Layout('oikk', shape)] in its group."
         )
     return Layout("o" * p.ndim, tuple(p.shape))
 

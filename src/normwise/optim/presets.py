@@ -260,10 +260,11 @@ def Ridge(
         "lr": lr, "direction": _averaged(nesterov), "momentum": momentum, "act": "ridge", "damping": damping, "scale": "normuon",
         "weight_decay": 0.3, **columns,
     }  # fmt: skip
-    check_row(complete(row, "the row 'ridge'"), "the row 'ridge'")    # before anything is reckoned from it
+    full = complete(row, "the row 'ridge'")
+    check_row(full, "the row 'ridge'")    # before anything is reckoned from it
     given = by_role or {}
     gates = {"momentum": 0.9, "damping": 10 * damping, **given.get("recurrent", {})}
-    rest = {"lr": 0.4 * float(lr), "betas": (0.9, 0.99), "weight_decay": 0.1, **(adamw or {})}
+    rest = {"lr": 0.4 * float(full["lr"]), "betas": (0.9, 0.99), "weight_decay": 0.1, **(adamw or {})}
     return _beside_adamw(params, "ridge", row, rest, override, policy, {**given, "recurrent": gates})
 
 
@@ -279,7 +280,8 @@ def auto(params: Params, *, maximize: bool = False, override: Override = None, p
     ``print(optimizer.routing)`` shows who takes what. The numbers were chosen for short runs of small networks, with warm-up over 5% of the
     steps, then a rate that falls linearly to zero, and no clipping; docs/results.md says, task by task, what that is worth beside tuning.
 
-    Args, returns and errors are those of every preset: a module (or matrices, which take the main row), ``maximize=``, ``override=``, ``policy=``. Your
+    Args, returns and errors are those of every preset: a module (or matrices, which take the main row), ``maximize=``, ``override=``,
+    ``policy=``. Your
     ``override`` acts after those factors, and takes the place of one with the same selector.
     """
     if not isinstance(params, nn.Module):

@@ -34,13 +34,14 @@ def adapt(live: Sequence[Group], raw: Mapping[str, Any], state: dict[str, Any], 
     if [len(g["params"]) for g in live] != [len(g["params"]) for g in saved]:
         return state    # torch says so
     known = dict(state["state"])
-    groups = []
+    groups: list[Group] = []
     for own, given in zip(live, saved, strict=True):
         group = dict(given)
         name = f"the saved group {own.get('name', len(groups))!r}"
         others = _others(own, given)
         if others:
-            warnings.warn(f"{name} has {', '.join(others)}: as in torch, the columns of the checkpoint are used from here on.", stacklevel=7)
+            told = f"{name} has {', '.join(others)}: as in torch, the columns of the checkpoint are used from here on."
+            warnings.warn(told, stacklevel=7)
         if "direction" not in given:
             known |= {i: _moments(known[i]) for i in given["params"] if i in known}
             group = _from_torch(own, given, [known.get(i, {}) for i in given["params"]], name)
@@ -54,7 +55,8 @@ def adapt(live: Sequence[Group], raw: Mapping[str, Any], state: dict[str, Any], 
 def _others(own: Group, saved: Mapping[str, Any]) -> list[str]:
     """What makes the saved group another method than the live one; having a momentum or Nesterov's is an option of the same."""
     family = {"heavy_ball": "plain", "nesterov": "plain", "ema_nesterov": "ema"}
-    return [f"{c}={saved[c]!r} for {own[c]!r}" for c in CHANGED if c in saved and family.get(saved[c], saved[c]) != family.get(own[c], own[c])]
+    changed = [c for c in CHANGED if c in saved and family.get(saved[c], saved[c]) != family.get(own[c], own[c])]
+    return [f"{c}={saved[c]!r} for {own[c]!r}" for c in changed]
 
 
 def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -85,15 +87,14 @@ def _by_names(live: Sequence[Group], state: dict[str, Any]) -> dict[str, Any]:
     same = bool(wanted) and sorted(wanted) == sorted(names) and len(set(names)) == len(names) and len(live) == len(saved)
     if not same or [g["param_names"] for g in live] == [g["param_names"] for g in saved]:
         return state
-    groups = []
+    groups: list[Group] = []
     for own in live:
         template = next((g for g in saved if set(g["param_names"]) == set(own["param_names"])), None)
         if template is None:
-            first = next(g for g in saved if not own["params"] or own["param_names"][0] in g["param_names"])
-            moved = sorted(set(own["param_names"]) ^ set(first["param_names"]))
+            moved = sorted(set(own["param_names"]) ^ set(saved[len(groups)]["param_names"]))
             raise PolicyError(
-                f"the checkpoint has its parameters in other groups: {', '.join(moved[:5])} {'are' if len(moved) > 1 else 'is'} not where they "
-                f"are in the group {own.get('name', len(groups))!r} now. Nothing was loaded: build the optimizer as it was built then, with override=."
+                f"the checkpoint has its parameters in other groups: {', '.join(moved[:5])} are not in the group "
+                f"{own.get('name', len(groups))!r} now and then. Nothing was loaded: build the optimizer as it was then, by override=."
             )
         ids = dict(zip(template["param_names"], template["params"], strict=True))
         groups.append({**template, "params": [ids[n] for n in own["param_names"]], "param_names": list(own["param_names"])})
@@ -161,7 +162,8 @@ def _as_sgd(own: Group, saved: Mapping[str, Any], group: Group) -> list[str]:
 
 
 def _as_muon(own: Group, saved: Mapping[str, Any], group: Group) -> list[str]:
-    wrong = _differs(own, direction=("ema_nesterov", "ema"), act="lmo", norm="spectral", polar="quintic", hold="none", decay="weight", radius=1.0)
+    same = {"act": "lmo", "norm": "spectral", "polar": "quintic", "hold": "none", "decay": "weight", "radius": 1.0, "velocity": 0.0}
+    wrong = _differs(own, direction=("ema_nesterov", "ema"), row_beta=0.0, **same)
     group["direction"] = NESTEROV["ema"] if saved["nesterov"] else "ema"
     group["scale"] = saved.get("adjust_lr_fn") or "original"
     coefficients = [round(float(c), 4) for c in saved["ns_coefficients"]]
