@@ -211,8 +211,8 @@ def _plain_layout(p: Tensor, group: Group) -> Layout:
     if p.ndim < 2 and needs_matrices(group):
         raise LayoutError(
             f"a tensor of shape {tuple(p.shape)} was given without its module, to a method of matrices, and it is none: give the model, as "
-            "nw.optim.Muon(model) or nw.optim.auto(model), which then sends vectors, embeddings and heads to AdamW. Or give only the hidden "
-            "matrices, and the others to an optimizer of their own."
+            "nw.optim.Muon(model) or nw.optim.auto(model), which then sends vectors, embeddings and heads to AdamW. Or give only the "
+            "hidden matrices, and the others to an optimizer of their own."
         )
     if p.ndim <= 2:
         return Layout("oi"[: max(p.ndim, 1)], tuple(p.shape) or (1,))
