@@ -379,3 +379,47 @@ def _step_cost(case: Case, place: Any) -> str:
     optimizer.step()
     sent = control.communication().since(first)
     return f"{sent.collectives}: {sent.bytes}" if sent.collectives else "0"
+
+
+def strided() -> list[str]:
+    """Parts that lie in memory with gaps and transposed take the steps of contiguous ones, and nothing beside them is written."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rules = [nw.max_norm(0.3), nw.spectral_cap(0.5), nw.weight_decay(0.1), nw.clip_grad_norm(0.5), nw.group_lasso(0.1)]
+    faults = []
+    for name in (*nw.optim.PRESETS, "rules"):
+        for placement in (Shard(0), Shard(1), Replicate()):
+            buffers: list[Any] = []
+            found = []
+            for gaps in (False, True):
+                weight = torch.randn(12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+                p = nn.Parameter(_gapped(distribute_tensor(weight, mesh, [placement], src_data_rank=None), gaps, buffers))
+                model = nn.Linear(8, 12, bias=False)
+                model.weight = p
+                optimizer = torch.optim.SGD([p], 0.1) if name == "rules" else nw.optim.PRESETS[name](model, lr=0.05)
+                if name == "rules":
+                    nw.attach(model, optimizer, rules)
+                for seed in range(2):
+                    g = torch.randn(12, 8, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+                    p.grad = _gapped(distribute_tensor(g, mesh, [placement], src_data_rank=None), gaps and seed == 0, [])
+                    optimizer.step()
+                found.append(p.detach().to_local())    # type: ignore[attr-defined]
+            if not torch.allclose(*found, rtol=1e-9, atol=1e-11):
+                faults.append(f"{name} on {placement}: {float((found[0] - found[1]).abs().max())}")
+            local, whole = found[1], buffers[0]
+            kept = whole.clone()
+            kept[1 : 1 + local.shape[1], 2 : 2 + local.shape[0]] = 7.0
+            if not bool((kept == 7.0).all()):
+                faults.append(f"{name} on {placement} wrote beside its part")
+    return faults
+
+
+def _gapped(t: Any, gaps: bool, buffers: list[Any]) -> Any:
+    """The DTensor with its local part transposed in the middle of a larger buffer."""
+    if not gaps:
+        return t
+    local = t.to_local()
+    whole = torch.full((local.shape[1] + 2, local.shape[0] + 3), 7.0, dtype=local.dtype)
+    view = whole[1 : 1 + local.shape[1], 2 : 2 + local.shape[0]].T
+    view.copy_(local)
+    buffers.append(whole)
+    return DTensor.from_local(view, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())

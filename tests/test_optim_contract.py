@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -736,3 +737,404 @@ def test_scions_constrained_weights_stay_in_their_balls() -> None:
     assert torch.linalg.svdvals(w)[0] <= 2.0 * (12 / 8) ** 0.5 * (1 + 1e-5)
     assert net.head.weight.abs().max() <= 30.0 / 8 * (1 + 1e-5)
     assert net.up.bias.square().mean().sqrt() <= 2.0 * (1 + 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- options in every row
+
+
+@pytest.mark.parametrize("build", [*PRESETS.values(), nw.optim.auto], ids=[*PRESETS, "auto"])
+def test_maximize_is_of_every_row(build: Build) -> None:
+    """It takes the steps that minimising takes with the opposite gradients: of every parameter, whatever its row."""
+    up, down = model(F64), model(F64)
+    override: Any = {"head.bias": {"direction": "plain", "lr": 0.5}}
+    a, b = build(up, maximize=True, override=override), build(down, override=override)
+    for seed in range(3):
+        loss_of(up, seed).backward()
+        for p, q in zip(up.parameters(), down.parameters(), strict=True):
+            assert p.grad is not None
+            q.grad = -p.grad
+        a.step()
+        b.step()
+        a.zero_grad()
+    for (name, p), q in zip(up.named_parameters(), down.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
+    with pytest.raises(ValueError, match=r"maximize='yes', and needs True or False"):
+        build(model(), maximize="yes")
+
+
+def test_rounding_is_of_every_row() -> None:
+    groups = Muon(model(torch.bfloat16), rounding="stochastic", seed=3).param_groups
+    assert {(g["rounding"], g["seed"]) for g in groups} == {("stochastic", 3)} and len(groups) == 3
+
+
+def three() -> list[nn.Parameter]:
+    gen = torch.Generator().manual_seed(4)
+    return [nn.Parameter(torch.randn(4, 3, generator=gen, dtype=F64)) for _ in range(3)]
+
+
+Listed = list[nn.Parameter]
+
+
+def run_beside(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, a: Listed, b: Listed, steps: int = 3) -> None:
+    for seed in range(steps):
+        for k, (p, q) in enumerate(zip(a, b, strict=True)):
+            p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * seed + k), dtype=F64)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_groups_own_momentum_and_nesterov_are_torchs(momentum: float) -> None:
+    a, b = three(), three()
+
+    def groups(p: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": p[:1], "momentum": 0.8, "nesterov": True}, {"params": p[1:2], "momentum": 0.5}, {"params": p[2:]}]
+
+    run_beside(SGD(groups(a), 0.1, momentum=momentum), torch.optim.SGD(groups(b), 0.1, momentum=momentum), a, b)
+    fast = SGD([{"params": three(), "nesterov": False}], 0.1, momentum=0.9, nesterov=True)
+    assert fast.param_groups[0]["direction"] == "heavy_ball"
+
+
+def test_momentum_and_nesterov_may_come_in_training_as_in_torchs() -> None:
+    a, b = three(), three()
+    ours, theirs = SGD(a, 0.1), torch.optim.SGD(b, 0.1)
+    for group in (ours.param_groups[0], theirs.param_groups[0]):
+        group["momentum"] = 0.7
+    run_beside(ours, theirs, a, b)
+    for group in (ours.param_groups[0], theirs.param_groups[0]):
+        group["nesterov"] = True
+    run_beside(ours, theirs, a, b)
+
+
+@every_preset
+def test_an_option_that_no_part_uses_is_refused_by_name(preset: Build) -> None:
+    """Adam has no momentum, a buffer has no betas; a group that asks for the wrong one would train on in silence."""
+    betas = "betas" in preset(model()).defaults
+    wrong: dict[str, Any] = {"momentum": 0.5} if betas else {"betas": (0.5, 0.6)}
+    for given in (wrong, {"trust": 0.5} if preset is not PRESETS["LARS"] else {"damping": 0.5}, {"limit": 0.3}):
+        name = next(iter(given))
+        with pytest.raises(ValueError, match=rf"{name}=.*no part of it uses"):
+            preset(model(), **given)
+        with pytest.raises(ValueError, match=rf"{name}=.*no part of it uses"):
+            preset([{"params": [nn.Parameter(torch.ones(3, 3))], **given}])
+    if betas or preset is PRESETS["LARS"]:
+        with pytest.raises(ValueError, match="nesterov=True"):
+            preset([{"params": [nn.Parameter(torch.ones(3, 3))], "nesterov": True}])
+
+
+@every_preset
+@pytest.mark.parametrize("option", ["foreach", "fused", "capturable", "differentiable", "amsgrad", "dampening", "ns_steps"])
+def test_torchs_options_that_are_none_here_are_named_with_the_reason(preset: Build, option: str) -> None:
+    with pytest.raises(nw.PolicyError, match=rf"{option}=True, which is no option: it "):
+        preset(model(), **{option: True})
+
+
+@every_preset
+def test_groups_keep_what_users_write_into_them(preset: Build) -> None:
+    """As torch does: also a copy of a group of torch's own, whose switches ask for nothing."""
+    p = nn.Parameter(torch.ones(3, 3))
+    extra = {"my_tag": "x", "lr_scale": 0.5, "foreach": None, "fused": True, "capturable": False, "amsgrad": False, "differentiable": False}
+    optimizer = preset([{"params": [p], **extra}])
+    p.grad = torch.ones(3, 3)
+    optimizer.step()
+    again = preset([nn.Parameter(torch.ones(3, 3))])
+    again.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert {k: again.param_groups[0][k] for k in extra} == extra
+    for asks in ({"amsgrad": True}, {"dampening": 0.1}, {"capturable": True}):
+        with pytest.raises(nw.PolicyError, match="which is no option"):
+            preset([{"params": [p], **asks}])
+
+
+# ---------------------------------------------------------------------------------------------------------- numbers
+
+
+@every_preset
+@pytest.mark.parametrize("lr", [torch.tensor([0.0078125]), np.float32(0.0078125), np.array(0.0078125), np.array([0.0078125])], ids=repr)
+def test_a_rate_of_any_kind_is_the_number(preset: Build, lr: Any) -> None:
+    a, b = model(F64), model(F64)
+    optimizer = preset(a, lr=lr, weight_decay=np.float32(0.25))
+    train(a, optimizer, range(2))
+    train(b, preset(b, lr=0.0078125, weight_decay=0.25), range(2))
+    assert equal(a, b)
+    saved_and_loaded(optimizer.state_dict())
+
+
+@every_preset
+def test_numbers_written_in_training_may_be_of_any_kind(preset: Build) -> None:
+    """Schedules of the user's own write numpy's; a rate that is none is refused before any group has stepped."""
+    a, b = model(F64), model(F64)
+    one, two = preset(a), preset(b)
+    for group in one.param_groups:
+        group["lr"] = np.float32(0.0078125)
+    for group in two.param_groups:
+        group["lr"] = 0.0078125
+    train(a, one, range(1))
+    train(b, two, range(1))
+    for group in one.param_groups:
+        group["lr"] = torch.tensor([0.0078125])
+    train(a, one, range(1, 2))
+    train(b, two, range(1, 2))
+    assert equal(a, b)
+    saved_and_loaded(one.state_dict())
+    one.param_groups[-1]["lr"] = None
+    with pytest.raises(ValueError, match=r"lr=None, and needs a finite number"):
+        train(a, one, range(2, 3))
+    assert equal(a, b)
+
+
+def test_betas_of_any_kind() -> None:
+    for betas in ([0.8, 0.9], np.array([0.8, 0.9]), torch.tensor([0.8, 0.9], dtype=F64), (np.float64(0.8), torch.tensor(0.9, dtype=F64))):
+        assert AdamW(model(), betas=betas).param_groups[0]["betas"] == (0.8, 0.9)
+
+
+# ---------------------------------------------------------------------------------------------------------- momenta that cycle
+
+
+@every_preset
+@pytest.mark.parametrize("plan", ["OneCycleLR", "CyclicLR"])
+def test_a_cycled_momentum_is_what_every_group_uses(preset: Build, plan: str) -> None:
+    """Under whichever of its two names the scheduler writes it; the same numbers written by hand are the reference."""
+    if preset is SGD:
+        preset = lambda net: SGD(net, momentum=0.9)  # noqa: E731
+    cycled, by_hand = model(F64), model(F64)
+    a, b = preset(cycled), preset(by_hand)
+    made = SCHEDULES[plan](a)
+    seen = set()
+    for seed in range(5):
+        momentum = {a.param_groups[0][k] for k in ("momentum",)} if "momentum" in a.defaults else {a.param_groups[0]["betas"][0]}
+        now = momentum.pop()
+        seen.add(now)
+        for ours, group in zip(a.param_groups, b.param_groups, strict=True):
+            group["lr"] = ours["lr"]
+            if group["direction"] in ("adam", "lion"):
+                group["betas"] = (now, group["betas"][1])
+            else:
+                group["momentum"] = now
+        train(cycled, a, range(seed, seed + 1), after=made.step)
+        train(by_hand, b, range(seed, seed + 1))
+        assert equal(cycled, by_hand)
+    assert len(seen) > 2
+    a.state_dict()
+    for group in a.param_groups:
+        assert group["direction"] not in ("adam", "lion") or group["momentum"] == group["betas"][0]
+
+
+def test_a_plain_descent_shows_no_momentum() -> None:
+    optimizer = SGD(model())
+    assert "momentum" not in optimizer.defaults and {g["momentum"] for g in optimizer.param_groups} == {0.0}
+    lars = PRESETS["LARS"](model(), momentum=0.8)
+    assert lars.defaults["momentum"] == 0.8 and {g["momentum"] for g in lars.param_groups} == {0.8}
+
+
+def test_a_momentum_in_the_midst_of_a_cycle_survives_a_checkpoint() -> None:
+    """Written by the scheduler after the last step, under the other name, and not used yet when it is saved."""
+    whole, first = model(F64), model(F64)
+    a, b = Muon(whole), Muon(first)
+    plans = [schedulers.OneCycleLR(o, 0.1, total_steps=8) for o in (a, b)]
+    train(whole, a, range(5), after=plans[0].step)
+    train(first, b, range(3), after=plans[1].step)
+    checkpoint = saved_and_loaded([first.state_dict(), b.state_dict(), plans[1].state_dict()])
+    second = Model().to(F64)
+    c = Muon(second)
+    plan = schedulers.OneCycleLR(c, 0.1, total_steps=8)
+    for thing, state in zip((second, c, plan), checkpoint, strict=True):
+        thing.load_state_dict(state)
+    train(second, c, range(3, 5), after=plan.step)
+    assert equal(whole, second)
+
+
+# ---------------------------------------------------------------------------------------------------------- whose checkpoint
+
+
+TORCHS: dict[str, tuple[Any, Any]] = {
+    "SGD": (lambda p: torch.optim.SGD(p, 0.1), lambda p: SGD(p)),
+    "SGD, momentum": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: SGD(p)),
+    "SGD, Nesterov": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1), lambda p: SGD(p, momentum=0.5)),
+    "SGD, maximize": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, maximize=True), lambda p: SGD(p)),
+    "AdamW": (lambda p: torch.optim.AdamW(p, 0.1), lambda p: AdamW(p)),
+    "AdamW, fused": (lambda p: torch.optim.AdamW(p, 0.1, fused=True, weight_decay=0.5), lambda p: AdamW(p)),
+    "Adam": (lambda p: torch.optim.Adam(p, 0.1, betas=(0.8, 0.9)), lambda p: AdamW(p)),
+    "Adam, L2": (lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1), lambda p: AdamW(p, decay="gradient")),
+    "Muon": (lambda p: torch.optim.Muon(p, 0.1), lambda p: Muon(p)),
+    "Muon, as AdamW": (lambda p: torch.optim.Muon(p, 0.1, nesterov=False, adjust_lr_fn="match_rms_adamw"), lambda p: Muon(p)),
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_a_state_of_torchs_goes_on_as_in_torch(name: str) -> None:
+    """Step for step the torch optimizer that goes on beside it."""
+    make, preset = TORCHS[name]
+    a, b = three(), three()
+    theirs = make(b)
+    twin = make(a)
+    run_beside(twin, theirs, a, b, 2)
+    ours = preset(a)
+    ours.load_state_dict(saved_and_loaded(twin.state_dict()))
+    for seed in range(2):
+        for k, (p, q) in enumerate(zip(a, b, strict=True)):
+            p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(50 + 10 * seed + k), dtype=F64)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    near = 2e-2 if "Muon" in name else 1e-9    # torch iterates in bf16
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=near, atol=near)
+
+
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "amsgrad": (lambda p: torch.optim.AdamW(p, amsgrad=True), AdamW, "amsgrad=True"),
+    "L2 into decoupled": (lambda p: torch.optim.Adam(p, weight_decay=0.1), AdamW, "decay='gradient', here it is 'weight'"),
+    "SGD into AdamW": (lambda p: torch.optim.SGD(p, momentum=0.9), AdamW, "direction='plain', here it is 'adam'"),
+    "AdamW into Muon": (lambda p: torch.optim.AdamW(p), Muon, "direction='adam', here it is 'ema_nesterov'"),
+    "AdamW into LAMB": (lambda p: torch.optim.AdamW(p), PRESETS["LAMB"], "scale='absolute', here it is 'lamb'"),
+    "AdamW into AdamH": (lambda p: torch.optim.AdamW(p), AdamH, "hold='none', here it is 'sphere'"),
+    "dampening": (lambda p: torch.optim.SGD(p, momentum=0.9, dampening=0.5), SGD, "dampening=0.5"),
+    "steps of Muon": (lambda p: torch.optim.Muon(p, ns_steps=3), Muon, "ns_steps=3"),
+    "Muon into MuonH": (lambda p: torch.optim.Muon(p), MuonH, "hold='none', here it is 'sphere'"),
+    "RMSprop": (lambda p: torch.optim.RMSprop(p), AdamW, "of no optimizer that can be resumed"),
+    "NAdam": (lambda p: torch.optim.NAdam(p), AdamW, "of no optimizer that can be resumed"),
+    "Adagrad": (lambda p: torch.optim.Adagrad(p), SGD, "of no optimizer that can be resumed"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_state_of_another_method_is_refused_and_nothing_is_changed(name: str) -> None:
+    make, preset, says = REFUSED[name]
+    a, b = three(), three()
+    theirs = make(b)
+    for p, q in zip(a, b, strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    theirs.step()
+    ours = preset(a)
+    ours.step()
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(nw.PolicyError, match=says):
+        ours.load_state_dict(theirs.state_dict())
+    after = ours.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert all(torch.equal(v, after["state"][i][k]) for i, s in before["state"].items() for k, v in s.items())
+    ours.step()
+
+
+def test_torchs_adamw_takes_ours() -> None:
+    a, b = three(), three()
+    ours, twin = AdamW(a, 0.1), AdamW(b, 0.1)
+    run_beside(ours, twin, a, b)
+    theirs = torch.optim.AdamW(b, fused=True)
+    theirs.load_state_dict(twin.state_dict())
+    run_beside(ours, theirs, a, b)
+
+
+def test_a_state_of_other_shapes_is_refused_before_anything_changes() -> None:
+    for preset in (AdamW, Muon, MuonH, PRESETS["NorMuon"]):
+        a, b = [nn.Parameter(torch.randn(4, 3))], [nn.Parameter(torch.randn(3, 4))]
+        one, two = preset(a), preset(b)
+        for p in (*a, *b):
+            p.grad = torch.randn_like(p)
+        one.step()
+        two.step()
+        before = copy.deepcopy(two.state_dict())
+        with pytest.raises(nw.PolicyError, match=r"'parameter 0' has \w+ of shape .*Nothing was loaded"):
+            two.load_state_dict(one.state_dict())
+        assert all(torch.equal(v, two.state_dict()["state"][0][k]) for k, v in before["state"][0].items())
+
+
+def test_torchs_own_hook_that_matches_names_keeps_the_axes_of_the_model() -> None:
+    """The recipe of torch's documentation copies every key of the saved group but params and names, so the layouts in the saved order."""
+
+    class Both(nn.Module):
+        def __init__(self, first: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            made = {"turned": nn.ConvTranspose1d(6, 4, 2, bias=False), "plain": nn.Conv1d(5, 3, 2, bias=False)}
+            for name in (first, *(n for n in made if n != first)):
+                self.add_module(name, made[name])
+
+    def names_matching(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        adapted = copy.deepcopy(optimizer.state_dict())
+        own, saved = adapted["param_groups"][0], state["param_groups"][0]
+        own |= {k: v for k, v in saved.items() if k not in ("params", "param_names")}
+        for i, name in zip(own["params"], own["param_names"], strict=True):
+            j = saved["params"][saved["param_names"].index(name)]
+            adapted["state"][i] = {k: v.clone() for k, v in state["state"][j].items()}
+        return adapted
+
+    def stepped(net: nn.Module, optimizer: NormOptimizer, seeds: range) -> None:
+        for seed in seeds:
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + p.numel()))
+            optimizer.step()
+
+    for hook in (True, False):
+        whole, first, second = Both("turned"), Both("turned"), Both("plain")
+        a, b, c = MuonH(whole), MuonH(first), MuonH(second)
+        stepped(whole, a, range(4))
+        stepped(first, b, range(2))
+        second.load_state_dict(first.state_dict())
+        if hook:
+            c.register_load_state_dict_pre_hook(names_matching)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            c.load_state_dict(saved_and_loaded(b.state_dict()))
+        assert [x[0] for x in c.param_groups[0]["layouts"]] == ["oik", "iok"]
+        stepped(second, c, range(2, 4))
+        for name, p in whole.named_parameters():
+            assert torch.equal(p, second.get_parameter(name)), name
+
+
+def test_a_checkpoint_of_other_axes_is_told_and_one_of_another_method_too() -> None:
+    a, b = three(), three()
+    stated = {"layouts": [nw.Layout("io", (4, 3))] * 3}
+    one = Muon([{"params": [(f"w{k}", p) for k, p in enumerate(a)], **stated}])
+    two = Muon([{"params": [(f"w{k}", p) for k, p in enumerate(b)]}])
+    with pytest.warns(UserWarning, match=r"other axes: w0 \(i o \(4, 3\) when saved, o i \(4, 3\) now\)"):
+        two.load_state_dict(one.state_dict())
+    assert two.param_groups[0]["layouts"][0][0] == "oi"
+    with pytest.warns(UserWarning, match="has direction='ema_nesterov' for 'adam'.*columns of the checkpoint are used"):
+        AdamW(b).load_state_dict(Muon(a).state_dict())
+
+
+def test_the_same_names_in_other_groups_are_refused() -> None:
+    a, b = three(), three()
+
+    def named(p: list[nn.Parameter], order: list[int]) -> list[dict[str, Any]]:
+        return [{"params": [(f"w{k}", p[k]) for k in part]} for part in (order[:1], order[1:])]
+
+    one, two = AdamW(named(a, [0, 1, 2])), AdamW(named(b, [1, 0, 2]))
+    with pytest.raises(nw.PolicyError, match="in other groups: w0, w1 are not in the group 0"):
+        two.load_state_dict(one.state_dict())
+    turned = AdamW([{"params": [("w2", b[2]), ("w1", b[1])]}, {"params": [("w0", b[0])]}])
+    for p in a:
+        p.grad = torch.randn_like(p)
+    one.step()
+    turned.load_state_dict(one.state_dict())
+    for p, q in zip(a, b, strict=True):
+        assert torch.equal(one.state[p]["exp_avg"], turned.state[q]["exp_avg"])
+
+
+# ---------------------------------------------------------------------------------------------------------- what was given
+
+
+@pytest.mark.parametrize("preset", [nw.optim.auto, Muon, MuonH, AdamH, Scion, PRESETS["NorMuon"], PRESETS["Ridge"]])
+def test_vectors_without_their_model_are_refused_by_matrix_methods(preset: Build) -> None:
+    for given in (model().parameters(), model().named_parameters()):
+        with pytest.raises(ValueError, match=r"give the model, as nw\.optim\.\w+\(model\)"):
+            preset(given)
+
+
+def test_a_parameter_given_twice_is_refused() -> None:
+    p = nn.Parameter(torch.ones(2, 2))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="more than once"):
+        AdamW([p, p])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        AdamW([{"params": [p]}, {"params": [p]}])
+
+
+def test_it_shows_its_groups_in_a_line_each() -> None:
+    lines = repr(Muon(model(), lr=torch.tensor(0.5))).splitlines()
+    assert len(lines) == 5 and lines[0] == "NormOptimizer ("
+    assert lines[1].strip().startswith("the group 'muon', 3 parameters of 288 numbers: lr=0.5 direction=ema_nesterov momentum=0.95")
+    assert "layouts" not in repr(Muon(model())) and "param_names" not in repr(Muon(model()))

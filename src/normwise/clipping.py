@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normwise.engine.member_tensors import own_grads
 from normwise.engine.sharded import comm, here, is_sharded
 from normwise.engine.sharded.place import Place
 from normwise.errors import NonFiniteError, NormError
@@ -74,6 +75,7 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     for p in listed:
         if p.grad is not None and is_sharded(p.grad) and is_sharded(p):
             p.grad = comm.placed_as(p.grad, p)
+    own_grads(listed)
     grads = [p.grad for p in listed if p.grad is not None]
     for g in grads:
         if g.layout != torch.strided:

@@ -6,11 +6,13 @@ a batch of blocks and writes the batch back.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
@@ -370,3 +372,40 @@ def _check_axes(layout: Layout, per: str, name: str) -> None:
         return
     state = f" If it has, state it: {_STATED_AS[per]} in the rule, or nw.register_layout(cls, ...)." if per in _STATED_AS else ""
     raise LayoutError(f"{name!r} (axes {layout}) has no {per} axis for per={per!r}; leave it out with exclude=.{state}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+@functools.lru_cache(4096)
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a tensor fills one stretch of memory without gaps and overlaps, in whatever order of its axes."""
+    span = 1
+    for stride, size in sorted((st, n) for st, n in zip(strides, shape, strict=True) if n != 1):
+        if stride != span:
+            return 0 in shape
+        span *= size
+    return True
+
+
+@functools.lru_cache(4096)
+def lie_alike(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether two tensors of ``shape`` with these strides have their entries in the same order in memory; an axis of size 1 has no say."""
+    return a == b or 0 in shape or all(x == y for n, x, y in zip(shape, a, b, strict=True) if n != 1)
+
+
+@functools.lru_cache(4096)
+def overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two entries of such a tensor lie at one place, as those of ``expand`` do: then writing one changes the other."""
+    reach, sure = 0, True
+    for stride, size in sorted((st, n) for st, n in zip(strides, shape, strict=True) if n != 1):
+        sure = sure and stride > reach
+        reach += stride * (size - 1)
+    if sure or 0 in shape:
+        return False
+    if math.prod(shape) > reach + 1 or 0 in (st for st, n in zip(strides, shape, strict=True) if n != 1):
+        return True
+    places = torch.zeros(1, dtype=torch.int64)    # windows of as_strided: rare, and counted once
+    for stride, size in zip(strides, shape, strict=True):
+        places = (places[:, None] + torch.arange(size) * stride).flatten()
+    return bool((places.sort().values.diff() == 0).any())

@@ -14,6 +14,7 @@ from normwise.engine import finite
 from normwise.engine.bound import BoundRule
 from normwise.engine.changes import Bindings, on_meta, replaced
 from normwise.engine.field import bind, refuse_foreign_decay
+from normwise.engine.member_tensors import own_grads, refuse_overlap
 from normwise.engine.pack import Member, Pack
 from normwise.engine.sharded import here, is_sharded
 from normwise.engine.sharded.ahead import align, fulfil, run_all
@@ -274,6 +275,7 @@ class Engine:
     def unscale(self, optimizer: int, scale: Tensor) -> None:
         """Divides the gradients of one optimizer by GradScaler's scale."""
         by_device: dict[torch.device, list[Tensor]] = {}
+        own_grads(self.params(optimizer))
         for p in self.params(optimizer):
             if p.grad is not None:
                 by_device.setdefault(p.grad.device, []).append(here(p.grad))
@@ -281,9 +283,14 @@ class Engine:
             torch._foreach_mul_(grads, scale.double().reciprocal().float().to(device))
 
     def _refuse_sparse(self) -> None:
+        """And what is dense can be written in place from here on."""
         for bound in self.phase("penalty", "gradient"):
             for part in bound.packs:
-                if any([p.grad is not None and p.grad.layout != torch.strided for p in part.params]):    # noqa: C419 - faster
+                grads = [p.grad for p in part.params]
+                if all([g is None or (g.layout == torch.strided and g.is_contiguous() and not g.is_neg()) for g in grads]):    # noqa: C419
+                    continue
+                own_grads(part.params)
+                if any(g is not None and g.layout != torch.strided for g in grads):
                     raise PolicyError(
                         f"a gradient that rule '{bound.rule.label()}' needs dense is sparse (among {part.members[0].name}, ...): use "
                         "Embedding(sparse=False), or exclude the parameter."
@@ -313,6 +320,7 @@ def _refuse(entry: Entry, rule: Rule) -> None:
             f"{entry.name!r} is {p.dtype}, and rule '{rule.label()}' needs real floating-point numbers: exclude it, or train its "
             "torch.view_as_real."
         )
+    refuse_overlap(p, repr(entry.name))
 
 
 def _names_parameters(rule: Rule) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from normwise.engine.member_tensors import own_grads
 from normwise.engine.sharded import comm, here, is_sharded
 from normwise.errors import NonFiniteError, PolicyError, nearest
 
@@ -57,7 +58,8 @@ def handle(params: Mapping[str, nn.Parameter], mode: str) -> bool:
     if mode == "ignore" or (mode != "zero" and everywhere(all_finite(list(map(here, grads.values()))), grads.values())):
         return False
     if mode == "zero":
-        for g in grads.values():
+        own_grads(params.values())
+        for g in [p.grad for p in params.values() if p.grad is not None]:
             torch.nan_to_num_(_numbers(here(g)), nan=0.0, posinf=0.0, neginf=0.0)
         return False
     if mode == "raise":

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normwise.engine.pack import Flat, Pack
+from normwise.engine.sharded import here
 from normwise.engine.sharded.packs import placed_like
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
+from normwise.layouts import overlaps
 from normwise.policy.names import clean_name
 
 
@@ -52,6 +54,29 @@ def recenter_(weights: list[Tensor], centers: list[Tensor], old: Sequence[Tensor
 def block_count(part: Pack) -> int:
     """How many blocks a pack has."""
     return 1 if isinstance(part, Flat) else part.view.count * len(part.members)
+
+
+def own_grads(params: Iterable[Tensor]) -> None:
+    """Gives a copy of its gradient to each parameter whose gradient cannot be written in place: one that is expanded, so that several
+    entries are one place in memory, or negated lazily, which foreach does not take."""
+    for p in params:
+        g = p.grad
+        if g is None or g.layout != torch.strided:
+            continue
+        local = here(g)
+        if local.is_neg():
+            p.grad = g.resolve_neg()
+        elif not local.is_contiguous() and overlaps(local.shape, local.stride()):
+            p.grad = g.clone(memory_format=torch.contiguous_format)
+
+
+def refuse_overlap(p: Tensor, name: str) -> None:
+    """Refuses a parameter of which several entries are one place in memory: a step of one would be a step of all."""
+    if p.layout == torch.strided and overlaps(here(p).shape, here(p).stride()):
+        raise PolicyError(
+            f"{name} of shape {tuple(p.shape)} and strides {here(p).stride()} has entries that overlap in memory, as those of expand() do: "
+            "nothing can be written to one alone. Give a parameter of its own memory: nn.Parameter(tensor.contiguous())."
+        )
 
 
 def given_center(centers: Any, name: str, weight: Tensor) -> Tensor:

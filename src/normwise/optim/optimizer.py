@@ -11,12 +11,15 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from normwise.engine.member_tensors import refuse_overlap
 from normwise.engine.sharded.ahead import align
 from normwise.errors import PolicyError
 from normwise.narrow import NOISE
-from normwise.optim.parts import DEFAULTS, STATE, Radius, Row, check_row
-from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, members
+from normwise.optim.live import Settled, settle
+from normwise.optim.parts import DEFAULTS, Radius, Row, check_row, complete, refuse_unused
+from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, members, names_of
 from normwise.optim.receipt import Receipt, little_covered
+from normwise.optim.restore import adapt
 from normwise.optim.routing import Routing, route
 from normwise.optim.step import Update, step_group, together
 from normwise.policy import Policy
@@ -60,14 +63,17 @@ class NormOptimizer(Optimizer):
         override: Mapping[Any, str | Row | Radius] | None = None,
         policy: Any = None,
     ) -> None:
-        complete = {name: {**DEFAULTS, **row} for name, row in rows.items()}
-        for name, row in complete.items():
+        full = {name: complete(row, f"the row {name!r}") for name, row in rows.items()}
+        for name, row in full.items():
             check_row(row, f"the row {name!r}")
-        self.routing = route(params, complete, roles, override or {}) if isinstance(params, nn.Module) else None
+        ascends = {"maximize": full[main]["maximize"]}    # of a row of the user's own as of the others
+        override = {s: {**ascends, **wanted} if isinstance(wanted, Mapping) else wanted for s, wanted in (override or {}).items()}
+        self.routing = route(params, full, roles, override) if isinstance(params, nn.Module) else None
         if override and self.routing is None:
             raise PolicyError("override= routes by name and role, which only a module tells: give the module instead of its tensors.")
         given: Any = self.routing.groups() if self.routing is not None else params
-        super().__init__(given, _defaults(complete[main]))
+        self._settled: dict[int, Settled] = {}
+        super().__init__(given, _defaults(full[main]))
         self._plans: dict[Any, Plan] = {}
         self._told = False
         self._policy_control = self._attach(params, policy)
@@ -91,11 +97,14 @@ class NormOptimizer(Optimizer):
     # ------------------------------------------------------------------------------------------------ groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group may state any column of its row, and ``layouts`` (one ``nw.Layout`` a parameter)."""
+        """As torch's; the group may state any column of its row, ``nesterov``, and ``layouts`` (one ``nw.Layout`` a parameter). Keys of the
+        user's own are kept, as torch keeps them; what is like an option but is none is an error."""
+        stated = dict(param_group) if isinstance(param_group, dict) else {}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            _check_group(group, stated)
+            self._settled[len(self.param_groups) - 1] = settle(group, None, group_name(group))
         except Exception:
             self.param_groups.pop()
             raise
@@ -120,6 +129,7 @@ class NormOptimizer(Optimizer):
     @_disable_dynamo    # a compiled step compiles the arithmetic, not the bookkeeping
     def _plan(self, index: int, group: dict[str, Any]) -> Plan:
         """Everything that can be refused is refused here, before the first group has stepped."""
+        self._settle(index, group)
         grads = [p.grad for p in group["params"]]
         if any([g is not None and g.layout != torch.strided for g in grads]):    # noqa: C419 - faster than a generator
             raise RuntimeError("NormOptimizer does not support sparse gradients: use Embedding(sparse=False), or SparseAdam there.")
@@ -145,6 +155,14 @@ class NormOptimizer(Optimizer):
         what the rules of ``policy=`` did in the last step. ``print`` it."""
         return Receipt.of(self)
 
+    def _settle(self, index: int, group: dict[str, Any]) -> None:
+        """See :func:`normwise.optim.live.settle`; before every step, and before a group is saved or copied."""
+        self._settled[index] = settle(group, self._settled.get(index), group_name(group))
+
+    def _settle_all(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            self._settle(index, group)
+
     def _update_rules(self) -> Update | None:
         control = self.control
         return control.engine.act_on_updates if control is not None and control.engine.inline_rules() else None
@@ -153,13 +171,23 @@ class NormOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: tensors and plain data, safe to load weights-only; with ``policy=`` also the state of its rules."""
+        self._settle_all()
         state = super().state_dict()
         return state if self.control is None else {**state, "policy": self.control.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where ``state_dict`` was taken, bit for bit. ValueError where the groups do not match."""
+        """Continues where ``state_dict`` was taken, bit for bit; also from torch's SGD, Adam, AdamW and Muon, where the step is the same.
+
+        Options come from the checkpoint, as in torch, the parameters' axes from this optimizer. ValueError, with nothing changed, where
+        groups or states do not fit.
+        """
         seen: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: seen.append(state))
+
+        def take(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            seen.append(adapt(self.param_groups, state_dict, state, BESIDES))
+            return seen[0]
+
+        handle = self.register_load_state_dict_pre_hook(take)    # after the user's own
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -188,37 +216,58 @@ class NormOptimizer(Optimizer):
                 "nw.attach(model_copy, optimizer_copy, optimizer.control.policy).load_state_dict(optimizer.control.state_dict()).",
                 stacklevel=3,
             )
+        self._settle_all()
         state: dict[str, Any] = super().__getstate__()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._settled = {}, {}
         self._told = True
         self.__dict__.setdefault("routing", None)
+        for index, group in enumerate(self.param_groups):
+            for column, value in DEFAULTS.items():
+                group.setdefault(column, value)
+            self._settle(index, group)
+
+    def __repr__(self) -> str:
+        """What each group trains, and how: the columns that are not the defaults."""
+        lines = []
         for group in self.param_groups:
-            _complete(group)
+            shown = {c: group[c] for c in DEFAULTS if c == "lr" or group[c] != DEFAULTS[c]}
+            shown |= {c: v for c, v in group.items() if c not in DEFAULTS and c not in ("params", "param_names", LAYOUTS, "name")}
+            numbers = sum(p.numel() for p in group["params"])
+            values = " ".join(f"{c}={float(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v}" for c, v in shown.items())
+            lines.append(f"    {group_name(group)}, {len(group['params'])} parameters of {numbers:,} numbers: {values}\n")
+        return f"{type(self).__name__} (\n{''.join(lines)})"
 
 
 def _defaults(row: Row) -> Row:
     """A new group's columns. Schedulers that cycle a momentum look here for its name: only the one in use is shown."""
-    unused = {"betas"} if "momentum_buffer" in STATE[row["direction"]] else {"momentum"}
-    if row["direction"] == "lion":
-        unused = {"momentum"}
-    if row["direction"] == "plain":
+    unused = {"momentum" if row["direction"] in ("adam", "lion") else "betas"}
+    if row["direction"] == "plain" and not row["velocity"]:
         unused = {"betas", "momentum"}
     return {column: value for column, value in row.items() if column not in unused}
 
 
-def _complete(group: dict[str, Any]) -> None:
-    for column, value in DEFAULTS.items():
-        group.setdefault(column, value)
+def group_name(group: dict[str, Any]) -> str:
+    """What errors call a group."""
+    return f"the group {group['name']!r}" if "name" in group else "a parameter group"
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    _complete(group)
-    check_row(group, f"the group {group['name']!r}" if "name" in group else "a parameter group", BESIDES)
-    for p in group["params"]:
+def _check_group(group: dict[str, Any], stated: dict[str, Any]) -> None:
+    """Completes a new group, of which the user has ``stated`` some keys, and refuses what no step could be made of."""
+    name = group_name(group)
+    base = {**DEFAULTS, **{column: value for column, value in group.items() if column in DEFAULTS}}
+    group.pop("nesterov", None)
+    group |= complete({column: value for column, value in stated.items() if column in (*DEFAULTS, "nesterov")}, name, base)
+    check_row(group, name, BESIDES, extras=True)
+    refuse_unused(stated, group, name)
+    if len({id(p) for p in group["params"]}) < len(group["params"]):
+        twice = [n for n, p in zip(names_of(group), group["params"], strict=True) if sum(p is q for q in group["params"]) > 1]
+        raise ValueError(f"{name} has a parameter more than once ({', '.join(twice)}): it would take more than one step.")
+    for p, whose in zip(group["params"], names_of(group), strict=True):
+        refuse_overlap(p, whose)
         if not p.is_floating_point():
             raise PolicyError(f"a parameter is {p.dtype}: steps under a norm need real floating-point numbers; train its view_as_real.")
     group[LAYOUTS] = layouts(group)

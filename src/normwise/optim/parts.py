@@ -6,8 +6,9 @@ apply → hold → rounding.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -75,7 +76,8 @@ DEFAULTS: Row = {
 }  # fmt: skip
 """What a row leaves out. ``radius`` multiplies every scale, a tuple each block of a tensor by its own (q, k, v); ``limit`` belongs to
 ``hold``; ``row_beta`` > 0 divides each unit by the root of its second moment (NorMuon); ``velocity`` is momentum on the scaled step (LARS);
-``rounding`` concerns weights in fp16 and bf16, ``seed`` its random numbers."""
+``rounding`` concerns weights in fp16 and bf16, ``seed`` its random numbers. ``momentum`` is 0 where neither the direction nor a velocity
+has one."""
 
 STATE: dict[str, tuple[str, ...]] = {
     "plain": (), "heavy_ball": ("momentum_buffer",), "nesterov": ("momentum_buffer",), "ema": ("momentum_buffer",),
@@ -84,10 +86,126 @@ STATE: dict[str, tuple[str, ...]] = {
 """The buffers of the parameter's own shape that a direction keeps."""
 
 
-def check_row(row: Mapping[str, Any], name: str = "a group", besides: Collection[str] = ()) -> None:
-    """Refuses unknown columns (but those named in ``besides``), unknown choices, and numbers out of their range."""
+NESTEROV = {"heavy_ball": "nesterov", "ema": "ema_nesterov"}
+"""Directions without and with Nesterov's look ahead."""
+
+TORCHS = {
+    **dict.fromkeys(("foreach", "fused"), "is torch's choice between its own loops, and the fastest is always taken here"),
+    "capturable": "is torch's switch for CUDA graphs, for which there is no other step here",
+    "differentiable": "would record the step for autograd, and the steps here are taken under no_grad",
+    "amsgrad": "keeps the largest second moment, which no direction here does",
+    "dampening": "is not here: direction='ema' averages gradients, each with the weight 1 - momentum",
+    "decoupled_weight_decay": "is said by decay='weight', or 'gradient' for L2",
+    "ns_steps": "is said by polar='quintic' (five steps, as torch's), 'polar_express' or 'fast'",
+    "ns_coefficients": "is said by polar=",
+    "adjust_lr_fn": "is said by adjust= of Muon, or scale= in a row",
+}
+"""Options of torch's optimizers that are none here, and why."""
+
+NEUTRAL: tuple[Any, ...] = (None, False, 0)
+"""Values of torch's options that ask for nothing."""
+
+USERS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "momentum": lambda row: has_momentum(row),
+    "betas": lambda row: row["direction"] in ("adam", "lion"),
+    "eps": lambda row: row["direction"] == "adam" or bool(row["row_beta"]),
+    "trust": lambda row: row["scale"] == "lars",
+    "damping": lambda row: row["act"] == "ridge",
+    "limit": lambda row: row["hold"] in ("ball", "row_floor", "radial_brake"),
+}
+"""Numbers that only some parts use, and whether those of a row do."""
+
+
+def has_momentum(row: Mapping[str, Any]) -> bool:
+    """Whether ``momentum`` is what the row's step uses; Adam and Lion have betas instead."""
+    return row["direction"] in ("heavy_ball", "nesterov", "ema", "ema_nesterov") or (row["direction"] == "plain" and bool(row["velocity"]))
+
+
+def complete(given: Mapping[str, Any], name: str, base: Mapping[str, Any] | None = None) -> Row:
+    """What is ``given`` over ``base`` (the defaults), its numbers as plain ones, and ``nesterov`` told as a direction."""
+    stated = {column: as_plain(value, column) for column, value in given.items()}
+    row = {**(DEFAULTS if base is None else base), **stated}
+    wanted = row.pop("nesterov", None)
+    if row["direction"] not in STATE:
+        return row    # check_row says which there are
+    if row["direction"] == "plain" and not row["velocity"]:
+        if stated.get("momentum") and "direction" not in stated:
+            row["direction"] = "heavy_ball"    # as in torch's SGD, where it is the momentum that says so
+        elif "momentum" not in stated:
+            row["momentum"] = 0.0
+    elif row["direction"] == "plain" and row["velocity"] is not True:    # which is then the momentum: one number, by both names
+        if "velocity" in stated or "momentum" not in stated:
+            row["momentum"] = row["velocity"]
+        else:
+            row["velocity"] = bool(row["momentum"])
+    if wanted is not None:
+        set_nesterov(row, wanted, name)
+    return row
+
+
+def refuse_unused(given: Mapping[str, Any], row: Mapping[str, Any], name: str) -> None:
+    """PolicyError for a number that somebody gave, and nothing in the complete ``row`` uses."""
+    for column, used in USERS.items():
+        if column not in given or used(row) or as_plain(given[column], column) in (DEFAULTS[column], 0):
+            continue
+        if column == "momentum" and row["direction"] in ("adam", "lion") and as_plain(given[column], column) == row["betas"][0]:
+            continue    # another name of the same number, as in a copy of a group
+        parts = ", ".join(f"{c}={row[c]!r}" for c in ("direction", "act", "scale", "hold") if row[c] != DEFAULTS[c] or c == "direction")
+        raise PolicyError(
+            f"{name} has {column}={given[column]!r}, which no part of it uses ({parts}), so that it would be left out in silence. "
+            f"{_INSTEAD.get(column, '')}Give it to the row that it is meant for (adamw={{...}}, by_role={{...}}, override={{...}}), "
+            "or leave it out."
+        )
+
+
+_INSTEAD = {"momentum": "Adam and Lion have betas, a plain direction has none. ", "betas": "A direction with one buffer has momentum=. "}
+
+
+def set_nesterov(row: Row, wanted: Any, name: str) -> None:
+    """Turns the direction into its twin with, or without, Nesterov's look ahead; PolicyError where it has none."""
+    direction = row["direction"]
+    plain = {v: k for k, v in NESTEROV.items()}.get(direction, direction)
+    if not wanted:
+        row["direction"] = plain
+    elif plain in NESTEROV:
+        row["direction"] = NESTEROV[plain]
+    else:
+        raise PolicyError(f"{name} has nesterov={wanted!r}, and direction={direction!r}, which has no momentum to look ahead with.")
+
+
+def as_plain(value: Any, column: str) -> Any:
+    """Numbers of numpy and tensors of one number as Python's, which checkpoints and kernels take. ``lr`` stays a tensor, without axes."""
+    if column == "betas" and not isinstance(value, str | Mapping):
+        try:
+            return tuple(as_plain(beta, "beta") for beta in value)
+        except TypeError:
+            return value
+    if column == "lr" and isinstance(value, Tensor):
+        return value.reshape(()) if value.numel() == 1 else value    # a view: who keeps the tensor may go on filling it
+    if column in DEFAULTS or column == "beta":
+        return as_number(value)
+    return value
+
+
+def as_number(value: Any) -> Any:
+    """A number of numpy's or of torch's as Python's; anything else as it is."""
+    if isinstance(value, bool | int | float | str) and type(value) in (bool, int, float, str):
+        return value
+    single = getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1)
+    return value.item() if single and hasattr(value, "item") else value
+
+
+def check_row(row: Mapping[str, Any], name: str = "a group", besides: Collection[str] = (), extras: bool = False) -> None:
+    """Refuses unknown columns (but those named in ``besides``), unknown choices, and numbers out of their range.
+
+    extras: keys that are like no column may stand there, as in any group of torch's; what looks like a slip of the pen may not, nor an
+    option of torch's that asks for something.
+    """
     for unknown in sorted(set(row) - set(DEFAULTS) - set(besides)):
-        raise PolicyError(f"{name} has the unknown option {unknown!r}.{nearest(unknown, DEFAULTS)}")
+        if unknown in TORCHS and not (extras and (row[unknown] in NEUTRAL or unknown in ("foreach", "fused", "decoupled_weight_decay"))):
+            raise PolicyError(f"{name} has {unknown}={row[unknown]!r}, which is no option: it {TORCHS[unknown]}. Leave it out.")
+        if not extras or difflib.get_close_matches(unknown, DEFAULTS, n=1, cutoff=0.8):
+            raise PolicyError(f"{name} has the unknown option {unknown!r}.{nearest(unknown, DEFAULTS)}")
     for column, choices in CHOICES.items():
         _word(row, column, choices, name)
     _word(row, "per", PER, name)
@@ -110,11 +228,14 @@ def _check_numbers(row: Mapping[str, Any], name: str) -> None:
     if row["act"] == "ridge" and not row["damping"]:
         raise ValueError(f"{name} has act='ridge' and damping=0, and needs a damping > 0: 0.03 is the default.")
     for column in ("momentum", "row_beta", "velocity"):
-        _number(row[column], column, name, 1.0)
+        if column != "velocity" or row[column] is not True:
+            _number(row[column], column, name, 1.0)
     if not isinstance(row["betas"], tuple | list) or len(row["betas"]) != 2:
         raise ValueError(f"{name} has betas={row['betas']!r}, and needs two numbers in [0, 1).")
     for beta in row["betas"]:
         _number(beta, "betas", name, 1.0)
+    if not isinstance(row["maximize"], bool):
+        raise ValueError(f"{name} has maximize={row['maximize']!r}, and needs True or False.")
     if type(row["seed"]) is not int or not 0 <= row["seed"] < 2**32:
         raise ValueError(f"{name} has seed={row['seed']!r}, and needs an integer from 0 to 2**32 - 1.")
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack
-from normwise.engine.sharded import is_sharded
+from normwise.engine.sharded import here, is_sharded
 from normwise.engine.sharded.packs import packs_of
 from normwise.engine.sharded.split import Loose
 from normwise.errors import LayoutError, PolicyError
-from normwise.layouts import BlockView, Layout, block_view
+from normwise.layouts import BlockView, Layout, block_view, is_dense, lie_alike
 from normwise.narrow import CARRY, NOISE, memory, rounds
 from normwise.norms import L2, Norm, get_norm
 from normwise.norms.reduce import compute_dtype, wide
@@ -43,12 +43,66 @@ class Part:
 
 
 @dataclass(eq=False)
+class Alike:
+    """Parameters of one dtype and device for torch's fused AdamW kernel, with their states."""
+
+    params: list[Tensor]
+    states: list[State]
+    sharded: bool
+    known: list[list[tuple[int, ...]]] = field(default_factory=list)
+    """The strides of what :meth:`tensors` gives, when all of it was last found to lie as the kernel needs it."""
+
+    def tensors(self) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+        """Parameters, gradients, first and second moments as the kernel takes them; and (parameter, copy) where it is to step a copy.
+
+        The CPU's kernel runs over raw memory, whatever the strides: all four must be dense and lie alike. What does is given as it is.
+        A parameter with gaps (a slice of a larger tensor) is stepped as a dense copy; a gradient that lies otherwise (transposed,
+        expanded), is negated lazily or has another dtype is read from a copy; moments that lie otherwise, as after a change to
+        ``channels_last`` or from a checkpoint of before it, are laid out anew. So all of them get the numbers of contiguous copies.
+        """
+        params, grads = self.params, [p.grad for p in self.params if p.grad is not None]
+        every = [params, grads, [s["exp_avg"] for s in self.states], [s["exp_avg_sq"] for s in self.states]]
+        if self.sharded:
+            every = [list(map(here, x)) for x in every]
+        plain = {g.dtype for g in grads} == {params[0].dtype} and not any(map(IS_NEGATIVE, grads))
+        if plain and [list(map(STRIDE, x)) for x in every] == self.known:
+            return every, []
+        every = [list(x) for x in every]
+        copies = [_align(every, i, {} if self.sharded else s) for i, s in enumerate(self.states)]
+        usual = not any(copies)
+        self.known = [list(map(STRIDE, x)) for x in every] if usual else []
+        return every, [c for made in copies for c in made]
+
+
+STRIDE, IS_NEGATIVE = Tensor.stride, Tensor.is_neg
+
+
+def _align(every: list[list[Tensor]], i: int, state: State) -> list[tuple[Tensor, Tensor]]:
+    """Makes the ``i``-th tensors lie like their parameter, or like a dense copy of it; (original, copy) of what is to be copied back.
+    Moments are replaced in ``state``, where they are in it."""
+    p, back = every[0][i], []
+    work = every[0][i] = p if is_dense(p.shape, p.stride()) else torch.empty_like(p).copy_(p)
+    if work is not p:
+        back.append((p, work))
+    for k, name in ((1, ""), (2, "exp_avg"), (3, "exp_avg_sq")):
+        t = every[k][i]
+        if t.dtype == p.dtype and not t.is_neg() and lie_alike(p.shape, work.stride(), t.stride()):
+            continue
+        every[k][i] = torch.empty_like(work).copy_(t)
+        if name in state:
+            state[name] = every[k][i]
+        elif name:
+            back.append((t, every[k][i]))
+    return back
+
+
+@dataclass(eq=False)
 class Plan:
-    """``parts`` for the columns one by one; ``alike``, equal dtype and device together, for torch's fused AdamW kernel."""
+    """``parts`` for the columns one by one; ``alike`` for torch's fused AdamW kernel, all parameters again."""
 
     params: list[Tensor]
     parts: list[Part]
-    alike: list[tuple[list[Tensor], list[State]]]
+    alike: list[Alike]
     built_for: tuple[Any, ...]
     present: list[Tensor]
     states: list[State] = field(default_factory=list)
@@ -154,12 +208,18 @@ def _whole(group: Group) -> str:
 
 def _plain_layout(p: Tensor, group: Group) -> Layout:
     """The axes of a tensor given without its module: outputs first, as torch's Muon reads them; above two dimensions nobody knows."""
+    if p.ndim < 2 and needs_matrices(group):
+        raise LayoutError(
+            f"a tensor of shape {tuple(p.shape)} was given without its module, to a method of matrices, and it is none: give the model, as "
+            "nw.optim.Muon(model) or nw.optim.auto(model), which then sends vectors, embeddings and heads to AdamW. Or give only the "
+            "hidden matrices, and the others to an optimizer of their own."
+        )
     if p.ndim <= 2:
         return Layout("oi"[: max(p.ndim, 1)], tuple(p.shape) or (1,))
     if needs_matrices(group) or (acts_on_blocks(group) and group["per"] not in ("tensor", "matrix", "global", "element")):
         raise LayoutError(
-            f"a tensor of shape {tuple(p.shape)} was given without its module, and its axes cannot be told: give the module (NormOptimizer "
-            "reads them from its type), or layouts=[nw.Layout('oikk', shape)] in its group."
+            f"a tensor of shape {tuple(p.shape)} was given without its module, and its axes cannot be told: give the "
+            "model, as nw.optim.auto(model) (they are read from its modules' types), or layouts=[nw.Layout('oikk', shape)] in its group."
         )
     return Layout("o" * p.ndim, tuple(p.shape))
 
@@ -187,14 +247,14 @@ def _portions(found: list[Member]) -> list[list[Member]]:
     return portions
 
 
-def _alike(params: list[Tensor], state: States) -> list[tuple[list[Tensor], list[State]]]:
-    """Parameters by dtype and device; nothing where the fused kernel does not know one of them."""
+def _alike(params: list[Tensor], state: States) -> list[Alike]:
+    """Parameters by dtype and device, those with gaps apart; nothing where the fused kernel does not know one of them."""
     if not all(p.device.type in ("cpu", "cuda") and p.dtype in FUSED_DTYPES for p in params):
         return []
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
-        kinds.setdefault((p.device, p.dtype), []).append(p)
-    return [(kind, [state[p] for p in kind]) for kind in kinds.values()]
+        kinds.setdefault((p.device, p.dtype, is_sharded(p), is_dense(p.shape, p.stride())), []).append(p)
+    return [Alike(kind, [state[p] for p in kind], is_sharded(kind[0])) for kind in kinds.values()]
 
 
 # ---------------------------------------------------------------------------------------------------------- state
@@ -211,7 +271,7 @@ def _ready(state: State, p: Tensor, part: Pack, group: Group) -> State:
         state["row_squares"] = torch.zeros(rows, dtype=compute_dtype(p.dtype), device=p.device)
     if group["direction"] == "adam":
         # Where torch's fused kernel wants it: on the device; on the CPU reading it is free anyway.
-        state["step"] = state["step"].to(p.device) if "step" in state else torch.zeros((), dtype=torch.float32, device=p.device)
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=p.device)
     return state
 
 

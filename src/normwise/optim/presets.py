@@ -15,7 +15,7 @@ from torch import nn
 from normwise.errors import PolicyError, nearest
 from normwise.optim.factors import factors_of, over_convolutions
 from normwise.optim.optimizer import NormOptimizer
-from normwise.optim.parts import DEFAULTS, Radius, Row, check_row
+from normwise.optim.parts import Radius, Row, check_row, complete, refuse_unused
 from normwise.policy.inventory import Inventory
 
 Params = nn.Module | Iterable[Any]
@@ -25,6 +25,8 @@ MATRICES = ("hidden", "conv", "recurrent")
 UNDECAYED = ("bias", "gain")
 """What the AdamW beside a matrix method does not decay."""
 ROLES = ("hidden", "conv", "embedding", "head", "recurrent", "bias", "gain", "other")
+EVERYWHERE = ("maximize", "rounding", "seed")
+"""Columns of the whole model: given to a preset, every row takes them."""
 ADJUST = {"original": "original", "match_rms_adamw": "match_rms_adamw", "rms_rms": "rms_rms", "none": "absolute"}
 
 
@@ -33,9 +35,20 @@ def adamw_row(lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: 
     return {"lr": lr, "direction": "adam", "betas": betas, "eps": eps, "decay": "weight", "weight_decay": weight_decay}
 
 
+def _made(
+    params: Params, rows: Mapping[str, Row], roles: Mapping[str, str], main: str, override: Override, policy: Any
+) -> NormOptimizer:  # fmt: skip
+    """The optimizer; PolicyError for an option of the user's that no part of its row uses, where it would be left out in silence."""
+    for name, row in rows.items():
+        full = complete(row, f"the row {name!r}")
+        check_row(full, f"the row {name!r}")
+        refuse_unused(row, full, f"the row {name!r}")
+    return NormOptimizer(params, rows, roles, main, override, policy)
+
+
 def _single(params: Params, name: str, row: Row, override: Override, policy: Any) -> NormOptimizer:
     """One row for every role."""
-    return NormOptimizer(params, {name: row}, dict.fromkeys(ROLES, name), name, override, policy)
+    return _made(params, {name: row}, dict.fromkeys(ROLES, name), name, override, policy)
 
 
 def _beside_adamw(
@@ -43,7 +56,8 @@ def _beside_adamw(
 ) -> NormOptimizer:
     """``row`` for matrices, AdamW for the rest: with the same decay, but none of biases and gains. by_role: columns over those of the row
     that the role takes otherwise."""
-    rest = {**adamw_row(3e-4, (0.9, 0.95), weight_decay=row.get("weight_decay", 0.0)), **(adamw or {})}
+    common = {column: row[column] for column in EVERYWHERE if column in row}
+    rest = {**adamw_row(3e-4, (0.9, 0.95), weight_decay=row.get("weight_decay", 0.0)), **common, **(adamw or {})}
     rows = {name: row, "adamw": rest, "adamw_undecayed": {**rest, "weight_decay": 0.0}}
     of = {role: "adamw_undecayed" if role in UNDECAYED else "adamw" for role in ROLES} | dict.fromkeys(MATRICES, name)
     for role, columns in (by_role or {}).items():
@@ -51,7 +65,7 @@ def _beside_adamw(
             raise PolicyError(f"by_role has columns for {role!r}, which is no role.{nearest(role, ROLES)}")
         base, of[role] = of[role], f"{of[role]}_{role}"
         rows[of[role]] = {**rows[base], **columns}
-    return NormOptimizer(params, rows, of, name, override, policy)
+    return _made(params, rows, of, name, override, policy)
 
 
 def _direction(momentum: float, nesterov: bool) -> str:
@@ -115,7 +129,7 @@ def LARS(
     plain = {"lr": lr, "direction": "plain", "velocity": momentum, "decay": "gradient", "weight_decay": weight_decay, "per": "tensor"}
     rows = {"lars": {**plain, "scale": "lars", "trust": trust, **columns}, "unscaled": {**plain, **columns, "scale": "absolute"}}
     roles = {role: "unscaled" if role in UNDECAYED else "lars" for role in ROLES}
-    return NormOptimizer(params, rows, roles, "lars", override, policy)
+    return _made(params, rows, roles, "lars", override, policy)
 
 
 def LAMB(
@@ -187,7 +201,7 @@ def Scion(
         "rms": {"norm": "rms", "per": "tensor", "radius": radius, **base},
     }
     roles = {role: "spectral" if role in MATRICES else "sign" if role in ("embedding", "head") else "rms" for role in ROLES}
-    return NormOptimizer(params, rows, roles, "spectral", override, policy)
+    return _made(params, rows, roles, "spectral", override, policy)
 
 
 def AdamH(
@@ -200,6 +214,14 @@ def AdamH(
     the rest by AdamW without decay (``adamw=`` changes its columns). A matrix that is zero at the first step is an error.
     """
     row = {**adamw_row(lr, betas, eps), "per": "tensor", "scale": "init", "hold": "sphere", **columns}
+    if not isinstance(params, nn.Module):
+        params = list(params)
+        tensors = (p[1] if isinstance(p, tuple) else p for p in params if not isinstance(p, dict))
+        if any(p.ndim < 2 for p in tensors):
+            raise PolicyError(
+                "AdamH was given tensors of fewer than two dimensions, which would be held on spheres as matrices are: give the model, as "
+                "nw.optim.AdamH(model), which sends biases and gains to AdamW."
+            )
     return _beside_adamw(params, "adamh", row, {"betas": betas, "eps": eps, **(adamw or {})}, override, policy)
 
 
@@ -238,14 +260,15 @@ def Ridge(
         "lr": lr, "direction": _averaged(nesterov), "momentum": momentum, "act": "ridge", "damping": damping, "scale": "normuon",
         "weight_decay": 0.3, **columns,
     }  # fmt: skip
-    check_row({**DEFAULTS, **row}, "the row 'ridge'")    # before anything is reckoned from it
+    full = complete(row, "the row 'ridge'")
+    check_row(full, "the row 'ridge'")    # before anything is reckoned from it
     given = by_role or {}
     gates = {"momentum": 0.9, "damping": 10 * damping, **given.get("recurrent", {})}
-    rest = {"lr": 0.4 * float(lr), "betas": (0.9, 0.99), "weight_decay": 0.1, **(adamw or {})}
+    rest = {"lr": 0.4 * float(full["lr"]), "betas": (0.9, 0.99), "weight_decay": 0.1, **(adamw or {})}
     return _beside_adamw(params, "ridge", row, rest, override, policy, {**given, "recurrent": gates})
 
 
-def auto(params: Params, *, override: Override = None, policy: Any = None) -> NormOptimizer:
+def auto(params: Params, *, maximize: bool = False, override: Override = None, policy: Any = None) -> NormOptimizer:
     """The preset to start with where nothing is known: no number to choose. It is :func:`Ridge` with what the model itself tells.
 
     - Linear layers take Ridge's step at 0.028, and gates at 0.04 with more damping and less decay.
@@ -257,11 +280,12 @@ def auto(params: Params, *, override: Override = None, policy: Any = None) -> No
     ``print(optimizer.routing)`` shows who takes what. The numbers were chosen for short runs of small networks, with warm-up over 5% of the
     steps, then a rate that falls linearly to zero, and no clipping; docs/results.md says, task by task, what that is worth beside tuning.
 
-    Args, returns and errors are those of every preset: a module (or tensors, which take the main row), ``override=``, ``policy=``. Your
+    Args, returns and errors are those of every preset: a module (or matrices, which take the main row), ``maximize=``, ``override=``,
+    ``policy=``. Your
     ``override`` acts after those factors, and takes the place of one with the same selector.
     """
     if not isinstance(params, nn.Module):
-        return Ridge(params, 0.028, override=override, policy=policy)
+        return Ridge(params, 0.028, override=override, policy=policy, maximize=maximize)
     inventory = Inventory(params)
     normalised = any(e.role == "gain" for e in inventory)    # of a frozen layer, too
     by_role: dict[str, Row] = {
@@ -272,7 +296,7 @@ def auto(params: Params, *, override: Override = None, policy: Any = None) -> No
         by_role["head"] = {"weight_decay": 1.0}
     rest = {"lr": 0.008 if normalised else 0.016}
     told = {**factors_of(inventory.trainable), **(override or {})}
-    return Ridge(params, 0.028, by_role=by_role, adamw=rest, override=told, policy=policy)
+    return Ridge(params, 0.028, by_role=by_role, adamw=rest, override=told, policy=policy, maximize=maximize)
 
 
 PRESETS = {

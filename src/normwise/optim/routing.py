@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
-from normwise.optim.parts import DEFAULTS, Radius, Row, apart, check_row
+from normwise.optim.parts import Radius, Row, apart, check_row, complete
 from normwise.policy.inventory import Entry, Inventory
 from normwise.policy.select import select
 
@@ -71,7 +71,7 @@ def route(model: nn.Module, rows: dict[str, Row], roles: Mapping[str, str], over
 def _row(rows: dict[str, Row], selector: Any, wanted: str | Row, new: str) -> str:
     """The name of the row that an override asks for; a row of the user's own is added as ``new``."""
     if not isinstance(wanted, str):
-        rows[new] = {**DEFAULTS, **wanted}
+        rows[new] = complete(wanted, new)
         check_row(rows[new], new)
         return new
     if wanted not in rows:

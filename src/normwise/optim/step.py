@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normwise import actions
 from normwise.engine.pack import Pack
-from normwise.engine.sharded import here, local_states
+from normwise.engine.sharded import local_states
 from normwise.engine.sharded.ahead import Request, fulfil
 from normwise.engine.sharded.split import Split, SplitPack, part_numbers
 from normwise.engine.sharded.together import simple
@@ -23,7 +23,7 @@ from normwise.norms.linalg import polar, ridge_inverse
 from normwise.norms.reduce import up
 from normwise.optim.directions import DIRECTIONS
 from normwise.optim.parts import apart, shape_scale
-from normwise.optim.plan import Part, Plan
+from normwise.optim.plan import Alike, Part, Plan
 
 Group = Mapping[str, Any]
 States = Sequence[dict[str, Any]]
@@ -36,8 +36,8 @@ RELATIVE_FLOOR = 1e-3
 def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> list[Stepping]:
     """One optimizer step of a group; gradients are read, never written. Packs of DTensors are returned instead, for :func:`together`."""
     if plan.alike and on_update is None and not plan.rounds and _is_plain_adamw(group):
-        for params, states in plan.alike:
-            _fused_adamw(params, states, group)
+        for alike in plan.alike:
+            _fused_adamw(alike, group)
         return []
     for part in plan.parts:
         if not part.pack.sharded:
@@ -66,16 +66,17 @@ def _is_plain_adamw(group: Group) -> bool:
     return simple and (group["decay"] in ("none", "weight") or not group["weight_decay"])
 
 
-def _fused_adamw(params: list[Tensor], states: States, group: Group) -> None:
-    steps, radius = [s["step"] for s in states], group["radius"]
+def _fused_adamw(alike: Alike, group: Group) -> None:
+    (params, grads, firsts, seconds), copies = alike.tensors()
+    steps, radius = [s["step"] for s in alike.states], group["radius"]
     torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
-        list(map(here, params)), [here(p.grad) for p in params if p.grad is not None],
-        [here(s["exp_avg"]) for s in states], [here(s["exp_avg_sq"]) for s in states], [], steps,
-        lr=group["lr"] * radius, beta1=group["betas"][0], beta2=group["betas"][1],
+        params, grads, firsts, seconds, [], steps, lr=group["lr"] * radius, beta1=group["betas"][0], beta2=group["betas"][1],
         weight_decay=group["weight_decay"] / radius if group["decay"] == "weight" else 0.0, eps=group["eps"], amsgrad=False,
         maximize=group["maximize"],
     )  # fmt: skip
+    for original, copy in copies:
+        original.copy_(copy)
 
 
 STAGES = ("direct", "turn", "divide", "move", "hold")
@@ -97,7 +98,7 @@ class Stepping:
         """Decay of gradients, and the direction."""
         part, group = self.part, self.group
         self.params = part.local(part.params)
-        grads = part.local([p.grad for p in part.params if p.grad is not None])
+        grads = _readable(part.local([p.grad for p in part.params if p.grad is not None]), self.params)
         self.grads = list(torch._foreach_neg(grads)) if group["maximize"] else grads
         decayed = _with_decay(self.grads, self.params, group, "gradient")
         update = list(DIRECTIONS[group["direction"]](decayed, self.states, group))
@@ -162,6 +163,12 @@ MEASURED = {
     "lars": ("weights", "grads"),
 }  # fmt: skip
 """The norms that a scale needs."""
+
+
+def _readable(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    """Gradients in the weights' dtype, which torch lets them differ from, and without lazy negation, which foreach does not take."""
+    pairs = zip(grads, params, strict=True)
+    return [g if g.dtype == p.dtype and not g.is_neg() else g.to(p.dtype).resolve_neg() for g, p in pairs]
 
 
 def _with_decay(tensors: list[Tensor], params: list[Tensor], group: Group, where: str) -> list[Tensor]:
@@ -286,7 +293,7 @@ def _scaled(part: Pack, update: list[Tensor], factor: Tensor) -> list[Tensor]:
 def _accelerate(update: list[Tensor], lr: float, states: States, group: Group) -> list[Tensor]:
     """v ← μ·v + η·u: momentum on the scaled step, so that a changed learning rate does not rescale what is under way (LARS)."""
     velocities = [s["velocity"] for s in states]
-    torch._foreach_mul_(velocities, group["velocity"])
+    torch._foreach_mul_(velocities, group["momentum"] if group["velocity"] is True else group["velocity"])
     torch._foreach_add_(velocities, update, alpha=lr)
     return velocities
 
