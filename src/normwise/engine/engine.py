@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from normwise.engine import finite
 from normwise.engine.bound import BoundRule
+from normwise.engine.effective import refuse_computed
 from normwise.engine.field import bind, refuse_foreign_decay
 from normwise.engine.pack import Pack
 from normwise.engine.sharded import here, is_sharded
@@ -62,18 +63,19 @@ class Engine:
             return False
         known = {id(p) for p in self._seen} | {id(m.param) for b in self.rules for m in b.members}
         held = {id(p) for p in now}
-        gone = any(id(m.param) not in held for b in self.rules for m in b.members)
+        acted_on = {id(p) for b in self.rules for m in b.members for p in (m.param, *m.depends_on)}
+        gone = not acted_on <= held
         if gone or any(id(p) in held - known for p in model.parameters()):
             return True
         self._seen = now
         return False
 
     def _targets(self, rule: Rule, resting: bool) -> list[Entry]:
-        matched = rule.targets(self.inventory.entries)
-        trainable = [e for e in matched if e.param.requires_grad]
-        held = [e for e in trainable if id(e.param) in self.owner]
+        matched = rule.targets(self.inventory.entries if rule.phase == "gradient" else self.inventory.weights)
+        trainable = [e for e in matched if e.trained]
+        held = [e for e in trainable if any(id(p) in self.owner for p in e.trained)]
         if _names_parameters(rule) and len(held) < len(trainable):
-            missing = ", ".join(e.name for e in trainable if id(e.param) not in self.owner)
+            missing = ", ".join(e.name for e in trainable if e not in held)
             raise PolicyError(
                 f"rule '{rule.label()}' matches {missing}, which no given optimizer holds, so nothing would act there. "
                 "Give the optimizer too, or narrow params=; a role ('role:matrix', the default) takes only what the optimizers hold."
@@ -84,6 +86,7 @@ class Engine:
             raise PolicyError(f"rule '{rule.label()}' has nothing to act on: all it matches ({names}) is {why}.")
         for e in held:
             _refuse(e, rule)
+        refuse_computed(held, rule, self.owner)
         return held
 
     def held(self, optimizer: int) -> dict[str, nn.Parameter]:
@@ -154,11 +157,11 @@ class Engine:
         for bound in self.phase("update"):
             for m in bound.members if bound not in inline else ():
                 if m.param.grad is not None and m.optimizer == turn.optimizer:
-                    turn.before.setdefault(id(m.param), m.param.detach().clone())
+                    turn.before.setdefault(id(m.weight), m.now().clone())
 
     def inline_rules(self) -> list[BoundRule]:
         """The rules on updates that run within the optimizer's step; one global vector is complete only after it."""
-        return [b for b in self.phase("update") if not b.flat] if self.inline else []
+        return [b for b in self.phase("update") if not b.flat and not b.computes] if self.inline else []
 
     @_disable_dynamo    # as the control's hooks
     def act_on_updates(self, part: Pack, changes: list[Tensor]) -> None:

@@ -20,7 +20,7 @@ class NormLog:
 
     def __init__(self, inventory: Inventory, owner: Mapping[int, int]) -> None:
         self.entries = [e for e in inventory.entries if id(e.param) in owner]
-        self.owner = owner
+        self.owner, self.weights = owner, inventory.weights
         self.values: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         self._start: dict[str, Tensor] = {}
 
@@ -33,15 +33,17 @@ class NormLog:
         held = self._held(optimizers)
         found = {"grad_before": _grads(held)}
         if first:
-            found["weight_before"] = {e.name: e.param.detach() for e in held}
-            self._start = {**self._start, **{e.name: e.param.detach().clone() for e in held}}
+            weights = _weights(self.weights, held)
+            found["weight_before"] = weights
+            self._start = {**self._start, **{name: w.clone() for name, w in weights.items()}}
         self._record(found)
 
     def after(self, optimizer: int) -> None:
         """After the step and its rules. The update is all that changed in the weights, rules included."""
         held = self._held([optimizer])
-        moved = {e.name: e.param.detach() - self._start.pop(e.name) for e in held if e.name in self._start}
-        self._record({"weight": {e.name: e.param.detach() for e in held}, "update": moved, "grad": _grads(held)})
+        weights = _weights(self.weights, held)
+        moved = {name: w - self._start.pop(name) for name, w in weights.items() if name in self._start}
+        self._record({"weight": weights, "update": moved, "grad": _grads(held)})
 
     def _record(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
         for kind, norms in _norms(found).items():
@@ -51,6 +53,9 @@ class NormLog:
 @dataclass(frozen=True)
 class NormReport:
     """L2 norms by kind (``weight``, ``grad``, and with ``log=True`` ``weight_before``, ``grad_before``, ``update``).
+
+    Weights that a module computes from other tensors (``weight_norm``, masks) stand under their own names with the norm that the module
+    uses; gradients are those of the raw tensors, under theirs.
 
     ``total[kind]`` is one number, ``role[kind]`` one a role, ``parameter[kind]`` one a parameter. A total is the norm of all numbers
     together, √Σ‖·‖², not the sum of norms.
@@ -65,8 +70,8 @@ class NormReport:
         """The present norms, and what the log recorded at the last step."""
         entries = [e for e in inventory.entries if id(e.param) in owner and e.param.is_floating_point()]
         values: dict[str, dict[str, Tensor]] = {k: dict(v) for k, v in log.values.items() if v} if log else {}
-        values |= _norms({"weight": {e.name: e.param.detach() for e in entries}, "grad": _grads(entries)})
-        roles = {e.name: e.role for e in inventory.entries}
+        values |= _norms({"weight": _weights(inventory.weights, entries), "grad": _grads(entries)})
+        roles = {e.name: e.role for e in (*inventory.entries, *inventory.weights)}
         report = cls()
         for kind in (k for k in KINDS if k in values):
             numbers = {name: float(v) for name, v in values[kind].items()}
@@ -80,6 +85,13 @@ class NormReport:
         """Totals and roles as one flat mapping, for loggers: ``norm/grad/total``, ``norm/weight/hidden``."""
         rows = {f"{prefix}{kind}/total": value for kind, value in self.total.items()}
         return rows | {f"{prefix}{kind}/{role}": v for kind, per in self.role.items() for role, v in per.items()}
+
+
+def _weights(weights: Sequence[Entry], held: Sequence[Entry]) -> dict[str, Tensor]:
+    """The weights, by name, that the parameters ``held`` are or are a part of; computed ones in memory that the next reading overwrites."""
+    ids = {id(e.param) for e in held}
+    found = [e for e in weights if any(id(p) in ids for p in e.parameters)]
+    return {e.name: e.param.detach() if e.computed is None or e.computed.failure else e.computed.read() for e in found}
 
 
 def _grads(entries: Iterable[Entry]) -> dict[str, Tensor]:

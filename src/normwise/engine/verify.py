@@ -102,7 +102,7 @@ def _has_least(bound: BoundRule) -> bool:
 
 
 def _exact(member: Member) -> Tensor:
-    weight = member.param.detach().double()
+    weight = member.now().double()
     return weight if member.center is None else weight - member.center.double()
 
 
@@ -120,7 +120,7 @@ def _value(bound: BoundRule, part: Pack, exact: list[Tensor], limit: Tensor) -> 
 def _excess(bound: BoundRule, part: Pack, value: Tensor, limit: Tensor) -> Tensor:
     """By how much each block is outside: at most 0 where the bound holds."""
     if isinstance(bound.norm, Set):
-        return value - (_set_tolerance(limit, part.coarsest) if bound.norm.matrix else 0.0)
+        return value - (_set_tolerance(limit, part.coarsest) if bound.norm.matrix else 0.0) - part.margin * limit
     if not _has_least(bound):
         return value - limit * (1 + bound.rule.tolerance)
     low = limit if bound.rule.min_radius is None else torch.full_like(limit, bound.rule.min_radius)
@@ -139,6 +139,7 @@ def _sphere_tolerance(bound: BoundRule, part: Pack, low: Tensor, limit: Tensor) 
     norms = [m.center_norm for m in part.members if m.center_norm is not None]
     drift = (torch.cat(norms) + limit) * torch.finfo(dtype).eps / 2 if norms else 0.0
     measuring = limit * margin if dtype == torch.float64 else 0.0
+    measuring = measuring + part.margin * (limit + (torch.cat(norms) if norms else 0.0))    # of computed weights, see member.margin
     return torch.where(thin, SPHERE_ULP * ulp(limit, dtype) + measuring, 0.0) + drift
 
 
