@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from normwise import actions
+from normwise.engine.effective import margin_of
 from normwise.engine.member_tensors import (
-    centers_of, given_center, grads_of, offsets_of, put_back, recenter_, starts_of, weights_of,
+    centers_of,
+    given_center,
+    grads_of,
+    offsets_of,
+    put_back,
+    recenter_,
+    starts_of,
+    weights_of,
 )  # fmt: skip
 from normwise.engine.pack import Member, Pack, nothing_to_do
-from normwise.engine.effective import margin_of
 from normwise.engine.rounding import hair, inside, least, room, shy
 from normwise.engine.sharded.ahead import Request
 from normwise.engine.sharded.packs import check_split, lying_here, packs_of, placed_like

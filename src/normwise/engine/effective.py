@@ -51,9 +51,11 @@ def _refuse_computed(e: Entry, rule: Rule, owner: Mapping[int, int]) -> None:
     if any(is_sharded(p) for p in computed.parameters):
         raise _refused(e, rule, f"{how} computes it from DTensors, and no rank has all of it", "Exclude it")
     if computed.refusal and not (rule.phase == "penalty" and computed.way.differentiable and not computed.failure):
-        raise _refused(e, rule, computed.refusal)
+        raise _refused(e, rule, computed.refusal, "Exclude it (exclude=)" if rule.phase == "penalty" else INSTEAD)
     if rule.rounding != "nearest" and computed.site.param.dtype in HALF:
         raise _refused(e, rule, f"rounding={rule.rounding!r} is of the weights that are stored, and {how} computes this one", "Exclude it")
+    if rule.phase == "update" and len({owner[id(p)] for p in e.trained if id(p) in owner}) > 1:
+        raise _refused(e, rule, "several optimizers step the tensors it is computed from, so its update is not one step", "Exclude it")
     loose = [p for p in e.trained if id(p) not in owner]
     if loose:
         shapes = ", ".join(str(tuple(p.shape)) for p in loose)
@@ -68,12 +70,12 @@ def _refuse_shared(held: Sequence[Entry], rule: Rule) -> None:
         for p in e.parameters:
             other = users.setdefault(id(p), e)
             if other is not e:
-                raise _refused(e, rule, f"it shares a tensor with {other.name!r}, which is another weight", "Name one of the two in params=")
+                raise _refused(e, rule, f"it shares a tensor with {other.name!r}, which is another weight", "Name one of them in params=")
 
 
 def _refuse_stored_otherwise(e: Entry, rule: Rule) -> None:
     """Quantised tensors pass for floating-point ones, and keep other numbers than those written to them."""
-    p = e.param
+    p: Any = e.param
     if is_traceable_wrapper_subclass(p) and not is_sharded(p) and not _keeps_what_is_written(p):
         raise _refused(e, rule, f"a {type(p).__name__} stores its numbers in another form, and rounds what is written to it", "Exclude it")
     if rule.phase == "weight" and isinstance(getattr(e.module, f"{e.local_name}_fake_quant", None), nn.Module):

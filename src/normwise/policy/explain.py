@@ -97,9 +97,9 @@ def _seen(rule: Rule, entry: Entry) -> str:
 
 def _row(entry: Entry, blocks: dict[int, str]) -> Row:
     sure = "" if entry.layout.certain else " ?"
-    shape, how = (entry.computed.site.param.shape, entry.computed.way.how) if entry.computed else (entry.param.shape, "")
+    how = entry.computed.way.how if entry.computed else ""
     part_of = () if entry.computed else entry.aliases
-    return Row(entry.name, tuple(shape), entry.role, f"{entry.layout}{sure}", blocks, tuple(entry.tied), how, part_of)
+    return Row(entry.name, tuple(entry.shape), entry.role, f"{entry.layout}{sure}", blocks, tuple(entry.tied), how, part_of)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

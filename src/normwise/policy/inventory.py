@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from normwise.errors import LayoutError, PolicyError, nearest
@@ -48,6 +49,11 @@ class Entry:
         return (self.name, *self.tied, *self.aliases)
 
     @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return self.param.shape if self.computed is None else self.computed.site.param.shape
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameter; of a computed weight all that it depends on."""
         return [self.param] if self.computed is None else self.computed.parameters
@@ -83,8 +89,7 @@ class Inventory:
         weights = _weights(found, computed, heads) if computed else found
         self.entries, self.weights = _override(found, weights, roles or {})
         self.trainable = tuple(entry for entry in self.entries if entry.param.requires_grad)
-        named = [*self.weights, *self.entries] if computed else self.entries
-        self.by_name = {name: entry for entry in named for name in (*entry.aliases, *entry.tied, entry.name)}
+        self.by_name = {name: entry for entry in (*self.weights, *self.entries) for name in (entry.name, *entry.tied)}
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -126,9 +131,10 @@ def _computed_entry(computed: Computed, entries: tuple[Entry, ...], heads: set[i
     owners = {id(m): m for m in (*(s.module for s in all_sites), *(m for e in raw for m in e.owners))}
     part = next((e.attention for e in raw if e.attention), "")
     anchor = next(iter(computed.trained), computed.parameters[0])
+    tied = tuple(other.name for other in computed.tied)
     return Entry(
-        site.name, anchor, site.module, site.local_name, role_of(all_sites, heads), _layout(all_sites), tuple(s.name for s in computed.tied),
-        tuple(owners.values()), part, computed.raw_names, computed,
+        site.name, anchor, site.module, site.local_name, role_of(all_sites, heads), _layout(all_sites), tied, tuple(owners.values()), part,
+        computed.raw_names, computed,
     )  # fmt: skip
 
 
