@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normwise import actions
-from normwise.engine.effective import margin_of
+from normwise.engine.effective import margin_of, refuse_narrow
 from normwise.engine.member_tensors import (
     centers_of,
     given_center,
@@ -99,6 +99,7 @@ class BoundRule:
             holders = frozenset(self._owner[id(p)] for p in entry.trained) - {optimizer}
             member.moved_by = holders if self.phase == "weight" else frozenset()    # a bound holds after each of their steps
             member.margin = margin_of(rule, entry, member)
+            refuse_narrow(rule, entry, member)
         if isinstance(rule.radius, Init):
             member.radius = self._initial_norm(member)
         return member
@@ -353,7 +354,7 @@ class BoundRule:
 
     def _hair(self, part: Pack) -> float:
         assert isinstance(self.norm, Norm)
-        return hair(self.norm, part.coarsest, part.block_shape)
+        return hair(self.norm, part.coarsest, part.block_shape) + part.margin
 
     def _measurable(self, part: Pack, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Float64 copies of fp32 weights where a measure in fp32 tells too little: a sphere is to be met to two ulp, and singular values

@@ -20,6 +20,7 @@ from normwise.layouts import BlockView
 from normwise.norms import L1, Norm, Set
 from normwise.norms.reduce import HALF, up
 from normwise.policy import Rule
+from normwise.schedules import is_number
 
 if TYPE_CHECKING:
     from normwise.engine.pack import Member
@@ -82,7 +83,7 @@ def _refuse_stored_otherwise(e: Entry, rule: Rule) -> None:
         raise _refused(e, rule, "fake quantisation rounds it to a grid before it is used, which may take it over a bound", "Exclude it")
 
 
-def _keeps_what_is_written(p: Tensor) -> bool:
+def _keeps_what_is_written(p: Any) -> bool:
     try:
         with torch.no_grad():
             copy, wanted = p.detach().clone(), torch.linspace(-1, 1, p.numel(), dtype=p.dtype, device=p.device).view(p.shape)
@@ -123,6 +124,16 @@ def margin_of(rule: Rule, entry: Entry, member: Member) -> float:
         raise _refused(entry, rule, f"{way.how} cannot give what this rule makes of it: tried on a copy, it is off by {worst:.2g}")
     margin = way.margin(old)
     return max(margin, 4 * worst) if margin or worst else 0.0
+
+
+def refuse_narrow(rule: Rule, entry: Entry, member: Member) -> None:
+    """PolicyError for a ball around a center that is narrower than what rounding does to a computed weight as large as the center."""
+    radius: Any = rule.radius
+    if member.center_norm is None or entry.computed is None or not is_number(radius):
+        return
+    if bool((member.margin * (member.center_norm + radius) >= radius).any()):
+        why = f"it is computed in {entry.computed.site.param.dtype}, whose rounding moves it by more than {radius:g}"
+        raise _refused(entry, rule, why, "Give a larger radius, compute it in float32, or exclude it")
 
 
 _Change = Callable[[Tensor, Callable[[], Tensor], torch.Generator], Tensor]

@@ -80,5 +80,6 @@ def least(low: Radius, aimed: Radius, margin: float) -> Radius:
     """The lower bound to aim at, a hair above ``low`` unless that is beyond what is aimed at from above."""
     raised = low * (1 + margin)
     if isinstance(aimed, Tensor):
-        return torch.where(aimed >= raised, raised, low).to(aimed.dtype)
+        above, at = (torch.as_tensor(end, dtype=aimed.dtype, device=aimed.device) for end in (raised, low))    # two floats would be fp32
+        return torch.where(aimed >= raised, above, at)
     return raised if aimed >= raised else low

@@ -134,7 +134,7 @@ def _sphere_tolerance(bound: BoundRule, part: Pack, low: Tensor, limit: Tensor) 
     assert isinstance(bound.norm, Norm)
     dtype = part.coarsest
     aimed = torch.as_tensor(inside(limit, bound.norm, dtype, part.block_shape))
-    margin = hair(bound.norm, dtype, part.block_shape)
+    margin = hair(bound.norm, dtype, part.block_shape) + part.margin
     thin = (low >= limit) | (least(low, aimed, margin) <= low)
     norms = [m.center_norm for m in part.members if m.center_norm is not None]
     drift = (torch.cat(norms) + limit) * torch.finfo(dtype).eps / 2 if norms else 0.0

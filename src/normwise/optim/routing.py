@@ -83,9 +83,10 @@ def _check_raw(entries: Sequence[Entry], row_of: Mapping[str, Row]) -> None:
             )
     stepped = [f"{e.name} (of {e.aliases[0]})" for e in raw if acts_on_blocks(row_of[e.name])]
     if stepped:
+        more = f" and {len(stepped) - 8} more" if len(stepped) > 8 else ""
         warnings.warn(
-            f"steps under a norm are taken in raw tensors that weights are computed from: {', '.join(stepped[:8])}"
-            f"{f' and {len(stepped) - 8} more' if len(stepped) > 8 else ''}. The norm is that of the raw tensor's step, not of the weight's. "
+            f"steps under a norm are taken in raw tensors that weights are computed from: {', '.join(stepped[:8])}{more}. The norm is that "
+            "of the raw tensor's step, not of the weight's. "
             "Route them by override= to a row such as 'adamw', or remove the parametrization, if that is not meant.",
             stacklevel=5,
         )

@@ -395,7 +395,8 @@ def _under_hook(place: Site) -> _At | None:
 def _under_strange_hook(place: Site) -> _At | None:
     """A module of a known type keeps its weight as a plain attribute, and parameters whose names begin with the weight's."""
     module, local = place.module, place.local_name
-    plain = [name for name, value in vars(module).items() if isinstance(value, Tensor) and local.startswith(f"{name}_")]
+    usual = [name for name, value in vars(module).items() if isinstance(value, Tensor) and name.startswith(("weight", "bias"))]
+    plain = [name for name in usual if local.startswith(f"{name}_")]
     if not plain or not is_known(module):
         return None
     name = plain[0]
