@@ -97,6 +97,10 @@ ACTING: dict[str, Callable[[nn.Module], Any]] = {
 }  # fmt: skip
 
 
+SHORT = ["weight_norm", "weight_norm over inputs", "old weight_norm", "mask", "chain"]
+LONGER = [pytest.param(kind, marks=pytest.mark.long) for kind in ACTING if kind not in SHORT]
+
+
 def net(make: Callable[[nn.Module], Any] | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 4)).to(dtype)
@@ -142,7 +146,7 @@ BOUNDS: dict[str, tuple[Callable[[], Any], Callable[[Tensor], Tensor], float]] =
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bound", BOUNDS)
-@pytest.mark.parametrize("kind", ACTING)
+@pytest.mark.parametrize("kind", [*SHORT, *LONGER])
 def test_the_weight_that_the_module_uses_keeps_its_bound(kind: str, bound: str, dtype: torch.dtype) -> None:
     rule, measure, limit = BOUNDS[bound]
     free, model = (net(ACTING[kind], dtype) for _ in range(2))
@@ -154,9 +158,6 @@ def test_the_weight_that_the_module_uses_keeps_its_bound(kind: str, bound: str, 
     assert max(seen) > 0.9 * limit, "aimed too far inside"
     verification = control.verify()
     assert verification and verification.blocks > 0
-
-
-LONGER = [pytest.param(k, marks=pytest.mark.long) for k in ("old weight_norm", "weight_norm over inputs", "mask", "doubled", "masks")]
 
 
 @pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, 0.5, momentum=0.9), lambda p: torch.optim.AdamW(p, 0.05, eps=1e-4)])
@@ -308,7 +309,7 @@ def test_a_penalty_reaches_every_raw_tensor_by_the_chain_rule(kind: str) -> None
     model(torch.zeros(1, 10))
     (0.7 * model[0].weight.abs().sum()).backward(retain_graph=True)
     wanted = {n: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for n, p in model[0].named_parameters()}
-    value = 0.7 * float(model[0].weight.abs().sum())
+    value = 0.7 * float(model[0].weight.detach().abs().sum())
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     control = nw.attach(model, optimizer, [nw.l1_penalty(0.7, params="0.weight")])
@@ -774,6 +775,26 @@ def test_what_was_stored_of_a_weight_is_carried_over_by_its_name() -> None:
         control = nw.attach(changed, torch.optim.SGD(changed.parameters(), lr=0.1), [nw.max_norm("init")])
         control.load_state_dict(state)
         assert torch.equal(control.state_dict()["rules"][0]["radius"]["0.weight"], state["rules"][0]["radius"]["0.weight"])
+
+
+@pytest.mark.parametrize("make", [parametrizations.weight_norm, utils.weight_norm])
+def test_a_weight_that_becomes_computed_in_training_is_followed(make: Any) -> None:
+    """Its raw tensors are new parameters, which the user gives to the optimizer. The radius of the first weight stays."""
+    model = net(None)
+    first = weight(model).norm(dim=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    control = nw.attach(model, optimizer, [nw.max_norm("0.8*init")])
+    (-model(torch.randn(16, 10)).square().mean()).backward()
+    optimizer.step()
+    assert (weight(model).norm(dim=1) <= 0.8 * first * (1 + 1e-6)).all()
+    make(model[0])
+    optimizer.add_param_group({"params": [p for name, p in model[0].named_parameters() if name != "bias"], "lr": 0.3})
+    for _ in range(5):
+        optimizer.zero_grad()
+        (-model(torch.randn(16, 10)).square().mean()).backward()
+        optimizer.step()
+        assert (weight(model).norm(dim=1) <= 0.8 * first * (1 + 1e-6)).all() and control.verify()
+    assert torch.allclose(control.state_dict()["rules"][0]["radius"]["0.weight"], first)
 
 
 def test_checkpoints_resume_bit_for_bit() -> None:
