@@ -157,7 +157,7 @@ class BoundRule:
             part = self._present(whole, turn) if turn.spanning or turn.optimizer in whole.optimizers else None
             if part is not None:
                 self._run_pack(part, turn)
-                if self.phase != "penalty":
+                if part.computed and self.phase != "penalty":
                     put_back(part)
 
     def _present(self, whole: Pack, turn: Turn) -> Pack | None:
