@@ -514,7 +514,7 @@ class Control:
     def _frozen(self, inventory: Inventory) -> Rested:
         """The rules as they were on parameters that are frozen now."""
         bounds = {}
-        frozen = [e for e in inventory if not e.param.requires_grad and id(e.param) in self.engine.owner]
+        frozen = [e for e in inventory.weights if not e.trained and id(e.param) in self.engine.owner]
         for i in range(len(self.policy)):
             entries = [e for e in frozen if (i, e.name) in self._rested]
             if entries and not self.engine.rules[i].flat:

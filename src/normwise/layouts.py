@@ -133,6 +133,11 @@ def layout_of(module: nn.Module, name: str, tensor: Tensor, parent: nn.Module | 
     return _attention_output(module, plain, tensor, parent) or _registered(module, plain, tensor) or _bare(tensor)
 
 
+def is_known(module: nn.Module) -> bool:
+    """Whether the module's type, or a base of it, has stated axes."""
+    return any(cls in _REGISTERED for cls in type(module).__mro__)
+
+
 def _plain_name(name: str) -> str:
     """Pruning and the old weight_norm and spectral_norm keep 'weight' as 'weight_orig', or as 'weight_g' and 'weight_v'."""
     return name.removesuffix("_orig").removesuffix("_g").removesuffix("_v")

@@ -10,9 +10,19 @@ import torch
 from torch import Tensor
 
 from normwise import actions
-from normwise.engine.member_tensors import centers_of, given_center, grads_of, offsets_of, recenter_, starts_of, weights_of
+from normwise.engine.effective import margin_of, refuse_narrow
+from normwise.engine.member_tensors import (
+    centers_of,
+    given_center,
+    grads_of,
+    offsets_of,
+    put_back,
+    recenter_,
+    starts_of,
+    weights_of,
+)  # fmt: skip
 from normwise.engine.pack import Member, Pack, nothing_to_do
-from normwise.engine.rounding import hair, inside, least, room
+from normwise.engine.rounding import hair, inside, least, room, shy
 from normwise.engine.sharded.ahead import Request
 from normwise.engine.sharded.packs import check_split, lying_here, packs_of, placed_like
 from normwise.engine.sharded.split import Split
@@ -37,13 +47,16 @@ class BoundRule:
         self.norm: Norm | Set = rule.norm
         self.phase = rule.phase
         self.flat = rule.per == "global" and rule.action != "weight_decay"
+        self._owner = owner
         present = lying_here(entries, self.flat)
         self.elsewhere = {id(e.param) for e in entries} - {id(e.param) for e in present}
         """The ids of parameters that lie on other ranks alone."""
         members = [self._member(e, owner[id(e.param)]) for e in present]
         self.packs = packs_of(members, self.flat, self.remembers) if members else []
         check_split(rule, self.packs)
-        self.optimizers = frozenset(m.optimizer for m in members)
+        self.optimizers = frozenset[int]().union(*(p.optimizers for p in self.packs))
+        self.computes = any(p.computed for p in self.packs)
+        """Whether some of the weights are computed from other tensors."""
         self._acted: dict[int, list[Tensor | tuple[Any, Tensor]]] = {}
         self._inline_turn: Turn | None = None
         self._told = False
@@ -101,8 +114,14 @@ class BoundRule:
         rule = self.rule
         whole = rule.action == "weight_decay"    # which knows no blocks, and so asks for no orientation
         view = block_view(entry.layout, "tensor", False, name=entry.name) if whole else rule.view(entry)
-        member = Member(entry.name, entry.param, view, optimizer)
+        member = Member(entry.name, entry.param, view, optimizer, computed=entry.computed)
         self._remember_center(member)
+        if entry.computed is not None:
+            member.depends_on = tuple(entry.trained)
+            holders = frozenset(self._owner[id(p)] for p in entry.trained) - {optimizer}
+            member.moved_by = holders if self.phase == "weight" else frozenset()    # a bound holds after each of their steps
+            member.margin = margin_of(rule, entry, member)
+            refuse_narrow(rule, entry, member)
         if isinstance(rule.radius, Init):
             member.radius = self._initial_norm(member)
         return member
@@ -110,7 +129,7 @@ class BoundRule:
     def _remember_center(self, member: Member) -> None:
         if self.rule.center is None:
             return
-        weight = member.param.detach()
+        weight = member.now()
         if self.rule.center == "init":
             member.center = weight.clone(memory_format=torch.preserve_format)
         else:
@@ -130,7 +149,7 @@ class BoundRule:
 
     def _initial_norm(self, member: Member) -> Tensor:
         assert isinstance(self.norm, Norm)
-        weight = member.param.detach()
+        weight = member.now()
         value = self._norms(member, weight if member.center is None else weight - member.center).to(wide(weight.device))
         if self.flat:    # one block of all members: only a zero of all of them is one
             return value
@@ -160,11 +179,13 @@ class BoundRule:
             part = self._present(whole, turn) if turn.spanning or turn.optimizer in whole.optimizers else None
             if part is not None:
                 self._run_pack(part, turn)
+                if part.computed and self.phase != "penalty":
+                    put_back(part)
 
     def _present(self, whole: Pack, turn: Turn) -> Pack | None:
         """The members that take part: a parameter without a gradient takes no step, so only rules on weights mind it."""
         if self.phase == "update":
-            return whole.only(lambda m: id(m.param) in turn.before)
+            return whole.only(lambda m: id(m.weight) in turn.before)
         if self.phase == "weight" or all([p.grad is not None for p in whole.params]):    # noqa: C419 - a list is faster than a generator
             return whole
         return whole.only(lambda m: m.param.grad is not None)
@@ -264,6 +285,13 @@ class BoundRule:
             pulls = self._pulls(part, pulls)
         if turn.ascends is not None:    # what is maximised is the objective minus the penalty
             pulls = [-p if turn.ascends(m) else p for p, m in zip(pulls, part.members, strict=True)]
+        if part.computed:
+            for m, grad, pull in zip(part.members, grads, pulls, strict=True):
+                if m.computed is not None:
+                    m.computed.pull_back(pull * strength)
+                else:
+                    grad.add_(pull.to(grad.dtype), alpha=strength)
+            return
         torch._foreach_add_(grads, [p.to(g.dtype) for p, g in zip(pulls, grads, strict=True)], alpha=strength)
 
     def _pulls(self, part: Pack, offsets: list[Tensor]) -> list[Tensor]:
@@ -290,6 +318,8 @@ class BoundRule:
         if self.rule.action == "normalize" or not isinstance(self.norm, Norm):
             return radius
         norms = [m.center_norm for m in part.members if m.center_norm is not None]
+        if part.margin:
+            radius = shy(radius, part.margin, torch.cat(norms) if norms else 0.0)
         clamps = self.rule.action == "project" and isinstance(self.norm, LInf)
         aimed = inside(radius, self.norm, part.coarsest, part.block_shape, torch.cat(norms) if norms else 0.0, clamps)
         return aimed if self.rule.min_radius is None else room(self.rule.min_radius, radius, aimed, self._hair(part))
@@ -384,7 +414,7 @@ class BoundRule:
 
     def _hair(self, part: Pack) -> float:
         assert isinstance(self.norm, Norm)
-        return hair(self.norm, part.coarsest, part.block_shape)
+        return hair(self.norm, part.coarsest, part.block_shape) + part.margin
 
     def _measurable(self, part: Pack, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Float64 copies of fp32 weights where a measure in fp32 tells too little: a sphere is to be met to two ulp, and singular values

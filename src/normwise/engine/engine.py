@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from normwise.engine import finite
 from normwise.engine.bound import BoundRule
 from normwise.engine.changes import Bindings, on_meta, replaced
+from normwise.engine.effective import refuse_computed
 from normwise.engine.field import bind, refuse_foreign_decay
 from normwise.engine.member_tensors import own_grads, refuse_overlap
 from normwise.engine.pack import Member, Pack
@@ -72,9 +73,10 @@ class Engine:
         if not bindings.held_elsewhere():
             return bindings.converted()
         self._groups.clear()
-        known = {id(p) for p in bindings.params} | {id(m.param) for b in self.rules for m in b.members}
+        acted_on = {id(p) for b in self.rules for m in b.members for p in (m.param, *m.depends_on)}
+        known = {id(p) for p in bindings.params} | acted_on
         held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
-        gone = any(id(m.param) not in held for b in self.rules for m in b.members)
+        gone = not acted_on <= held
         owner = _owners(self.inventory, self.optimizers)
         moved = any(owner.get(p, k) != k for p, k in self.owner.items())
         if gone or moved or any(id(p) in held - known for p in model.parameters()):
@@ -126,11 +128,11 @@ class Engine:
                     )
 
     def _targets(self, rule: Rule, resting: bool) -> list[Entry]:
-        matched = rule.targets(self.inventory.entries)
-        trainable = [e for e in matched if e.param.requires_grad]
-        held = [e for e in trainable if id(e.param) in self.owner]
+        matched = rule.targets(self.inventory.entries if rule.phase == "gradient" else self.inventory.weights)
+        trainable = [e for e in matched if e.trained]
+        held = [e for e in trainable if any(id(p) in self.owner for p in e.trained)]
         if _names_parameters(rule) and len(held) < len(trainable):
-            missing = ", ".join(e.name for e in trainable if id(e.param) not in self.owner)
+            missing = ", ".join(e.name for e in trainable if e not in held)
             raise PolicyError(
                 f"rule '{rule.label()}' matches {missing}, which no given optimizer holds, so nothing would act there. "
                 "Give the optimizer too, or narrow params=; a role ('role:matrix', the default) takes only what the optimizers hold."
@@ -141,6 +143,7 @@ class Engine:
             raise PolicyError(f"rule '{rule.label()}' has nothing to act on: all it matches ({names}) is {why}.")
         for e in held:
             _refuse(e, rule)
+        refuse_computed(held, rule, self.owner)
         return held
 
     def held(self, optimizer: int) -> dict[str, nn.Parameter]:
@@ -221,7 +224,7 @@ class Engine:
             self._run_all(self.phase("decay", "cpr"), turn)
         for m in self._snapshot_members(turn.optimizer):
             if m.param.grad is not None:
-                turn.before.setdefault(id(m.param), m.param.detach().clone())
+                turn.before.setdefault(id(m.weight), m.now().clone())
 
     def _snapshot_members(self, optimizer: int) -> list[Member]:
         """What rules on updates compare with, where the optimizer does not hand its updates over."""
@@ -233,11 +236,11 @@ class Engine:
         early = [m for b in self.phase("decay", "cpr") for m in b.members if m.optimizer == optimizer]
         others = [] if decayed else [m for b in self.rules if b.looks_back for m in b.members if m.optimizer == optimizer]
         others += [] if decayed else self._snapshot_members(optimizer)
-        return list({id(m.param): m.param for m in (*early, *others)}.values())
+        return list({id(p): p for m in (*early, *others) for p in (m.param, *m.depends_on)}.values())
 
     def inline_rules(self) -> list[BoundRule]:
         """The rules on updates that run within the optimizer's step; one global vector is complete only after it."""
-        return [b for b in self.phase("update") if not b.flat] if self.inline else []
+        return [b for b in self.phase("update") if not b.flat and not b.computes] if self.inline else []
 
     @_disable_dynamo    # as the control's hooks
     def act_on_updates(self, part: Pack, changes: list[Tensor]) -> None:

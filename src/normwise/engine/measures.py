@@ -21,7 +21,7 @@ class NormLog:
 
     def __init__(self, inventory: Inventory, owner: Mapping[int, int]) -> None:
         self.entries = [e for e in inventory.entries if id(e.param) in owner]
-        self.owner = owner
+        self.owner, self.weights = owner, inventory.weights
         self.values: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         self._start: dict[str, Tensor] = {}
 
@@ -34,15 +34,17 @@ class NormLog:
         held = self._held(optimizers)
         found = {"grad_before": _grads(held)}
         if first:
-            found["weight_before"] = {e.name: e.param.detach() for e in held}
-            self._start = {**self._start, **{e.name: e.param.detach().clone() for e in held}}
+            weights = _weights(self.weights, held)
+            found["weight_before"] = weights
+            self._start = {**self._start, **{name: w.clone() for name, w in weights.items()}}
         self._record(found)
 
     def after(self, optimizer: int) -> None:
         """After the step and its rules. The update is all that changed in the weights, rules included."""
         held = self._held([optimizer])
-        moved = {e.name: e.param.detach() - self._start.pop(e.name) for e in held if e.name in self._start}
-        self._record({"weight": {e.name: e.param.detach() for e in held}, "update": moved, "grad": _grads(held)})
+        weights = _weights(self.weights, held)
+        moved = {name: w - self._start.pop(name) for name, w in weights.items() if name in self._start}
+        self._record({"weight": weights, "update": moved, "grad": _grads(held)})
 
     def _record(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
         for kind, norms in _norms(found).items():
@@ -55,6 +57,9 @@ class NormReport:
 
     Without a log ``grad`` is that of the gradients there are now, and missing where there are none, as after ``zero_grad``; with one it is
     the last step's. Sparse gradients count by the entries they hold, complex numbers by both of their parts.
+
+    Weights that a module computes from other tensors (``weight_norm``, masks) stand under their own names with the norm that the module
+    uses; gradients are those of the raw tensors, under theirs.
 
     ``total[kind]`` is one number, ``role[kind]`` one a role, ``parameter[kind]`` one a parameter. A total is the norm of all numbers
     together, √Σ‖·‖², not the sum of norms.
@@ -69,11 +74,11 @@ class NormReport:
         """The present norms, and what the log recorded at the last step."""
         entries = [e for e in inventory.entries if id(e.param) in owner and _has_norm(e.param)]
         values: dict[str, dict[str, Tensor]] = {k: dict(v) for k, v in log.values.items() if v} if log else {}
-        now = {"weight": {e.name: e.param.detach() for e in entries}}
+        now = {"weight": _weights(inventory.weights, entries)}
         if not values.get("grad") and (present := _grads(entries)):    # what was logged outlives zero_grad
             now["grad"] = present
         values |= _norms(now)
-        roles = {e.name: e.role for e in inventory.entries}
+        roles = {e.name: e.role for e in (*inventory.entries, *inventory.weights)}
         report = cls()
         for kind in (k for k in KINDS if k in values):
             numbers = {name: float(v) for name, v in values[kind].items()}
@@ -87,6 +92,13 @@ class NormReport:
         """Totals and roles as one flat mapping, for loggers: ``norm/grad/total``, ``norm/weight/hidden``."""
         rows = {f"{prefix}{kind}/total": value for kind, value in self.total.items()}
         return rows | {f"{prefix}{kind}/{role}": v for kind, per in self.role.items() for role, v in per.items()}
+
+
+def _weights(weights: Sequence[Entry], held: Sequence[Entry]) -> dict[str, Tensor]:
+    """The weights, by name, that the parameters ``held`` are or are a part of; computed ones in memory that the next reading overwrites."""
+    ids = {id(e.param) for e in held}
+    found = [e for e in weights if any(id(p) in ids for p in e.parameters)]
+    return {e.name: e.param.detach() if e.computed is None or e.computed.failure else e.computed.read() for e in found}
 
 
 def _grads(entries: Iterable[Entry]) -> dict[str, Tensor]:

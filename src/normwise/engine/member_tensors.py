@@ -18,8 +18,16 @@ from normwise.policy.names import clean_name
 
 
 def weights_of(part: Pack) -> list[Tensor]:
-    """The weights."""
-    return part.local(part.params)
+    """The weights; those that are computed from other tensors as they are now, in memory that `put_back` writes back."""
+    for computed in part.computed:
+        computed.read()
+    return part.local(part.weights)
+
+
+def put_back(part: Pack) -> None:
+    """Makes the computed weights what a rule has made of those that `weights_of` gave."""
+    for computed in part.computed:
+        computed.write()
 
 
 def grads_of(part: Pack) -> list[Tensor]:
@@ -41,7 +49,10 @@ def centers_of(part: Pack) -> list[Tensor]:
 def starts_of(part: Pack, turn: Turn | None) -> list[Tensor]:
     """The weights before the step where they were kept, which is what an update is relative to; else the present ones."""
     before = {} if turn is None else turn.before
-    return part.local([before.get(id(p), p) for p in part.params])
+    for m in part.members if part.computed else ():
+        if id(m.weight) not in before:
+            m.now()
+    return part.local([before.get(id(w), w) for w in part.weights])
 
 
 def recenter_(weights: list[Tensor], centers: list[Tensor], old: Sequence[Tensor], new: Sequence[Tensor]) -> None:

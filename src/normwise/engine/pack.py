@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normwise.layouts import BlockView
 from normwise.norms import Norm, Radius
 from normwise.norms.reduce import compute_dtype, may_branch, wide
+from normwise.policy.computed import Computed
 
 # Tensors above this are run alone: copying them into one batch costs more than the calls it saves.
 ALONE_FROM_BYTES = 1 << 20
@@ -32,11 +33,30 @@ class Member:
     """``"init"``: the norms of its blocks at attach, ``(count,)``."""
     center: Tensor | None = None
     center_norm: Tensor | None = None
+    computed: Computed | None = None
+    """How a weight is computed that is no parameter itself; ``param`` is then the one whose gradient and rate count for it."""
+    margin: float = 0.0
+    """The share by which a norm of a computed weight may differ from that of what was assigned."""
+    depends_on: tuple[nn.Parameter, ...] = ()
+    """The trained parameters that a computed weight depended on when the rule was bound."""
+    moved_by: frozenset[int] = frozenset()
+    """Further optimizers whose steps move a computed weight."""
     shape: tuple[int, ...] = field(init=False)
     """That the parameter had when bound."""
 
     def __post_init__(self) -> None:
         self.shape = tuple(self.param.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """What rules on weights work on: the parameter, or the memory that a computed weight is read into."""
+        if self.computed is None:
+            return self.param
+        return self.computed.read() if self.computed.tensor is None else self.computed.tensor
+
+    def now(self) -> Tensor:
+        """The weight as it is now."""
+        return self.param.detach() if self.computed is None else self.computed.read()
 
 
 @dataclass(eq=False)
@@ -49,6 +69,10 @@ class Pack:
     members: list[Member]
     view: BlockView = field(init=False)
     params: list[Tensor] = field(init=False)
+    weights: list[Tensor] = field(init=False)
+    computed: list[Computed] = field(init=False)
+    """The members' weights that are computed from other tensors: read before and written after a rule; empty for nearly every pack."""
+    margin: float = field(init=False)
     optimizers: frozenset[int] = field(init=False)
     coarsest: torch.dtype = field(init=False)
     block_shape: tuple[int, ...] = field(init=False)
@@ -56,8 +80,11 @@ class Pack:
     def __post_init__(self) -> None:
         self.view = self.members[0].view
         self.params = [m.param for m in self.members]
-        self.optimizers = frozenset(m.optimizer for m in self.members)
-        self.coarsest = max((p.dtype for p in self.params), key=lambda dtype: torch.finfo(dtype).eps)
+        self.weights = [m.weight for m in self.members]
+        self.computed = [m.computed for m in self.members if m.computed is not None]
+        self.margin = max(m.margin for m in self.members)
+        self.optimizers = frozenset(m.optimizer for m in self.members).union(*(m.moved_by for m in self.members))
+        self.coarsest = max((w.dtype for w in self.weights), key=lambda dtype: torch.finfo(dtype).eps)
         self.block_shape = self.view.block_shape
 
     def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -92,7 +119,7 @@ class Pack:
         view, k = self.view, len(self.members)
         ordered = blocks.reshape(k, *(view.shape[axis] for axis in view.order))
         inverse = [0, *(view.order.index(axis) + 1 for axis in range(len(view.order)))]
-        return list(ordered.permute(inverse).reshape(k, *self.members[0].param.shape).unbind())
+        return list(ordered.permute(inverse).reshape(k, *self.weights[0].shape).unbind())
 
     def measure(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
         """The norm of every block, ``(members · count,)``."""
@@ -125,16 +152,16 @@ class Flat(Pack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.block_shape = (sum(p.numel() for p in self.params),)
-        self._batches = _alike(self.params)
+        self.block_shape = (sum(w.numel() for w in self.weights),)
+        self._batches = _alike(self.weights)
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         device, dtype = tensors[0].device, _widest(tensors)
         return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])[None]
 
     def split(self, blocks: Tensor) -> list[Tensor]:
-        parts = torch.split(blocks[0], [m.param.numel() for m in self.members])
-        return [p.view(m.param.shape).to(m.param.device) for p, m in zip(parts, self.members, strict=True)]
+        parts = torch.split(blocks[0], [w.numel() for w in self.weights])
+        return [p.view(w.shape).to(w.device) for p, w in zip(parts, self.weights, strict=True)]
 
     def measure(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
         """L1, L2 and LInf of a vector are the same norm of the norms of its parts, so nothing is copied together."""
@@ -219,12 +246,13 @@ def pack(members: Sequence[Member], flat: bool, alone_from: int = ALONE_FROM_BYT
         return [Flat(list(members))]
     alike: dict[tuple[Any, ...], list[Member]] = {}
     for m in members:
-        alike.setdefault((m.view, m.param.shape, m.param.dtype, m.param.device, m.optimizer), []).append(m)
+        alone = m.computed and (m.margin, m.moved_by)    # a plain weight is not to keep a computed one's distance from its bound
+        alike.setdefault((m.view, m.weight.shape, m.weight.dtype, m.weight.device, m.optimizer, alone), []).append(m)
     return [Pack(part) for group in alike.values() for part in _portions(group, alone_from)]
 
 
 def _portions(group: list[Member], alone_from: int) -> Iterable[list[Member]]:
-    room = _room(group[0].param, alone_from)
+    room = _room(group[0].weight, alone_from)
     return (group[i : i + room] for i in range(0, len(group), room))
 
 

@@ -51,6 +51,12 @@ def inside(
     return aimed.clamp(min=0) if isinstance(aimed, Tensor) else max(aimed, 0.0)
 
 
+def shy(radius: Radius, margin: float, center_norm: Radius = 0.0) -> Radius:
+    """The radius to start from where computing the weight anew changes its norm by up to the share ``margin``."""
+    kept = radius - margin * (radius + center_norm)
+    return kept.clamp(min=0) if isinstance(kept, Tensor) else max(kept, 0.0)
+
+
 def _subnormal(norm: Norm, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
     """What rounding adds where entries are subnormal in fp16, as those of a long block of norm 0.1 are: half a step of each entry."""
     if dtype != torch.float16:
@@ -74,5 +80,6 @@ def least(low: Radius, aimed: Radius, margin: float) -> Radius:
     """The lower bound to aim at, a hair above ``low`` unless that is beyond what is aimed at from above."""
     raised = low * (1 + margin)
     if isinstance(aimed, Tensor):
-        return torch.where(aimed >= raised, raised, low).to(aimed.dtype)
+        above, at = (torch.as_tensor(end, dtype=aimed.dtype, device=aimed.device) for end in (raised, low))    # two floats would be fp32
+        return torch.where(aimed >= raised, above, at)
     return raised if aimed >= raised else low

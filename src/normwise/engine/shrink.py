@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normwise import actions
 from normwise.engine.bound import BoundRule
-from normwise.engine.member_tensors import block_count, recenter_
+from normwise.engine.member_tensors import block_count, recenter_, weights_of
 from normwise.engine.pack import Pack
 from normwise.engine.sharded import local_states
 from normwise.engine.sharded.split import Split, part_numbers
@@ -30,7 +30,7 @@ class Shrinking(BoundRule):
     def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
         super().__init__(rule, entries, owner, index)
         for k, m in enumerate(self.members):
-            needed = memory(m.param, rule.rounding, 4096 * index + k)
+            needed = memory(m.weight, rule.rounding, 4096 * index + k)
             if needed:
                 self.store[m.name] = needed
 
@@ -38,7 +38,7 @@ class Shrinking(BoundRule):
         states = [self.store.get(m.name, {}) for m in part.members] if self.store else []
         if rounds(states) and turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
             return    # what is remembered advances where the step happens
-        mine = part.local(part.params)
+        mine = weights_of(part)
         if part.sharded:
             states = local_states(states)
         weights = widened(mine, states)

@@ -189,7 +189,7 @@ def _outside(bound: BoundRule, engine: Engine, inventory: Inventory, present: Ma
     mine = {id(m.param) for m in bound.members} | bound.elsewhere
     gone = {m.name for m in bound.members if id(m.param) not in present}
     changed = [m.name for m in bound.members if id(m.param) in present and tuple(m.param.shape) != m.shape]
-    fresh = [e for e in bound.rule.matched(inventory) if id(e.param) not in mine and e.param.requires_grad]
+    fresh = [e for e in bound.rule.matched(inventory.weights) if id(e.param) not in mine and e.trained]
     replaced = [e.name for e in fresh if e.name in gone]
     added = [e.name for e in fresh if e.name not in gone and engine.holds(e.param)]
     reasons = (
@@ -236,7 +236,7 @@ def _has_least(bound: BoundRule) -> bool:
 
 
 def _exact(member: Member) -> Tensor:
-    weight = member.param.detach().double()
+    weight = member.now().double()
     return weight if member.center is None else weight - member.center.double()
 
 
@@ -254,7 +254,7 @@ def _value(bound: BoundRule, part: Pack, exact: list[Tensor], limit: Tensor) -> 
 def _excess(bound: BoundRule, part: Pack, value: Tensor, limit: Tensor) -> Tensor:
     """By how much each block is outside: at most 0 where the bound holds."""
     if isinstance(bound.norm, Set):
-        return value - (_set_tolerance(limit, part.coarsest) if bound.norm.matrix else 0.0)
+        return value - (_set_tolerance(limit, part.coarsest) if bound.norm.matrix else 0.0) - part.margin * limit
     if not _has_least(bound):
         return value - limit * (1 + bound.rule.tolerance)
     low = limit if bound.rule.min_radius is None else torch.full_like(limit, bound.rule.min_radius)
@@ -268,11 +268,12 @@ def _sphere_tolerance(bound: BoundRule, part: Pack, low: Tensor, limit: Tensor) 
     assert isinstance(bound.norm, Norm)
     dtype = part.coarsest
     aimed = torch.as_tensor(inside(limit, bound.norm, dtype, part.block_shape))
-    margin = hair(bound.norm, dtype, part.block_shape)
+    margin = hair(bound.norm, dtype, part.block_shape) + part.margin
     thin = (low >= limit) | (least(low, aimed, margin) <= low)
     norms = [m.center_norm for m in part.members if m.center_norm is not None]
     drift = (torch.cat(norms) + limit) * torch.finfo(dtype).eps / 2 if norms else 0.0
     measuring = limit * margin if dtype == torch.float64 else 0.0
+    measuring = measuring + part.margin * (limit + (torch.cat(norms) if norms else 0.0))    # of computed weights, see member.margin
     return torch.where(thin, SPHERE_ULP * ulp(limit, dtype) + measuring, 0.0) + drift
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
-from normwise.optim.parts import Radius, Row, apart, check_row, complete
+from normwise.optim.parts import Radius, Row, acts_on_blocks, apart, check_row, complete
 from normwise.policy.inventory import Entry, Inventory
 from normwise.policy.select import select
 
@@ -65,7 +66,30 @@ def route(model: nn.Module, rows: dict[str, Row], roles: Mapping[str, str], over
     missing = [f"{e.name} ({e.role})" for e in entries if e.name not in of]
     if missing:
         raise PolicyError(f"no row covers {', '.join(missing)}: route them by override={{selector: row}}. Rows: {', '.join(rows)}.")
+    _check_raw(entries, {e.name: rows[of[e.name]] for e in entries})
     return Routing(rows, entries, of)
+
+
+def _check_raw(entries: Sequence[Entry], row_of: Mapping[str, Row]) -> None:
+    """A step moves the raw tensors of a weight that is computed from them (weight_norm, masks, parametrizations). To hold a raw tensor
+    holds no norm of the weight, and is refused; to step under a norm there is another method than with the weight itself, and is told."""
+    raw = [e for e in entries if e.aliases and e.role not in ("gain", "bias")]
+    for e in raw:
+        if row_of[e.name]["hold"] != "none":
+            raise PolicyError(
+                f"the weight {e.aliases[0]!r} is computed from {e.name!r}, and hold={row_of[e.name]['hold']!r} would hold that raw tensor, "
+                "not the weight. Route it to a row that holds nothing, by override=, or use a preset without a hold and a rule on weights, "
+                "which acts on the computed weight (policy=[nw.max_norm(...)] or nw.unit_norm)."
+            )
+    stepped = [f"{e.name} (of {e.aliases[0]})" for e in raw if acts_on_blocks(row_of[e.name])]
+    if stepped:
+        more = f" and {len(stepped) - 8} more" if len(stepped) > 8 else ""
+        warnings.warn(
+            f"steps under a norm are taken in raw tensors that weights are computed from: {', '.join(stepped[:8])}{more}. The norm is that "
+            "of the raw tensor's step, not of the weight's. "
+            "Route them by override= to a row such as 'adamw', or remove the parametrization, if that is not meant.",
+            stacklevel=5,
+        )
 
 
 def _row(rows: dict[str, Row], selector: Any, wanted: str | Row, new: str) -> str:

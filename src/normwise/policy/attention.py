@@ -50,7 +50,7 @@ def _layers(places: Iterable[Site]) -> Layers:
     layers: dict[str, dict[str, nn.Parameter]] = {}
     for place in places:
         module, local = place.home
-        name = local.removesuffix("_orig")
+        name = "weight" if local == "weight_v" else local.removesuffix("_orig")
         path = place.name.rpartition(".")[0] if module is place.module else place.name.rpartition(".parametrizations.")[0]
         if name == "weight":
             path, _, name = path.rpartition(".")

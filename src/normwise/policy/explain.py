@@ -16,7 +16,9 @@ HEADER = ("parameter", "shape", "role", "axes", "rule: blocks")
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter. ``blocks`` has, for each rule that touches it (counted from 1), how many blocks of which shape it sees."""
+    """One parameter, or one weight that is computed from several. ``blocks`` has, for each rule that touches it (counted from 1), how many
+    blocks of which shape it sees; ``how`` what computes the weight, and ``part_of``, of a raw tensor, the weights that are computed from
+    it."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,10 +26,13 @@ class Row:
     axes: str
     blocks: dict[int, str]
     tied: tuple[str, ...] = ()
+    how: str = ""
+    part_of: tuple[str, ...] = ()
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of ``HEADER``."""
         name = f"{self.name} (= {', '.join(self.tied)})" if self.tied else self.name
+        name = f"{name} (by {self.how})" if self.how else f"  {name}" if self.part_of else name
         shape = "x".join(map(str, self.shape)) or "scalar"
         touched = ", ".join(f"{rule}: {blocks}" for rule, blocks in self.blocks.items())
         return name, shape, self.role, self.axes, touched or "-"
@@ -42,8 +47,9 @@ class Explanation:
 
     @property
     def untouched(self) -> tuple[str, ...]:
-        """The parameters that no rule touches."""
-        return tuple(row.name for row in self.rows if not row.blocks)
+        """The parameters that no rule touches, neither themselves nor as raw tensors of a weight."""
+        touched = {name for row in self.rows if row.blocks for name in (row.name, *row.part_of)}
+        return tuple(row.name for row in self.rows if row.name not in touched and not row.part_of)
 
     def __str__(self) -> str:
         rules = [f"rule {number}: {label}" for number, label in enumerate(self.rules, 1)]
@@ -52,17 +58,26 @@ class Explanation:
     def _summary(self) -> str:
         left = self.untouched
         if not left:
-            return f"Every one of the {len(self.rows)} parameters is touched by a rule."
+            return f"Every one of the {len([row for row in self.rows if not row.part_of])} parameters is touched by a rule."
         is_are = "parameter is" if len(left) == 1 else "parameters are"
         return f"{len(left)} {is_are} touched by no rule: {', '.join(left)}."
 
 
 def explain(policy: Policy, model: nn.Module) -> Explanation:
     """See :meth:`Policy.explain`."""
-    entries = Inventory(model, policy.roles).entries
-    touched = [{id(entry) for entry in rule.targets(entries)} for rule in policy]
-    rows = [_row(entry, _blocks(policy, touched, entry)) for entry in entries]
+    inventory = Inventory(model, policy.roles)
+    touched = [{id(e) for e in rule.targets(inventory.entries if rule.phase == "gradient" else inventory.weights)} for rule in policy]
+    rows = [_row(entry, _blocks(policy, touched, entry)) for entry in _listed(inventory)]
     return Explanation(tuple(rule.label() for rule in policy), tuple(rows))
+
+
+def _listed(inventory: Inventory) -> list[Entry]:
+    """Every weight, and below one that is computed the raw tensors, which have the gradients."""
+    listed: dict[int, Entry] = {}
+    for entry in inventory.weights:
+        raw = [e for e in inventory.entries if {e.name, *e.tied} & set(entry.aliases)] if entry.computed else []
+        listed |= {id(e): e for e in (entry, *raw)}
+    return list(listed.values())
 
 
 def _blocks(policy: Policy, touched: Sequence[set[int]], entry: Entry) -> dict[int, str]:
@@ -72,6 +87,8 @@ def _blocks(policy: Policy, touched: Sequence[set[int]], entry: Entry) -> dict[i
 
 def _seen(rule: Rule, entry: Entry) -> str:
     """``10 of 84``, ``1 of 10x84``: how many blocks of which shape; a part of a global block has no number of its own."""
+    if entry.computed is not None and entry.computed.refusal and rule.phase != "penalty":
+        return f"refused ({entry.computed.way.how})"
     if rule.action == "weight_decay":
         return "all"
     view = rule.view(entry)
@@ -80,7 +97,9 @@ def _seen(rule: Rule, entry: Entry) -> str:
 
 def _row(entry: Entry, blocks: dict[int, str]) -> Row:
     sure = "" if entry.layout.certain else " ?"
-    return Row(entry.name, tuple(entry.param.shape), entry.role, f"{entry.layout}{sure}", blocks, tuple(entry.tied))
+    how = entry.computed.way.how if entry.computed else ""
+    part_of = () if entry.computed else entry.aliases
+    return Row(entry.name, tuple(entry.shape), entry.role, f"{entry.layout}{sure}", blocks, tuple(entry.tied), how, part_of)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -192,7 +192,7 @@ class Rule:
 
     def view(self, entry: Entry) -> BlockView:
         """The blocks of one parameter that the rule acts on; LayoutError where it has none such."""
-        layout = self.layout.check(entry.param.shape, entry.name) if self.layout else entry.layout
+        layout = self.layout.check(entry.shape, entry.name) if self.layout else entry.layout
         if self.heads is not None:
             layout = split_heads(layout, self.heads, entry.name)
         oriented = isinstance(self.norm, Norm) and self.norm.matrix and self.norm.oriented
