@@ -40,8 +40,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         try:
             given = _parser().parse_args(arguments)
-        finally:  # --help prints, and ends the process
-            printed(lambda: None, "see docs/compare.md and docs/race.md")
+        except SystemExit:  # --help has printed
+            printed(lambda: None, "the documentation says the same")
+            raise
         command: Callable[[argparse.Namespace], int] = given.command
         return command(given)
     except _UsageError as error:

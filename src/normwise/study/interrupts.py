@@ -38,6 +38,7 @@ class _Watch:
         self.sentence: Callable[[], str] = lambda: "Interrupted before the work began."
         self.prefix = b""  # what a live bar needs before another line, the cursor shown again
         self.children: set[int] = set()
+        self.litter: set[str] = set()  # files that go with the command
         self.asks = False  # whether the first Ctrl-C asks only
         self.asked = False
         self.holds = False  # whether results are being written
@@ -63,6 +64,9 @@ class _Watch:
             return
         self.ended = True
         _end_all(self.children)
+        for path in list(self.litter):
+            with suppress(OSError):
+                os.unlink(path)
         if not self.said:
             _write(self.prefix + self.sentence().encode("ascii", "backslashreplace") + b"\n")
         os._exit(128 + number)
@@ -111,7 +115,9 @@ def finishing() -> Iterator[None]:
     try:
         yield
     finally:
-        _watch.asks = False
+        unheard, _watch.asks = _watch.asks and _watch.asked, False
+    if unheard:  # with the last run, nobody checked any more
+        _watch.end(signal.SIGINT)
 
 
 def check() -> None:
@@ -146,6 +152,18 @@ def own(pid: int) -> None:
 def disown(pid: int) -> None:
     """A child process that has ended."""
     _watch.children.discard(pid)
+
+
+@contextmanager
+def passing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A file that is of no use after this: it is removed at the end, also where a signal ends the command within."""
+    _watch.litter.add(name := os.fspath(path))
+    try:
+        yield
+    finally:
+        _watch.litter.discard(name)
+        with suppress(OSError):
+            os.unlink(name)
 
 
 @contextmanager

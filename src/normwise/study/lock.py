@@ -10,10 +10,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from normwise.errors import DataError, StudyError
+from normwise.study import interrupts
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _LONGEST = 240
@@ -33,13 +34,14 @@ def locked(path: Path | None, note: Callable[[str], None] = lambda text: None) -
         return
     beside = _beside(path)
     fd = _take(path, beside, note)
-    try:
+    if fd is None:
         yield
+        return
+    try:
+        with interrupts.passing(beside):  # removed while it is held; whoever has just opened it sees that it is gone, see _take
+            yield
     finally:
-        if fd is not None:
-            with suppress(OSError):  # while it is held; whoever waits with the old file open sees that it is gone, see _take
-                beside.unlink()
-            os.close(fd)
+        os.close(fd)
 
 
 def _beside(path: Path) -> Path:

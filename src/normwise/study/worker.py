@@ -25,8 +25,9 @@ def _listen(stream: BinaryIO, inbox: queue.SimpleQueue[bytes]) -> None:
 
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study to handle
+    while (nothing := os.open(os.devnull, os.O_RDWR)) <= 2:  # the study may have no standard error
+        pass
     messages, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(2, 1)  # what a library prints must not come between the answers
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
