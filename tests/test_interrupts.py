@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
@@ -50,8 +50,32 @@ def started(*command: str | Path, **env: str) -> subprocess.Popen[str]:
     """In a session of its own, whose processes are found by its number."""
     return subprocess.Popen(
         [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, **env},
+        env={**os.environ, **env}, preexec_fn=_as_a_terminal_starts_it,
     )    # fmt: skip
+
+
+def _as_a_terminal_starts_it() -> None:
+    """Not as a shell starts what runs behind it, where Ctrl-C is ignored, and the command respects that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_ignored_stays_so() -> None:
+    """nohup, and what a shell runs behind it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "normwise", "bench", "unknown"], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )    # fmt: skip
+    wait_for(lambda: process.poll() is not None or watched(process))
+    process.send_signal(signal.SIGHUP)
+    assert "is not known" in process.communicate()[1] and process.returncode == 2
 
 
 def processes(session: int) -> dict[int, str]:

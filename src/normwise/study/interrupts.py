@@ -31,11 +31,15 @@ _ONE_PRESS = 1.0
 """Seconds within which Ctrl-C pressed again means the same."""
 
 
+def _at_first() -> str:
+    return "Interrupted before the work began."
+
+
 class _Watch:
     def __init__(self) -> None:
         self.own = False  # whether the process is the command's own
         self.on = False
-        self.sentence: Callable[[], str] = lambda: "Interrupted before the work began."
+        self.sentence: Callable[[], str] = _at_first
         self.prefix = b""  # what a live bar needs before another line, the cursor shown again
         self.children: set[int] = set()
         self.litter: set[str] = set()  # files that go with the command
@@ -88,6 +92,7 @@ def watch_command() -> None:
 def watching(own: bool) -> Iterator[None]:
     """A command within. own: whether the process ends with it; it then stays watched to its last moment."""
     before = None if _watch.on else _start(own)
+    _watch.sentence, _watch.said = _at_first, False
     try:
         yield
     finally:
