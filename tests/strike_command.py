@@ -38,5 +38,5 @@ if __name__ == "__main__":
     shorten()
     if "SLOWLY" in os.environ:    # so that a study can be met at its work
         prune.BUDGETS["quick"] = {"cnn": prune.Budget(100_000, 4, 1, "tiny")}
-        compare.BUDGETS["quick"] = (compare.Budget(9, 30, 32, (4, 4), 512, 2, 1),) * 2
+        compare.BUDGETS["quick"] = (compare.Budget(9, 10, 32, (4, 4), 512, 2, 1),) * 2
     sys.exit(cli.main())
