@@ -19,6 +19,7 @@ from normwise.norms.linalg import polar
 from normwise.race.contenders import AS_IT_IS, CONTENDERS, Built, Contender
 from normwise.race.protocol import STEPS
 from normwise.race.run import RaceRun, train
+from normwise.study.lock import locked
 from normwise.study.store import Store
 from normwise.tasks.load import load_task
 
@@ -207,13 +208,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    task, store = load_task(given.task, given.data), Store(RESULTS)
-    for seed in range(2000, 2000 + given.seeds):
-        for name in given.variants:
-            wanted = {"kind": "tried", "task": given.task, "key": task.key, "variant": name, "share": given.share, "seed": seed}
-            if store.get(wanted) is None:
-                store.add(wanted, one(task, name, round(STEPS[given.task] * given.share) * task.batch, seed))
-                print(given.task, name, seed, store.get(wanted), flush=True)
+    with locked(RESULTS):
+        task, store = load_task(given.task, given.data), Store(RESULTS)
+        for seed in range(2000, 2000 + given.seeds):
+            for name in given.variants:
+                wanted = {"kind": "tried", "task": given.task, "key": task.key, "variant": name, "share": given.share, "seed": seed}
+                if store.get(wanted) is None:
+                    store.add(wanted, one(task, name, round(STEPS[given.task] * given.share) * task.batch, seed))
+                    print(given.task, name, seed, store.get(wanted), flush=True)
 
 
 def one(task: Any, name: str, samples: int, seed: int) -> dict[str, Any]:

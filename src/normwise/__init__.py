@@ -6,8 +6,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+if os.path.basename((getattr(sys, "argv", None) or [""])[0]) in ("-m", "normwise", "normwise.exe", "normwise-script.py"):
+    from normwise.study.interrupts import watch_command  # Ctrl-C must not find torch half imported
+
+    watch_command()
 
 from normwise import norms
 from normwise.clipping import clip_grad_norm_

@@ -1,6 +1,7 @@
 """The command line: argument parsing only. What a command does stands in the module that it imports when it is called.
 
-Exit status: 0 success, 1 where a checked bound is broken, 2 on bad input (one sentence, no traceback), 130 after Ctrl-C.
+Exit status: 0 success; 1 where a checked bound is broken or a baseline was not trained; 2 on bad input; 3 where results could not be
+written or printed; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. All but 0 say why in one sentence, without a traceback.
 """
 
 from __future__ import annotations
@@ -12,36 +13,52 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from normwise.errors import NormwiseError
+from normwise.errors import NormwiseError, OutputError
+from normwise.study import interrupts
+from normwise.study.printing import in_plain_characters, printed, tell
 
-_BROKEN, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+_BROKEN, _BAD_INPUT, _NOT_DELIVERED = 1, 2, 3
 _EXTRAS = {"sklearn": "study", "rich": "study", "pyarrow": "study", "PIL": "study", "yaml": "yaml",
            "altair": "report", "vl_convert": "report", "jinja2": "report", "torch_pruning": "prune"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and gives its exit status."""
+    """Runs one command and gives its exit status.
+
+    arguments: None for those of the process, which then belongs to the command: Ctrl-C, SIGTERM and SIGHUP end it with one sentence. With
+    arguments of its own the command is a guest: Ctrl-C alone is looked after, and is this function's status, too.
+    """
+    with interrupts.watching(own=arguments is None), in_plain_characters():
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt:
+            interrupts.tell()
+            return interrupts.INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
-        given = _parser().parse_args(arguments)
+        try:
+            given = _parser().parse_args(arguments)
+        except SystemExit:  # --help has printed
+            printed(lambda: None, "the documentation says the same")
+            raise
         command: Callable[[argparse.Namespace], int] = given.command
         return command(given)
     except _UsageError as error:
         return _sorry(str(error))
     except NormwiseError as error:
-        return _sorry(" ".join(str(error).split("\n")))
+        return _sorry(" ".join(str(error).split("\n")), _NOT_DELIVERED if isinstance(error, OutputError) else _BAD_INPUT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
             raise
         extra = _EXTRAS[error.name.partition(".")[0]]
         return _sorry(f"This command needs the package {error.name}; install it with: pip install 'normwise[{extra}]'")
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return _INTERRUPTED
 
 
-def _sorry(message: str) -> int:
-    print(f"normwise: {message}", file=sys.stderr)
-    return _BAD_INPUT
+def _sorry(message: str, status: int = _BAD_INPUT) -> int:
+    tell(f"normwise: {message}")
+    return status
 
 
 class _UsageError(Exception):
@@ -223,14 +240,11 @@ def _add_bench(commands: Any) -> None:
 
 def _bench(given: argparse.Namespace) -> int:
     from normwise.study import bench
-    from normwise.study.job import check_file, write_json
+    from normwise.study.job import deliver
 
     measure = bench.named(given.name)
-    check_file(given.json)
-    measured = measure()
-    write_json(given.json, measured)
-    bench.show(measured)
-    return 0 if measured.get("ok", True) else _BROKEN
+    sound = deliver(lambda _: measure(), bench.show, given.json, None, keeps=False, complaints=bench.complaints)
+    return 0 if sound else _BROKEN
 
 
 def _add_policies(commands: Any) -> None:
@@ -242,5 +256,7 @@ def _add_policies(commands: Any) -> None:
 def _policies(given: argparse.Namespace) -> int:
     from normwise.study.words import explain_file, named_rules
 
-    print(named_rules() if given.file is None else explain_file(given.file))
+    text = named_rules() if given.file is None else explain_file(given.file)
+    interrupts.say(lambda: "Interrupted.")
+    printed(lambda: print(text), "print them again")
     return 0

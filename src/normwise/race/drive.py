@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from contextlib import AbstractContextManager, ExitStack
+from concurrent.futures import BrokenExecutor, Executor, Future
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from normwise.race.plans import Plan, Result
 from normwise.race.run import RaceRun
-from normwise.study.pool import call, telling_of_lost_workers
+from normwise.study.pool import STOPPING, call, finished, still_running, working
 from normwise.study.progress import Progress
 from normwise.study.store import Store
 
@@ -75,13 +75,14 @@ class Driver:
 
     def _work(self) -> None:
         executor = self._workers()
-        with telling_of_lost_workers():
+        with working(executor):
             try:
                 while self.queue or self.pending:
                     self._hand_out(executor)
                     self._collect()
             except KeyboardInterrupt:
-                self._finish_pending()
+                with suppress(BrokenExecutor):
+                    self._finish_pending()
                 raise
 
     def _hand_out(self, executor: Executor) -> None:
@@ -90,8 +91,7 @@ class Driver:
             self.pending[executor.submit(call, going.runs[k])] = going, k
 
     def _collect(self) -> None:
-        done, _ = wait(self.pending, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in finished(self.pending):
             (going, k), result = self.pending[future], future.result()
             self.store.add(going.runs[k].settings(), result)
             del self.pending[future]
@@ -101,9 +101,9 @@ class Driver:
 
     def _finish_pending(self) -> None:
         self.queue.clear()
-        self.pending = {future: job for future, job in self.pending.items() if not future.cancel()}
+        self.pending = {future: self.pending[future] for future in still_running(self.pending)}
         if self.pending:
-            self.progress.note(f"Stopping: the {len(self.pending)} runs under way are finished and kept.")
+            self.progress.note(STOPPING.format(len(self.pending)))
         while self.pending:
             self._collect()
 

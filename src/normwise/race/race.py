@@ -18,6 +18,7 @@ from normwise.race.drive import Driver, Replay
 from normwise.race.protocol import PROTOCOL, SATURATED, TUNING_SEED, budget, first_horizon, rung
 from normwise.race.run import RaceRun, batch_of
 from normwise.race.timing import step_times
+from normwise.study.lock import locked
 from normwise.study.pool import open_pool
 from normwise.study.progress import Progress
 from normwise.study.results import machine
@@ -60,27 +61,30 @@ class Facts:
 def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     """Runs the race, or goes on with it; plain data for the table, the JSON file and docs/results.md.
 
-    Raises StudyError and DataError for options and data that cannot be used, before anything is trained.
+    Raises StudyError and DataError for options and data that cannot be used, before anything is trained; StudyError, too, where
+    another race works on ``options.state``.
     """
     plan = budget(options.budget)
     first_horizon(options.task, 1, plan.scale)    # refused before anything is loaded
     names = chosen(options.contenders if options.contenders is not None else plan.contenders)
     if options.workers < 1 or (options.seeds is not None and options.seeds < 1):
         raise StudyError(f"workers and seeds must be whole numbers >= 1, given {options.workers} and {options.seeds}.")
-    task, store, told = load_task(options.task, options.data, size=options.size), Store(options.state), progress or Progress()
-    seeds = options.seeds or plan.seeds
-    facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names))
-    about = {"machine": machine(), "data": _data_name(options.data)}
-    store.add(facts.settings(), about)
-    setup = partial(load_task, options.task, options.data, size=options.size)
-    capacity = 1 if options.workers == 1 else options.workers + 1
-    driver = Driver(store, told, partial(open_pool, options.workers, setup), capacity)
-    told.start(None)
-    try:
-        return _Race(facts, driver, partial(step_times, task=task)).run() | about
-    finally:
-        driver.close()
-        told.stop()
+    told = progress or Progress()
+    with locked(options.state, told.note):
+        task, store = load_task(options.task, options.data, size=options.size), Store(options.state)
+        seeds = options.seeds or plan.seeds
+        facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names))
+        about = {"machine": machine(), "data": _data_name(options.data)}
+        store.add(facts.settings(), about)
+        setup = partial(load_task, options.task, options.data, size=options.size)
+        capacity = 1 if options.workers == 1 else options.workers + 1
+        driver = Driver(store, told, partial(open_pool, options.workers, setup), capacity)
+        told.start(None)
+        try:
+            return _Race(facts, driver, partial(step_times, task=task)).run() | about
+        finally:
+            driver.close()
+            told.stop()
 
 
 def replay(state: Path) -> dict[str, Any]:

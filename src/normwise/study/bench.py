@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from normwise.errors import StudyError, nearest
+from normwise.study.printing import console, for_stream
 
 _PREFIX = "bench_"
-_WIDE_ENOUGH = 200
 
 
 def names() -> list[str]:
@@ -29,21 +29,25 @@ def named(name: str) -> Callable[[], dict[str, Any]]:
     return run
 
 
+def complaints(measured: Mapping[str, Any]) -> list[str]:
+    """What a benchmark that checks something did not find as it should be."""
+    return [] if measured.get("ok", True) else [f"The benchmark {measured.get('bench', '')} misses what it checks; see its rows."]
+
+
 def show(measured: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Prints the rows as tables: rows with the same columns stand together."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     out = stream or sys.stdout
-    console = Console(file=out, width=None if out.isatty() else _WIDE_ENOUGH, highlight=False)
+    wide = console(out)
     rows = list(measured["rows"])
     for columns in dict.fromkeys(tuple(row) for row in rows):
-        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(*(for_stream(column, out) for column in columns), box=box.SIMPLE_HEAD, pad_edge=False)
         for row in rows:
             if tuple(row) == columns:
-                table.add_row(*(_text(row[column]) for column in columns))
-        console.print(table)
+                table.add_row(*(for_stream(_text(row[column]), out) for column in columns))
+        wide.print(table)
 
 
 def _text(value: Any) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from contextlib import AbstractContextManager
+from concurrent.futures import BrokenExecutor, Executor, Future
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from normwise.study import search
-from normwise.study.pool import call, telling_of_lost_workers
+from normwise.study.pool import STOPPING, call, finished, still_running, working
 from normwise.study.progress import Progress
 from normwise.study.store import Store
 from normwise.study.strategies import axes
@@ -69,11 +69,12 @@ class Loop:
         self._take_kept()
         if not self.queue:
             return
-        with open_pool() as executor, telling_of_lost_workers():
+        with open_pool() as executor, working(executor):
             try:
                 self._work(executor, capacity=1 if workers == 1 else workers + 1)
             except KeyboardInterrupt:
-                self._finish_pending()
+                with suppress(BrokenExecutor):
+                    self._finish_pending()
                 raise
 
     def _work(self, executor: Executor, capacity: int) -> None:
@@ -85,17 +86,16 @@ class Loop:
             self._take_kept()
 
     def _collect(self) -> None:
-        done, _ = wait(self.pending, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in finished(self.pending):
             job, result = self.pending[future], future.result()
             self.store.add(job.run.settings(), result)
             del self.pending[future]
             self._finish(job, result)
 
     def _finish_pending(self) -> None:
-        self.pending = {future: job for future, job in self.pending.items() if not future.cancel()}
+        self.pending = {future: self.pending[future] for future in still_running(self.pending)}
         if self.pending:
-            self.progress.note(f"Stopping: the {len(self.pending)} runs under way are finished and kept.")
+            self.progress.note(STOPPING.format(len(self.pending)))
         while self.pending:
             self._collect()
 

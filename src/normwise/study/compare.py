@@ -14,6 +14,7 @@ import torch
 from normwise.errors import StudyError, nearest
 from normwise.study import results, timing
 from normwise.study.cells import TUNING_SEED, Cell, Loop
+from normwise.study.lock import locked
 from normwise.study.optimizers import OPTIMIZERS, PRESETS, TORCH
 from normwise.study.pool import pool
 from normwise.study.progress import Progress
@@ -76,20 +77,23 @@ def compare(options: Options, progress: Progress | None = None, budget: Budget |
     chosen by the validation accuracy of a run of full length with a seed of its own; an optimum on the edge of what was tried
     widens the grid, within those trials. The choice is then trained with ``options.seeds`` other seeds and measured on the
     test part. Step times come from a separate measurement in which all strategies of an optimizer take turns.
-    budget: in place of the named one. Raises StudyError and DataError for what cannot be run, before any run.
+    budget: in place of the named one. Raises StudyError and DataError for what cannot be run, before any run;
+    StudyError, too, where another study works on ``options.state``.
     """
     _check(options)
     strategies = [results.BASELINE, *_others(options)]
     optimizers = chosen(options.optimizers, OPTIMIZERS, TORCH, "optimizer")
     pairs, left_out = _sensible([(strategy, optimizer) for optimizer in optimizers for strategy in strategies])
-    store = Store(options.state)
-    data = load(options.data)
-    plan = budget or _budget(options.budget, data)
-    study = _Study(options, plan, data.thinned(plan.train_most), store, progress or Progress(), left_out)
-    try:
-        return study.run([Cell(*pair) for pair in pairs])
-    finally:
-        study.progress.stop()
+    told = progress or Progress()
+    with locked(options.state, told.note):
+        store = Store(options.state)
+        data = load(options.data)
+        plan = budget or _budget(options.budget, data)
+        study = _Study(options, plan, data.thinned(plan.train_most), store, told, left_out)
+        try:
+            return study.run([Cell(*pair) for pair in pairs])
+        finally:
+            told.stop()
 
 
 def _others(options: Options) -> Iterable[str]:

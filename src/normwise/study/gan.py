@@ -19,6 +19,7 @@ from normwise.study.gan_cells import AGAIN_SEED, GanCell, GanLoop
 from normwise.study.gan_results import BASELINE
 from normwise.study.gan_strategies import STRATEGIES
 from normwise.study.gan_trial import JudgedData, Run
+from normwise.study.lock import locked
 from normwise.study.pool import one_thread, pool
 from normwise.study.progress import Progress
 from normwise.study.store import Store
@@ -80,20 +81,23 @@ def run(options: Options, progress: Progress | None = None, budget: Budget | Non
 
     ``cells`` holds every number, ``rows`` the table, ``setting`` what to read it by in words, ``judge`` the classifier's accuracy and
     the distances of real images, ``cost`` the core-hours of all runs in it. budget: in place of the named one. Started again with the
-    same ``state``, it goes on where it was. Raises StudyError and DataError for what cannot be run, before any run.
+    same ``state``, it goes on where it was. Raises StudyError and DataError for what cannot be run, before any run; StudyError, too,
+    where another study works on ``options.state``.
     """
     _check(options)
-    store = Store(options.state)
-    data = load(options.data)
-    plan = budget or _budget(options.budget, data)
-    cells = _cells(options, plan)
-    with one_thread():
-        judged = JudgedData.of(data, train_judge(data))
-    study = _Study(options, plan, judged, store, progress or Progress())
-    try:
-        return study.run(cells)
-    finally:
-        study.progress.stop()
+    told = progress or Progress()
+    with locked(options.state, told.note):
+        store = Store(options.state)
+        data = load(options.data)
+        plan = budget or _budget(options.budget, data)
+        cells = _cells(options, plan)
+        with one_thread():
+            judged = JudgedData.of(data, train_judge(data))
+        study = _Study(options, plan, judged, store, told)
+        try:
+            return study.run(cells)
+        finally:
+            told.stop()
 
 
 def show(found: Mapping[str, Any], stream: TextIO | None = None) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from normwise.errors import DataError
-from normwise.study import tables
+from normwise.errors import DataError, OutputError
+from normwise.study import interrupts, tables
 from normwise.study.compare import Options, compare
+from normwise.study.printing import printed, tell
 from normwise.study.progress import on_stderr
 
 
@@ -32,57 +34,86 @@ class Outputs:
 
 
 def run(options: Options, outputs: Outputs) -> bool:
-    """Compares, prints the table, writes the outputs. False where a bound is broken or a baseline was not trained."""
-    options = replace(options, state=options.state or outputs.default_state())
-    check_file(outputs.json)
-    check_file(options.state)
-    if outputs.report is not None:
-        check_folder(outputs.report)
-        import normwise.report  # an extra that is missing is told now, not after the work
-    try:
-        results = compare(options, on_stderr())
-    except KeyboardInterrupt:
-        _tell_how_to_go_on(options.state)
-        raise
-    tables.show(results)
-    write_json(outputs.json, results)
-    if outputs.json is not None:
-        print(f"Results: {outputs.json}")
-    if outputs.report is not None:
-        print(f"Report: {normwise.report.write(results, outputs.report)}")
-    return _sound(results)
+    """Compares, writes the outputs, prints the table. False where a bound is broken or a baseline was not trained."""
+    return deliver(
+        lambda state: compare(replace(options, state=state), on_stderr()), lambda results: tables.show(results), outputs.json,
+        options.state or outputs.default_state(), outputs.report,
+        complaints=lambda results: [*results["baseline_defects"], *(breach for cell in results["cells"] for breach in cell["breaches"])],
+    )  # fmt: skip
 
 
 def deliver(
-    work: Callable[[Path | None], Mapping[str, Any]], show: Callable[[Mapping[str, Any]], None], json: Path | None, state: Path | None
-) -> Mapping[str, Any]:
-    """``work(state)`` with its outputs checked before it and written after it. Finished runs stand beside ``json`` unless ``state`` says
-    where; on Ctrl-C the user is told how to go on."""
-    state = state or (json.with_suffix(".runs.jsonl") if json is not None else None)
+    work: Callable[[Path | None], Mapping[str, Any]], show: Callable[[Mapping[str, Any]], None], json: Path | None, state: Path | None,
+    report: Path | None = None, keeps: bool = True, complaints: Callable[[Mapping[str, Any]], Sequence[str]] = lambda results: (),
+) -> bool:
+    """``work(state)`` with its outputs checked before it; after it they are written, and only then ``show`` prints the results, so that
+    nothing that happens to a terminal or a pipe costs them. Finished runs stand beside ``json`` unless ``state`` says where; keeps: whether
+    there are any. complaints: what is wrong with the results, for standard error; False where there is something.
+
+    Raises OutputError, at the end of all this, for what could not be written or printed.
+    """
+    if keeps and state is None and json is not None:
+        state = json.with_suffix(".runs.jsonl")
     check_file(json)
     check_file(state)
+    if report is not None:
+        check_folder(report)
+        import_module("normwise.report")  # an extra that is missing is told now, not after the work
+    interrupts.say(partial(_how_to_go_on, state, keeps))
+    results = work(state)
+    with interrupts.held():
+        written, failed = _save(results, json, report)
+        interrupts.say(lambda: f"Interrupted: {_whereabouts(written, state)}.")
     try:
-        results = work(state)
-    except KeyboardInterrupt:
-        _tell_how_to_go_on(state)
-        raise
-    show(results)
-    write_json(json, results)
+        printed(partial(_print, show, results, written), _whereabouts(written, state))
+    except OutputError as error:
+        failed.append(str(error).rstrip("."))
+    wrong = complaints(results)
+    for message in wrong:
+        tell(message)
+    if failed:
+        raise OutputError(f"{'; '.join(failed)}.")
+    return not wrong
+
+
+def _save(results: Mapping[str, Any], json: Path | None, report: Path | None) -> tuple[dict[str, Path], list[str]]:
+    """Where everything is now, and what is wrong with the rest."""
+    written: dict[str, Path] = {}
+    failed = []
     if json is not None:
-        print(f"Results: {json}")
-    return results
+        try:
+            write_json(json, results)
+            written["Results"] = json
+        except (OSError, DataError) as error:
+            failed.append(f"the results could not be written ({str(error).rstrip('.')})")
+    if report is not None:
+        try:
+            written["Report"] = import_module("normwise.report").write(results, report)
+        except (OSError, DataError) as error:
+            failed.append(f"the report could not be written ({str(error).rstrip('.')})")
+    return written, failed
 
 
-def _tell_how_to_go_on(state: Path | None) -> None:
-    kept = f"finished runs are in {state}; the same command goes on from there" if state else "give --state FILE to be able to go on"
-    print(f"Interrupted: {kept}.", file=sys.stderr)
+def _print(show: Callable[[Mapping[str, Any]], None], results: Mapping[str, Any], written: Mapping[str, Path]) -> None:
+    show(results)
+    for name, path in written.items():
+        print(f"{name}: {path}")
 
 
-def _sound(results: Mapping[str, Any]) -> bool:
-    broken = [breach for cell in results["cells"] for breach in cell["breaches"]]
-    for message in [*results["baseline_defects"], *broken]:
-        print(message, file=sys.stderr)
-    return not results["baseline_defects"] and not broken
+def _whereabouts(written: Mapping[str, Path], state: Path | None) -> str:
+    if written:
+        return f"the results are in {' and '.join(map(str, written.values()))}"
+    return f"finished runs are in {state}" if state else "with --json FILE they are kept"
+
+
+def _how_to_go_on(state: Path | None, keeps: bool) -> str:
+    if not keeps:
+        return "Interrupted: nothing is kept of it; start the same command again."
+    if state is None:
+        return "Interrupted: nothing is kept; give --state FILE to be able to go on."
+    if not state.exists() or not state.stat().st_size:
+        return f"Interrupted before the first run was finished; the same command starts anew, and keeps its runs in {state}."
+    return f"Interrupted: finished runs are in {state}; the same command goes on from there."
 
 
 def check_folder(folder: Path) -> None:

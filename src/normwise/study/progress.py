@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
+from normwise.study import interrupts
+from normwise.study.printing import console, tell
+
 _SECONDS_BETWEEN_LINES = 10.0
+_LINE_ANEW = b"\r\x1b[2K\x1b[?25h"  # a terminal's line is cleared, its cursor shown
 
 
 class Progress:
@@ -45,23 +50,23 @@ class Lines(Progress):
             self.note(f"{runs} after {now - self.started:.0f} s; {text}")
 
     def note(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        tell(text, self.stream)
 
 
 class Bar(Progress):
     """A live bar with the time that remains."""
 
     def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(), TextColumn("left")
         self.bar = RichProgress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.description}"), console=Console(file=stream), transient=True
+            *columns, TimeRemainingColumn(), TextColumn("{task.description}"), console=console(stream), transient=True
         )
 
     def start(self, total: int | None) -> None:
+        interrupts.live(_LINE_ANEW)
         self.bar.start()
         self.task = self.bar.add_task("", total=total)
 
@@ -69,12 +74,17 @@ class Bar(Progress):
         self.bar.update(self.task, advance=1, description=text)
 
     def note(self, text: str) -> None:
-        self.bar.console.print(text, markup=False, highlight=False)
+        with suppress(OSError):
+            self.bar.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
-        self.bar.stop()
+        with suppress(OSError):
+            self.bar.stop()
+        interrupts.live()
 
 
 def on_stderr() -> Progress:
-    """A bar where standard error is a terminal, lines where it is not."""
+    """A bar where standard error is a terminal, lines where it is not, nothing where it is closed."""
+    if sys.stderr is None:
+        return Progress()
     return Bar(sys.stderr) if sys.stderr.isatty() else Lines(sys.stderr)

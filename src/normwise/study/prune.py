@@ -12,6 +12,7 @@ import torch
 
 from normwise.errors import StudyError, nearest
 from normwise.study import prune_timing
+from normwise.study.lock import locked
 from normwise.study.pool import one_thread
 from normwise.study.progress import Progress
 from normwise.study.prune_run import FINE_TUNING_RATE, LASSO_AFTER, MOMENTUM, Run, execute
@@ -70,16 +71,19 @@ def run(options: Options, progress: Progress | None = None, budget: Budget | Non
     lasso: the one that leaves the fewest parameters among those whose smaller network, fine-tuned, is at most a percentage point
     below the full one. Then, with every reported seed: the full network; the same under the group lasso, shrunk; and a network of
     that smaller shape from fresh weights. All have the same steps, then the same fine-tuning. budget: in place of the named one.
-    Raises StudyError and DataError for what cannot be run, before any run, and MissingExtra without torch-pruning.
+    Raises StudyError and DataError for what cannot be run, before any run, StudyError, too, where another
+    study works on ``options.state``, and MissingExtra without torch-pruning.
     """
     plan = budget or _budget(options)
     task = load_task(options.task, options.data, size=plan.size)
-    study = _Study(options, plan, task, Store(options.state), progress or Progress())
-    try:
-        with one_thread():
-            return study.run()
-    finally:
-        study.progress.stop()
+    told = progress or Progress()
+    with locked(options.state, told.note):
+        study = _Study(options, plan, task, Store(options.state), told)
+        try:
+            with one_thread():
+                return study.run()
+        finally:
+            told.stop()
 
 
 def _budget(options: Options) -> Budget:

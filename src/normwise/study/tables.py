@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-_WIDE_ENOUGH = 200
+from normwise.study.printing import console, for_stream
 
 
 def spread(numbers: Sequence[float]) -> dict[str, Any]:
@@ -26,15 +26,12 @@ def median_reached(numbers: Sequence[float | None]) -> dict[str, Any]:
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Prints the table of a comparison, one block of rows for each optimizer, the baseline first, and what to know about it."""
-    from rich.console import Console
-
     out = stream or sys.stdout
-    # A pipe has no width of its own: do not cut it to 80.
-    console = Console(file=out, width=None if out.isatty() else _WIDE_ENOUGH, highlight=False)
-    console.print(_title(results), soft_wrap=True)
-    console.print(_table(results, console.width))
+    wide = console(out)
+    wide.print(_title(results), soft_wrap=True)
+    wide.print(_table(results, wide.width, lambda text: for_stream(text, out)))
     for line in _remarks(results):
-        console.print(line, soft_wrap=True, markup=False)
+        wide.print(line, soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True)
@@ -48,18 +45,18 @@ class _Column:
     needs: str = ""
 
 
-def _table(results: Mapping[str, Any], width: int) -> Any:
+def _table(results: Mapping[str, Any], width: int, written: Callable[[str], str]) -> Any:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [column for column in _COLUMNS if column.width <= width and _is_told(column, results["cells"])]
     for column in columns:
-        table.add_column(column.head, justify="right" if column.right else "left", no_wrap=True)
+        table.add_column(written(column.head), justify="right" if column.right else "left", no_wrap=True)
     cells = results["cells"]
     for place, cell in enumerate(cells):
         last = place + 1 == len(cells) or cells[place + 1]["optimizer"] != cell["optimizer"]
-        table.add_row(*(column.text(cell) for column in columns), end_section=last)
+        table.add_row(*(written(column.text(cell)) for column in columns), end_section=last)
     return table
 
 

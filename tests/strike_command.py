@@ -1,0 +1,42 @@
+"""The command line with budgets of seconds, to be struck while it works: ``python strike_command.py compare cnn --budget quick ...``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from normwise import cli
+from normwise.race import protocol
+from normwise.study import compare, gan, prune
+from normwise.tasks.fidelity import train_judge
+
+COMMANDS = {
+    "compare": "compare cnn --budget quick --strategies l2 --optimizers adam --seeds 2 --workers 2",
+    "race": "race lstm --tiny --budget quick --contenders muon --seeds 2 --workers 2",
+    "gan": "race gan --budget quick --contenders clip_value --seeds 2 --workers 2",
+    "prune": "prune cnn --budget quick --seeds 2",
+}
+
+
+def shorten(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Every budget called quick."""
+    put(compare, "BUDGETS", {"quick": (compare.Budget(9, 2, 32, (4, 4), 512, 2, 1),) * 2})
+    put(protocol, "BUDGETS", {"quick": protocol.Budget(trials=2, seeds=2, doublings=0, scale=0.01, contenders=("muon",), rounds=1)})
+    put(protocol, "RATIO", 0.5)
+    put(gan, "BUDGETS", {"quick": (gan.Budget(9, 2, 4, 16, 4, 2, 40, 1, None, ("hinge",)),) * 2})
+    put(gan, "train_judge", partial(train_judge, epochs=2))
+    put(prune, "BUDGETS", {"quick": {"cnn": prune.Budget(40, 4, 1, "tiny")}})
+    put(prune, "RATES", (0.03, 0.1))
+    put(prune, "_WIDENINGS", 0)
+    put(prune, "STRENGTHS", {"cnn": (1e-3, 1e-2)})
+
+
+if __name__ == "__main__":
+    shorten()
+    if "SLOWLY" in os.environ:    # so that a study can be met at its work
+        prune.BUDGETS["quick"] = {"cnn": prune.Budget(100_000, 4, 1, "tiny")}
+        compare.BUDGETS["quick"] = (compare.Budget(9, 10, 32, (4, 4), 512, 2, 1),) * 2
+    sys.exit(cli.main())
