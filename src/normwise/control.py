@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -14,10 +16,12 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine import Engine, Turn, field, given, states
+from normwise.engine.detached import Detached, yaml_of
 from normwise.engine.finite import OnNonFinite, check_choice
 from normwise.engine.marks import Marks
 from normwise.engine.measures import NormLog, NormReport
 from normwise.engine.sharded.comm import TRAFFIC, Traffic
+from normwise.engine.travel import Part, Traveller, as_text, from_text, makes_state
 from normwise.engine.verify import Verification, verify
 from normwise.errors import PolicyError
 from normwise.policy import Policy, Rule
@@ -36,6 +40,7 @@ def attach(
     on_nonfinite: OnNonFinite = "ignore",
     log: bool = False,
     timed: bool = False,
+    in_optimizer_state: bool = True,
 ) -> Control:
     """Makes ``policy`` hold in every ``optimizer.step()`` from now on.
 
@@ -48,13 +53,16 @@ def attach(
             costs nothing; the blocks concerned are left as they are. The first two cost one scalar synchronisation a step.
         log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each.
         timed: add up the time spent here in :attr:`Control.seconds`.
+        in_optimizer_state: True (default): the control's state is a part of ``optimizer.state_dict()`` and comes back with
+            ``optimizer.load_state_dict()``, so that whoever saves the optimizer (a Trainer, Accelerate, Lightning, you) resumes bit for
+            bit; also where the optimizer's state was loaded before the control is attached. False: only :meth:`Control.state_dict` has it.
 
     Returns:
         The control; also a context manager that detaches at its end.
 
     Raises:
         PolicyError: a pattern that matches nothing, a rule that contradicts another, a parameter that no optimizer holds, a zero block
-            under ``radius="init"``; before anything is changed or hooked.
+            under ``radius="init"``, a state in the optimizer that does not fit; before anything is changed or hooked.
         LayoutError: a block that a parameter does not have, or whose axes nobody stated.
 
     Parameters that are added to the model and its optimizer later, frozen, unfrozen or replaced, are noticed at the next step: the rules
@@ -66,7 +74,7 @@ def attach(
     >>> control = nw.attach(model, optimizer, [nw.max_norm(3.0), nw.clip_grad_norm(1.0)])
     """
     check_choice(on_nonfinite)
-    return Control(model, given.optimizers(optimizer), Policy(policy), on_nonfinite, log, timed)
+    return Control(model, given.optimizers(optimizer), Policy(policy), on_nonfinite, log, timed, in_optimizer_state)
 
 
 @dataclass
@@ -92,11 +100,13 @@ class Control:
     """A policy at work. Made by :func:`attach`."""
 
     def __init__(
-        self, model: nn.Module, optimizers: list[Optimizer], policy: Policy, on_nonfinite: OnNonFinite, log: bool, timed: bool
-    ) -> None:
+        self, model: nn.Module, optimizers: list[Optimizer], policy: Policy, on_nonfinite: OnNonFinite, log: bool, timed: bool,
+        in_optimizer_state: bool = True,
+    ) -> None:    # fmt: skip
         self.policy, self.optimizers = policy, optimizers
         self._model = model
         self._kept: list[states.Saved] = [{} for _ in policy]
+        self._told: list[str] = []
         self._bind(log, resting=False)
         self.on_nonfinite = on_nonfinite
         self.seconds = 0.0
@@ -110,6 +120,9 @@ class Control:
         self._nests = [given.may_nest(type(o)) for o in optimizers]
         self._depth: dict[int, int] = {}
         self._open: dict[int, Marks] = {}
+        self._travellers: list[Traveller] = []
+        if in_optimizer_state:
+            self._travel()
         self._handles = [h for k, o in enumerate(optimizers) for h in self._hook(k, o)]
 
     def _bind(self, log: bool, resting: bool) -> None:
@@ -163,6 +176,9 @@ class Control:
     def _before(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A closure computes the gradients within the step, so the gradient phase runs after each of its evaluations."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None and makes_state(self.optimizers[k]):
+            self._turns[k], self._depth[k] = None, 0
+            return None
         if self._nests[k] and self._within(k, closure):
             self._depth[k] += 1
             return None
@@ -325,35 +341,103 @@ class Control:
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Step counts, and by parameter name the radii and centers stored at attach and what rules found in training. Plain tensors and
-        numbers: safe to load weights-only."""
+        """Step counts, and by parameter name the radii and centers stored at attach and what rules found in training. Plain tensors,
+        numbers and texts: safe to load weights-only. It is in ``optimizer.state_dict()`` too, unless ``in_optimizer_state=False``."""
         return {"version": VERSION, "steps": [c.steps() for c in self._counters], "rules": self._states()}
 
     def _states(self) -> list[states.Saved]:
-        return [states.together(kept, states.state_of(b)) for kept, b in zip(self._kept, self.engine.rules, strict=True)]
+        return [states.saved_of(b, kept) for kept, b in zip(self._kept, self.engine.rules, strict=True)]
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where ``state`` was taken. PolicyError, with nothing changed, where it belongs to another policy or model."""
+        """Continues where ``state`` was taken. PolicyError, with nothing changed, where it is damaged, or of another model.
+
+        Rules are matched by what they do and their order, not by their labels: a changed radius, strength or schedule goes on with what
+        the rule knew, a rule that is new starts anew, and one that is gone is left out; one warning says what differs.
+        """
         _check_state(state, self)
-        for counter, steps in zip(self._counters, state["steps"], strict=True):
-            counter.calls, counter.skips = int(steps), None
-        self._kept = [states.beyond(saved, b) for saved, b in zip(state["rules"], self.engine.rules, strict=True)]
-        for bound, saved in zip(self.engine.rules, state["rules"], strict=True):
-            bound.restore(saved)
+        matched = states.match(self.engine.rules, state["rules"])
+        self._restore(matched, dict(enumerate(state["steps"])))
+
+    def _restore(self, matched: states.Matched, steps: Mapping[int, int]) -> None:
+        for k, done in steps.items():
+            self._counters[k].calls, self._counters[k].skips = done, None
+        for i, (bound, saved) in enumerate(zip(self.engine.rules, matched.saved, strict=True)):
+            if saved is not None:
+                self._kept[i] = states.together(self._kept[i], states.beyond(saved, bound))
+                states.carry_over(bound, saved)
+        if matched.notes and matched.notes != self._told:
+            warnings.warn(f"the state was saved under other rules: {' '.join(matched.notes)}", stacklevel=3)
+        self._told = matched.notes
+
+    def _travel(self) -> None:
+        """Puts the state into the optimizers' own."""
+        try:
+            for k, optimizer in enumerate(self.optimizers):
+                pack, unpack = partial(self._pack, k), partial(self._unpack, k)
+                self._travellers.append(Traveller(optimizer, pack, unpack, self._forgets))
+        except BaseException:
+            self._stay()
+            raise
+
+    def _stay(self) -> None:
+        for traveller in self._travellers:
+            traveller.remove()
+        self._travellers = []
+
+    def _among(self, k: int) -> Callable[[str], bool]:
+        """Whether a name is of optimizer ``k``; those that no optimizer holds now (frozen and taken out) go with the first."""
+        owner = {e.name: self.engine.owner.get(id(e.param), 0) for e in self.inventory.entries}
+        return lambda name: owner.get(name, 0) == k
+
+    def _pack(self, k: int) -> Part:
+        """What belongs to optimizer ``k``: its step count, and of each rule what is known of its parameters."""
+        among = self._among(k)
+        rules = []
+        for kept, bound in zip(self._kept, self.engine.rules, strict=True):
+            away = {what: {name: t for name, t in known.items() if among(name)} for what, known in kept.items()}
+            saved = states.saved_of(bound, away, among)
+            for found in saved["found"].values():
+                found |= {what: as_text(t) for what, t in found.items() if what in bound.growing}
+            rules.append(saved)
+        return {"version": VERSION, "steps": self._counters[k].steps(), "rules": rules, "inside": self.engine.inline}
+
+    def _unpack(self, k: int, part: Part) -> Callable[[], None]:
+        """Checks a part; what it returns loads it. Loaded twice, or after all of a ``state_dict()``, it is the same."""
+        saved = part if isinstance(part, Mapping) else {}
+        _check_form(saved, [saved.get("steps")])
+        rules = [_with_tensors(rule) for rule in saved["rules"]]
+        matched = states.match(self.engine.rules, rules, self._among(k))
+
+        def load() -> None:
+            with torch.no_grad():
+                self._restore(matched, {k: saved["steps"]})
+
+        return load
+
+    def _forgets(self) -> bool:
+        """Whether the rules know anything that a fresh control does not: a schedule's step counts, a radius, what was found."""
+        known = any(saved[what] for saved in self._states() for what in (*states.KEPT, "found"))
+        return known or any(b.timed() for b in self.engine.rules)
 
     def remove(self) -> None:
         """Takes the hooks off; the weights stay as they are."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._stay()
 
-    def __reduce_ex__(self, protocol: object) -> Any:
-        """Neither copied nor pickled: a copy of an optimizer has no hooks, so a copied control would hold nothing."""
-        raise PolicyError(
-            "a control cannot be copied or pickled, since torch copies optimizers without their hooks. Attach its policy to the copies: "
-            "twin = nw.attach(model_copy, optimizer_copy, control.policy); twin.load_state_dict(control.state_dict())."
-        )
+    def __copy__(self) -> Detached:
+        return Detached.of(repr(self), self.policy)
+
+    def __deepcopy__(self, memo: object) -> Detached:
+        """A model that has its control as an attribute can be copied; the copy's is a :class:`Detached`, which holds nothing and says so:
+        torch copies optimizers without their hooks."""
+        return Detached.of(repr(self), self.policy)
+
+    def __reduce__(self) -> Any:
+        """As a copy, with the policy as YAML."""
+        return Detached.of, (repr(self), yaml_of(self.policy))
 
     def __enter__(self) -> Self:
         return self
@@ -372,12 +456,24 @@ def _skips_itself(turn: Turn) -> bool:
 
 
 def _check_state(state: Any, control: Control) -> None:
-    """Everything that could fail in loading, before anything is loaded."""
+    """The form of a state, before anything is loaded."""
     saved = state if isinstance(state, Mapping) else {}
-    steps, rules = saved.get("steps"), saved.get("rules")
-    counts = steps if isinstance(steps, list) and all(type(n) is int and n >= 0 for n in steps) else None
-    if saved.get("version") != VERSION or counts is None or not isinstance(rules, list):
+    counts = saved.get("steps")
+    _check_form(saved, counts if isinstance(counts, list) else [None])
+    if len(saved["steps"]) != len(control.optimizers):
+        raise PolicyError(f"the state is of {len(saved['steps'])} optimizers, this control has {len(control.optimizers)}.")
+
+
+def _check_form(saved: Mapping[str, Any], counts: list[Any]) -> None:
+    sound = all(type(n) is int and n >= 0 for n in counts) and isinstance(saved.get("rules"), list)
+    if saved.get("version") != VERSION or not sound:
         raise PolicyError(f"the state is none that Control.state_dict() of this version ({VERSION}) gives.")
-    if len(counts) != len(control.optimizers):
-        raise PolicyError(f"the state is of {len(counts)} optimizers, this control has {len(control.optimizers)}.")
-    states.check_rules(control.engine.rules, rules)
+
+
+def _with_tensors(rule: Any) -> Any:
+    """A rule's state with tensors in the place of texts."""
+    found = rule.get("found") if isinstance(rule, Mapping) else None
+    if not isinstance(found, Mapping) or not all(isinstance(own, Mapping) for own in found.values()):
+        return rule
+    read = {n: {what: from_text(t) if isinstance(t, str) else t for what, t in own.items()} for n, own in found.items()}
+    return {**rule, "found": read}

@@ -26,7 +26,7 @@ def optimizers(given: Any) -> list[Optimizer]:
 
 def _hooked(optimizer: Any) -> Any:
     """What has step hooks: the optimizer, or the one that Accelerate's and Lightning's wrappers keep in ``.optimizer``; else None."""
-    while not hasattr(optimizer, "register_step_pre_hook"):
+    while not hasattr(optimizer, "register_step_pre_hook") or "_optimizer_step_pre_hooks" not in vars(optimizer):
         if (optimizer := getattr(optimizer, "optimizer", None)) is None:
             return None
     return optimizer
