@@ -65,9 +65,9 @@ def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path or "the state", value
     elif isinstance(value, Mapping):
-        ours = {"radius", "center", "found"} <= value.keys()
+        ours = {"radius", "center", "found"} <= value.keys() or {"version", "steps", "rules"} <= value.keys()
         for key, inner in value.items():
-            if not (ours and key == "found"):
+            if not (ours and str(key).startswith("found")):
                 yield from _tensors(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):
@@ -84,7 +84,7 @@ def _nonfinite(tensor: Tensor) -> int:
     if t.is_meta or t.is_quantized or not (t.is_floating_point() or t.is_complex()):
         return 0
     if t.is_nested or t.layout != torch.strided:
-        t = t.coalesce().values() if t.layout == torch.sparse_coo else t.values()    # type: ignore[no-untyped-call]
+        t = t.coalesce().values() if t.layout == torch.sparse_coo else t.values()
     if t.element_size() == 1:    # the formats of 8 bits have no test of their own
         t = t.float()
     return int(t.numel() - t.isfinite().sum())

@@ -21,7 +21,7 @@ from normwise.engine.finite import OnNonFinite, check_choice
 from normwise.engine.marks import Marks
 from normwise.engine.measures import NormLog, NormReport
 from normwise.engine.sharded.comm import TRAFFIC, Traffic
-from normwise.engine.travel import Part, Traveller, as_text, from_text, makes_state
+from normwise.engine.travel import Part, Traveller, fold, makes_state, unfold
 from normwise.engine.verify import Verification, verify
 from normwise.errors import PolicyError
 from normwise.policy import Policy, Rule
@@ -396,18 +396,17 @@ class Control:
         rules = []
         for kept, bound in zip(self._kept, self.engine.rules, strict=True):
             away = {what: {name: t for name, t in known.items() if among(name)} for what, known in kept.items()}
-            saved = states.saved_of(bound, away, among)
-            for found in saved["found"].values():
-                found |= {what: as_text(t) for what, t in found.items() if what in bound.growing}
-            rules.append(saved)
-        return {"version": VERSION, "steps": self._counters[k].steps(), "rules": rules, "inside": self.engine.inline}
+            rules.append(states.saved_of(bound, away, among))
+        device = self.engine.params(k)[0].device if self.engine.params(k) else torch.device("cpu")
+        folded = fold(rules, [b.growing for b in self.engine.rules], device)
+        return {"version": VERSION, "steps": self._counters[k].steps(), "inside": self.engine.inline, **folded}
 
     def _unpack(self, k: int, part: Part) -> Callable[[], None]:
         """Checks a part; what it returns loads it. Loaded twice, or after all of a ``state_dict()``, it is the same."""
         saved = part if isinstance(part, Mapping) else {}
-        _check_form(saved, [saved.get("steps")])
-        rules = [_with_tensors(rule) for rule in saved["rules"]]
-        matched = states.match(self.engine.rules, rules, self._among(k))
+        rules = unfold(saved) if isinstance(saved.get("rules"), str) else saved.get("rules")
+        _check_form({**saved, "rules": rules}, [saved.get("steps")])
+        matched = states.match(self.engine.rules, rules or [], self._among(k))
 
         def load() -> None:
             with torch.no_grad():
@@ -468,12 +467,3 @@ def _check_form(saved: Mapping[str, Any], counts: list[Any]) -> None:
     sound = all(type(n) is int and n >= 0 for n in counts) and isinstance(saved.get("rules"), list)
     if saved.get("version") != VERSION or not sound:
         raise PolicyError(f"the state is none that Control.state_dict() of this version ({VERSION}) gives.")
-
-
-def _with_tensors(rule: Any) -> Any:
-    """A rule's state with tensors in the place of texts."""
-    found = rule.get("found") if isinstance(rule, Mapping) else None
-    if not isinstance(found, Mapping) or not all(isinstance(own, Mapping) for own in found.values()):
-        return rule
-    read = {n: {what: from_text(t) if isinstance(t, str) else t for what, t in own.items()} for n, own in found.items()}
-    return {**rule, "found": read}

@@ -9,6 +9,8 @@ it with the group.
 from __future__ import annotations
 
 import base64
+import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normwise.engine.sharded import is_sharded
+from normwise.engine.states import KEPT, Saved
 from normwise.errors import PolicyError
 
 KEY = "normwise"
@@ -138,27 +141,76 @@ def _mark(optimizer: Optimizer) -> None:
         group[KEY] = []
 
 
-# ---------------------------------------------------------------------------------------------------- tensors as texts
+# ---------------------------------------------------------------------------------------------------- few tensors
+
+
+def fold(rules: Sequence[Saved], growing: Sequence[Sequence[str]], device: torch.device) -> Part:
+    """The states of rules as one JSON text and a tensor a dtype, end to end; DTensors stay by themselves.
+
+    Few entries, since flattened distributed checkpoints repeat those of a group for each of its parameters. growing: of each rule what is
+    found with shapes that change in training. It is in the text: distributed checkpoints read tensors into ones of equal shape.
+    """
+    ends: dict[str, int] = {}
+    parts: dict[str, list[Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+
+    def put(kind: str, t: Tensor) -> list[Any]:
+        if is_sharded(t):
+            whole[f"{kind}_whole_{len(whole)}"] = t
+            return [list(whole)[-1]]
+        name = f"{kind}_{_dtype(t)}"
+        start = ends.get(name, 0)
+        ends[name] = start + t.numel()
+        parts.setdefault(name, []).append(t.detach().reshape(-1).to(device))
+        return [name, start, list(t.shape)]
+
+    tree = []
+    for rule, texts in zip(rules, growing, strict=True):
+        kept = {what: {n: put("kept", t) for n, t in rule[what].items()} for what in KEPT}
+        found = {n: {w: as_text(t) if w in texts else put("found", t) for w, t in own.items()} for n, own in rule["found"].items()}
+        tree.append({"rule": rule["rule"], **kept, "found": found})
+    return {"rules": json.dumps(tree), **{name: torch.cat(each) for name, each in parts.items()}, **whole}
+
+
+def unfold(part: Mapping[str, Any]) -> list[Saved]:
+    """The inverse of :func:`fold`; PolicyError for what it did not make."""
+
+    def take(place: Any) -> Tensor:
+        if isinstance(place, str):
+            return from_text(place)
+        name, *where = place
+        held = part[name]
+        if not isinstance(held, Tensor):
+            raise TypeError(f"{name} is no tensor")
+        return held[where[0] : where[0] + math.prod(where[1])].view(where[1]) if where else held
+
+    try:
+        return [
+            {"rule": rule["rule"], **{what: {n: take(t) for n, t in rule[what].items()} for what in KEPT},
+             "found": {n: {w: take(t) for w, t in own.items()} for n, own in rule["found"].items()}}
+            for rule in json.loads(part["rules"])
+        ]  # fmt: skip
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise PolicyError(f"the state in the optimizer's is none that a control put there ({error!r}).") from error
 
 
 def as_text(value: Tensor) -> str:
-    """A tensor whose shape changes in training as ``dtype:shape:bytes``: distributed checkpoints read tensors into ones of equal shape."""
+    """A tensor as ``dtype:shape:bytes``, exactly."""
     plain = value.detach().cpu().contiguous()
-    shape = "x".join(map(str, plain.shape))
     data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return f"{str(plain.dtype).removeprefix('torch.')}:{shape}:{base64.b64encode(data).decode()}"
+    return f"{_dtype(plain)}:{'x'.join(map(str, plain.shape))}:{base64.b64encode(data).decode()}"
 
 
 def from_text(text: str) -> Tensor:
-    """The inverse of :func:`as_text`; PolicyError for what it did not make."""
-    try:
-        name, shape, data = text.split(":")
-        dtype, sizes = DTYPES[name], [int(n) for n in shape.split("x") if n]
-        raw = bytearray(base64.b64decode(data, validate=True))
-        flat = torch.frombuffer(raw, dtype=dtype).clone() if raw else torch.empty(0, dtype=dtype)
-        return flat.reshape(sizes)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise PolicyError(f"the state has a text where a tensor is needed, and it is none ({error}).") from error
+    """The inverse of :func:`as_text`; ValueError or KeyError for what it did not make."""
+    name, shape, data = text.split(":")
+    raw = bytearray(base64.b64decode(data, validate=True))
+    flat = torch.frombuffer(raw, dtype=DTYPES[name]).clone() if raw else torch.empty(0, dtype=DTYPES[name])
+    return flat.reshape([int(n) for n in shape.split("x") if n])
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
 
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)}
