@@ -156,7 +156,8 @@ def fold(rules: Sequence[Saved], growing: Sequence[Sequence[str]], device: torch
 
     def put(kind: str, t: Tensor) -> list[Any]:
         if is_sharded(t):
-            whole[f"{kind}_whole_{len(whole)}"] = t
+            wide = t.int() if t.dtype == torch.int16 else t    # a carry; neither gloo nor NCCL can gather int16
+            whole[f"{kind}_whole_{len(whole)}"] = wide
             return [list(whole)[-1]]
         name = f"{kind}_{_dtype(t)}"
         start = ends.get(name, 0)
