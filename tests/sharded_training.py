@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections import Counter
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -301,3 +303,58 @@ def _differences(plain: dict[str, Tensor], split: dict[str, Tensor], limit: floa
         if not off <= limit:
             faults.append(f"{name} is off by {off:.2g}")
     return faults
+
+
+# ------------------------------------------------------------------------------------------------- torch's own checkpoints
+
+
+def _remembering() -> list[Any]:
+    """With a state that is split as the weights are (a center, a carry), and with ones that every rank has whole."""
+    return [
+        nw.zclip(z=0.5, warmup=2), nw.max_norm(0.5, params="head.weight", center="init"), nw.unit_norm("init", params="blocks.0.*.weight"),
+        nw.cpr(1e-3, params="embedding.weight"), nw.weight_decay(0.1, params="blocks.1.*.weight", rounding="compensated"),
+        nw.weight_decay(nw.linear(0.1, 1.0, STEPS), params="head.weight", rounding="stochastic"),
+    ]  # fmt: skip
+
+
+def by_torch(folder: str, how: str, full: bool, flattened: bool, dtype: str) -> list[str]:
+    """Cut in the middle, saved by ``get_state_dict`` and torch's writer, set in other objects by ``set_state_dict``: no bit differs."""
+    here = way("fsdp")
+    options = StateDictOptions(full_state_dict=full, flatten_optimizer_state_dict=flattened)
+
+    def built(seed: int) -> tuple[nn.Module, Any, nw.Control]:
+        model = here.place(reader(getattr(torch, dtype), seed=seed), here.mesh)
+        if how == "preset":
+            optimizer = nw.optim.MuonH(model, lr=0.02, polar="exact", policy=_remembering())
+            return model, optimizer, optimizer.control
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, foreach=False)
+        return model, optimizer, nw.attach(model, optimizer, _remembering())
+
+    def train(model: nn.Module, optimizer: Any, start: int, stop: int) -> None:
+        for x, y in itertools.islice(batches(), start, stop):
+            optimizer.zero_grad()
+            _loss(model, here.share(x), here.share(y)).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer, control = built(3)
+    before = _weights(model)
+    get_optimizer_state_dict(model, optimizer, options=options)    # takes torch's step that makes state
+    faults = _differences(before, _weights(model), 0.0) + ([] if control.steps == 0 else ["torch's own step was counted"])
+    train(model, optimizer, 0, STEPS // 2)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+    path = Path(folder, f"{how}-{full}-{flattened}-{dtype}")
+    if full:
+        torch.save(parts, buffer := io.BytesIO())
+        parts = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    else:
+        dcp.save(parts, checkpoint_id=path)
+    train(model, optimizer, STEPS // 2, STEPS)
+    resumed, again, other = built(4)
+    if not full:
+        parts = dict(zip(("model", "optimizer"), get_state_dict(resumed, again, options=options), strict=True))
+        dcp.load(parts, checkpoint_id=path)
+    set_state_dict(resumed, again, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"], options=options)
+    faults += [] if other.steps == STEPS // 2 else [f"{other.steps} steps"]
+    train(resumed, again, STEPS // 2, STEPS)
+    return faults + _differences(_weights(model), _weights(resumed), 0.0)

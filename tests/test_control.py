@@ -549,7 +549,7 @@ def test_a_resumed_run_continues_bit_for_bit():
 def foreign_states() -> Iterator[tuple[str, object]]:
     model = mlp()
     good = nw.attach(model, SGD(model.parameters(), lr=0.1), STATEFUL).state_dict()
-    yield "other rules", {**good, "rules": good["rules"][:-1]}
+    yield "rules that are none", {**good, "rules": [*good["rules"][:-1], {"radius": {}, "center": {}, "found": {}}]}
     yield "other optimizers", {**good, "steps": [1, 2]}
     yield "no steps", {k: v for k, v in good.items() if k != "steps"}
     yield "no rules", {"version": 1, "steps": [0]}

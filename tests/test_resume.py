@@ -56,11 +56,14 @@ STATEFUL = [
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deep", "shallow", "pickle"])
-def test_a_control_is_not_copied_and_says_what_to_do(copied: Callable[[Any], Any]) -> None:
+def test_a_copied_control_holds_nothing_and_says_what_to_do(copied: Callable[[Any], Any]) -> None:
     model = net()
     control = nw.attach(model, SGD(model.parameters(), lr=0.1), STATEFUL)
-    with pytest.raises(nw.PolicyError, match=r"twin = nw\.attach\(model_copy, optimizer_copy, control\.policy\)"):
-        copied(control)
+    with pytest.warns(UserWarning, match=r"twin = nw\.attach\(model_copy, optimizer_copy, control\.policy\)"):
+        twin = copied(control)
+    assert not twin and not isinstance(twin, nw.Control)
+    with pytest.raises(nw.PolicyError, match="no rule acts"):
+        twin.verify()
 
 
 def test_a_copy_of_model_and_optimizer_goes_on_alike_once_the_policy_is_attached_to_it() -> None:

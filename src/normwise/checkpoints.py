@@ -7,12 +7,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +26,19 @@ KEY = "normwise"
 """Of the one entry of the metadata."""
 
 
-def save(state: Any, path: str | os.PathLike[str]) -> None:
+def save(state: Any, path: str | os.PathLike[str], refuse_nonfinite: bool | Iterable[str] = False) -> None:
     """``torch.save`` that is never half done: a process killed at any moment leaves the checkpoint that was there, or the new one.
 
     Writes ``path`` + ".new" beside it, hands it to the disk, and renames it.
+
+    refuse_nonfinite: True: NormwiseError, which names the tensors, where one of them has an entry that is infinite or not a number; the
+        file that is there stays as it is. What rules found in training is not looked at, since an empty history and a bound that is not
+        found yet are infinite; nor are numbers, since a scheduler's best loss begins so. Names, as ``["model"]``: only these entries of
+        the state are looked at, for a model that keeps a mask of −inf in a buffer. Default False: what is in a state is the user's, and a
+        look costs a pass over all of it.
     """
+    if refuse_nonfinite is not False:
+        _refuse_nonfinite(state, path, None if refuse_nonfinite is True else list(refuse_nonfinite))
     target = Path(path)
     fresh = target.with_name(target.name + ".new")
     with fresh.open("wb") as file:
@@ -36,45 +48,132 @@ def save(state: Any, path: str | os.PathLike[str]) -> None:
     os.replace(fresh, target)
 
 
+def _refuse_nonfinite(state: Any, path: Any, among: list[str] | None) -> None:
+    if among is not None:
+        missing = [name for name in among if not isinstance(state, Mapping) or name not in state]
+        if missing:
+            raise NormwiseError(f"refuse_nonfinite= names {', '.join(map(repr, missing))}, which the state has not.")
+        state = {name: state[name] for name in among}
+    bad = [f"{where} ({count} of {t.numel()} entries)" for where, t in _tensors(state, "") if (count := _nonfinite(t))]
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise NormwiseError(f"the state is not finite in {', '.join(bad[:10])}{more}. Nothing was written: {str(path)!r} is as it was.")
+
+
+def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a state with the way to it, without what the rules of a control found."""
+    if isinstance(value, Tensor):
+        yield path or "the state", value
+    elif isinstance(value, Mapping):
+        ours = {"radius", "center", "found"} <= value.keys() or {"version", "steps", "rules"} <= value.keys()
+        for key, inner in value.items():
+            if not (ours and str(key).startswith("found")):
+                yield from _tensors(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _tensors(inner, f"{path}[{i}]")
+
+
+def _nonfinite(tensor: Tensor) -> int:
+    """How many entries are not finite; of a DTensor those that lie here, of a subclass those of what it is made of."""
+    t = tensor.detach()
+    if hasattr(t, "to_local"):
+        t = t.to_local()
+    elif hasattr(t, "__tensor_flatten__"):
+        return sum(_nonfinite(getattr(t, name)) for name in t.__tensor_flatten__()[0])
+    if t.is_meta or t.is_quantized or not (t.is_floating_point() or t.is_complex()):
+        return 0
+    if t.is_nested or t.layout != torch.strided:
+        t = t.coalesce().values() if t.layout == torch.sparse_coo else t.values()
+    if t.element_size() == 1:    # the formats of 8 bits have no test of their own
+        t = t.float()
+    return int(t.numel() - t.isfinite().sum())
+
+
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
     """``torch.load`` of tensors and plain data alone (``weights_only=True``): a file that was planted runs nothing."""
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def flat(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A state of nested dictionaries, lists, tensors and numbers as ``(tensors, metadata)``: named tensors, contiguous and of memory of
-    their own, and one JSON text that says where each belongs. NormwiseError for any other type."""
+    """A state without pickle: ``(tensors, metadata)``, named tensors, contiguous and of memory of their own, and one JSON text that says
+    where each belongs.
+
+    state: dictionaries, lists and tuples of tensors, numbers (also infinite, NaN and complex), texts, bytes, None, dtypes and devices; keys
+    are texts, numbers, None or tuples of these. NormwiseError for any other type. A tensor's name is the way to it, with dots; where two
+    ways would have one name (``{"a.b": x, "a": {"b": y}}``), both are spelled out.
+    """
     tensors: dict[str, Tensor] = {}
-    tree = _flatten(state, "state", tensors)
-    return tensors, {KEY: json.dumps(tree)}
+    ways = Counter(_name(way) for way, _ in _ways(state, ()))
+    tree = _flatten(state, (), tensors, ways)
+    return tensors, {KEY: json.dumps(tree, allow_nan=False)}
 
 
 def nested(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Any:
     """The inverse of :func:`flat`; NormwiseError for what it did not make."""
     try:
         return _unflatten(json.loads(metadata[KEY]), tensors)
-    except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise NormwiseError(f"these tensors and this metadata are none that normwise.checkpoints.flat() made ({error!r}).") from error
 
 
-def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Plain values as they are, the rest as ``[kind, ...]``."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+def _ways(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The way to every tensor within."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().clone(memory_format=torch.contiguous_format)
-        return ["tensor", path]
+        yield way, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in items:
+        yield from _ways(inner, (*way, key))
+
+
+def _name(way: tuple[Any, ...]) -> str:
+    return ".".join(["state", *map(str, way)])
+
+
+def _flatten(value: Any, way: tuple[Any, ...], tensors: dict[str, Tensor], ways: Mapping[str, int]) -> Any:
+    """Plain values as they are, the rest as ``[kind, ...]``."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized:
+            raise NormwiseError(f"{_name(way)} is a {value.layout} tensor of {value.dtype}, and a flat state holds dense ones: densify it.")
+        name = _name(way)
+        if ways[name] > 1:    # no name of the usual form begins so
+            name = "state!" + json.dumps([_plain(key) for key in way])
+        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        return ["tensor", name]
     if isinstance(value, Mapping):
-        return ["dict", *([_plain(k), _flatten(v, f"{path}.{k}", tensors)] for k, v in value.items())]
+        return ["dict", *([_told(k, f"a key of {_name(way)}"), _flatten(v, (*way, k), tensors, ways)] for k, v in value.items())]
     if isinstance(value, list | tuple):
-        return ["tuple" if isinstance(value, tuple) else "list", *(_flatten(v, f"{path}.{i}", tensors) for i, v in enumerate(value))]
-    raise NormwiseError(f"{path} is a {type(value).__name__}, and a state without pickle holds tensors, numbers, texts, lists and dicts.")
+        items = (_flatten(v, (*way, i), tensors, ways) for i, v in enumerate(value))
+        return ["tuple" if isinstance(value, tuple) else "list", *items]
+    return _told(value, _name(way))
 
 
-def _plain(key: Any) -> Any:
-    if isinstance(key, str | int):
-        return key
-    raise NormwiseError(f"a state has the key {key!r}, and one without pickle has texts and integers as keys.")
+def _told(value: Any, what: str) -> Any:
+    try:
+        return _plain(value)
+    except TypeError as error:
+        raise NormwiseError(
+            f"{what} is a {type(value).__name__}, and a state without pickle holds tensors, numbers, texts, bytes, lists and dicts."
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A value or a key that is no tensor, as JSON has it; TypeError for what has no such form."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else ["float", repr(float(value))]
+    if isinstance(value, complex):
+        return ["complex", repr(value.real), repr(value.imag)]
+    if isinstance(value, bytes | bytearray):
+        return ["bytes", base64.b64encode(value).decode()]
+    if isinstance(value, tuple):
+        return ["tuple", *map(_plain, value)]
+    if isinstance(value, torch.dtype | torch.device):
+        return [type(value).__name__, str(value).removeprefix("torch.")]
+    raise TypeError(f"{value!r} has no form without pickle")
 
 
 def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -84,8 +183,18 @@ def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tensor":
         return tensors[items[0]]
     if kind == "dict":
-        return {key: _unflatten(value, tensors) for key, value in items}
-    if kind not in ("list", "tuple"):
-        raise ValueError(kind)
-    values = [_unflatten(item, tensors) for item in items]
-    return tuple(values) if kind == "tuple" else values
+        return {_unflatten(key, {}): _unflatten(value, tensors) for key, value in items}
+    if kind in ("list", "tuple"):
+        values = [_unflatten(item, tensors) for item in items]
+        return tuple(values) if kind == "tuple" else values
+    return _READ[kind](*items)
+
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+_READ: dict[str, Callable[..., Any]] = {
+    "float": float,
+    "complex": lambda real, imag: complex(float(real), float(imag)),
+    "bytes": lambda text: base64.b64decode(text, validate=True),
+    "dtype": _DTYPES.__getitem__,
+    "device": torch.device,
+}

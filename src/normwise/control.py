@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -17,11 +18,13 @@ from torch.optim import Optimizer
 
 from normwise.engine import Engine, Turn, given, states
 from normwise.engine.changes import Marks, grads, versions
+from normwise.engine.detached import Detached, yaml_of
 from normwise.engine.field import report
 from normwise.engine.finite import OnNonFinite, check_choice
 from normwise.engine.measures import NormLog, NormReport
 from normwise.engine.receipt import Receipt
 from normwise.engine.sharded.comm import TRAFFIC, Traffic
+from normwise.engine.travel import Part, Traveller, fold, makes_state, unfold
 from normwise.engine.verify import Rested, Verification, verify
 from normwise.errors import PolicyError
 from normwise.policy import Policy, Rule
@@ -47,6 +50,7 @@ def attach(
     log: bool = False,
     timed: bool = False,
     replace: bool = False,
+    in_optimizer_state: bool = True,
 ) -> Control:
     """Makes ``policy`` hold in every ``optimizer.step()`` from now on.
 
@@ -64,13 +68,17 @@ def attach(
         timed: add up the time spent here in :attr:`Control.seconds`.
         replace: take earlier controls off these optimizers first, as a notebook cell that is run twice wants. Without it a second control
             with a rule of the same kind on the same parameters is an error, and one with other rules a warning, since both act.
+        in_optimizer_state: True (default): the control's state is a part of ``optimizer.state_dict()`` and comes back with
+            ``optimizer.load_state_dict()``, so that whoever saves the optimizer (a Trainer, Accelerate, Lightning, you) resumes bit for
+            bit; also where the optimizer's state was loaded before the control is attached. False: only :meth:`Control.state_dict` has it.
 
     Returns:
         The control; also a context manager that detaches at its end.
 
     Raises:
         PolicyError: a pattern that matches nothing, a rule that contradicts another, a parameter that no optimizer holds, a zero block
-            under ``radius="init"``, an optimizer whose hooks never run; before anything is changed or hooked.
+            under ``radius="init"``, an optimizer whose hooks never run, a state in the optimizer that does not fit; before anything is
+            changed or hooked.
         LayoutError: a block that a parameter does not have, or whose axes nobody stated.
 
     Parameters that are added to the model and its optimizer later, frozen, unfrozen, converted (``model.bfloat16()``) or replaced, are
@@ -85,7 +93,7 @@ def attach(
     """
     given.check_model(model, optimizer)
     check_choice(on_nonfinite)
-    return Control(model, given.optimizers(optimizer), Policy(policy), on_nonfinite, log, timed, replace)
+    return Control(model, given.optimizers(optimizer), Policy(policy), on_nonfinite, log, timed, in_optimizer_state, replace)
 
 
 @dataclass
@@ -149,7 +157,7 @@ class Control:
 
     def __init__(
         self, model: nn.Module, optimizers: list[Optimizer], policy: Policy, on_nonfinite: OnNonFinite, log: bool, timed: bool,
-        replace: bool = False, built_in: bool = False,
+        in_optimizer_state: bool = True, replace: bool = False, built_in: bool = False,
     ) -> None:  # fmt: skip
         self.policy, self.optimizers = policy, optimizers
         self._handles: list[Any] = []
@@ -161,6 +169,7 @@ class Control:
         self._kept: list[states.Saved] = [{} for _ in policy]
         self._rested: dict[tuple[int, str], int] = {}
         self._steppers = [_Stepper() for _ in optimizers]
+        self._noted: list[str] = []
         given.check_ranks(model, policy, on_nonfinite)
         self._bind(log, resting=False)
         others = _at_work(optimizers)
@@ -176,6 +185,9 @@ class Control:
         self._traffic = Traffic()
         self._nests = [given.may_nest(type(o)) for o in optimizers]
         self._born = [versions(self.engine.params(k)) for k in range(len(optimizers))]
+        self._travellers: list[Traveller] = []
+        if in_optimizer_state:
+            self._travel()
         self._handles = [h for k, o in enumerate(optimizers) for h in (*self._hook(k, o), *self._listen(k))]
         for message in self.engine.lassos_before_batch_norm(model):
             self._tell(message)
@@ -290,6 +302,9 @@ class Control:
     def _before(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A closure computes the gradients within the step, so the gradient phase runs after each of its evaluations."""
         closure, stepper = kwargs.get("closure", args[1] if len(args) > 1 else None), self._steppers[k]
+        if closure is None and makes_state(self.optimizers[k]):
+            stepper.turn, stepper.depth = None, 0
+            return None
         if self._nests[k] and self._within(k, closure):
             stepper.depth += 1
             return None
@@ -545,38 +560,105 @@ class Control:
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Step counts, and by parameter name the radii and centers stored at attach and what rules found in training. Plain tensors and
-        numbers: safe to load weights-only."""
+        """Step counts, and by parameter name the radii and centers stored at attach and what rules found in training. Plain tensors,
+        numbers and texts: safe to load weights-only. It is in ``optimizer.state_dict()`` too, unless ``in_optimizer_state=False``."""
         return {"version": VERSION, "steps": self._counts(), "rules": self._states()}
 
     def _states(self) -> list[states.Saved]:
-        return [states.together(kept, states.state_of(b)) for kept, b in zip(self._kept, self.engine.rules, strict=True)]
+        return [states.saved_of(b, kept) for kept, b in zip(self._kept, self.engine.rules, strict=True)]
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where ``state`` was taken. PolicyError, with nothing changed, where it belongs to another policy or model."""
+        """Continues where ``state`` was taken. PolicyError, with nothing changed, where it is damaged, or of another model.
+
+        Rules are matched by what they do and their order, not by their labels: a changed radius, strength or schedule goes on with what
+        the rule knew, a rule that is new starts anew, and one that is gone is left out; one warning says what differs.
+        """
         _check_state(state, self)
-        for stepper, steps in zip(self._steppers, state["steps"], strict=True):
-            stepper.forget()
-            stepper.calls, stepper.skips = int(steps), None
-        self._kept = [states.beyond(saved, b) for saved, b in zip(state["rules"], self.engine.rules, strict=True)]
-        for bound, saved in zip(self.engine.rules, state["rules"], strict=True):
-            bound.restore(saved)
+        matched = states.match(self.engine.rules, state["rules"])
+        self._restore(matched, dict(enumerate(state["steps"])))
+
+    def _restore(self, matched: states.Matched, steps: Mapping[int, int]) -> None:
+        for k, done in steps.items():
+            self._steppers[k].forget()
+            self._steppers[k].calls, self._steppers[k].skips = done, None
+        for i, (bound, saved) in enumerate(zip(self.engine.rules, matched.saved, strict=True)):
+            if saved is not None:
+                self._kept[i] = states.together(self._kept[i], states.beyond(saved, bound))
+                states.carry_over(bound, saved)
+        if matched.notes and matched.notes != self._noted:
+            warnings.warn(f"the state was saved under other rules: {' '.join(matched.notes)}", stacklevel=3)
+        self._noted = matched.notes
+
+    def _travel(self) -> None:
+        """Puts the state into the optimizers' own."""
+        try:
+            for k, optimizer in enumerate(self.optimizers):
+                pack, unpack = partial(self._pack, k), partial(self._unpack, k)
+                self._travellers.append(Traveller(optimizer, pack, unpack, self._forgets))
+        except BaseException:
+            self._stay()
+            raise
+
+    def _stay(self) -> None:
+        for traveller in self._travellers:
+            traveller.remove()
+        self._travellers = []
+
+    def _among(self, k: int) -> Callable[[str], bool]:
+        """Whether a name is of optimizer ``k``; those that no optimizer holds now (frozen and taken out) go with the first."""
+        owner = {e.name: self.engine.owner.get(id(e.param), 0) for e in self.inventory.entries}
+        return lambda name: owner.get(name, 0) == k
+
+    def _pack(self, k: int) -> Part:
+        """What belongs to optimizer ``k``: its step count, and of each rule what is known of its parameters."""
+        among = self._among(k)
+        rules = []
+        for kept, bound in zip(self._kept, self.engine.rules, strict=True):
+            away = {what: {name: t for name, t in known.items() if among(name)} for what, known in kept.items()}
+            rules.append(states.saved_of(bound, away, among))
+        device = self.engine.params(k)[0].device if self.engine.params(k) else torch.device("cpu")
+        folded = fold(rules, [b.growing for b in self.engine.rules], device)
+        return {"version": VERSION, "steps": self._steppers[k].steps(), "inside": self.engine.inline, **folded}
+
+    def _unpack(self, k: int, part: Part) -> Callable[[], None]:
+        """Checks a part; what it returns loads it. Loaded twice, or after all of a ``state_dict()``, it is the same."""
+        saved = part if isinstance(part, Mapping) else {}
+        rules = unfold(saved) if isinstance(saved.get("rules"), str) else saved.get("rules")
+        _check_form({**saved, "rules": rules}, [saved.get("steps")])
+        matched = states.match(self.engine.rules, rules or [], self._among(k))
+
+        def load() -> None:
+            with torch.no_grad():
+                self._restore(matched, {k: saved["steps"]})
+
+        return load
+
+    def _forgets(self) -> bool:
+        """Whether the rules know anything that a fresh control does not: a schedule's step counts, a radius, what was found."""
+        known = any(saved[what] for saved in self._states() for what in (*states.KEPT, "found"))
+        return known or any(b.timed() for b in self.engine.rules)
 
     def remove(self) -> None:
         """Takes the hooks off; the weights stay as they are."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._stay()
         for o in self.optimizers:
             _AT_WORK[o] = [one for one in _AT_WORK.get(o, []) if one() not in (None, self)]
 
-    def __reduce_ex__(self, protocol: object) -> Any:
-        """Neither copied nor pickled: a copy of an optimizer has no hooks, so a copied control would hold nothing."""
-        raise PolicyError(
-            "a control cannot be copied or pickled, since torch copies optimizers without their hooks. Attach its policy to the copies: "
-            "twin = nw.attach(model_copy, optimizer_copy, control.policy); twin.load_state_dict(control.state_dict())."
-        )
+    def __copy__(self) -> Detached:
+        return Detached.of(repr(self), self.policy)
+
+    def __deepcopy__(self, memo: object) -> Detached:
+        """A model that has its control as an attribute can be copied; the copy's is a :class:`Detached`, which holds nothing and says so:
+        torch copies optimizers without their hooks."""
+        return Detached.of(repr(self), self.policy)
+
+    def __reduce__(self) -> Any:
+        """As a copy, with the policy as YAML."""
+        return Detached.of, (repr(self), yaml_of(self.policy))
 
     def __enter__(self) -> Self:
         return self
@@ -636,12 +718,15 @@ def _skips_itself(turn: Turn) -> bool:
 
 
 def _check_state(state: Any, control: Control) -> None:
-    """Everything that could fail in loading, before anything is loaded."""
+    """The form of a state, before anything is loaded."""
     saved = state if isinstance(state, Mapping) else {}
-    steps, rules = saved.get("steps"), saved.get("rules")
-    counts = steps if isinstance(steps, list) and all(type(n) is int and n >= 0 for n in steps) else None
-    if saved.get("version") != VERSION or counts is None or not isinstance(rules, list):
+    counts = saved.get("steps")
+    _check_form(saved, counts if isinstance(counts, list) else [None])
+    if len(saved["steps"]) != len(control.optimizers):
+        raise PolicyError(f"the state is of {len(saved['steps'])} optimizers, this control has {len(control.optimizers)}.")
+
+
+def _check_form(saved: Mapping[str, Any], counts: list[Any]) -> None:
+    sound = all(type(n) is int and n >= 0 for n in counts) and isinstance(saved.get("rules"), list)
+    if saved.get("version") != VERSION or not sound:
         raise PolicyError(f"the state is none that Control.state_dict() of this version ({VERSION}) gives.")
-    if len(counts) != len(control.optimizers):
-        raise PolicyError(f"the state is of {len(counts)} optimizers, this control has {len(control.optimizers)}.")
-    states.check_rules(control.engine.rules, rules)

@@ -79,6 +79,9 @@ class BoundRule:
         """Whether the rule needs the learning rate."""
         return self.phase in ("decay", "prox")
 
+    growing: tuple[str, ...] = ()
+    """Of what is found: the tensors whose shapes change in training."""
+
     remembers = False
     """Whether the rule keeps what it measures, so that every rank must know all of it."""
 
@@ -170,7 +173,7 @@ class BoundRule:
     def run(self, turn: Turn) -> None:
         """Acts on the parameters of the turn's optimizer (of every optimizer, for a global rule)."""
         concerned = turn.spanning or turn.optimizer in self.optimizers
-        if not concerned or (self._timed() and not self.rule.active(turn.step())):
+        if not concerned or (self.timed() and not self.rule.active(turn.step())):
             return
         if turn.spanning or self.flat:
             self._acted.clear()
@@ -192,7 +195,7 @@ class BoundRule:
 
     def run_on(self, part: Pack, changes: list[Tensor], turn: Turn) -> None:
         """Acts on updates that are not applied yet: what is about to be added to the parameters of ``part``, in place."""
-        if self._timed() and not self.rule.active(turn.step()):
+        if self.timed() and not self.rule.active(turn.step()):
             return
         change = {id(p): c for p, c in zip(part.params, changes, strict=True)}
         if self._inline_turn is not turn:    # the first pack of a step
@@ -207,7 +210,8 @@ class BoundRule:
         given = [(what, x) for what in ("radius", "strength") for v in [getattr(self.rule, what)] for x in (v, getattr(v, "scale", None))]
         return [(what, x) for what, x in given if callable(x) and not isinstance(x, Scheduled)]
 
-    def _timed(self) -> bool:
+    def timed(self) -> bool:
+        """Whether what the rule does depends on how many steps were done."""
         r = self.rule
         varies = any(callable(x) or callable(getattr(x, "scale", None)) for x in (r.radius, r.strength))
         return varies or r.every > 1 or r.start > 0 or r.stop is not None
@@ -218,7 +222,7 @@ class BoundRule:
 
     def ahead(self, turn: Turn) -> list[Request]:
         """What ``run`` will measure on split packs, in its order. Known ahead, the norms of many rules are one collective."""
-        idle = not (turn.spanning or turn.optimizer in self.optimizers) or (self._timed() and not self.rule.active(turn.step()))
+        idle = not (turn.spanning or turn.optimizer in self.optimizers) or (self.timed() and not self.rule.active(turn.step()))
         if idle:
             return []
         parts = [self._present(p, turn) for p in self.packs if p.sharded and (turn.spanning or turn.optimizer in p.optimizers)]

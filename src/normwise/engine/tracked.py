@@ -26,6 +26,8 @@ class TrackedCap(BoundRule):
     What is known of a pack's matrices lies in one batch, of which ``store`` has each parameter's part as a view.
     """
 
+    growing = ("vectors", "sketch")
+
     def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
         super().__init__(rule, entries, owner, index)
         self.packs = pack(self.members, False, alone_from=SCRATCH_BYTES)    # a search is many small calls: fewer, larger batches

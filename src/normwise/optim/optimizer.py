@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from normwise.engine.member_tensors import refuse_overlap
 from normwise.engine.sharded.ahead import align
+from normwise.engine.travel import KEY, makes_state, waiting, with_part
 from normwise.errors import PolicyError
 from normwise.narrow import NOISE
 from normwise.optim.live import Settled, settle
@@ -25,7 +26,7 @@ from normwise.optim.step import Update, step_group, together
 from normwise.policy import Policy
 
 KEPT_PLANS = 32    # sets of parameters with gradients that are remembered; alternating losses have a few, not many
-BESIDES = ("params", "param_names", LAYOUTS, "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+BESIDES = ("params", "param_names", LAYOUTS, KEY, "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 """What a group may have besides the columns: torch's own keys, and those of its schedulers."""
 
 
@@ -118,8 +119,11 @@ class NormOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        only_state = makes_state(self)
         align(p for group in self.param_groups for p in group["params"])
         plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        if only_state:
+            return loss
         if not self._told:
             self._tell()
         on_update = self._update_rules()
@@ -170,17 +174,21 @@ class NormOptimizer(Optimizer):
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: tensors and plain data, safe to load weights-only; with ``policy=`` also the state of its rules."""
+        """As torch's: tensors and plain data, safe to load weights-only; with ``policy=`` also the state of its rules, in the first
+        group."""
         self._settle_all()
-        state = super().state_dict()
-        return state if self.control is None else {**state, "policy": self.control.state_dict()}
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where ``state_dict`` was taken, bit for bit; also from torch's SGD, Adam, AdamW and Muon, where the step is the same.
+        """Continues where ``state_dict`` was taken, bit for bit, the rules of ``policy=`` too; also from torch's SGD, Adam, AdamW and Muon,
+        where the step is the same.
 
         Options come from the checkpoint, as in torch, the parameters' axes from this optimizer. ValueError, with nothing changed, where
         groups or states do not fit.
         """
+        if "policy" in state_dict:    # saved by an earlier version, which kept it beside the groups
+            kept = state_dict["policy"]
+            state_dict = with_part(state_dict, {**kept, "steps": kept["steps"][0], "inside": True})
         seen: list[dict[str, Any]] = []
 
         def take(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -193,12 +201,8 @@ class NormOptimizer(Optimizer):
         finally:
             handle.remove()
         self._restore_wide(seen[0])
-        if "policy" not in state_dict:
-            return
-        if self.control is None:
-            warnings.warn("the state is of an optimizer with policy=, and this one has none: the rules' state is left out.", stacklevel=2)
-        else:
-            self.control.load_state_dict(state_dict["policy"])
+        if self.control is None and any(part.get("inside") for part in waiting(self)):
+            warnings.warn("the state is of an optimizer with policy=, and this one has none: its rules do not act here.", stacklevel=2)
 
     def _restore_wide(self, saved: Mapping[str, Any]) -> None:
         """torch casts floating-point state to the parameter's dtype; what is kept wider for bf16 parameters stays as it was."""

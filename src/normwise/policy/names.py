@@ -8,14 +8,26 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-_MARKS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # nobody calls a submodule so
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "DeepSpeedEngine")  # these call theirs "module"
+_MARKS = (
+    "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module", "_original_module",
+)  # fmt: skip
+"""What wrappers call the module that they wrap, and nobody a submodule: torch.compile, FSDP and fairscale's, activation checkpointing,
+Lightning Fabric (twice: the module as it is run, and as the user made it)."""
+_WRAPPERS = {
+    "module": (
+        "DistributedDataParallel", "DistributedDataParallelCPU", "DataParallel", "AveragedModel", "DeepSpeedEngine", "Float16Module",
+        "BFloat16Module", "DistributedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3",
+    ),
+    "_module": ("AbstractGradSampleModule", "GradSampleModule"),
+}  # fmt: skip
+"""The classes that call theirs so, by name, since they are of many packages: torch's and its averages, DeepSpeed, Megatron, SageMaker,
+timm, Opacus. PEFT's ``base_model.model.`` is no such trace: its names are the model's own."""
 
 
 def clean_name(name: str) -> str:
     """``name`` without the traces of wrappers: for keys of a checkpoint, where there is no model to ask.
 
-    Drops the components that ``torch.compile``, FSDP and activation checkpointing add anywhere, and ``module.`` at the front. A
+    Drops the components that ``torch.compile``, FSDP, activation checkpointing and Fabric add anywhere, and ``module.`` at the front. A
     user's own outermost submodule called ``module`` cannot be told from a wrapper here; `sites` tells them apart.
 
     >>> clean_name("module._orig_mod.blocks.0._checkpoint_wrapped_module.fc.weight")
@@ -29,9 +41,7 @@ def clean_name(name: str) -> str:
 
 def is_wrapper(owner: nn.Module, child: str) -> bool:
     """Whether ``owner`` only wraps its submodule ``child``, which then adds nothing to a clean name."""
-    if child in _MARKS:
-        return True
-    return child == "module" and any(cls.__name__ in _WRAPPERS for cls in type(owner).__mro__)
+    return child in _MARKS or any(cls.__name__ in _WRAPPERS.get(child, ()) for cls in type(owner).__mro__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +69,11 @@ class Site:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """Every place of every parameter, in the order of ``named_parameters``, under clean names."""
-    return list(_walk(model, "", ()))
+    """Every place of every parameter, in the order of ``named_parameters``, under clean names; once where a wrapper has it twice."""
+    found: dict[tuple[str, int], Site] = {}
+    for place in _walk(model, "", ()):
+        found.setdefault((place.name, id(place.module)), place)
+    return list(found.values())
 
 
 def _walk(module: nn.Module, prefix: str, parents: tuple[nn.Module, ...]) -> Iterator[Site]:

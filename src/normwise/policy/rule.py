@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -213,6 +214,11 @@ class Rule:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: _written(name, value) for name, value in given.items() if value != _default(self, name)}
 
+    def described(self) -> dict[str, str]:
+        """The fields that are not at their defaults, each as a text, to tell rules apart; what has no YAML form by its name."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: _text(name, value) for name, value in given.items() if value != _default(self, name)}
+
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Rule:
         """The inverse of :meth:`to_data`; PolicyError for anything that is no rule."""
@@ -246,6 +252,13 @@ _READ: dict[str, Callable[[Any], Any]] = {
 
 def _written(name: str, value: Any) -> Any:
     return _about(name, _WRITE.get(name, lambda plain: plain), value)
+
+
+def _text(name: str, value: Any) -> str:
+    try:
+        return json.dumps(_written(name, value), sort_keys=True)
+    except (NormwiseError, TypeError, ValueError):    # a function, weights, a norm of the user's own
+        return str(getattr(value, "__name__", None) or getattr(value, "name", None) or type(value).__name__)
 
 
 def read_field(name: str, value: Any) -> Any:
