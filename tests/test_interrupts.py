@@ -122,7 +122,8 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize(
     ("form", "number", "times"),
-    [("-m normwise", signal.SIGINT, 1), ("-m normwise", signal.SIGINT, 3), ("-m normwise", signal.SIGTERM, 3), ("-m normwise", signal.SIGHUP, 1),
+    [("-m normwise", signal.SIGINT, 1), ("-m normwise", signal.SIGINT, 3), ("-m normwise", signal.SIGTERM, 3),
+     ("-m normwise", signal.SIGHUP, 1),
      ("-mnormwise", signal.SIGINT, 1), ("the installed command", signal.SIGINT, 1), ("the installed command", signal.SIGTERM, 1)],
 )    # fmt: skip
 def test_a_signal_while_torch_is_imported_is_one_sentence(form: str, number: signal.Signals, times: int, tmp_path: Path) -> None:
