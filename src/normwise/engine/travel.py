@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine.sharded import is_sharded
@@ -220,6 +221,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float6
 # ---------------------------------------------------------------------------------------------------- the step that makes state
 
 
+@_disable_dynamo    # as the control's hooks
 def makes_state(optimizer: Optimizer) -> bool:
     """Whether the step that is about to be taken only makes the optimizer's state, as that of ``torch.distributed.checkpoint`` does before
     it gets or sets one: there is none yet, every rate is zero, and so is every gradient. No rule acts in it.
