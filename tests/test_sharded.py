@@ -129,8 +129,9 @@ def test_saved_by_four_processes_and_resumed_by_two_and_by_one(tmp_path):
 
 @pytest.mark.parametrize("world, some", [(2, True), *(pytest.param(world, False, marks=pytest.mark.long) for world in (2, 3))])
 def test_torchs_distributed_checkpoint_carries_the_rules_of_split_weights(world, some, tmp_path):
-    """FSDP2; full and sharded states, nested and flattened ones."""
-    kinds = [(how, full, flattened) for how in ("attached", "preset") for full in (False, True) for flattened in (False, True)]
+    """FSDP2; full and split states, nested and flattened ones; a full flattened one torch 2.13 cannot load, with rules or without."""
+    forms = [(False, False), (False, True), (True, False)]
+    kinds = [(how, *form) for how in ("attached", "preset") for form in forms]
     kinds = [("attached", True, False), ("attached", False, True), ("preset", False, False)] if some else kinds
     given = [[str(tmp_path), *kind, "bfloat16" if kind[2] else "float32"] for kind in kinds]
     found = run(world, [(str(each[1:]), "sharded_training:by_torch", each) for each in given], tmp_path)
