@@ -60,6 +60,10 @@ class BoundRule:
         """Whether a stored tensor can take the place of this rule's own."""
         return own.shape == kept.shape
 
+    def current(self, name: str, found: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a state found for a parameter, as this version keeps it."""
+        return found
+
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Takes back what was stored at attach and found in training; ``saved`` has been checked."""
         for m in self.members:
@@ -69,7 +73,8 @@ class BoundRule:
                 m.center.copy_(saved["center"][m.name])
             self.measure_center(m)
         for name, found in self.store.items():
-            found |= {what: _taken_back(saved["found"][name][what], own) for what, own in found.items()}
+            kept = self.current(name, saved["found"][name])
+            found |= {what: _taken_back(kept[what], own) for what, own in found.items()}
 
     @property
     def members(self) -> list[Member]:

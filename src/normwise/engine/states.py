@@ -64,7 +64,7 @@ def _check_rule(bound: BoundRule, saved: Mapping[str, Any]) -> None:
         if own is not None and (kept is None or not _replaces(own, kept, what)):
             raise PolicyError(f"the state has no fitting {what} for {m.name!r} in rule '{bound.rule.label()}'.")
     for name, what, own in ((name, what, t) for name, found in bound.store.items() for what, t in found.items()):
-        kept = saved["found"].get(name, {}).get(what)
+        kept = bound.current(name, saved["found"].get(name, {})).get(what)
         if not isinstance(kept, Tensor) or not bound.fits(own, kept):
             raise PolicyError(f"the state has no fitting {what} for {name!r} in rule '{bound.rule.label()}'.")
 

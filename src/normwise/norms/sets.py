@@ -11,8 +11,9 @@ from torch import Tensor
 
 from normwise.errors import NormError
 from normwise.norms.base import Radius, Set, check_blocks, column
+from normwise.norms.decompose import svd
 from normwise.norms.reduce import floor_to, max_abs, up
-from normwise.norms.spectral import _rebuild, svd
+from normwise.norms.spectral import _rebuild
 
 
 @dataclass(frozen=True)

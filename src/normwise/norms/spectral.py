@@ -9,27 +9,9 @@ import torch
 from torch import Tensor
 
 from normwise.norms.base import Norm, Radius, column
+from normwise.norms.decompose import singular_values, svd
 from normwise.norms.reduce import up
 from normwise.norms.simplex import project_l1
-
-
-def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(b, m, n) -> (b, m, k), (b, k), (b, k, n)``; a block that is not finite decomposes to NaN singular values, not to an error."""
-    work, finite = _finite(x)
-    u, s, vh = torch.linalg.svd(work, full_matrices=False)
-    return u, torch.where(finite[:, None], s, torch.nan), vh
-
-
-def singular_values(x: Tensor) -> Tensor:
-    """``(b, m, n) -> (b, min(m, n))``, in falling order; NaN for a block that is not finite."""
-    work, finite = _finite(x)
-    return torch.where(finite[:, None], torch.linalg.svdvals(work), torch.nan)
-
-
-def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
-    work = up(x)
-    finite = work.isfinite().flatten(1).all(1)
-    return torch.where(finite[:, None, None], work, 0.0), finite
 
 
 def _kept(s: Tensor, m: int, n: int) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from normwise.errors import NormError, nearest
+from normwise.norms.decompose import eigh, svd
 from normwise.norms.linalg import paths
 from normwise.norms.linalg.checks import as_batch, bounds, like_input, positive
 from normwise.norms.linalg.spectral_norm import upper_bound
 from normwise.norms.reduce import up
-from normwise.norms.spectral import Nuclear, svd
+from normwise.norms.spectral import Nuclear
 
 GRAM_DOMAIN = 4.0  # up to this many caps the Gram matrix, whose errors are relative to σ₁², tells what exceeds
 METHODS = ("auto", "gram", "exact")
@@ -76,7 +77,7 @@ def _by_svd(x: Tensor, limit: Tensor) -> Tensor:
 
 
 def _by_gram(x: Tensor, limit: Tensor) -> Tensor:
-    vectors = torch.linalg.eigh(short_gram(x)).eigenvectors.mT
+    vectors = eigh(short_gram(x))[1].mT
     return deflate(x, vectors, short_images(x, vectors), limit)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from normwise.errors import NormError
+from normwise.norms.decompose import singular_values
 from normwise.norms.linalg.spectral_norm import start_vectors
 from normwise.norms.reduce import up
-from normwise.norms.spectral import singular_values
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
