@@ -11,12 +11,15 @@ from torch import Tensor
 
 from normwise.norms.decompose import eigh
 from normwise.norms.linalg import paths
-from normwise.norms.linalg.caps import cap_singular_values, inward, short_gram, short_images
+from normwise.norms.linalg.caps import cap_singular_values, inward, short_images
 from normwise.norms.linalg.checks import as_batch, bounds, like_input, peak, positive
 from normwise.norms.linalg.spectral_norm import upper_bound
 from normwise.norms.reduce import root_sum_squares, up, wide
 
 WIDTH = 8             # singular vectors followed at first: that many rows a product takes at full speed
+CHUNK = 1 << 16       # entries of a difference at once: 256 KB
+PANELS_FROM = 192     # short sides from which only half of a Gram matrix is computed, in panels of so many rows:
+PANEL = 64
 DEGREE = 6            # of the polynomial in the Gram matrix that turns the followed vectors towards the leading ones
 CROWDED = 0.98        # a singular value from this share of the cap on is one to follow
 DENSE_BELOW = 32      # short sides up to this are decomposed rather than followed: as cheap
@@ -126,11 +129,26 @@ def _distance(parts: Sequence[Tensor], reference: Tensor) -> Tensor:
     """(b,): the Frobenius norm of what has changed since, never below it."""
     found, start = [], 0
     for part in parts:
-        for some in torch.split(part, paths.at_once(part.shape, part.device)):
-            moved = up(some) - up(reference[start : start + len(some)])
-            found.append(root_sum_squares(moved.flatten(1)))
-            start += len(some)
-    return torch.cat(found).to(wide(reference.device)) * (1 + 1e-5)
+        before = reference[start : start + len(part)]
+        start += len(part)
+        if part.numel() >= CHUNK and part.dtype == torch.float32 and part.device.type == "cpu" and part.is_contiguous():
+            found.append(torch.stack([_length_of_difference(*pair) for pair in zip(part.flatten(1), before.flatten(1), strict=True)]))
+        else:
+            found.append(root_sum_squares((up(part) - up(before)).flatten(1)).to(wide(part.device)))
+    return torch.cat(found) * (1 + 1e-3)
+
+
+def _length_of_difference(one: Tensor, other: Tensor) -> Tensor:
+    """‖one − other‖ of two long vectors, in pieces that stay in the cache: a difference that goes to memory and back costs twice as much.
+
+    A dot product in fp32 may be off by a part in 10⁴, and loses squares below the dtype's range, of which each can hide √tiny.
+    """
+    buffer = torch.empty(min(CHUNK, len(one)), dtype=one.dtype)
+    squares = []
+    for a, b in zip(one.split(CHUNK), other.split(CHUNK), strict=True):
+        moved = torch.sub(a, b, out=buffer[: len(a)])
+        squares.append(torch.dot(moved, moved))
+    return (torch.stack(squares).double().sum() + len(one) * torch.finfo(one.dtype).tiny).sqrt()
 
 
 def _chosen(parts: Sequence[Tensor], rows: list[int]) -> Tensor:
@@ -210,10 +228,11 @@ def _turned(gram: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     share = (2 / positive(torch.maximum(least, mean)))[..., None]
     before, now = vectors, share * step - vectors
     for _ in range(DEGREE - 1):
-        before, now = now, 2 * (share * (now @ gram) - now) - before
+        before, now = now, torch.baddbmm(before + 2 * now, 2 * share * now, gram, beta=-1)
     now = now / positive(now.abs().amax((1, 2), keepdim=True))
-    usable = now.isfinite().flatten(1).all(1) & gram.isfinite().flatten(1).all(1)
-    now, gram = (torch.where(usable[:, None, None], t, 0.0) for t in (now, gram))
+    usable = now.isfinite().flatten(1).all(1) & mean[:, 0].isfinite()    # no entry of a Gram matrix is larger than its trace
+    if not bool(usable.all()):
+        now, gram = (torch.where(usable[:, None, None], t, 0.0) for t in (now, gram))
     basis = torch.linalg.qr(now.mT).Q.mT
     squares, rotation = eigh(basis @ gram @ basis.mT)
     return rotation.mT @ basis, squares, usable & basis.isfinite().flatten(1).all(1)
@@ -232,9 +251,9 @@ def _lowered(y: Tensor, gram: Tensor, vectors: Tensor, excess: Tensor) -> tuple[
 
 def _gram(y: Tensor) -> Tensor:
     """xᵀx on the short side, in fp32 or float64; long sums in runs, so that its rounding stays far below the tolerance."""
-    if y.dtype == torch.float64 or max(y.shape[1:]) <= 4 * RUN:
-        return short_gram(y)
     rows = y if y.shape[1] < y.shape[2] else y.mT
+    if y.dtype == torch.float64 or rows.shape[2] <= 4 * RUN:
+        return paths.gram_in_panels(rows, PANEL) if rows.shape[1] >= PANELS_FROM and y.device.type == "cpu" else rows @ rows.mT
     total = torch.zeros(len(y), rows.shape[1], rows.shape[1], dtype=wide(y.device), device=y.device)
     for run in torch.split(rows, RUN, dim=2):
         total += run @ run.mT
