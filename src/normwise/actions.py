@@ -57,7 +57,9 @@ def penalty_gradient(norm: Norm, x: Tensor, power: int) -> Tensor:
     if power == 2 and norm.name == "l2":
         return work
     direction = norm.subgradient(work)
-    return direction if power == 1 else direction * column(norm.value(work), work)
+    if power == 1:
+        return direction
+    return direction * column(norm.value(work).clamp(max=torch.finfo(work.dtype).max), work)    # 0 times infinity is no number
 
 
 def penalty_value(value: Tensor, power: int) -> Tensor:

@@ -19,6 +19,7 @@ from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
 from normwise.layouts import block_view
 from normwise.norms import LInf, Norm, Radius, Set
+from normwise.norms.base import beyond
 from normwise.norms.reduce import may_branch, wide
 from normwise.policy import Rule
 from normwise.policy.inventory import Entry
@@ -318,6 +319,8 @@ class BoundRule:
         low = None if rule.min_radius is None else least(rule.min_radius, radius, self._hair(part))
         factor = actions.factor(rule.action, value, radius, low, rule.rate)
         self._multiply(part, tensors, factor, turn)
+        if part.coarsest == torch.float64 and not part.sharded and beyond(factor):
+            self._scale(part, tensors, radius, turn)
 
     def _multiply(self, part: Pack, tensors: Sequence[Tensor], factor: Tensor, turn: Turn) -> None:
         """Each block times its factor, in place, where the step is taken."""

@@ -10,8 +10,23 @@ from torch import Tensor
 
 from normwise.norms.base import Norm, Radius, column
 from normwise.norms.decompose import singular_values, svd
-from normwise.norms.reduce import up
+from normwise.norms.reduce import up, wide
 from normwise.norms.simplex import project_l1
+
+
+FAR = 4.0    # radii: beyond, singular vectors from fp32, orthonormal to a hundred eps, would show in what is rebuilt from many of them
+
+
+def _exact(x: Tensor) -> Tensor:
+    """fp32 matrices in float64: σ₁ from fp32 may be off by sixty eps, or beyond its range. Halves round far above that."""
+    return x.to(wide(x.device)) if x.dtype == torch.float32 else x
+
+
+def _svd_for(x: Tensor, radius: Radius) -> tuple[Tensor, Tensor, Tensor]:
+    """The decomposition that a projection is rebuilt from: in float64 where some σ₁ is far above the radius, or beyond fp32's range."""
+    u, s, vh = svd(x)
+    far = s.dtype == torch.float32 and s.numel() > 0 and bool((~(s[:, :1] <= torch.as_tensor(column(radius, s)) * FAR)).any())
+    return svd(x.to(wide(x.device))) if far else (u, s, vh)
 
 
 def _kept(s: Tensor, m: int, n: int) -> Tensor:
@@ -22,7 +37,7 @@ def _kept(s: Tensor, m: int, n: int) -> Tensor:
 def _rebuild(u: Tensor, s: Tensor, vh: Tensor, like: Tensor) -> Tensor:
     """U diag(s) Vᵀ, and the block of ``like`` where s is not finite."""
     usable = s.isfinite().all(1)[:, None, None]
-    return torch.where(usable, (u * s[:, None, :]) @ vh, up(like)).to(like.dtype)
+    return torch.where(usable, (u * s[:, None, :]) @ vh, like.to(u.dtype)).to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -39,11 +54,11 @@ class Spectral(Norm):
     def measure(self, x: Tensor) -> Tensor:
         if 0 in x.shape[1:]:
             return up(x).new_zeros(x.shape[0])
-        return singular_values(x)[:, 0]
+        return singular_values(_exact(x))[:, 0]
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd(x)
+        u, s, vh = _svd_for(x, radius)
         # Rebuilt rather than x minus what exceeds: the difference carries the rounding of σ₁, which may be many times the radius.
         capped = s.minimum(torch.as_tensor(column(radius, s), dtype=s.dtype, device=s.device))
         return torch.where((capped < s).any(1)[:, None, None], _rebuild(u, capped, vh, x), x)
@@ -67,11 +82,11 @@ class Nuclear(Norm):
         return Spectral()
 
     def measure(self, x: Tensor) -> Tensor:
-        return singular_values(x).sum(1)
+        return singular_values(_exact(x)).sum(1)
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd(x)
+        u, s, vh = _svd_for(x, radius)
         shrunk = project_l1(s, radius)
         return torch.where((shrunk < s).any(1)[:, None, None], _rebuild(u, shrunk, vh, x), x)
 
