@@ -29,7 +29,9 @@ def radial_factor(value: Tensor, target: Radius) -> Tensor:
 
     The one place of both rules. Shapes ``(b,) -> (b,)``.
     """
-    factor = target / value.to(wide(value.device))
+    exact = value.to(wide(value.device))
+    # As tensors: of a number torch takes the reciprocal of the norm first, which overflows for subnormal ones.
+    factor = (target if isinstance(target, Tensor) else torch.full((), target, dtype=exact.dtype, device=exact.device)) / exact
     if value.dtype == torch.float64:    # 1 over a subnormal norm: as far as it goes, see ``beyond``
         factor = torch.where((value > 0) & factor.isinf(), torch.finfo(factor.dtype).max, factor)
     if may_branch(factor) and factor.numel():
@@ -74,6 +76,15 @@ def two_steps(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor
     power = torch.ldexp(torch.ones_like(factor), torch.frexp(factor).exponent // 2)
     power = torch.where((factor != 0) & (narrow.isinf() | (narrow.abs() < info.smallest_normal)), power, 1.0)
     return power.to(dtype), (factor / power).to(dtype)
+
+
+def lifted(x: Tensor) -> Tensor:
+    """Float64 blocks of which only the direction matters, 2^600 times as large where they are so small that their lengths lose digits"""
+    if x.dtype != torch.float64 or not may_branch(x) or not x.numel():
+        return x
+    largest = x.abs().flatten(1).amax(1)
+    tiny = (largest > 0) & (largest < 1e-280)
+    return scale_blocks(x, torch.where(tiny, largest.new_full((), 2.0**600), 1.0)) if bool(tiny.any()) else x
 
 
 def beyond(factor: Tensor) -> bool:
@@ -147,6 +158,7 @@ class Norm(ABC):
     def normalize(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         """x · radius / ‖x‖: onto the sphere along the ray; a zero block stays zero."""
         self.check(x, radius)
+        x = lifted(x)
         factor = radial_factor(self.measure(x), radius)
         scaled = scale_blocks(x, factor)
         return self.normalize(scaled, radius) if x.dtype == torch.float64 and beyond(factor) else scaled

@@ -14,6 +14,7 @@ def clamp_symmetric(x: Tensor, bound: Radius) -> Tensor:
     if isinstance(bound, Tensor):
         limit = bound.to(x.dtype)
         return torch.clamp(x, -limit, limit)
+    bound = min(bound, torch.finfo(x.dtype).max)    # a number that the dtype cannot hold is refused by clamp
     return torch.clamp(x, -bound, bound)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, column
+from normwise.norms.base import Norm, Radius, column, lifted
 from normwise.norms.decompose import singular_values, svd
 from normwise.norms.reduce import up, wide
 from normwise.norms.simplex import project_l1
@@ -22,11 +23,14 @@ def _exact(x: Tensor) -> Tensor:
     return x.to(wide(x.device)) if x.dtype == torch.float32 else x
 
 
-def _svd_for(x: Tensor, radius: Radius) -> tuple[Tensor, Tensor, Tensor]:
-    """The decomposition that a projection is rebuilt from: in float64 where some σ₁ is far above the radius, or beyond fp32's range."""
+def svd_for(x: Tensor, radius: Radius = math.inf) -> tuple[Tensor, Tensor, Tensor]:
+    """What a matrix is rebuilt from: decomposed in float64 where some σ₁ is far above the radius, or beyond fp32's range."""
     u, s, vh = svd(x)
-    far = s.dtype == torch.float32 and s.numel() > 0 and bool((~(s[:, :1] <= torch.as_tensor(column(radius, s)) * FAR)).any())
-    return svd(x.to(wide(x.device))) if far else (u, s, vh)
+    if s.dtype != torch.float32 or not s.numel():
+        return u, s, vh
+    largest = torch.finfo(s.dtype).max
+    near = s[:, :1] <= (FAR * torch.as_tensor(column(radius, s), device=s.device)).clamp(max=largest)
+    return (u, s, vh) if bool(near.all()) else svd(x.to(wide(x.device)))
 
 
 def _kept(s: Tensor, m: int, n: int) -> Tensor:
@@ -58,14 +62,14 @@ class Spectral(Norm):
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
-        u, s, vh = _svd_for(x, radius)
+        u, s, vh = svd_for(x, radius)
         # Rebuilt rather than x minus what exceeds: the difference carries the rounding of σ₁, which may be many times the radius.
         capped = s.minimum(torch.as_tensor(column(radius, s), dtype=s.dtype, device=s.device))
         return torch.where((capped < s).any(1)[:, None, None], _rebuild(u, capped, vh, x), x)
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd(x)
+        u, s, vh = svd_for(lifted(x))
         kept = torch.where(s.isfinite(), _kept(s, *x.shape[1:]).to(s.dtype), s)
         return -_rebuild(u, kept * column(radius, s), vh, x)
 
@@ -86,13 +90,13 @@ class Nuclear(Norm):
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
-        u, s, vh = _svd_for(x, radius)
+        u, s, vh = svd_for(x, radius)
         shrunk = project_l1(s, radius)
         return torch.where((shrunk < s).any(1)[:, None, None], _rebuild(u, shrunk, vh, x), x)
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd(x)
+        u, s, vh = svd_for(lifted(x))
         top = torch.zeros_like(s)
         top[:, :1] = torch.where(s[:, :1].isfinite(), s[:, :1].sign(), s[:, :1])
         return -_rebuild(u, top * column(radius, s), vh, x)
@@ -100,5 +104,5 @@ class Nuclear(Norm):
     def prox(self, x: Tensor, step: Radius) -> Tensor:
         """Singular values soft-thresholded at ``step``; written on them, so that the rank falls exactly."""
         self.check(x, step)
-        u, s, vh = svd(x)
+        u, s, vh = svd_for(x)
         return _rebuild(u, (s - column(step, s)).clamp(min=0), vh, x)

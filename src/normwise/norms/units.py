@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, radial_factor, times
+from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, lifted, radial_factor, times
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs
 from normwise.norms.simplex import project_l1
 from normwise.norms.vector import one_hot_direction
@@ -59,10 +59,11 @@ class MaxOfUnits(_Mixed):
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
+        x = lifted(x)
         lengths = self.lengths(x)
         factor = radial_factor(lengths, column(radius, lengths))
         toward = self.scaled(x, factor)
-        return self.lmo(toward, radius).neg_() if x.dtype == torch.float64 and beyond(factor) else -toward
+        return self.lmo(toward, radius) if x.dtype == torch.float64 and beyond(factor) else -toward
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class SumOfUnits(_Mixed):
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
+        x = lifted(x)
         lengths = self.lengths(x)
         ratio = shrink_ratio(one_hot_direction(lengths, radius), lengths)
         toward = self.scaled(x, ratio)

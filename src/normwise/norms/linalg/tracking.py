@@ -319,7 +319,7 @@ def _decompose(x: Tensor, limit: Tensor, width: int, tolerance: float) -> Found:
 
 def _spectrum(x: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """σ in rising order, the singular vectors of the short side as rows, and a certified bound of σ₁; of finite matrices."""
-    size = positive(peak(x))
+    size = peak(x)
     y = up(x) / size
     gram = _gram(y)
     squares, vectors = eigh(gram)
