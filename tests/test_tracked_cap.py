@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import pytest
@@ -244,6 +245,11 @@ def state_of(control: nw.Control) -> dict[str, Tensor]:
     return dict(control.state_dict()["rules"][0]["found"]["weight"])
 
 
+@functools.cache
+def hidden_from_combinations(length: int) -> Tensor:
+    return hidden_from(combinations(length), length)
+
+
 def hidden_from(rows: Tensor, length: int) -> Tensor:
     """A unit vector orthogonal to the rows (k, length)."""
     basis = torch.linalg.qr(rows.T.double(), mode="complete").Q
@@ -273,12 +279,15 @@ def worst_direction(attack: str, weight: Tensor, known: dict[str, Tensor], gener
         return torch.outer(p[:, 0], qh[0])
     if attack == "unseen by combinations":    # always the same: what adds up
         right = torch.ones(w.shape[1], dtype=torch.float64) / w.shape[1] ** 0.5
-        return torch.outer(hidden_from(combinations(w.shape[0]), w.shape[0]), right)
+        return torch.outer(hidden_from_combinations(w.shape[0]), right)
     if attack == "outside what is followed":
         followed = known["vectors"][0].double()
-        right = hidden_from(followed, w.shape[1]) if len(followed) else vh[-1]
-        left = w @ right
-        return torch.outer(left / left.norm(), right)
+        if not len(followed):
+            return torch.outer(u[:, -1], vh[-1])
+        hidden = hidden_from(followed, followed.shape[1])
+        if w.shape[0] < w.shape[1]:
+            return torch.outer(hidden, w.T @ hidden / (w.T @ hidden).norm())
+        return torch.outer(w @ hidden / (w @ hidden).norm(), hidden)
     one, other = (torch.randn(n, generator=generator, dtype=torch.float64) for n in w.shape)
     return torch.outer(one / one.norm(), other / other.norm())
 
@@ -290,7 +299,7 @@ ATTACKS = ["leading", "growth since the reference", "unseen by combinations", "o
 @pytest.mark.parametrize("shape", [(SIDE, SIDE), (40, 96), (20, 24)])
 def test_an_adversary_that_knows_the_state_never_exceeds_the_bound(attack: str, shape: tuple[int, int]) -> None:
     """The worst update of its kind at each step, from 0.1% to 80% of the radius: σ₁ ≤ 1.01 r by float64 SVD after every step."""
-    besiege(attack, shape, torch.float32, (0.001, 0.005, 0.02, 0.3, 0.8), steps=12 if attack != "unseen by combinations" else 60)
+    besiege(attack, shape, torch.float32, (0.001, 0.005, 0.3, 0.8) if attack != "unseen by combinations" else (0.005,), steps=12 if attack != "unseen by combinations" else 45)
 
 
 @pytest.mark.long
@@ -414,9 +423,9 @@ def test_around_a_center() -> None:
     net = model()
     starts = [p.detach().clone() for p in net.parameters() if p.ndim == 2]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
-    control = nw.attach(net, optimizer, nw.spectral_cap(0.1, tolerance=0.01, center="init"))
+    control = nw.attach(net, optimizer, nw.spectral_cap(0.02, tolerance=0.01, center="init"))
     for seed in range(6):
         step(net, optimizer, seed)
         moved = [p.detach() - c for p, c in zip((p for p in net.parameters() if p.ndim == 2), starts, strict=True)]
-        assert max(float(torch.linalg.svdvals(m.double())[0]) for m in moved) <= 1.01 * 0.1
+        assert max(float(torch.linalg.svdvals(m.double())[0]) for m in moved) <= 1.01 * 0.02
     assert sum(control.violations().values()) > 0

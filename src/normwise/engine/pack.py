@@ -152,10 +152,11 @@ class Flat(Pack):
 def scale_tensors_(tensors: list[Tensor], factors: list[Tensor]) -> None:
     """Each tensor times a factor that broadcasts, in place. On the CPU a half-precision product with a wider factor is slow: it goes up
     and comes back."""
-    powers, factors = zip(*(two_steps(f, compute_dtype(t.dtype)) for t, f in zip(tensors, factors, strict=True)), strict=True)
-    if any(p is not None for p in powers):
-        for t, p, f in zip(tensors, powers, factors, strict=True):
-            t.copy_(up(t).mul(1.0 if p is None else p).mul_(f))
+    steps = [two_steps(f, compute_dtype(t.dtype)) for t, f in zip(tensors, factors, strict=True)]
+    factors = [rest for _, rest in steps]
+    if any(power is not None for power, _ in steps):
+        for t, (power, rest) in zip(tensors, steps, strict=True):
+            t.copy_(up(t).mul(1.0 if power is None else power).mul_(rest))
         return
     if tensors[0].device.type == "cpu" and compute_dtype(tensors[0].dtype) != tensors[0].dtype:
         torch._foreach_copy_(tensors, [t.float().mul_(f) for t, f in zip(tensors, factors, strict=True)])

@@ -1,7 +1,7 @@
 """Decompositions that neither end a run nor hide a failure: eigenvalues and singular values of batches of matrices.
 
-LAPACK's fast drivers may not converge, or return NaN, on harmless matrices: in fp32 ``eigh`` of a Gram matrix with many rows that are exactly
-zero is enough, and one such matrix fails its whole batch. Everything here that decomposes goes through these functions.
+LAPACK's fast drivers may not converge, or return NaN, on harmless matrices: in fp32 ``eigh`` of a Gram matrix with many rows that are
+exactly zero is enough, and one such matrix fails its whole batch. Everything in the library that decomposes goes through these functions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from normwise.norms.reduce import up, wide
 JITTERS = (0.0, 1e-15, 1e-13, 1e-11)    # relative changes of the entries tried one after the other; 1e-11 is far below fp32's rounding
 
 Parts = tuple[Tensor, ...]
+Fast = Callable[[Tensor], Parts]
+Other = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
 def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,7 @@ def singular_values(x: Tensor) -> Tensor:
     return _surely(x, lambda a: (torch.linalg.svdvals(a),), lambda a: (np.linalg.svd(a, compute_uv=False),), (1,))[0]
 
 
-def _surely(x: Tensor, fast: Callable[[Tensor], Parts], other: Callable[[np.ndarray], tuple[np.ndarray, ...]], scales: tuple[int, ...]) -> Parts:
+def _surely(x: Tensor, fast: Fast, other: Other, scales: tuple[int, ...]) -> Parts:
     """``fast`` on the whole batch; where that raises or finds no finite numbers, each matrix by itself in other ways.
 
     scales: the power of a matrix's scale by which each result grows. Matrices that are not finite are decomposed as zeros, and then get NaN
@@ -74,7 +76,7 @@ def _nan_where(which: Tensor, found: Tensor) -> Tensor:
     return torch.where(which.view(-1, *[1] * (found.ndim - 1)), torch.nan, found)
 
 
-def _alone(x: Tensor, fast: Callable[[Tensor], Parts], other: Callable[[np.ndarray], tuple[np.ndarray, ...]], scales: tuple[int, ...]) -> Parts:
+def _alone(x: Tensor, fast: Fast, other: Other, scales: tuple[int, ...]) -> Parts:
     """One finite matrix ``(1, m, n)``: as it is, then in float64 at unit scale, then by numpy's own LAPACK, then with entries changed by
     less than x's rounding. NaN if all of them fail, which every rule takes for a matrix to leave alone and to report."""
     largest = x.abs().amax()

@@ -14,7 +14,6 @@ from normwise.norms.decompose import singular_values, svd
 from normwise.norms.reduce import up, wide
 from normwise.norms.simplex import project_l1
 
-
 FAR = 4.0    # radii: beyond, singular vectors from fp32, orthonormal to a hundred eps, would show in what is rebuilt from many of them
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from normwise.errors import NormError, nearest
 from normwise.norms.decompose import eigh, svd
 from normwise.norms.linalg import paths
-from normwise.norms.linalg.checks import as_batch, bounds, like_input, positive
+from normwise.norms.linalg.checks import as_batch, bounds, like_input, peak, positive
 from normwise.norms.linalg.spectral_norm import upper_bound
 from normwise.norms.reduce import up, wide
 from normwise.norms.spectral import Nuclear
@@ -59,7 +59,9 @@ def _replace(out: Tensor, which: Tensor, limit: Tensor, function: Callable[[Tens
     chosen = which.nonzero().squeeze(-1)
     if chosen.numel():
         work = up(out[chosen])
-        out[chosen] = function(work, limit[chosen].to(work.dtype)[:, None]).to(out.dtype)
+        scale = peak(work)    # a power of two; neither the squares in a Gram matrix nor their sums then leave the range
+        capped = function(work / scale, (limit[chosen] / scale[:, 0, 0]).to(work.dtype)[:, None])
+        out[chosen] = (capped * scale).to(out.dtype)
 
 
 def inward(dtype: torch.dtype) -> float:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from normwise.errors import NormError
-from normwise.norms.linalg.checks import as_batch, like_input, peak, positive
 from normwise.norms.decompose import svd
+from normwise.norms.linalg.checks import as_batch, like_input, peak, positive
 from normwise.norms.reduce import up, wide
 
 
@@ -48,7 +48,7 @@ def _by_svd(y: Tensor, damping: float) -> Tensor:
 
 
 def _inverse(gram: Tensor, damping: float) -> Tensor:
-    """s·(G + δ s² I)⁻¹, s² the mean eigenvalue; NaN where there is no factor: where an entry is not finite, or the damping is below rounding.
+    """s·(G + δ s² I)⁻¹, s² the mean eigenvalue; NaN where there is no factor: an entry is not finite, or δ below rounding.
 
     The inverse is formed, though its solution for many columns is all that is wanted: products are several times as fast as triangular
     solutions, and the damping bounds the condition number by m/δ.

@@ -88,6 +88,7 @@ def follow(parts: Sequence[Tensor], limit: Tensor, state: Tracked | None, tolera
     parts: the matrices, (k, m, n) each, so that only those that are looked at need be copied together; may be scratch memory, nothing of
     it is kept. limit: (b,), >= 0. state: its tensors are changed in place.
     """
+    limit = limit.to(wide(limit.device))
     if state is None or not _fits(state, parts):
         state = _blank(parts)
     if not parts[0][0:1].numel():
@@ -145,7 +146,7 @@ def _length_of_difference(one: Tensor, other: Tensor) -> Tensor:
     """
     buffer = torch.empty(min(CHUNK, len(one)), dtype=one.dtype)
     squares = []
-    for a, b in zip(one.split(CHUNK), other.split(CHUNK), strict=True):
+    for a, b in zip(torch.split(one, CHUNK), torch.split(other, CHUNK), strict=True):
         moved = torch.sub(a, b, out=buffer[: len(a)])
         squares.append(torch.dot(moved, moved))
     return (torch.stack(squares).double().sum() + len(one) * torch.finfo(one.dtype).tiny).sqrt()
