@@ -8,8 +8,10 @@ from torch import Tensor
 
 from normwise.norms import Norm, Radius, Set
 from normwise.norms.base import column, radial_factor
-from normwise.norms.reduce import up
+from normwise.norms.linalg.checks import peak
+from normwise.norms.reduce import may_branch, up
 
+LARGE = 1e10    # entries from here on are multiplied at unit scale: three of them leave fp32's range
 RADIAL = ("clip_norm", "normalize")
 """Actions that only scale a block: they need its norm, never its entries."""
 
@@ -57,7 +59,9 @@ def penalty_gradient(norm: Norm, x: Tensor, power: int) -> Tensor:
     if power == 2 and norm.name == "l2":
         return work
     direction = norm.subgradient(work)
-    return direction if power == 1 else direction * column(norm.value(work), work)
+    if power == 1:
+        return direction
+    return direction * column(norm.value(work).clamp(max=torch.finfo(work.dtype).max), work)    # 0 times infinity is no number
 
 
 def penalty_value(value: Tensor, power: int) -> Tensor:
@@ -68,6 +72,11 @@ def penalty_value(value: Tensor, power: int) -> Tensor:
 def orthogonality_gradient(x: Tensor) -> Tensor:
     """The gradient (xxᵀ − I)x of ¼‖xxᵀ − I‖_F², on the shorter side of each matrix ``(b, m, n)``; in the compute dtype."""
     work = up(x)
+    if x.numel() and may_branch(x) and not float(work.abs().amax()) < LARGE:    # a product that overflows is met by one of the other sign
+        size = peak(work)
+        unit = work / size
+        excess = _gram_excess(unit, 1 / size / size)
+        return (excess @ unit if x.shape[1] <= x.shape[2] else unit @ excess) * size * size * size
     return _gram_excess(work) @ work if x.shape[1] <= x.shape[2] else work @ _gram_excess(work)
 
 
@@ -76,6 +85,6 @@ def orthogonality_value(x: Tensor) -> Tensor:
     return _gram_excess(up(x)).square().sum() / 4
 
 
-def _gram_excess(x: Tensor) -> Tensor:
+def _gram_excess(x: Tensor, of: Tensor | float = 1.0) -> Tensor:
     gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
-    return gram - torch.eye(gram.shape[1], dtype=x.dtype, device=x.device)
+    return gram - of * torch.eye(gram.shape[1], dtype=x.dtype, device=x.device)

@@ -14,7 +14,7 @@ from normwise.engine.sharded import comm, here, is_sharded
 from normwise.engine.sharded.place import Place
 from normwise.errors import NonFiniteError, NormError
 from normwise.norms import L1, L2, LInf, Norm
-from normwise.norms.base import clip_factor
+from normwise.norms.base import clip_factor, two_steps
 from normwise.norms.reduce import compute_dtype, max_abs, up, wide
 
 
@@ -110,8 +110,9 @@ def _norm(rows: Tensor, order: float) -> Tensor:
         return known[order].measure(rows)
     largest = max_abs(rows)
     safe = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-    value = torch.linalg.vector_norm(up(rows) / safe[:, None], order, dim=1) * safe
-    return torch.where(largest.isfinite(), value, largest)
+    exact = wide(rows.device)    # the norm of numbers that fp32 can hold may be beyond it
+    value = torch.linalg.vector_norm(up(rows) / safe[:, None], order, dim=1).to(exact) * safe.to(exact)
+    return torch.where(largest.isfinite(), value, largest.to(exact))
 
 
 def _scale(grads: list[Tensor], factor: Tensor) -> None:
@@ -122,4 +123,6 @@ def _scale(grads: list[Tensor], factor: Tensor) -> None:
         real = torch.view_as_real(g) if g.is_complex() else g
         alike.setdefault((real.device, real.dtype), []).append(real)
     for (device, dtype), group in alike.items():
-        torch._foreach_mul_(group, factor[0].to(device, compute_dtype(dtype)))
+        for step in two_steps(factor[0], compute_dtype(dtype)):
+            if step is not None:
+                torch._foreach_mul_(group, step.to(device))

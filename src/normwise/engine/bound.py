@@ -30,6 +30,7 @@ from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
 from normwise.layouts import block_view
 from normwise.norms import LInf, Norm, Radius, Set
+from normwise.norms.base import beyond
 from normwise.norms.reduce import may_branch, wide
 from normwise.policy import Rule
 from normwise.policy.inventory import Entry
@@ -98,6 +99,10 @@ class BoundRule:
         """Whether a stored tensor can take the place of this rule's own."""
         return own.shape == kept.shape
 
+    def current(self, name: str, found: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a state found for a parameter, as this version keeps it."""
+        return found
+
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Takes back what was stored at attach and found in training; ``saved`` has been checked."""
         for m in self.members:
@@ -107,7 +112,8 @@ class BoundRule:
                 m.center.copy_(saved["center"][m.name])
             self.measure_center(m)
         for name, found in self.store.items():
-            found |= {what: _taken_back(saved["found"][name][what], own) for what, own in found.items()}
+            kept = self.current(name, saved["found"][name])
+            found |= {what: _taken_back(kept[what], own) for what, own in found.items()}
 
     @property
     def members(self) -> list[Member]:
@@ -372,6 +378,8 @@ class BoundRule:
         low = None if rule.min_radius is None else least(rule.min_radius, radius, self._hair(part))
         factor = actions.factor(rule.action, value, radius, low, rule.rate)
         self._multiply(part, tensors, factor, turn)
+        if part.coarsest == torch.float64 and not part.sharded and beyond(factor):
+            self._scale(part, tensors, radius, turn)
 
     def _look_for_nonfinite(self, value: Tensor, turn: Turn) -> None:
         """Tells once of a norm that is not finite, where looking is free."""

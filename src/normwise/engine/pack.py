@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from normwise.layouts import BlockView
 from normwise.norms import Norm, Radius
-from normwise.norms.reduce import compute_dtype, may_branch, wide
+from normwise.norms.base import two_steps
+from normwise.norms.reduce import compute_dtype, may_branch, up, wide
 from normwise.policy.computed import Computed
 
 # Tensors above this are run alone: copying them into one batch costs more than the calls it saves.
@@ -137,7 +138,7 @@ class Pack:
         """Multiplies each block by its factor, in place, rounded once."""
         view, k = self.view, len(tensors)
         sizes = [view.shape[axis] for axis in view.order[: view.batch]]
-        opened = factor.to(compute_dtype(tensors[0].dtype)).reshape(k, *sizes, *[1] * (len(view.order) - view.batch))
+        opened = factor.reshape(k, *sizes, *[1] * (len(view.order) - view.batch))
         inverse = [0, *(view.order.index(axis) + 1 for axis in range(len(view.order)))]
         targets = list(tensors) if tensors[0].shape == view.shape else [view.open(t) for t in tensors]
         scale_tensors_(targets, list(opened.permute(inverse).unbind()))
@@ -174,12 +175,21 @@ class Flat(Pack):
         for t in tensors:
             alike.setdefault((t.device, t.dtype), []).append(t)
         for (device, dtype), group in alike.items():
-            torch._foreach_mul_(group, factor[0].to(device, compute_dtype(dtype)))
+            power, rest = two_steps(factor[0], compute_dtype(dtype))
+            for step in (power, rest):
+                if step is not None:
+                    torch._foreach_mul_(group, step.to(device))
 
 
 def scale_tensors_(tensors: list[Tensor], factors: list[Tensor]) -> None:
     """Each tensor times a factor that broadcasts, in place. On the CPU a half-precision product with a wider factor is slow: it goes up
     and comes back."""
+    steps = [two_steps(f, compute_dtype(t.dtype)) for t, f in zip(tensors, factors, strict=True)]
+    factors = [rest for _, rest in steps]
+    if any(power is not None for power, _ in steps):
+        for t, (power, rest) in zip(tensors, steps, strict=True):
+            t.copy_(up(t).mul(1.0 if power is None else power).mul_(rest))
+        return
     if tensors[0].device.type == "cpu" and compute_dtype(tensors[0].dtype) != tensors[0].dtype:
         torch._foreach_copy_(tensors, [t.float().mul_(f) for t, f in zip(tensors, factors, strict=True)])
     elif len(tensors) == 1:

@@ -58,9 +58,7 @@ def shy(radius: Radius, margin: float, center_norm: Radius = 0.0) -> Radius:
 
 
 def _subnormal(norm: Norm, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
-    """What rounding adds where entries are subnormal in fp16, as those of a long block of norm 0.1 are: half a step of each entry."""
-    if dtype != torch.float16:
-        return 0.0
+    """What rounding adds where entries are subnormal, as in fp16 those of a long block of norm 0.1 are: half a step of each entry."""
     scale = norm.factor(torch.empty(1, *shape, device="meta")) if isinstance(norm, Scaled) else 1.0
     n, least = math.prod(shape), min(shape)
     over_l2 = {"l1": n, "nuclear": least, "sum_of_units": shape[0], "sum_of_inputs": shape[-1]}.get(_base(norm).name, 1)

@@ -203,7 +203,8 @@ def _check(bound: BoundRule, known: _Known, among: Callable[[str], bool] | None)
                 raise _misfit(what, name, bound, mine, kept)
     anew = known.found != _kinds(own["found"])    # it finds something else now
     for name, found in () if anew else own["found"].items():
-        kept = known.state["found"].get(name)
+        saved = known.state["found"].get(name)
+        kept = None if saved is None else bound.current(name, saved)
         if kept is None and name not in known.params and name in names and not foreign:
             fresh.append(name)
             continue

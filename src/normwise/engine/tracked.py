@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normwise.engine.bound import BoundRule
-from normwise.engine.pack import SCRATCH_BYTES, Pack, pack
+from normwise.engine.pack import SCRATCH_BYTES, Member, Pack, pack
 from normwise.engine.turn import Turn
 from normwise.norms import Radius
 from normwise.norms.linalg import Tracked, follow
@@ -26,7 +26,7 @@ class TrackedCap(BoundRule):
     What is known of a pack's matrices lies in one batch, of which ``store`` has each parameter's part as a view.
     """
 
-    growing = ("vectors", "sketch")
+    growing = ("vectors", "reference")
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
         super().__init__(rule, entries, owner, index)
@@ -34,13 +34,25 @@ class TrackedCap(BoundRule):
         self._known: dict[int, Tracked] = {}
         self._views: dict[int, tuple[list[Any], list[Tensor]]] = {}
         for m in self.members:
-            sizes = {"vectors": (0, min(m.view.block_shape)), "sketch": (0, min(m.view.block_shape)), "reach": (), "age": ()}
-            options: dict[str, Any] = {"dtype": compute_dtype(m.param.dtype), "device": m.param.device}
-            self.store[m.name] = {what: torch.zeros(m.view.count, *size, **options) for what, size in sizes.items()}
+            self.store[m.name] = self._nothing(m)
+
+    @staticmethod
+    def _nothing(m: Member) -> dict[str, Tensor]:
+        """What is known of a parameter's matrices before they were looked at: no vectors, no reference, no bound."""
+        count, columns, dtype, device = m.view.count, m.view.block_shape[-1], m.param.dtype, m.param.device
+        return {
+            "vectors": torch.zeros(count, 0, min(m.view.block_shape), dtype=compute_dtype(dtype), device=device),
+            "reference": torch.zeros(count, 0, columns, dtype=dtype, device=device),
+            "reach": torch.zeros(count, dtype=wide(device), device=device),
+        }
 
     def fits(self, own: Tensor, kept: Tensor) -> bool:
-        """How many vectors are followed may differ, and before the first step there is no sketch."""
+        """How many vectors are followed may differ, and before the first step there is no reference."""
         return kept.ndim == own.ndim and own.shape[::2] == kept.shape[::2]
+
+    def current(self, name: str, found: Mapping[str, Any]) -> Mapping[str, Any]:
+        """States from before there were references begin anew: the first step then looks at every matrix."""
+        return found if "sketch" not in found else self._nothing(next(m for m in self.members if m.name == name))
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         super().restore(saved)
@@ -93,6 +105,6 @@ class TrackedCap(BoundRule):
     def _together(self, part: Pack) -> Tracked | None:
         """What is stored of a pack's members in one batch; None where they have not been together."""
         kept = [self.store[m.name] for m in part.members]
-        if len({(k["vectors"].shape[1], k["sketch"].shape[1]) for k in kept}) > 1:
+        if len({(k["vectors"].shape[1], k["reference"].shape[1]) for k in kept}) > 1:
             return None
         return Tracked(*(torch.cat([k[what] for k in kept]) for what in Tracked._fields))

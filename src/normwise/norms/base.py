@@ -29,7 +29,11 @@ def radial_factor(value: Tensor, target: Radius) -> Tensor:
 
     The one place of both rules. Shapes ``(b,) -> (b,)``.
     """
-    factor = target / value.to(wide(value.device))
+    exact = value.to(wide(value.device))
+    # As tensors: of a number torch takes the reciprocal of the norm first, which overflows for subnormal ones.
+    factor = (target if isinstance(target, Tensor) else torch.full((), target, dtype=exact.dtype, device=exact.device)) / exact
+    if value.dtype == torch.float64:    # 1 over a subnormal norm: as far as it goes, see ``beyond``
+        factor = torch.where((value > 0) & factor.isinf(), torch.finfo(factor.dtype).max, factor)
     if may_branch(factor) and factor.numel():
         low, high = torch.aminmax(factor)
         if float(low) > 0 and float(high) < math.inf:    # then every value was positive and finite
@@ -50,14 +54,42 @@ def scale_blocks(x: Tensor, factor: Tensor) -> Tensor:
 def times(x: Tensor, factor: Tensor) -> Tensor:
     """``x · factor``, broadcast, computed in the compute dtype and rounded once.
 
-    A factor beyond that dtype (1 over a subnormal norm) is applied in the factor's own where that can be seen for free, and else
-    capped at the dtype's largest number: short of the target, but never infinite.
+    A factor beyond that dtype (1 over a subnormal norm, or over one that only float64 can hold) is applied in two steps, see
+    :func:`two_steps`.
     """
-    work = up(x)
-    narrow = factor.to(work.dtype)
-    if not may_branch(x):
-        return (work * narrow.clamp(max=torch.finfo(work.dtype).max)).to(x.dtype)
-    return (work * (factor if bool(narrow.isinf().any()) else narrow)).to(x.dtype)
+    power, rest = two_steps(factor, compute_dtype(x.dtype))
+    work = up(x) if power is None else up(x) * power
+    return (work * rest).to(x.dtype)
+
+
+def two_steps(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """A factor in ``dtype``; where that would make it infinite, zero or subnormal, a power of two to multiply by first, and the rest.
+
+    Where looking costs a synchronisation it is capped at the dtype's largest number instead: short of the target, but never infinite.
+    """
+    info, narrow = torch.finfo(dtype), factor.to(dtype)
+    if not may_branch(factor):
+        return None, narrow.clamp(max=info.max)
+    low, high = torch.aminmax(narrow) if narrow.numel() else (narrow.new_ones(()), narrow.new_ones(()))
+    if info.smallest_normal <= float(low) and float(high) <= info.max:
+        return None, narrow
+    power = torch.ldexp(torch.ones_like(factor), torch.frexp(factor).exponent // 2)
+    power = torch.where((factor != 0) & (narrow.isinf() | (narrow.abs() < info.smallest_normal)), power, 1.0)
+    return power.to(dtype), (factor / power).to(dtype)
+
+
+def lifted(x: Tensor) -> Tensor:
+    """Float64 blocks of which only the direction matters, 2^600 times as large where they are so small that their lengths lose digits"""
+    if x.dtype != torch.float64 or not may_branch(x) or not x.numel():
+        return x
+    largest = x.abs().flatten(1).amax(1)
+    tiny = (largest > 0) & (largest < 1e-280)
+    return scale_blocks(x, torch.where(tiny, largest.new_full((), 2.0**600), 1.0)) if bool(tiny.any()) else x
+
+
+def beyond(factor: Tensor) -> bool:
+    """Whether a factor was cut at float64's largest number, as for a float64 block of norm 1e-310, so that scaling must be done again."""
+    return factor.dtype == torch.float64 and may_branch(factor) and bool((factor == torch.finfo(torch.float64).max).any())
 
 
 def check_radius(name: str, radius: Radius, x: Tensor) -> None:
@@ -126,7 +158,10 @@ class Norm(ABC):
     def normalize(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         """x · radius / ‖x‖: onto the sphere along the ray; a zero block stays zero."""
         self.check(x, radius)
-        return scale_blocks(x, radial_factor(self.measure(x), radius))
+        x = lifted(x)
+        factor = radial_factor(self.measure(x), radius)
+        scaled = scale_blocks(x, factor)
+        return self.normalize(scaled, radius) if x.dtype == torch.float64 and beyond(factor) else scaled
 
     def prox(self, x: Tensor, step: Radius) -> Tensor:
         """argmin ½‖y − x‖₂² + step·‖y‖ = x − (projection of x onto the dual ball of radius step) (Moreau, 1965)."""

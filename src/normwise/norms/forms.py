@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normwise.norms.base import Norm, Radius
+from normwise.norms.reduce import wide
 from normwise.norms.spectral import Spectral
 from normwise.norms.units import MaxOfUnits
 from normwise.norms.vector import L2, LInf
@@ -75,7 +76,8 @@ class Scaled(Norm):
         self.base.check(x)
 
     def measure(self, x: Tensor) -> Tensor:
-        return self.base.measure(x) * self.factor(x)
+        value = self.base.measure(x)
+        return value.to(wide(value.device)) * self.factor(x)    # which may be beyond fp32
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)

@@ -36,7 +36,13 @@ def may_branch(x: Tensor) -> bool:
 
 def sum_abs(x: Tensor) -> Tensor:
     """``(b, n) -> (b,)``, Σ|x|, accumulated wide."""
-    return _chunked(x, 1.0) if may_branch(x) else torch.linalg.vector_norm(x, 1, dim=1, dtype=wide(x.device))
+    if not may_branch(x):
+        return torch.linalg.vector_norm(x, 1, dim=1, dtype=wide(x.device))
+    value = _chunked(x, 1.0)
+    beyond = value.isinf()
+    if bool(beyond.any()):    # 128 numbers may add up beyond fp32, though none of them is
+        value[beyond] = x[beyond].to(value.dtype).abs().sum(1)
+    return value
 
 
 def max_abs(x: Tensor) -> Tensor:

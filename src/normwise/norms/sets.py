@@ -12,7 +12,7 @@ from torch import Tensor
 from normwise.errors import NormError
 from normwise.norms.base import Radius, Set, check_blocks, column
 from normwise.norms.reduce import floor_to, max_abs, up
-from normwise.norms.spectral import _rebuild, svd
+from normwise.norms.spectral import _rebuild, svd_for
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Orthogonal(Set):
 
     def project(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         check_blocks(self.name, self.matrix, x, radius)
-        u, s, vh = svd(x)
+        u, s, vh = svd_for(x)
         nonzero = s[:, :1] > 0
         target = torch.where(s.isfinite() & nonzero, torch.ones_like(s), s)
         return _rebuild(u, target * column(radius, s), vh, x)
@@ -67,5 +67,5 @@ class Orthogonal(Set):
     def excess(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         """max|σ − radius|, the distance in the spectral norm."""
         check_blocks(self.name, self.matrix, x, radius)
-        _, s, _ = svd(x)
+        _, s, _ = svd_for(x)
         return max_abs(s - column(radius, s))

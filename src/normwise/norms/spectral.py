@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, column
-from normwise.norms.reduce import up
+from normwise.norms.base import Norm, Radius, column, lifted
+from normwise.norms.decompose import singular_values, svd
+from normwise.norms.reduce import up, wide
 from normwise.norms.simplex import project_l1
 
-
-def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(b, m, n) -> (b, m, k), (b, k), (b, k, n)``; a block that is not finite decomposes to NaN singular values, not to an error."""
-    work, finite = _finite(x)
-    u, s, vh = torch.linalg.svd(work, full_matrices=False)
-    return u, torch.where(finite[:, None], s, torch.nan), vh
+FAR = 4.0    # radii: beyond, singular vectors from fp32, orthonormal to a hundred eps, would show in what is rebuilt from many of them
 
 
-def singular_values(x: Tensor) -> Tensor:
-    """``(b, m, n) -> (b, min(m, n))``, in falling order; NaN for a block that is not finite."""
-    work, finite = _finite(x)
-    return torch.where(finite[:, None], torch.linalg.svdvals(work), torch.nan)
+def _exact(x: Tensor) -> Tensor:
+    """fp32 matrices in float64: σ₁ from fp32 may be off by sixty eps, or beyond its range. Halves round far above that."""
+    return x.to(wide(x.device)) if x.dtype == torch.float32 else x
 
 
-def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
-    work = up(x)
-    finite = work.isfinite().flatten(1).all(1)
-    return torch.where(finite[:, None, None], work, 0.0), finite
+def svd_for(x: Tensor, radius: Radius = math.inf) -> tuple[Tensor, Tensor, Tensor]:
+    """What a matrix is rebuilt from: decomposed in float64 where some σ₁ is far above the radius, or beyond fp32's range."""
+    u, s, vh = svd(x)
+    if s.dtype != torch.float32 or not s.numel():
+        return u, s, vh
+    largest = torch.finfo(s.dtype).max
+    near = s[:, :1] <= (FAR * torch.as_tensor(column(radius, s), device=s.device)).clamp(max=largest)
+    return (u, s, vh) if bool(near.all()) else svd(x.to(wide(x.device)))
 
 
 def _kept(s: Tensor, m: int, n: int) -> Tensor:
@@ -40,7 +40,7 @@ def _kept(s: Tensor, m: int, n: int) -> Tensor:
 def _rebuild(u: Tensor, s: Tensor, vh: Tensor, like: Tensor) -> Tensor:
     """U diag(s) Vᵀ, and the block of ``like`` where s is not finite."""
     usable = s.isfinite().all(1)[:, None, None]
-    return torch.where(usable, (u * s[:, None, :]) @ vh, up(like)).to(like.dtype)
+    return torch.where(usable, (u * s[:, None, :]) @ vh, like.to(u.dtype)).to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,18 @@ class Spectral(Norm):
     def measure(self, x: Tensor) -> Tensor:
         if 0 in x.shape[1:]:
             return up(x).new_zeros(x.shape[0])
-        return singular_values(x)[:, 0]
+        return singular_values(_exact(x))[:, 0]
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd(x)
+        u, s, vh = svd_for(x, radius)
         # Rebuilt rather than x minus what exceeds: the difference carries the rounding of σ₁, which may be many times the radius.
         capped = s.minimum(torch.as_tensor(column(radius, s), dtype=s.dtype, device=s.device))
         return torch.where((capped < s).any(1)[:, None, None], _rebuild(u, capped, vh, x), x)
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd(x)
+        u, s, vh = svd_for(lifted(x))
         kept = torch.where(s.isfinite(), _kept(s, *x.shape[1:]).to(s.dtype), s)
         return -_rebuild(u, kept * column(radius, s), vh, x)
 
@@ -85,17 +85,17 @@ class Nuclear(Norm):
         return Spectral()
 
     def measure(self, x: Tensor) -> Tensor:
-        return singular_values(x).sum(1)
+        return singular_values(_exact(x)).sum(1)
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd(x)
+        u, s, vh = svd_for(x, radius)
         shrunk = project_l1(s, radius)
         return torch.where((shrunk < s).any(1)[:, None, None], _rebuild(u, shrunk, vh, x), x)
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd(x)
+        u, s, vh = svd_for(lifted(x))
         top = torch.zeros_like(s)
         top[:, :1] = torch.where(s[:, :1].isfinite(), s[:, :1].sign(), s[:, :1])
         return -_rebuild(u, top * column(radius, s), vh, x)
@@ -103,5 +103,5 @@ class Nuclear(Norm):
     def prox(self, x: Tensor, step: Radius) -> Tensor:
         """Singular values soft-thresholded at ``step``; written on them, so that the rank falls exactly."""
         self.check(x, step)
-        u, s, vh = svd(x)
+        u, s, vh = svd_for(x)
         return _rebuild(u, (s - column(step, s)).clamp(min=0), vh, x)

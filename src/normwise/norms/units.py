@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, clip_factor, column, radial_factor, times
+from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, lifted, radial_factor, times
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs
 from normwise.norms.simplex import project_l1
 from normwise.norms.vector import one_hot_direction
@@ -59,8 +59,11 @@ class MaxOfUnits(_Mixed):
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
+        x = lifted(x)
         lengths = self.lengths(x)
-        return -self.scaled(x, radial_factor(lengths, column(radius, lengths)))
+        factor = radial_factor(lengths, column(radius, lengths))
+        toward = self.scaled(x, factor)
+        return self.lmo(toward, radius) if x.dtype == torch.float64 and beyond(factor) else -toward
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,16 @@ class SumOfUnits(_Mixed):
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
+        x = lifted(x)
         lengths = self.lengths(x)
-        return self.scaled(x, shrink_ratio(one_hot_direction(lengths, radius), lengths))
+        ratio = shrink_ratio(one_hot_direction(lengths, radius), lengths)
+        toward = self.scaled(x, ratio)
+        return self.lmo(-toward, radius) if x.dtype == torch.float64 and beyond(-ratio) else toward
 
 
 def shrink_ratio(new: Tensor, old: Tensor) -> Tensor:
     """new / old where old is a positive finite length, else 1: zero vectors stay zero, others that mean nothing are left alone."""
     ratio = new / old
+    if ratio.dtype == torch.float64:    # a unit of subnormal length, see ``beyond``
+        ratio = torch.where((old > 0) & old.isfinite(), ratio.clamp(-torch.finfo(ratio.dtype).max, torch.finfo(ratio.dtype).max), ratio)
     return torch.where((old > 0) & ratio.isfinite(), ratio, 1.0)

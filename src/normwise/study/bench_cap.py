@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normwise as nw
+from normwise.norms.decompose import singular_values
 from normwise.policy.inventory import Entry, Inventory
 from normwise.tasks.data import load
 from normwise.tasks.gpt import GPT
@@ -124,7 +125,7 @@ def _step(
 
 
 def _sigma(entry: Entry) -> float:
-    return float(torch.linalg.svdvals(entry.param.detach().flatten(1).double())[0])
+    return float(singular_values(entry.param.detach().flatten(1).double()[None])[0, 0])
 
 
 def _gpt() -> tuple[nn.Module, Iterator[Any]]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.norms.decompose import svd
 from normwise.norms.linalg import polar
 
 BARS = {(200, 64, 64): 10.0, (24, 256, 256): 1.5, (12, 1024, 256): 1.3, (8, 1024, 1024): 1.25}
@@ -86,7 +87,7 @@ def errors(x: Tensor, y: Tensor) -> tuple[float, float]:
 
     σ of a result Y is uᵀ Y v on the input's own singular vectors: what became of that singular value.
     """
-    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    u, s, vh = svd(x.double())
     became = torch.einsum("bmk,bmn,bkn->bk", u, y.double(), vh)
     error = (became - 1).abs()[s > RELEVANT * s[:, :1]]
     return float(error.max()), float(error.median())

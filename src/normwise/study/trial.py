@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.norms.decompose import singular_values
 from normwise.study.optimizers import OPTIMIZERS
 from normwise.study.strategies import STRATEGIES
 from normwise.tasks.cnn import CNN
@@ -194,7 +195,7 @@ def _norms(parameter: Tensor) -> dict[str, float | None]:
     exact = parameter.double()
     rows = exact.flatten(1) if exact.ndim > 1 else exact[:, None]
     finite = bool(exact.isfinite().all())
-    spectral = torch.linalg.matrix_norm(rows, 2).item() if finite and exact.ndim > 1 else None
+    spectral = singular_values(rows[None])[0].amax().item() if finite and exact.ndim > 1 else None
     return {"l2": _finite(exact.norm().item()), "spectral": spectral, "max_unit": _finite(rows.norm(dim=1).max().item())}
 
 

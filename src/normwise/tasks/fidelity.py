@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import StudyError
+from normwise.norms.decompose import eigh, eigvalsh
 from normwise.tasks.data import ImageData
 from normwise.tasks.dcgan import brightest, scaled
 
@@ -45,13 +46,13 @@ def frechet(one: Gaussian, other: Gaussian) -> float:
     if not all(bool(part.isfinite().all()) for fit in (one, other) for part in (fit.mean, fit.covariance)):
         return math.nan
     root = _root(one.covariance)
-    crossed = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp(min=0).sqrt().sum()
+    crossed = eigvalsh((root @ other.covariance @ root)[None]).clamp(min=0).sqrt().sum()
     traces = one.covariance.trace() + other.covariance.trace()
     return float((one.mean - other.mean).square().sum() + traces - 2 * crossed)
 
 
 def _root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = (part[0] for part in eigh(matrix[None]))
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
 
 

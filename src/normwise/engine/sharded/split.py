@@ -244,7 +244,7 @@ class SplitPack(Split):
         return every
 
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
-        opened = self.pieces.expand(factor.to(compute_dtype(tensors[0].dtype)).view(len(tensors), -1))
+        opened = self.pieces.expand(factor.view(len(tensors), -1))
         scale_tensors_(list(tensors), list(opened.unbind()))
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:

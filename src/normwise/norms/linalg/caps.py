@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from normwise.errors import NormError, nearest
+from normwise.norms.decompose import eigh, svd
 from normwise.norms.linalg import paths
-from normwise.norms.linalg.checks import as_batch, bounds, like_input, positive
+from normwise.norms.linalg.checks import as_batch, bounds, like_input, peak, positive
 from normwise.norms.linalg.spectral_norm import upper_bound
-from normwise.norms.reduce import up
-from normwise.norms.spectral import Nuclear, svd
+from normwise.norms.reduce import up, wide
+from normwise.norms.spectral import Nuclear
 
 GRAM_DOMAIN = 4.0  # up to this many caps the Gram matrix, whose errors are relative to σ₁², tells what exceeds
 METHODS = ("auto", "gram", "exact")
@@ -58,7 +59,9 @@ def _replace(out: Tensor, which: Tensor, limit: Tensor, function: Callable[[Tens
     chosen = which.nonzero().squeeze(-1)
     if chosen.numel():
         work = up(out[chosen])
-        out[chosen] = function(work, limit[chosen].to(work.dtype)[:, None]).to(out.dtype)
+        scale = peak(work)    # a power of two; neither the squares in a Gram matrix nor their sums then leave the range
+        capped = function(work / scale, (limit[chosen] / scale[:, 0, 0]).to(work.dtype)[:, None])
+        out[chosen] = (capped * scale).to(out.dtype)
 
 
 def inward(dtype: torch.dtype) -> float:
@@ -67,16 +70,21 @@ def inward(dtype: torch.dtype) -> float:
 
 
 def _by_svd(x: Tensor, limit: Tensor) -> Tensor:
-    """Takes the excess away, which keeps the digits of what is inside, unless x is so large that its own rounding would show."""
-    u, s, vh = svd(x)
+    """Takes the excess away, which keeps the digits of what is inside, unless x is so large that its own rounding would show.
+
+    In float64: vectors from fp32 are orthonormal to a hundred eps, and where all of them come to the cap, that is how far σ₁ is off.
+    """
+    work = x.to(wide(x.device))
+    u, s, vh = svd(work)
+    limit = limit.to(s.dtype)
     kept = torch.where(s > limit, limit * (1 - inward(x.dtype)), s)
     rebuilt = (u * kept[:, None, :]) @ vh
-    reduced = x - (u * (s - kept)[:, None, :]) @ vh
-    return torch.where((s[:, :1] > 2 * limit)[..., None], rebuilt, reduced)
+    reduced = work - (u * (s - kept)[:, None, :]) @ vh
+    return torch.where((s[:, :1] > 2 * limit)[..., None], rebuilt, reduced).to(x.dtype)
 
 
 def _by_gram(x: Tensor, limit: Tensor) -> Tensor:
-    vectors = torch.linalg.eigh(short_gram(x)).eigenvectors.mT
+    vectors = eigh(short_gram(x))[1].mT
     return deflate(x, vectors, short_images(x, vectors), limit)
 
 

@@ -35,6 +35,8 @@ def peak(x: Tensor) -> Tensor:
 
     Dividing by it is exact, and keeps squares within the dtype's range whatever the matrix's scale.
     """
+    if 0 in x.shape[-2:]:
+        return up(x).new_ones((*x.shape[:-2], 1, 1))
     largest = up(x.abs().amax((-2, -1), keepdim=True))
     exponent = torch.frexp(largest).exponent.clamp(max=127 if largest.dtype == torch.float32 else 1023)
     return torch.where(largest.isfinite(), torch.ldexp(torch.ones_like(largest), exponent), largest)

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from normwise.errors import NormError
+from normwise.norms.decompose import singular_values
+from normwise.norms.linalg.checks import peak
 from normwise.norms.linalg.spectral_norm import start_vectors
 from normwise.norms.reduce import up
-from normwise.norms.spectral import singular_values
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
@@ -42,6 +43,8 @@ def convolution_norms(weight: Tensor, size: Sequence[int], groups: int = 1, step
 def flattened_filter_norm(weight: Tensor, groups: int = 1) -> Tensor:
     """σ₁ of the filters as a matrix (out / groups, in / groups × kernel), the largest over the groups; a 0-d tensor."""
     _check(weight, weight.shape[2:], groups)
+    if weight.numel() == 0:
+        return up(weight).new_zeros(())
     return singular_values(weight.detach().reshape(groups, weight.shape[0] // groups, -1))[:, 0].max()
 
 
@@ -52,10 +55,13 @@ def circular_norm(weight: Tensor, size: Sequence[int], groups: int = 1) -> Tenso
     Sedghi, Gupta, Long 2019, "The Singular Values of Convolutional Layers".
     """
     _check(weight, size, groups)
+    if weight.numel() == 0:
+        return up(weight).new_zeros(())
     axes = tuple(range(2, weight.ndim))
-    spectrum = torch.fft.rfftn(up(weight.detach()), s=tuple(size), dim=axes).flatten(2)
-    blocks = spectrum.reshape(groups, -1, *spectrum.shape[1:]).permute(0, 3, 1, 2)
-    return torch.linalg.svdvals(blocks)[..., 0].max()
+    scale = peak(weight.detach().reshape(1, -1))[0, 0]
+    spectrum = torch.fft.rfftn(up(weight.detach()) / scale, s=tuple(size), dim=axes).flatten(2)
+    blocks = spectrum.reshape(groups, -1, *spectrum.shape[1:]).permute(0, 3, 1, 2).flatten(0, 1)
+    return singular_values(blocks)[..., 0].max() * scale
 
 
 def zero_padded_norm(weight: Tensor, size: Sequence[int], groups: int = 1, steps: int = 100) -> Tensor:
@@ -65,7 +71,10 @@ def zero_padded_norm(weight: Tensor, size: Sequence[int], groups: int = 1, steps
     Returns a 0-d tensor: ‖conv(v)‖ / ‖v‖ of the last v, which no step makes smaller.
     """
     _check(weight, size, groups)
-    kernel, rank = up(weight.detach()), weight.ndim - 2
+    if weight.numel() == 0:
+        return up(weight).new_zeros(())
+    scale = peak(weight.detach().reshape(1, -1))[0, 0]
+    kernel, rank = up(weight.detach()) / scale, weight.ndim - 2
     padding = tuple(k // 2 for k in weight.shape[2:])
     flat = start_vectors(kernel.new_empty(1, 1, weight.shape[1] * groups * math.prod(size)), 1)
     v = flat.reshape(1, -1, *size)
@@ -74,7 +83,7 @@ def zero_padded_norm(weight: Tensor, size: Sequence[int], groups: int = 1, steps
         v = _TRANSPOSED[rank](_CONV[rank](v, kernel, padding=padding, groups=groups), kernel, padding=padding, groups=groups)
     length = torch.linalg.vector_norm(v)
     image = _CONV[rank](v / torch.where(length == 0, 1.0, length), kernel, padding=padding, groups=groups)
-    return torch.linalg.vector_norm(image)
+    return torch.linalg.vector_norm(image) * scale
 
 
 def _check(weight: Tensor, size: Sequence[int], groups: int) -> None:

@@ -54,19 +54,18 @@ def gram(x: Tensor, base: Tensor | None = None, beta: float = 0.0, alpha: float 
     """
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
     if wide.ndim == 2 and wide.shape[0] >= BLOCKS_FROM and wide.device.type == "cpu":
-        return _blocked_gram(wide, base, beta, alpha)
+        return gram_in_panels(wide, -(-wide.shape[0] // BLOCKS), base, beta, alpha)
     return wide @ wide.mT if base is None else torch.addmm(base, wide, wide.mT, beta=beta, alpha=alpha)
 
 
-def _blocked_gram(x: Tensor, base: Tensor | None, beta: float, alpha: float) -> Tensor:
-    """The same panel by panel below the diagonal, mirrored above it."""
-    size = x.shape[0]
-    out = torch.empty((size, size), dtype=x.dtype, device=x.device)
-    width = -(-size // BLOCKS)
+def gram_in_panels(x: Tensor, width: int, base: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """The same of a wide x (..., m, n), by panels of ``width`` rows below the diagonal, mirrored above it."""
+    size = x.shape[-2]
+    out = torch.empty((*x.shape[:-2], size, size), dtype=x.dtype, device=x.device)
     for start in range(0, size, width):
         stop = min(start + width, size)
-        rows, columns = x[start:], x[start:stop].mT
+        rows, columns = x[..., start:, :], x[..., start:stop, :].mT
         panel = rows @ columns if base is None else torch.addmm(base[start:, start:stop], rows, columns, beta=beta, alpha=alpha)
-        out[start:, start:stop] = panel
-        out[start:stop, stop:] = panel[stop - start:].mT
+        out[..., start:, start:stop] = panel
+        out[..., start:stop, stop:] = panel[..., stop - start :, :].mT
     return out

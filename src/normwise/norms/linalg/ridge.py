@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from normwise.errors import NormError
+from normwise.norms.decompose import svd
 from normwise.norms.linalg.checks import as_batch, like_input, peak, positive
-from normwise.norms.reduce import up
+from normwise.norms.reduce import up, wide
 
 
 def ridge_inverse(x: Tensor, damping: float) -> Tensor:
@@ -31,13 +32,23 @@ def ridge_inverse(x: Tensor, damping: float) -> Tensor:
         return x.detach().clone()
     with torch.no_grad():
         y = up(batch) / peak(batch)
-        if y.shape[1] > y.shape[2]:
-            return like_input(y @ _inverse(y.mT @ y, damping), x)
-        return like_input(_inverse(y @ y.mT, damping) @ y, x)
+        tall = y.shape[1] > y.shape[2]
+        inverse = _inverse(y.mT @ y if tall else y @ y.mT, damping)
+        found = y @ inverse if tall else inverse @ y
+        failed = (found.isnan().flatten(1).any(1) & batch.isfinite().flatten(1).all(1)).nonzero().flatten()
+        if len(failed):    # a damping below the rounding of the Gram matrix leaves it no factor, but singular values it has
+            found[failed] = _by_svd(y[failed], damping).to(found.dtype)
+        return like_input(found, x)
+
+
+def _by_svd(y: Tensor, damping: float) -> Tensor:
+    u, s, vh = svd(y.to(wide(y.device)))
+    square = positive(s.square().mean(1, keepdim=True))
+    return (u * (s * square.sqrt() / (s.square() + damping * square))[:, None, :]) @ vh
 
 
 def _inverse(gram: Tensor, damping: float) -> Tensor:
-    """s·(G + δ s² I)⁻¹, s² the mean eigenvalue; NaN where there is no factor, which is where an entry is not finite.
+    """s·(G + δ s² I)⁻¹, s² the mean eigenvalue; NaN where there is no factor: an entry is not finite, or δ below rounding.
 
     The inverse is formed, though its solution for many columns is all that is wanted: products are several times as fast as triangular
     solutions, and the damping bounds the condition number by m/δ.
@@ -46,5 +57,7 @@ def _inverse(gram: Tensor, damping: float) -> Tensor:
     square = positive(diagonal.mean(1, keepdim=True))
     diagonal.add_(damping * square)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    scale = torch.where(failed[:, None] == 0, square.sqrt(), torch.nan)
+    found = (failed == 0)[:, None]
+    scale = torch.where(found, square.sqrt(), torch.nan)
+    factor = torch.where(found[..., None], factor, torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device))    # else it raises
     return torch.cholesky_inverse(factor).mul_(scale[:, :, None])

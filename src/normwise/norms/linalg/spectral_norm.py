@@ -25,6 +25,8 @@ def power_iteration(x: Tensor, v: Tensor | None = None, steps: int = 1) -> tuple
     batch = up(as_batch(x))
     if v is None:
         v = start_vectors(batch, 1).squeeze(-1)
+    if batch.numel() == 0:
+        return batch.new_zeros(len(batch)), v
     scale = peak(batch)
     y = batch / scale
     w = torch.where(v.isfinite().all(1, keepdim=True), v, 1.0).to(y.dtype).unsqueeze(-1)

@@ -1,8 +1,7 @@
-"""A spectral cap for every training step: matrices far inside are left alone, the largest singular vectors of the others are followed."""
+"""A spectral cap for every training step: a certified bound on what can have grown decides which matrices are looked at."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,80 +9,67 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normwise.norms.linalg.caps import cap_singular_values, inward, short_gram, short_images
+from normwise.norms.decompose import eigh
+from normwise.norms.linalg import paths
+from normwise.norms.linalg.caps import cap_singular_values, inward, short_images
 from normwise.norms.linalg.checks import as_batch, bounds, like_input, peak, positive
-from normwise.norms.reduce import up
+from normwise.norms.linalg.spectral_norm import upper_bound
+from normwise.norms.reduce import root_sum_squares, up, wide
 
-WIDTH = 8         # singular vectors followed at first: that many rows a product takes at full speed
-PROBES = 8        # random combinations of its rows: what they become tells how far a matrix has moved
-SHOWN = 4         # of the changes in those combinations, sums that the search takes in as new directions
-DEPTH = 1         # products with xᵀx a search, one more after a long move
-LONG = 0.2        # a move from this share of the cap on, as in the first steps of Adam, is long
-SAFETY = 1.5      # an estimated move is taken this many times, since of rank one it may be seen at half its size
-WAIT = 50         # calls after which a matrix is looked at though nothing was seen to move: what the probes miss lasts that long at most
-CROWDED = 0.98    # a singular value from this share of the cap on is one to follow
-FULL = 0.75       # when so many of the followed are such ones, some may be missing: the matrix is decomposed, and twice as many followed
-JUMP = 1.5        # from this many caps on Ritz vectors are not exact enough, and the matrix is decomposed
-DENSE_BELOW = 32  # short sides up to this are decomposed rather than searched: as cheap
+WIDTH = 8             # singular vectors followed at first: that many rows a product takes at full speed
+CHUNK = 1 << 16       # entries of a difference at once: 256 KB
+PANELS_FROM = 192     # short sides from which only half of a Gram matrix is computed, in panels of so many rows:
+PANEL = 64
+DEGREE = 6            # of the polynomial in the Gram matrix that turns the followed vectors towards the leading ones
+CROWDED = 0.98        # a singular value from this share of the cap on is one to follow
+DENSE_BELOW = 32      # short sides up to this are decomposed rather than followed: as cheap
+MARGIN = 1 / 8        # of the tolerance: how far above the σ₁ that was found the one that is certified lies
+NARROW_UP_TO = 512    # short sides up to this are factored in fp32: beyond, its rounding would show beside a tolerance of 0.01
+RUN = 256             # entries of a row that are multiplied and summed in fp32: longer rows in such runs, these summed in float64
+RECUTS = 8            # a cut that rounding to the weights' dtype spoils is made again, each time lower
 
 
 class Tracked(NamedTuple):
-    """What ``cap`` keeps between its calls, for b matrices of short side s and long side l. It belongs in the checkpoint.
+    """What ``cap`` keeps between its calls, for b matrices (m, n) of short side s. It belongs in the checkpoint.
 
-    vectors: (b, k, s), orthonormal rows (or zero) that span the leading singular vectors of the short side. sketch: (b, PROBES, s),
-    random combinations of the matrix's long side when it was last looked at. reach: (b,), its σ₁ then. age: (b,), the calls since.
+    vectors: (b, k, s), orthonormal rows near the leading singular vectors of the short side. reference: (b, m, n), each matrix when it
+    was last looked at. reach: (b,), a certified upper bound of σ₁ of the reference; infinite where it is not finite.
     """
 
     vectors: Tensor
-    sketch: Tensor
+    reference: Tensor
     reach: Tensor
-    age: Tensor
 
 
 class Found(NamedTuple):
-    """What a look at b matrices found: the cut ones by position, those it could not deal with, and as in ``Tracked`` the state."""
+    """What a look at b matrices found: the cut ones by position, and as in ``Tracked`` what is known of all of them afterwards."""
 
     cut: dict[int, Tensor]
-    lost: list[int]
     vectors: Tensor
-    sketch: Tensor
     reach: Tensor
 
 
-class Seen(NamedTuple):
-    """b matrices (b, m, n) in the compute dtype, their limits (b,), and what is known of them before a look."""
-
-    x: Tensor
-    limit: Tensor
-    sketch: Tensor
-    moved: Tensor
-    vectors: Tensor
-
-
 def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, tolerance: float = 0.01) -> tuple[Tensor, Tracked]:
-    """Holds σ₁ <= (1 + tolerance) radius through training: ``(x, state) -> (capped x, state)`` at the price of a few thin products.
+    """Holds σ₁ <= (1 + tolerance) radius through training, whatever the updates: ``(x, state) -> (capped x, state)``.
 
-    x: (b, m, n), changed a little since the call before; radius: a number or one a matrix (b,); tolerance: >= 0.01. state: None at
-    first, then what the call before returned; its tensors are not changed. Returns new tensors, or x itself where nothing exceeds.
+    x: (b, m, n); radius: a number or one a matrix (b,); tolerance: >= 0.01. state: None at first, then what the call before returned; its
+    tensors are not changed. Returns new tensors, or x itself where nothing exceeds. It is cheapest where x has changed little since the
+    call before.
 
-    1. Eight random combinations of its rows (columns, where it is wide), one product, estimate how far each matrix has moved since
-       it was last looked at, in the Frobenius norm, which no singular value's move exceeds. Where its σ₁ then and 1.5 times the move
-       stay within (1 + tolerance) radius, that is all, at most 50 times in a row.
-    2. The others are searched: a Krylov space of the followed vectors, and the directions of the move. Small ones are decomposed.
+    1. The state holds a copy of each matrix as it was last looked at, and a certified bound of its σ₁. σ₁ of the present matrix is at most
+       that plus the Frobenius norm of the difference (Weyl), which one reading tells. Where that is within (1 + tolerance) radius, its bits
+       stay and nothing else is computed.
+    2. The others are looked at. The followed singular vectors are turned by a polynomial in the small Gram matrix (Zhou and Saad 2006) and
+       say what σ₁ probably is; that nothing lies more than an eighth of the tolerance above is then proved: c² I − xᵀx has a Cholesky
+       factor only if σ₁ < c. Where there is none, a direction was missed, and the matrix is decomposed.
     3. Where σ₁ exceeds the radius, all singular values above (1 − tolerance/2) radius are set to that: half of the tolerance is kept as
-       room, so that a matrix is cut every few steps and not at each. A matrix within the radius keeps its bits.
-    The first call, matrices that leapt by 1.5 radii, and those with values from 0.98 radius on in three quarters of what is followed, so
-    that one might be missing there, go through ``cap_singular_values``; the state widens to twice as many. Matrices that are not finite
-    come back as they are.
+       room, so that a matrix is cut every few steps and not at each. What is left is proved in the same way before it is written.
+    Matrices that are not finite come back as they are, and are looked at anew when they are finite again. Empty ones have σ₁ = 0.
 
-    What it can miss: of a move of rank one that is spread over the rows, 8 estimate² / move² is about χ² with eight degrees of freedom, so
-    that 1.5 times the estimate is below the move for 10% of all directions, below half of it for 0.1%, below a tenth for 4e-9; of moves
-    of higher rank less. Such a move has to be along the leading singular vectors besides to bring σ₁ above the radius, and is found at
-    the next look, 50 calls later at most. Nor is the search certain of a *new* direction in the step in which it appears.
-    docs/linalg.md has the σ₁ measured by float64 SVD after every step. It is no certificate: ``upper_bound`` is. Reads two flags a
-    call, each a synchronisation on a GPU.
-    Musco, Musco 2015, "Randomized Block Krylov Methods" (the search); Saad 2011, chapter 4 (Rayleigh–Ritz); Charikar, Chen,
-    Farach-Colton 2002, "Finding Frequent Items in Data Streams" (each row in one combination only).
+    The bound counts rounding: k products in a row are allowed the size √k u with a factor of two, which is what k roundings add up to short
+    of a conspiracy among them (Higham and Mary 2019); the worst case k u would exceed the tolerance from side 2000 on, in fp32.
+    Memory: one copy of the matrices. Reads two flags a call, each a synchronisation on a GPU.
+    Zhou, Saad 2006, "A Chebyshev–Davidson algorithm"; Higham, Mary 2019, "A new approach to probabilistic rounding error analysis".
     """
     batch = as_batch(x)
     own = None if state is None else Tracked(*(t.clone() for t in state))
@@ -97,32 +83,73 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
 
 
 def follow(parts: Sequence[Tensor], limit: Tensor, state: Tracked | None, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
-    """``cap`` of b >= 1 matrices for an engine: what becomes of those that exceed, by position, and the state.
+    """``cap`` of b matrices for an engine: what becomes of those that exceed, by position, and the state.
 
     parts: the matrices, (k, m, n) each, so that only those that are looked at need be copied together; may be scratch memory, nothing of
     it is kept. limit: (b,), >= 0. state: its tensors are changed in place.
     """
-    sketch = torch.cat([_sketch(up(p)) for p in parts])
-    if state is None or not _fits(state, sketch, parts[0][0]):
-        return _first(torch.cat(list(parts)), limit, tolerance)
-    state.age.add_(1)
-    moved = sketch - state.sketch
-    length = _length(moved)
-    due = (state.reach + SAFETY * length > limit * (1 + tolerance)) | (state.age >= WAIT)
-    how = due * (1 + (length > LONG * limit).to(torch.int64))
-    codes = torch.where(length.isnan(), 0, torch.where(length > JUMP * limit, 3, how)).tolist()
-    short, long, lost = ([i for i, code in enumerate(codes) if code == which] for which in (1, 2, 3))
-    cut: dict[int, Tensor] = {}
-    for rows, depth in ((short, DEPTH), (long, DEPTH + 1)):
-        if rows:
-            all_of = slice(None) if len(rows) == len(sketch) else rows
-            found = _look(Seen(up(_chosen(parts, rows)), *(t[all_of] for t in (limit, sketch, moved, state.vectors))), depth, tolerance)
-            lost += [rows[i] for i in found.lost]
-            state = _store(state, rows, found, cut)
-    if lost:
-        found = _decompose(_chosen(parts, lost), limit[lost], state.vectors.shape[1], tolerance)
-        state = _store(state, lost, found, cut)
-    return cut, state
+    limit = limit.to(wide(limit.device))
+    if state is None or not _fits(state, parts):
+        state = _blank(parts)
+    if not parts[0][0:1].numel():
+        return {}, state._replace(reach=torch.zeros_like(state.reach))
+    grown = state.reach + torch.where(state.reach.isfinite(), _distance(parts, state.reference), 0.0)
+    rows = (~(grown <= limit * (1 + tolerance))).nonzero().flatten().tolist()    # what is NaN has to be looked at, too
+    if not rows:
+        return {}, state
+    x = _chosen(parts, rows)
+    found = _look(x, limit[rows], state.vectors[rows], state.reach[rows].isfinite(), tolerance)
+    missing = found.vectors.shape[1] - state.vectors.shape[1]
+    if missing > 0:    # rows of zeros take part in a search as what it still has room for
+        state = state._replace(vectors=torch.nn.functional.pad(state.vectors, (0, 0, missing, 0)))
+    state.vectors[rows], state.reach[rows], state.reference[rows] = found.vectors, found.reach, x
+    for i, lowered in found.cut.items():
+        state.reference[rows[i]] = lowered
+    return {rows[i]: lowered for i, lowered in found.cut.items()}, state
+
+
+def _blank(parts: Sequence[Tensor]) -> Tracked:
+    """The state before anything is known."""
+    first, count = parts[0], sum(len(p) for p in parts)
+    shape, short = first.shape[1:], min(first.shape[1:])
+    width = 0 if short <= DENSE_BELOW else WIDTH
+    vectors = torch.zeros(count, width, short, dtype=up(first[:0]).dtype, device=first.device)
+    reference = torch.zeros(count, *shape, dtype=first.dtype, device=first.device)
+    return Tracked(vectors, reference, torch.full((count,), math.inf, dtype=wide(first.device), device=first.device))
+
+
+def _fits(state: Tracked, parts: Sequence[Tensor]) -> bool:
+    """Whether the state belongs to such matrices."""
+    shape, short, count = parts[0].shape[1:], min(parts[0].shape[1:]), sum(len(p) for p in parts)
+    width = state.vectors.shape[1]
+    alike = state.reference.shape == (count, *shape) and state.reference.dtype == parts[0].dtype
+    return alike and state.vectors.shape == (count, width, short) and (width > 0) == (short > DENSE_BELOW) and width <= max(short, 0)
+
+
+def _distance(parts: Sequence[Tensor], reference: Tensor) -> Tensor:
+    """(b,): the Frobenius norm of what has changed since, never below it."""
+    found, start = [], 0
+    for part in parts:
+        before = reference[start : start + len(part)]
+        start += len(part)
+        if part.numel() >= CHUNK and part.dtype == torch.float32 and part.device.type == "cpu" and part.is_contiguous():
+            found.append(torch.stack([_length_of_difference(*pair) for pair in zip(part.flatten(1), before.flatten(1), strict=True)]))
+        else:
+            found.append(root_sum_squares((up(part) - up(before)).flatten(1)).to(wide(part.device)))
+    return torch.cat(found) * (1 + 1e-3)
+
+
+def _length_of_difference(one: Tensor, other: Tensor) -> Tensor:
+    """‖one − other‖ of two long vectors, in pieces that stay in the cache: a difference that goes to memory and back costs twice as much.
+
+    A dot product in fp32 may be off by a part in 10⁴, and loses squares below the dtype's range, of which each can hide √tiny.
+    """
+    buffer = torch.empty(min(CHUNK, len(one)), dtype=one.dtype)
+    squares = []
+    for a, b in zip(torch.split(one, CHUNK), torch.split(other, CHUNK), strict=True):
+        moved = torch.sub(a, b, out=buffer[: len(a)])
+        squares.append(torch.dot(moved, moved))
+    return (torch.stack(squares).double().sum() + len(one) * torch.finfo(one.dtype).tiny).sqrt()
 
 
 def _chosen(parts: Sequence[Tensor], rows: list[int]) -> Tensor:
@@ -133,166 +160,174 @@ def _chosen(parts: Sequence[Tensor], rows: list[int]) -> Tensor:
     return torch.stack([matrices[i] for i in rows])
 
 
-def _store(state: Tracked, rows: list[int], found: Found, cut: dict[int, Tensor]) -> Tracked:
-    """Takes what was found about some matrices into the state, and what was cut into ``cut``."""
-    cut |= {rows[i]: y for i, y in found.cut.items()}
-    if len(rows) == len(state.age) and found.vectors.shape == state.vectors.shape:
-        return Tracked(found.vectors, found.sketch, found.reach.to(state.reach.dtype), torch.zeros_like(state.age))
-    missing = found.vectors.shape[1] - state.vectors.shape[1]
-    if missing > 0:    # rows of zeros take part in a search as what it still has room for
-        state = state._replace(vectors=torch.nn.functional.pad(state.vectors, (0, 0, missing, 0)))
-    state.vectors[rows], state.sketch[rows], state.reach[rows] = found.vectors, found.sketch, found.reach.to(state.reach.dtype)
-    state.age[rows] = 0
-    return state
-
-
-def _first(x: Tensor, limit: Tensor, tolerance: float) -> tuple[dict[int, Tensor], Tracked]:
-    """Every matrix decomposed, and twice as many vectors followed as there are singular values at the radius."""
-    found = _decompose(x, limit, 0 if _small(x[0]) else WIDTH, tolerance)
-    return found.cut, Tracked(found.vectors, found.sketch, found.reach, torch.zeros_like(found.reach))
-
-
-def _look(seen: Seen, depth: int, tolerance: float) -> Found:
-    """Finds what exceeds and cuts it."""
-    x, v, sketch = seen.x, seen.vectors, seen.sketch
-    limit = seen.limit.to(v.dtype)[:, None]
-    small, aim = _small(x[0]), limit * (1 - tolerance / 2)
-    vectors, images, sigma = _eigen(x) if small else _ritz(x, v, seen.moved, depth)
-    most = sigma[:, -1:]
-    exceeds = most > limit
-    full = vectors.shape[1] if small else FULL * vectors.shape[1]
-    lost = (most > JUMP * limit) | ((sigma > CROWDED * limit).sum(1, keepdim=True) > full)
-    codes = torch.where(lost, 2, exceeds.to(torch.int64)).flatten().tolist()
+def _look(x: Tensor, limit: Tensor, vectors: Tensor, known: Tensor, tolerance: float) -> Found:
+    """Finds what exceeds and cuts it. known: of which of the matrices (b, m, n) the vectors say something; the others are decomposed."""
+    reach = torch.full_like(limit, math.inf)
     cut: dict[int, Tensor] = {}
-    if 1 in codes:
-        sigma = sigma[:, -vectors.shape[1]:]
-        excess = torch.where(exceeds & (sigma > aim), 1 - aim * (1 - inward(v.dtype)) / positive(sigma), 0.0)
-        less = vectors * excess[..., None]
-        sketch = torch.baddbmm(sketch, _sums(images.mT), less, alpha=-1)
-        cut = {i: _without(x[i], less[i], images[i]) for i, code in enumerate(codes) if code == 1}
-    reach = torch.where(exceeds, aim, most)[:, 0]
-    return Found(cut, [i for i, code in enumerate(codes) if code == 2], v if small else vectors, sketch, reach)
+    if vectors.shape[1] and bool(known.any()):
+        cut, vectors, reach = _search(x, limit, vectors, known, tolerance)
+    lost = (~reach.isfinite()).nonzero().flatten().tolist()
+    if not lost:
+        return Found(cut, vectors, reach)
+    found = _decompose(x[lost], limit[lost], vectors.shape[1], tolerance)
+    missing = found.vectors.shape[1] - vectors.shape[1]
+    vectors = torch.nn.functional.pad(vectors, (0, 0, missing, 0)) if missing else vectors.clone()
+    vectors[lost], reach[lost] = found.vectors, found.reach
+    return Found(cut | {lost[i]: y for i, y in found.cut.items()}, vectors, reach)
+
+
+def _search(x: Tensor, limit: Tensor, vectors: Tensor, known: Tensor, tolerance: float) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+    """What is cut, the vectors, and what is certified after the cut: infinite where nothing could be.
+
+    All is done at the scale of the radius, by powers of two, so that neither squares nor their sums leave the range.
+    """
+    scale = _power_of_two(limit).to(vectors.dtype)
+    y = up(x) / scale[:, None, None]
+    bound = (limit / scale)[:, None]
+    gram = _gram(y)
+    vectors, squares, usable = _turned(gram, vectors)
+    sigma = squares.clamp(min=0).sqrt().to(bound.dtype)
+    most, aim = sigma[:, -1:], bound * (1 - tolerance / 2)
+    exceeds = (most > bound) & usable[:, None]
+    left, cut, rows = most, {}, (exceeds[:, 0] & known).nonzero().flatten().tolist()
+    slack = _slack(gram, y)
+    if rows:
+        excess = torch.where(exceeds & (sigma > aim), 1 - aim * (1 - inward(y.dtype)) / positive(sigma), 0.0).to(y.dtype)[..., None]
+        lowered, gram[rows] = _lowered(y[rows], gram[rows], vectors[rows], excess[rows])
+        written = (lowered * scale[rows][:, None, None]).to(x.dtype)
+        if x.dtype != y.dtype:    # what rounding to it adds is no matter of a margin
+            gram[rows] = _gram(up(written) / scale[rows][:, None, None])
+        cut = dict(zip(rows, written, strict=True))
+        left = torch.where(exceeds, aim, most)
+    near = left * (1 + MARGIN * tolerance)
+    far = torch.where(1.05 * left < bound, 1.05 * left, bound * (1 + MARGIN * tolerance))
+    reach = torch.full_like(left, math.inf)
+    for guess in (near, torch.maximum(near, far)):
+        open_ = (reach.isinf()[:, 0] & known & usable).nonzero().flatten().tolist()
+        if open_:
+            reach[open_] = _certified(gram[open_], guess[open_], slack[open_])
+    unit = torch.finfo(y.dtype).eps / 2
+    reach[rows] += 2 * math.sqrt(y.shape[-1]) * unit * _trace(gram)[rows].sqrt()    # the rounding of the images and of what is written
+    reach = torch.where(reach <= bound * (1 + tolerance), reach, math.inf)[:, 0] * scale.to(reach.dtype)
+    return {i: w for i, w in cut.items() if bool(reach[i].isfinite())}, vectors, reach
+
+
+def _power_of_two(limit: Tensor) -> Tensor:
+    """The power of two above each limit, within fp32's range; 1 for a limit of zero."""
+    exponent = torch.frexp(limit).exponent.clamp(-100, 120)
+    return torch.where(limit > 0, torch.ldexp(torch.ones_like(limit), exponent), 1.0)
+
+
+def _turned(gram: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, k, s) rows nearer to the leading eigenvectors, their Ritz values (b, k) in rising order, and whether they are usable (b,).
+
+    A Chebyshev polynomial in the Gram matrix, small on [0, β] and steep above, where β is the least that the followed vectors reach.
+    """
+    step = vectors @ gram
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    least = (step * vectors).sum(2).amin(1, keepdim=True)
+    share = (2 / positive(torch.maximum(least, mean)))[..., None]
+    before, now = vectors, share * step - vectors
+    for _ in range(DEGREE - 1):
+        before, now = now, torch.baddbmm(before + 2 * now, 2 * share * now, gram, beta=-1)
+    now = now / positive(now.abs().amax((1, 2), keepdim=True))
+    usable = now.isfinite().flatten(1).all(1) & mean[:, 0].isfinite()    # no entry of a Gram matrix is larger than its trace
+    if not bool(usable.all()):
+        now, gram = (torch.where(usable[:, None, None], t, 0.0) for t in (now, gram))
+    basis = torch.linalg.qr(now.mT).Q.mT
+    squares, rotation = eigh(basis @ gram @ basis.mT)
+    return rotation.mT @ basis, squares, usable & basis.isfinite().flatten(1).all(1)
+
+
+def _lowered(y: Tensor, gram: Tensor, vectors: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices less the shares ``excess`` (b, k, 1) of what they do to these vectors, and the Gram matrices of what is left."""
+    less, images = vectors * excess, short_images(y, vectors)
+    left, right = (less, images) if y.shape[-2] < y.shape[-1] else (images, less)
+    lowered = torch.baddbmm(y, left.mT, right, alpha=-1)
+    through = vectors @ gram
+    inner = torch.baddbmm(through, (through @ vectors.mT), less, beta=-1, alpha=0.5)    # G − less' (through − ½ H less) − its transpose
+    update = less.mT @ inner
+    return lowered, gram + update + update.mT
+
+
+def _gram(y: Tensor) -> Tensor:
+    """xᵀx on the short side, in fp32 or float64; long sums in runs, so that its rounding stays far below the tolerance."""
+    rows = y if y.shape[1] < y.shape[2] else y.mT
+    if y.dtype == torch.float64 or rows.shape[2] <= 4 * RUN:
+        return paths.gram_in_panels(rows, PANEL) if rows.shape[1] >= PANELS_FROM and y.device.type == "cpu" else rows @ rows.mT
+    total = torch.zeros(len(y), rows.shape[1], rows.shape[1], dtype=wide(y.device), device=y.device)
+    for run in torch.split(rows, RUN, dim=2):
+        total += run @ run.mT
+    return total.to(y.dtype)
+
+
+def _trace(gram: Tensor) -> Tensor:
+    """(b, 1): Σσ², in the widest dtype."""
+    return gram.diagonal(dim1=1, dim2=2).to(wide(gram.device)).sum(1, keepdim=True)
+
+
+def _slack(gram: Tensor, y: Tensor) -> Tensor:
+    """(b, 1): by how much rounding may have moved an eigenvalue of xᵀx, when it was formed and when a cut was taken from it."""
+    unit, longest = torch.finfo(gram.dtype).eps / 2, max(y.shape[1:])
+    summed = longest if y.dtype == torch.float64 or longest <= 4 * RUN else RUN
+    return (2 * math.sqrt(summed) + 16) * unit * _trace(gram) + math.prod(y.shape[1:]) * torch.finfo(gram.dtype).tiny
+
+
+def _certified(gram: Tensor, guess: Tensor, slack: Tensor) -> Tensor:
+    """(b, 1): a number that σ₁ does not exceed, hardly above the guess (b, 1); infinite where the guess is too small.
+
+    c² I − G is factored: that succeeds only where it is positive definite but for the factorisation's own rounding.
+    """
+    side = gram.shape[1]
+    if side > NARROW_UP_TO:
+        gram = gram.to(wide(gram.device))
+    unit = torch.finfo(gram.dtype).eps / 2
+    square = guess.square() + 2 * slack
+    room = square - slack - 2 * math.sqrt(side) * side * unit * square
+    shifted = -gram
+    shifted.diagonal(dim1=1, dim2=2).add_(room.to(gram.dtype))
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    sure = (failed == 0) & factor.diagonal(dim1=1, dim2=2).isfinite().all(1)
+    return torch.where(sure[:, None], square.sqrt(), math.inf)
 
 
 def _decompose(x: Tensor, limit: Tensor, width: int, tolerance: float) -> Found:
     """As a look, for matrices of which nothing is known; at least ``width`` vectors are followed, or none.
 
-    Of a matrix that is not finite nothing is known afterwards, either.
+    A matrix that is not finite is left alone, and nothing is known of it afterwards.
     """
-    aim = limit * (1 - tolerance / 2)
     finite = x.isfinite().flatten(1).all(1)
-    exceeds = _spectrum(x)[0][:, -1] > limit
-    rows = exceeds.nonzero().flatten()
-    lowered = cap_singular_values(x[rows], aim[rows]) if len(rows) else x[rows]
-    out = x.index_copy(0, rows, lowered)
-    sigma, vectors = _spectrum(out)
+    out = torch.where(finite[:, None, None], x, 0.0)
+    sigma, vectors, reach = _spectrum(out, tolerance)
+    over = (sigma[:, -1] > limit) | (reach > limit * (1 + tolerance))
+    cut, aim = torch.zeros_like(over), limit
+    for _ in range(RECUTS):
+        rows = over.nonzero().flatten().tolist()
+        if not rows:
+            break
+        aim = aim * (1 - tolerance / 2)
+        out[rows] = cap_singular_values(out[rows], aim[rows])
+        sigma[rows], vectors[rows], reach[rows] = _spectrum(out[rows], tolerance)
+        cut[rows] = True
+        over = over & (reach > limit * (1 + tolerance / 2))
     crowd = int((sigma > (CROWDED * limit)[:, None]).sum(1).max())
-    width = max(width, 2 * crowd) if width else 0
-    known = torch.where(finite[:, None, None], up(out), 0.0)
-    reach = torch.where(finite, sigma[:, -1], math.inf)
-    vectors = vectors[:, vectors.shape[1] - min(width, vectors.shape[1]):]
-    return Found(dict(zip(rows.tolist(), lowered, strict=True)), [], vectors, _sketch(known), reach)
+    side = vectors.shape[1]
+    width = min(max(width, 2 * crowd if 8 * crowd <= side else 0), side) if width else 0
+    reach = torch.where(finite, reach, math.inf)
+    kept = (cut & finite).nonzero().flatten().tolist()
+    return Found({i: out[i] for i in kept}, vectors[:, side - width :], reach)
 
 
-def _spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
-    """σ in rising order, and the singular vectors of the short side as rows; of a matrix that is not finite, those of zero."""
+def _spectrum(x: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """σ in rising order, the singular vectors of the short side as rows, and a certified bound of σ₁; of finite matrices."""
     size = peak(x)
-    usable = size.isfinite() & (size > 0)
-    size = torch.where(usable, size, 1.0)
-    squares, vectors = torch.linalg.eigh(short_gram(torch.where(usable, up(x) / size, 0.0)))
-    return squares.clamp(min=0).sqrt() * size[..., 0], vectors.mT
-
-
-def _eigen(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``_ritz``, with every singular vector."""
-    squares, rotation = torch.linalg.eigh(short_gram(x))
-    return rotation.mT, short_images(x, rotation.mT), squares.clamp(min=0).sqrt()
-
-
-def _ritz(x: Tensor, v: Tensor, moved: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As many approximate singular vectors (rows) as v has, from the Krylov space of v and the move; their images; all Ritz values.
-
-    Each product with xᵀx is followed by taking away what the space already holds, so that the images of an orthonormal basis are exact
-    and are rotated, not computed again.
-    """
-    basis, images = v, short_images(x, v)
-    last, shown = images, moved.view(len(v), -1, SHOWN, v.shape[2]).sum(1)
-    for _ in range(min(depth, v.shape[2] // (v.shape[1] + SHOWN) - 1)):
-        new = _beyond(torch.cat([last @ _tall(x), shown], 1), basis)
-        last = short_images(x, new)
-        basis, images = torch.cat([basis, new], 1), torch.cat([images, last], 1)
-    squares, rotation = torch.linalg.eigh(images @ images.mT)
-    turn = rotation[..., -v.shape[1]:].mT
-    return turn @ basis, turn @ images, squares.clamp(min=0).sqrt()
-
-
-def _beyond(z: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal rows for what the rows of z have outside the span of the basis; zero rows where they have less."""
-    for _ in range(2):    # once leaves what rounding leaves, which for converged vectors is all there is
-        z = torch.baddbmm(z, z @ basis.mT, basis, alpha=-1)
-    z = z / positive(torch.linalg.vector_norm(z, dim=-1, keepdim=True))
-    spread, rotation = torch.linalg.eigh(z @ z.mT)
-    share = torch.where(spread > 1e-3, spread.clamp(min=1e-3).rsqrt(), 0.0)
-    orthonormal: Tensor = (share[..., None] * rotation.mT) @ z
-    return orthonormal
-
-
-def _without(x: Tensor, vectors: Tensor, images: Tensor) -> Tensor:
-    """x (m, n) less the part that takes some multiples of orthonormal vectors of its short side to these images."""
-    left, right = (vectors, images) if x.shape[0] < x.shape[1] else (images, vectors)
-    return torch.addmm(x, left.mT, right, alpha=-1)
-
-
-def _tall(x: Tensor) -> Tensor:
-    """x with its long side first, a view."""
-    return x if x.shape[-2] >= x.shape[-1] else x.mT
-
-
-def _sketch(x: Tensor) -> Tensor:
-    """(b, PROBES, s): random combinations along the long side, so that ‖sketch‖² is ‖x‖_F² in the mean."""
-    return _sums(_tall(x))
-
-
-def _sums(tall: Tensor) -> Tensor:
-    """(b, l, s) -> (b, PROBES, s): sums of the l rows, each with its random weight in one of the sums."""
-    count, length, short = tall.shape
-    size = length // PROBES
-    runs, rest = _weighting(length, tall.dtype, tall.device)
-    rows = tall[:, : PROBES * size].reshape(count * PROBES, size, short)
-    sums = torch.bmm(runs if count == 1 else runs.repeat(count, 1, 1), rows).view(count, PROBES, short)
-    if len(rest):
-        sums[:, : len(rest)] += rest * tall[:, PROBES * size :]
-    return sums
-
-
-@functools.lru_cache(maxsize=64)    # one a length and device: a copy to a GPU at each step would be a synchronisation
-def _weighting(length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The weights of the rows in runs, (PROBES, 1, size), and of those that are left over, (rest, 1)."""
-    size = length // PROBES
-    runs, rest = torch.split(_weights(length).to(device, dtype), [PROBES * size, length - PROBES * size])
-    return runs.view(PROBES, 1, size), rest[:, None]
-
-
-def _weights(length: int) -> Tensor:
-    """Random signs times 0.5 to 1.5, of mean square one: the same for every call. Unequal, so that two equal entries do not cancel."""
-    draws = torch.rand(2, length, generator=torch.Generator().manual_seed(20), dtype=torch.float64)
-    weights = torch.where(draws[0] < 0.5, -0.5, 0.5) * (1 + 2 * draws[1])
-    normed: Tensor = weights / weights.square().mean().sqrt()
-    return normed
-
-
-def _length(moved: Tensor) -> Tensor:
-    """(b,): the Frobenius norm of a change, estimated from what it changes in the sketch."""
-    length: Tensor = torch.linalg.vector_norm(moved, dim=(1, 2))
-    return length
-
-
-def _small(x: Tensor) -> bool:
-    return min(x.shape) <= DENSE_BELOW
-
-
-def _fits(state: Tracked, sketch: Tensor, x: Tensor) -> bool:
-    """Whether the state belongs to such matrices and its search space to the short side."""
-    short, width = min(x.shape), state.vectors.shape[1]
-    alike = state.sketch.shape == sketch.shape and state.vectors.shape[::2] == (len(sketch), short)
-    return alike and (_small(x) or (width > 0 and (DEPTH + 1) * (width + SHOWN) <= short))
+    y = up(x) / size
+    gram = _gram(y)
+    squares, vectors = eigh(gram)
+    sigma = squares.clamp(min=0).to(wide(x.device)).sqrt()
+    reach = _certified(gram, sigma[:, -1:] * (1 + MARGIN * tolerance), _slack(gram, y))[:, 0]
+    if not bool(reach.isfinite().all()):    # eigenvalues that are wrong, or none: their bound is not
+        reach = torch.where(reach.isfinite(), reach, upper_bound(y).to(reach.dtype))
+    scale = size[:, 0].to(sigma.dtype)
+    sigma = torch.where(sigma.isnan(), reach[:, None], sigma)    # so that what has no eigenvalues is cut by its bound
+    return sigma * scale, vectors.mT.nan_to_num(nan=0.0), reach * scale[:, 0]
