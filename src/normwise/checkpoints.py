@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normwise import files
 from normwise.errors import NormwiseError
 
 KEY = "normwise"
@@ -25,20 +27,22 @@ KEY = "normwise"
 def save(state: Any, path: str | os.PathLike[str]) -> None:
     """``torch.save`` that is never half done: a process killed at any moment leaves the checkpoint that was there, or the new one.
 
-    Writes ``path`` + ".new" beside it, hands it to the disk, and renames it.
+    Writes ``path`` + ".new" beside it, hands it to the disk, and renames it. Raises OutputError where that fails, or where ``path`` is no
+    regular file, such as a device or a pipe.
     """
-    target = Path(path)
-    fresh = target.with_name(target.name + ".new")
-    with fresh.open("wb") as file:
+    with files.whole(path, beside=f"{Path(path).name}.new") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, target)
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
-    """``torch.load`` of tensors and plain data alone (``weights_only=True``): a file that was planted runs nothing."""
-    return torch.load(path, map_location=map_location, weights_only=True)
+    """``torch.load`` of tensors and plain data alone (``weights_only=True``): a file that was planted runs nothing.
+
+    Raises FileNotFoundError where there is none, and DataError for what is no regular file; a pipe is not waited for.
+    """
+    if files.what_is(path) == files.NOTHING:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    with files.opened(path, "a checkpoint") as file:
+        return torch.load(file, map_location=map_location, weights_only=True)
 
 
 def flat(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

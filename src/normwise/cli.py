@@ -222,8 +222,9 @@ def _add_bench(commands: Any) -> None:
 
 
 def _bench(given: argparse.Namespace) -> int:
+    from normwise.files import check_file
     from normwise.study import bench
-    from normwise.study.job import check_file, write_json
+    from normwise.study.job import write_json
 
     measure = bench.named(given.name)
     check_file(given.json)

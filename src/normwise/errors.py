@@ -37,6 +37,13 @@ class DataError(NormwiseError, ValueError):
     """A missing, truncated or wrong data file, or an output folder that cannot be written."""
 
 
+class OutputError(DataError, OSError):
+    """Results that could not be written after the work, or in the middle of it: a full disk, a folder that is gone.
+
+    What is found before the work is a plain DataError; the command line has a status of its own for each.
+    """
+
+
 class MissingExtra(NormwiseError, ImportError):
     """Packages of an extra that are not installed; the message names the extra."""
 

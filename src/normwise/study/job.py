@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from normwise.errors import DataError
+from normwise import files
+from normwise.files import check_file, check_folder
 from normwise.study import tables
 from normwise.study.compare import Options, compare
 from normwise.study.progress import on_stderr
@@ -85,31 +84,7 @@ def _sound(results: Mapping[str, Any]) -> bool:
     return not results["baseline_defects"] and not broken
 
 
-def check_folder(folder: Path) -> None:
-    """Makes the folder if it is missing and tries a file in it; DataError where that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DataError(f"{folder}: results cannot be written into this folder ({error.strerror}); give one that can be.") from None
-
-
-def check_file(path: Path | None) -> None:
-    """Nothing for None; else DataError where the file, or the folder that it would stand in, cannot be written."""
-    if path is None:
-        return
-    check_folder(path.parent)
-    if path.is_dir():
-        raise DataError(f"{path}: results cannot be written to a folder; give the name of a file in it.")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise DataError(f"{path}: this file cannot be written; give another one.")
-
-
 def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
-    """Writes the whole file or none of it; nothing for None."""
-    if path is None:
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Writes the whole file or none of it; nothing for None. OutputError where it cannot be written."""
+    if path is not None:
+        files.replace(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
