@@ -5,23 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import resource
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from normwise import checkpoints, cli, files
 from normwise.errors import DataError, OutputError
-from normwise.race.race import race, replay
+from normwise.race.race import replay
 from normwise.race.run import RaceRun
 from normwise.study import gan_trial, prune_run, trial
 from normwise.study import store as store_module
