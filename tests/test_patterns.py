@@ -174,7 +174,7 @@ def test_a_policy_as_large_as_one_may_be_is_attached_soon() -> None:
     count = yaml_form.MOST_RULES
     with pytest.raises(PolicyError, match=f"{count} rules at most"):
         nw.Policy.from_yaml("- {max_norm: 3}\n" * (count + 1))
-    policy = nw.Policy.from_yaml("".join(f"- {{unit_norm: {{radius: 3, params: '*.weight'}}}}\n" for _ in range(count)))
+    policy = nw.Policy.from_yaml("".join("- {unit_norm: {radius: 3, params: '*.weight'}}\n" for _ in range(count)))
     assert len(policy.rules) == count
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     begun = time.monotonic()

@@ -31,7 +31,12 @@ def save(state: Any, path: str | os.PathLike[str]) -> None:
     regular file, such as a device or a pipe.
     """
     with files.whole(path, beside=f"{Path(path).name}.new") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:    # torch stumbles over its half file, and hides what the disk said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:

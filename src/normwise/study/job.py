@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from normwise import files
+from normwise.errors import DataError
 from normwise.files import check_file, check_folder
 from normwise.study import tables
 from normwise.study.compare import Options, compare
@@ -33,10 +35,8 @@ class Outputs:
 def run(options: Options, outputs: Outputs) -> bool:
     """Compares, prints the table, writes the outputs. False where a bound is broken or a baseline was not trained."""
     options = replace(options, state=options.state or outputs.default_state())
-    check_file(outputs.json)
-    check_file(options.state)
+    check_outputs(outputs.json, options.state, outputs.report)
     if outputs.report is not None:
-        check_folder(outputs.report)
         import normwise.report  # an extra that is missing is told now, not after the work
     try:
         results = compare(options, on_stderr())
@@ -58,8 +58,7 @@ def deliver(
     """``work(state)`` with its outputs checked before it and written after it. Finished runs stand beside ``json`` unless ``state`` says
     where; on Ctrl-C the user is told how to go on."""
     state = state or (json.with_suffix(".runs.jsonl") if json is not None else None)
-    check_file(json)
-    check_file(state)
+    check_outputs(json, state)
     try:
         results = work(state)
     except KeyboardInterrupt:
@@ -82,6 +81,20 @@ def _sound(results: Mapping[str, Any]) -> bool:
     for message in [*results["baseline_defects"], *broken]:
         print(message, file=sys.stderr)
     return not results["baseline_defects"] and not broken
+
+
+def check_outputs(json: Path | None, state: Path | None, report: Path | None = None) -> None:
+    """DataError, before the work, where a result cannot be written, or would take the place of the finished runs."""
+    check_file(json)
+    check_file(state)
+    pages = [] if report is None else [report / name for name in ("index.html", "results.json")]
+    if report is not None:
+        check_folder(report)
+    for page in pages:
+        check_file(page)
+    for other in (json, *pages):
+        if state is not None and other is not None and os.path.realpath(state) == os.path.realpath(other):
+            raise DataError(f"{state}: the finished runs and the results cannot be written to one place; give two files.")
 
 
 def write_json(path: Path | None, results: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,7 @@ class Room:
 
     def __init__(self) -> None:
         told = os.environ.get("NORMWISE_MOST_BYTES", "")
-        if told and not (told.isdecimal() and 0 < int(told[:30])):
+        if told and not (told.isdecimal() and int(told[:30]) > 0):
             raise DataError(f"NORMWISE_MOST_BYTES is {told[:40]!r}, but must be a whole number of bytes >= 1.")
         self.most = int(told[:30]) if told else MOST_BYTES
         self.taken = 0
@@ -177,22 +177,35 @@ def _parquet_part(files: list[Path], part: str, room: Room) -> Part | None:
 
 
 def _decoded(shards: list[Path], room: Room) -> Arrays:
-    tables = {shard: _reading(shard, lambda shard=shard: _parquet_file(shard)) for shard in shards}    # type: ignore[misc]
-    rows = sum(table.metadata.num_rows for table in tables.values())
-    images, labels = Images(shards[0], rows, room), [np.empty(0, np.int64)]
-    encoded = 0
-    for shard, table in tables.items():
-        batches = table.iter_batches(_rows_at_once(table), columns=["image.bytes", "label"])
-        row = 0
-        while (batch := _reading(shard, lambda batches=batches: next(batches, None))) is not None:    # type: ignore[misc]
-            labels.append(_integer_labels(shard, batch))
-            for cell in batch.column(batch.schema.get_field_index("image")):
-                encoded += len(cell["bytes"].as_buffer() or b"") if cell.is_valid and cell["bytes"].is_valid else 0
-                if encoded > room.most:
-                    raise DataError(f"{shard}: expected encoded images of at most {room.most} bytes in all, found more.")
-                images.add(shard, row, cell.as_py())
-                row += 1
+    rows, most = 0, max(room.most, MOST_BYTES)
+    for shard in shards:    # all of them are looked at before one is read
+        with _parquet_file(shard) as table:
+            rows += table.metadata.num_rows
+    images, labels, encoded = Images(shards[0], rows, room), [np.empty(0, np.int64)], 0
+    for shard in shards:
+        with _parquet_file(shard) as table:
+            for row, (cell, label) in enumerate(_rows(shard, table)):
+                encoded += len(cell["bytes"] or b"") if cell else 0
+                if encoded > most:
+                    raise DataError(f"{shard}: expected encoded images of at most {most} bytes in all, found more.")
+                if label is not None:
+                    labels.append(label)
+                images.add(shard, row, cell)
     return images.finished(), np.concatenate(labels)
+
+
+def _rows(path: Path, table: Any) -> Iterator[tuple[Any, NDArray[np.int64] | None]]:
+    """The cells of the column image, and with the first of each batch the batch's labels."""
+    batches = table.iter_batches(_rows_at_once(table), columns=["image.bytes", "label"])
+    while True:
+        with _parquet_errors(path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        labels: NDArray[np.int64] | None = _integer_labels(path, batch)
+        for cell in batch.column(batch.schema.get_field_index("image")):
+            yield cell.as_py(), labels
+            labels = None
 
 
 def _rows_at_once(table: Any) -> int:
@@ -207,25 +220,34 @@ def _rows_at_once(table: Any) -> int:
     return min(1024, max(1, _MOST_ENCODED // largest)) if largest else 256
 
 
-def _reading(path: Path, read: Callable[[], Any]) -> Any:
-    """``read()``, with one DataError for whatever pyarrow raises."""
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """One DataError for whatever pyarrow raises."""
     import pyarrow as pa
 
     try:
-        return read()
+        yield
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: expected a parquet file, found one that cannot be read ({first_line(error)}).") from None
 
 
-def _parquet_file(path: Path) -> Any:
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     """The file, not read yet, with the right columns and its own account of itself within bounds."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(opened(path, "a parquet file"))
-    told, schema = file.metadata, file.schema_arrow
+    with opened(path, "a parquet file") as plain:
+        with _parquet_errors(path):
+            file = pq.ParquetFile(plain)
+            _check_account(path, file.metadata, file.schema_arrow)
+        yield file
+
+
+def _check_account(path: Path, told: Any, schema: Any) -> None:
+    import pyarrow as pa
+
     size = sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups))
     if not 0 <= told.num_rows <= MOST_ROWS or not 0 <= size <= MOST_BYTES:
         raise DataError(f"{path}: expected at most {MOST_ROWS} rows and {MOST_BYTES} bytes unpacked, found {told.num_rows} and {size}.")
@@ -234,7 +256,6 @@ def _parquet_file(path: Path) -> Any:
     is_image = once and pa.types.is_struct(schema.field("image").type)
     if not is_image or schema.field("image").type.get_field_index("bytes") < 0:
         raise DataError(f"{path}: expected the columns image: {{bytes, path}} and label: int, found {columns or 'none'}.")
-    return file
 
 
 def _integer_labels(path: Path, batch: Any) -> NDArray[np.int64]:
