@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normwise import files
 from normwise.errors import NormwiseError
 
 KEY = "normwise"
@@ -29,7 +31,8 @@ KEY = "normwise"
 def save(state: Any, path: str | os.PathLike[str], refuse_nonfinite: bool | Iterable[str] = False) -> None:
     """``torch.save`` that is never half done: a process killed at any moment leaves the checkpoint that was there, or the new one.
 
-    Writes ``path`` + ".new" beside it, hands it to the disk, and renames it.
+    Writes ``path`` + ".new" beside it, hands it to the disk, and renames it. Raises OutputError where that fails, or where ``path`` is no
+    regular file, such as a device or a pipe.
 
     refuse_nonfinite: True: NormwiseError, which names the tensors, where one of them has an entry that is infinite or not a number; the
         file that is there stays as it is. What rules found in training is not looked at, since an empty history and a bound that is not
@@ -39,13 +42,13 @@ def save(state: Any, path: str | os.PathLike[str], refuse_nonfinite: bool | Iter
     """
     if refuse_nonfinite is not False:
         _refuse_nonfinite(state, path, None if refuse_nonfinite is True else list(refuse_nonfinite))
-    target = Path(path)
-    fresh = target.with_name(target.name + ".new")
-    with fresh.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, target)
+    with files.whole(path, beside=f"{Path(path).name}.new") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:    # torch stumbles over its half file, and hides what the disk said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _refuse_nonfinite(state: Any, path: Any, among: list[str] | None) -> None:
@@ -91,8 +94,14 @@ def _nonfinite(tensor: Tensor) -> int:
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
-    """``torch.load`` of tensors and plain data alone (``weights_only=True``): a file that was planted runs nothing."""
-    return torch.load(path, map_location=map_location, weights_only=True)
+    """``torch.load`` of tensors and plain data alone (``weights_only=True``): a file that was planted runs nothing.
+
+    Raises FileNotFoundError where there is none, and DataError for what is no regular file; a pipe is not waited for.
+    """
+    if files.what_is(path) == files.NOTHING:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    with files.opened(path, "a checkpoint") as file:
+        return torch.load(file, map_location=map_location, weights_only=True)
 
 
 def flat(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

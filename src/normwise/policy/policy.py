@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from normwise.errors import PolicyError, nearest
+from normwise import files
+from normwise.errors import DataError, OutputError, PolicyError, nearest
 from normwise.policy import yaml_form
 from normwise.policy.roles import ROLES
 from normwise.policy.rule import Rule
@@ -88,19 +89,24 @@ class Policy:
     def load(cls, path: str | Path) -> Policy:
         """A policy from a YAML file; PolicyError names the file and the line."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-            raise PolicyError(f"the policy file {str(path)!r} cannot be read: {reason}.") from error
+            text = files.content(path, yaml_form.MOST_BYTES, "a policy").decode()
+        except UnicodeDecodeError as error:
+            raise PolicyError(f"the policy file {str(path)!r} cannot be read: it is no UTF-8 text.") from error
+        except DataError as error:
+            usual = {files.NOTHING: "No such file or directory.", files.FOLDER: "Is a directory."}
+            reason = usual.get(files.what_is(path), str(error))
+            raise PolicyError(f"the policy file {str(path)!r} cannot be read: {reason}") from error
         return cls.from_yaml(text, str(path))
 
     def save(self, path: str | Path) -> None:
-        """Writes :meth:`to_yaml` to a file."""
+        """Writes :meth:`to_yaml` to a file, whole or not at all."""
         text = self.to_yaml()
         try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise PolicyError(f"the policy file {str(path)!r} cannot be written: {error.strerror}.") from error
+            with files.whole(path) as file:
+                file.write(text.encode())
+        except OutputError as error:
+            reason = getattr(error.__cause__, "strerror", None) or str(error)
+            raise PolicyError(f"the policy file {str(path)!r} cannot be written: {reason.rstrip('.')}.") from error
 
 
 def as_policy(rules: PolicyLike) -> Policy:

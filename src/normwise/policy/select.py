@@ -12,6 +12,7 @@ from torch import nn
 
 from normwise.errors import PolicyError, nearest
 from normwise.policy.attention import CIRCUITS, PARTS
+from normwise.policy.patterns import LONGEST, finder
 from normwise.policy.roles import GROUPS, ROLES
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ Selector: TypeAlias = "One | Sequence[One]"
 """What ``params=`` and ``exclude=`` take.
 
 - a glob on the clean name, the whole of it: ``"fc*"``, ``"*.weight"``, ``"blocks.[01].*"``;
-- a regular expression, found anywhere in the clean name: ``"re:fc[12]"`` or ``re.compile("fc[12]")``;
+- a regular expression, found anywhere in the clean name: ``"re:fc[12]"`` or ``re.compile("fc[12]")``; any but one that refers back to
+  what another part matched (see ``policy.patterns``);
 - a role, or a group of roles: ``"role:bias"``, ``"role:matrix"``, ``"role:all"``;
 - a part of an attention, or two: ``"attention:q"``, ``"attention:qk"``, ``"attention:ov"``, ``"attention:all"``;
 - the class of the module that holds the parameter, or a base of it: ``"class:Linear"``, ``"class:torch.nn.Linear"``, ``nn.Linear``;
@@ -85,7 +87,8 @@ def _predicate(one: Any) -> Predicate:
     if isinstance(one, str):
         return _from_text(one)
     if isinstance(one, re.Pattern) and isinstance(one.pattern, str):
-        return lambda entry: any(one.search(name) for name in entry.names)
+        found = finder(one.pattern, one.flags)
+        return lambda entry: any(map(found, entry.names))
     if isinstance(one, type) and issubclass(one, nn.Module):
         return lambda entry: any(isinstance(owner, one) for owner in entry.owners)
     if callable(one) and not isinstance(one, type | nn.Module):
@@ -106,7 +109,10 @@ def _judged(predicate: Predicate, entry: Entry) -> bool:
 def _from_text(text: str) -> Predicate:
     kind, _, rest = text.partition(":")
     if kind == "re":
-        return _predicate(_compiled(rest))
+        found = finder(rest)
+        return lambda entry: any(map(found, entry.names))
+    if len(text) > LONGEST:
+        raise PolicyError(f"the selector {text[:60]!r}... has {len(text)} characters, {LONGEST} at most are read.")
     if kind == "role":
         roles = _listed_in(GROUPS, ROLES, text, "role")
         return lambda entry: entry.role in roles
@@ -116,13 +122,6 @@ def _from_text(text: str) -> Predicate:
     if kind == "class":
         return lambda entry: any(rest in _class_names(cls) for owner in entry.owners for cls in type(owner).__mro__)
     return lambda entry: any(fnmatch.fnmatchcase(name, text) for name in entry.names)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise PolicyError(f"'re:{pattern}' is no regular expression: {error}.") from error
 
 
 def _listed_in(groups: Mapping[str, tuple[str, ...]], singles: tuple[str, ...], text: str, what: str) -> tuple[str, ...]:

@@ -20,8 +20,9 @@ from normwise.policy.named import NAMED
 from normwise.policy.rule import Rule, read_field
 from normwise.policy.select import selector_to_data
 
-MOST_NODES, MOST_DEPTH = 20_000, 24
-"""Far above any policy; a file beyond them loops or explodes through its aliases."""
+MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_RULES = 1 << 18, 20_000, 24, 1000
+"""Far above any policy; a file beyond them was not written by hand, or loops or explodes through its aliases. All are checked before the
+text is parsed, or while it is: the parser reads about 300 KB a second."""
 
 _WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -99,14 +100,36 @@ def _dumper() -> Any:
 def _compose(text: str, source: str) -> Any:
     if not isinstance(text, str):
         raise PolicyError(f"{source} is {type(text).__name__}, but a policy is read from YAML text.")
+    if len(text) > MOST_BYTES or len(text.encode("utf-8", "surrogatepass")) > MOST_BYTES:
+        raise PolicyError(f"{source} is too long: a policy has {MOST_BYTES} bytes at most. Name the parameters of many rules by patterns.")
     yaml = _yaml()
     try:
-        return yaml.compose(text, Loader=yaml.BaseLoader)
+        return _compose_nodes(text, source)
     except yaml.YAMLError as error:
         raise PolicyError(f"{source}{_place(error)}: this is no YAML: {_problem(error)}") from error
     except (ValueError, OverflowError, RecursionError) as error:
         # PyYAML lets these out for escapes beyond Unicode and for very deep nesting.
         raise PolicyError(f"{source}: this is no YAML that can be read: {type(error).__name__}: {error}") from error
+
+
+def _compose_nodes(text: str, source: str) -> Any:
+    """The text's nodes; PolicyError as soon as there are too many of them, or one lies too deep."""
+    yaml = _yaml()
+
+    class Loader(yaml.BaseLoader):  # type: ignore[name-defined,misc]
+        nodes, depth = 0, 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.nodes, self.depth = self.nodes + 1, self.depth + 1
+            if self.nodes > MOST_NODES or self.depth > MOST_DEPTH + 2:    # a rule lies two below the root
+                deep = self.nodes <= MOST_NODES
+                what = f"this is nested more than {MOST_DEPTH} deep" if deep else f"there are more than {MOST_NODES} entries"
+                raise PolicyError(f"{source}, line {self.peek_event().start_mark.line + 1}: {what}, which no policy needs.")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    return yaml.compose(text, Loader=Loader)
 
 
 def _place(error: Any) -> str:
@@ -144,6 +167,8 @@ class _Reader:
     def rules(self, node: Any) -> list[Rule]:
         if not _is_sequence(node):
             raise self.error(node, "the rules of a policy are a list: begin each rule with '- '.")
+        if len(node.value) > MOST_RULES:
+            raise self.error(node, f"a policy's file holds {MOST_RULES} rules at most, found {len(node.value)}.")
         return [rule for index, item in enumerate(node.value) for rule in self.rule(item, index + 1)]
 
     def rule(self, node: Any, index: int) -> list[Rule]:

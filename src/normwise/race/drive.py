@@ -125,7 +125,7 @@ class Driver:
 
     def _take_kept(self, going: _Going) -> None:
         for k, run in enumerate(going.runs):
-            kept = self.store.get(run.settings())
+            kept = self.store.get(run.settings(), run.form)
             if kept is not None:
                 self.seen.add(run)
                 going.results[k] = kept

@@ -22,7 +22,7 @@ def run(options: Options, json: Path | None = None) -> None:
 
 def look(state: Path, json: Path | None = None) -> None:
     """Prints what the finished runs in ``state`` say, without training anything."""
-    deliver(lambda _: replay(state), show, json, None, keeps=False)
+    deliver(lambda _: replay(state, on_stderr()), show, json, None, keeps=False)
 
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:

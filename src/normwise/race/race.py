@@ -15,15 +15,17 @@ from normwise.errors import DataError, StudyError
 from normwise.race import figures, plans
 from normwise.race.contenders import BASELINES, CONTENDERS, chosen
 from normwise.race.drive import Driver, Replay
-from normwise.race.protocol import PROTOCOL, SATURATED, TUNING_SEED, budget, first_horizon, rung
+from normwise.race.protocol import PROTOCOL, SATURATED, STEPS, TUNING_SEED, budget, first_horizon, rung
 from normwise.race.run import RaceRun, batch_of
 from normwise.race.timing import step_times
 from normwise.study.lock import locked
 from normwise.study.pool import open_pool
 from normwise.study.progress import Progress
 from normwise.study.results import machine
-from normwise.study.store import Store
+from normwise.study.store import NUMBER, Form, Store, fits
 from normwise.tasks.load import load_task
+
+_MOST_SEEDS = 1000    # that a kept race may claim
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
         capacity = 1 if options.workers == 1 else options.workers + 1
         driver = Driver(store, told, partial(open_pool, options.workers, setup), capacity)
         told.start(None)
+        if store.note:
+            told.note(store.note)
         try:
             return _Race(facts, driver, partial(step_times, task=task)).run() | about
         finally:
@@ -87,7 +91,7 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
             told.stop()
 
 
-def replay(state: Path) -> dict[str, Any]:
+def replay(state: Path, progress: Progress | None = None) -> dict[str, Any]:
     """The results of the newest race in a file of finished runs, without its data.
 
     Of a race that is under way: what can be said already. A contender stands in ``contenders`` as soon as all its seeds are through the
@@ -95,13 +99,25 @@ def replay(state: Path) -> dict[str, Any]:
     """
     store = Store(state)
     settings, result = store.newest("race facts")
-    whole = settings is not None and result is not None and settings.keys() >= Facts.__dataclass_fields__.keys() and "machine" in result
-    if not whole or settings is None or result is None or settings.get("protocol") != PROTOCOL:
+    if settings is None or result is None or not _is_a_race(settings, result):
         raise DataError(f"{state}: expected the runs of a race under protocol {PROTOCOL}, found none. "
-                        f"Give the --state of such a race, or the *.runs.jsonl beside its --json.")
+                        f"Give the --state of such a race, or the *.runs.jsonl beside its --json.{f' {store.note}' if store.note else ''}")
+    if store.note and progress is not None:
+        progress.note(store.note)
     known = {name: settings[name] for name in Facts.__dataclass_fields__}
     facts = Facts(**{**known, "contenders": tuple(settings["contenders"])})
     return _Race(facts, Replay(store), None, result["machine"]["torch"]).run() | {"machine": result["machine"], "data": result.get("data")}
+
+
+def _is_a_race(settings: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether the facts kept in a file are those of a race that can be looked at here."""
+    form: Form = {"name": str, "key": str, "metric": str, "batch": int, "budget": str, "seeds": int, "contenders": list}
+    found: Form = {"machine": dict.fromkeys(("cpu", "torch", "python", "date"), str) | {"cores": int}}
+    return (
+        fits(settings, form) and fits(result, found) and settings.get("protocol") == PROTOCOL and settings["name"] in STEPS
+        and all(isinstance(name, str) and name in CONTENDERS for name in settings["contenders"])
+        and settings["batch"] > 0 and 0 < settings["seeds"] <= _MOST_SEEDS
+    )  # fmt: skip
 
 
 class _Race:
@@ -185,7 +201,7 @@ class _Race:
         """Milliseconds a step by contender, from a kept measurement where there is one."""
         runs = [self._make(name, n, rules.horizon, 0, False) for name, n in numbers.items()]
         settings = {"kind": "race timing", "rounds": self.plan.rounds, "runs": [run.settings() for run in runs]}
-        kept = self.store.get(settings)
+        kept = self.store.get(settings, {"step_ms": [NUMBER] * len(runs)})
         if kept is None and self.measure is None:
             return {}
         if kept is None:

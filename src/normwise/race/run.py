@@ -16,6 +16,7 @@ from torch import nn
 from normwise.race.contenders import CONTENDERS
 from normwise.race.initial import prepare
 from normwise.race.lattice import Value
+from normwise.study.store import MAYBE, NUMBER, Form
 from normwise.tasks.task import Batch, Part, Score, Task
 
 WARM_UP = 0.05
@@ -40,6 +41,13 @@ class RaceRun:
     def settings(self) -> dict[str, Any]:
         """As plain data, for the key of the run and for the file of finished runs."""
         return {"kind": "race", **asdict(self), "numbers": dict(self.numbers)}
+
+    @property
+    def form(self) -> Form:
+        """What a kept result must hold."""
+        trial: dict[str, Form] = {"result": MAYBE, "loss": MAYBE, "accuracy": NUMBER, "steps": int, "seconds": NUMBER, "diverged": bool}
+        part: Form = {"loss": MAYBE, "accuracy": NUMBER}
+        return trial | dict.fromkeys(PARTS, part) | {"sparsity": NUMBER, "breaches": list} if self.full else trial
 
     def train(self, task: Task) -> dict[str, Any]:
         """Trains and measures, see :func:`train`."""

@@ -1,12 +1,13 @@
-"""Files that are whole or absent, and the extra that the page needs."""
+"""The extra that the page needs, and files that are whole or absent (see ``normwise.files``)."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-from pathlib import Path
 
-from normwise.errors import DataError, MissingExtra
+from normwise.errors import MissingExtra
+from normwise.files import replace
+
+__all__ = ["replace", "require"]
 
 
 def require(*modules: str) -> None:
@@ -19,20 +20,3 @@ def require(*modules: str) -> None:
     if absent:
         raise MissingExtra(f"A report needs {', '.join(absent)}, which cannot be found here. "
                            "Install the extra: pip install 'normwise[report]'.")
-
-
-def replace(path: Path, content: bytes) -> Path:
-    """Writes ``content`` beside ``path``, then moves it there: a reader sees the old file or the new one, never a half.
-
-    Raises:
-        DataError: the folder cannot be made or written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise DataError(f"Cannot write {path}: {error.strerror or error}. Give a folder that can be written.") from error
-    return path

@@ -66,6 +66,8 @@ class Loop:
 
     def run(self, workers: int, open_pool: Callable[[], AbstractContextManager[Executor]]) -> None:
         """Until every cell is done. On Ctrl-C the runs under way are finished and kept, then KeyboardInterrupt goes on."""
+        if self.store.note:
+            self.progress.note(self.store.note)
         self._take_kept()
         if not self.queue:
             return
@@ -104,7 +106,7 @@ class Loop:
         fresh: deque[Job] = deque()
         while self.queue:
             job = self.queue.popleft()
-            kept = self.store.get(job.run.settings())
+            kept = self.store.get(job.run.settings(), job.run.form)
             if kept is None:
                 fresh.append(job)
             else:

@@ -18,7 +18,7 @@ from normwise.study.lock import locked
 from normwise.study.optimizers import OPTIMIZERS, PRESETS, TORCH
 from normwise.study.pool import pool
 from normwise.study.progress import Progress
-from normwise.study.store import Store
+from normwise.study.store import NUMBER, Store
 from normwise.study.strategies import ARTICLE, STRATEGIES, axes, chosen, why_not
 from normwise.study.trial import Run, steps_of
 from normwise.tasks.data import ImageData, load
@@ -173,7 +173,7 @@ class _Study:
             group = [cell for cell in cells if cell.optimizer == optimizer]
             runs = [self.make(cell, cell.numbers(), 0, True) for cell in group]
             settings = timing.as_plain(runs, self.budget.rounds)
-            kept = self.store.get(settings)
+            kept = self.store.get(settings, {"costs": [{"step_ms": NUMBER, "control_share": NUMBER}] * len(runs)})
             if kept is None:
                 kept = {"costs": timing.measure(runs, self.data, self.budget.rounds)}
                 self.store.add(settings, kept)

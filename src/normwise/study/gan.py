@@ -22,7 +22,7 @@ from normwise.study.gan_trial import JudgedData, Run
 from normwise.study.lock import locked
 from normwise.study.pool import one_thread, pool
 from normwise.study.progress import Progress
-from normwise.study.store import Store
+from normwise.study.store import NUMBER, Store
 from normwise.tasks.data import ImageData, load
 from normwise.tasks.dcgan import LOSSES
 from normwise.tasks.fidelity import train_judge
@@ -210,7 +210,7 @@ class _Study:
         """Milliseconds a step by strategy, from a kept measurement where there is one."""
         runs = [self.make(cell, cell.numbers(), 0, True) for cell in group]
         settings = {"kind": "gan timing", "rounds": self.budget.rounds, "runs": [run.settings() for run in runs]}
-        kept = self.store.get(settings)
+        kept = self.store.get(settings, {"step_ms": [NUMBER] * len(runs)})
         if kept is None:
             kept = {"step_ms": gan_results.step_times(runs, self.data, self.budget.rounds)}
             self.store.add(settings, kept)

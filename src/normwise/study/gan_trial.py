@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normwise.study.gan_strategies import STRATEGIES
+from normwise.study.store import MAYBE, NUMBER, Form
 from normwise.tasks.data import ImageData
 from normwise.tasks.dcgan import LOSSES, NOISE, Discriminator, Generator, Loss, brightest, scaled
 from normwise.tasks.fidelity import Fidelity, Judge
@@ -64,6 +65,14 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """As plain data, for the key of the run and for the file of finished runs."""
         return {"kind": "gan", **asdict(self)}
+
+    @property
+    def form(self) -> Form:
+        """What a kept result must hold."""
+        curve: Form = dict.fromkeys(("step", "samples", "distance", "precision", "recall", "collapsed"), list)
+        return {
+            "distance": MAYBE, "diverged": bool, "steps": int, "samples": int, "seconds": NUMBER, "breaches": list, "curve": curve,
+        }  # fmt: skip
 
     def train(self, data: JudgedData, /) -> dict[str, Any]:
         """What :func:`train` does: how a worker of ``study.pool`` does this run."""

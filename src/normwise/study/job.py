@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from normwise import files
 from normwise.errors import DataError, OutputError
+from normwise.files import check_file, check_folder
 from normwise.study import interrupts, tables
 from normwise.study.compare import Options, compare
 from normwise.study.printing import printed, tell
@@ -54,10 +55,8 @@ def deliver(
     """
     if keeps and state is None and json is not None:
         state = json.with_suffix(".runs.jsonl")
-    check_file(json)
-    check_file(state)
+    check_outputs(json, state, report)
     if report is not None:
-        check_folder(report)
         import_module("normwise.report")  # an extra that is missing is told now, not after the work
     interrupts.say(partial(_how_to_go_on, state, keeps))
     results = work(state)
@@ -116,31 +115,21 @@ def _how_to_go_on(state: Path | None, keeps: bool) -> str:
     return f"Interrupted: finished runs are in {state}; the same command goes on from there."
 
 
-def check_folder(folder: Path) -> None:
-    """Makes the folder if it is missing and tries a file in it; DataError where that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise DataError(f"{folder}: results cannot be written into this folder ({error.strerror}); give one that can be.") from None
-
-
-def check_file(path: Path | None) -> None:
-    """Nothing for None; else DataError where the file, or the folder that it would stand in, cannot be written."""
-    if path is None:
-        return
-    check_folder(path.parent)
-    if path.is_dir():
-        raise DataError(f"{path}: results cannot be written to a folder; give the name of a file in it.")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise DataError(f"{path}: this file cannot be written; give another one.")
+def check_outputs(json: Path | None, state: Path | None, report: Path | None = None) -> None:
+    """DataError, before the work, where a result cannot be written, or would take the place of the finished runs."""
+    check_file(json)
+    check_file(state)
+    pages = [] if report is None else [report / name for name in ("index.html", "results.json")]
+    if report is not None:
+        check_folder(report)
+    for page in pages:
+        check_file(page)
+    for other in (json, *pages):
+        if state is not None and other is not None and os.path.realpath(state) == os.path.realpath(other):
+            raise DataError(f"{state}: the finished runs and the results cannot be written to one place; give two files.")
 
 
 def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
-    """Writes the whole file or none of it; nothing for None."""
-    if path is None:
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Writes the whole file or none of it; nothing for None. OutputError where it cannot be written."""
+    if path is not None:
+        files.replace(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())

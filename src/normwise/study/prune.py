@@ -17,7 +17,7 @@ from normwise.study.pool import one_thread
 from normwise.study.progress import Progress
 from normwise.study.prune_run import FINE_TUNING_RATE, LASSO_AFTER, MOMENTUM, Run, execute
 from normwise.study.results import machine
-from normwise.study.store import Store
+from normwise.study.store import NUMBER, Form, Store
 from normwise.study.tables import spread
 from normwise.tasks.load import load_task
 from normwise.tasks.task import Task
@@ -101,6 +101,8 @@ class _Study:
         self.options, self.plan, self.task, self.store, self.progress = options, plan, task, store, progress
 
     def run(self) -> dict[str, Any]:
+        if self.store.note:
+            self.progress.note(self.store.note)
         self.progress.start(len(RATES) + len(STRENGTHS[self.options.task]) + len(BETWEEN) + 3 * self.options.seeds)
         rates = self.rates()
         lr = max(rates, key=lambda rate: _rank(rates[rate]))
@@ -159,7 +161,7 @@ class _Study:
 
     def result(self, wanted: Run) -> dict[str, Any]:
         """From the file of finished runs, or run now and kept there."""
-        kept = self.store.get(wanted.settings())
+        kept = self.store.get(wanted.settings(), {"failed": str}) or self.store.get(wanted.settings(), wanted.form)
         if kept is None:
             kept = execute(wanted, self.task)
             self.store.add(wanted.settings(), kept)
@@ -170,7 +172,9 @@ class _Study:
         shapes = [seed["smaller"]["removed"] for seed in seeds]
         settings = {"kind": "prune timing", "task": self.task.key, "shapes": shapes, "rounds": self.plan.rounds}
         settings |= {"hold": True} if self.options.hold else {}
-        kept = self.store.get(settings)
+        times: Form = dict.fromkeys(prune_timing.KINDS, NUMBER)
+        form: Form = {"full": times, "smaller": [times] * len(shapes), "ratio": [times] * len(shapes)}
+        kept = self.store.get(settings, form)
         if kept is None:
             kept = prune_timing.measure(self.task, shapes, self.plan.rounds, self.options.hold)
             self.store.add(settings, kept)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import normwise as nw
 from normwise.errors import StudyError
 from normwise.prune import cut, shrink, targets
+from normwise.study.store import NUMBER, Form
 from normwise.study.trial import share_of_lr
 from normwise.tasks.task import Task
 
@@ -45,6 +46,14 @@ class Run:
         """As plain data, for the key of the run and for the file of finished runs, the older of which know nothing of ``hold``."""
         settings = {"kind": "prune", **asdict(self)}
         return settings if self.hold else {name: value for name, value in settings.items() if name != "hold"}
+
+    @property
+    def form(self) -> Form:
+        """What a kept result must hold that did not fail."""
+        names = ("validation", "validation_loss", *(("test",) if self.full else ()))
+        scores: Form = dict.fromkeys(names, NUMBER)
+        form: dict[str, Form] = {"trained": scores, "fine_tuned": scores, "parameters": int, "multiplications": int}
+        return form | {"before": scores, "removed": dict, "kept": dict, "units": dict, "difference": NUMBER} if self.strength else form
 
 
 def example(task: Task) -> Tensor:

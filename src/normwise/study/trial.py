@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normwise.norms.decompose import singular_values
 from normwise.study.optimizers import OPTIMIZERS
+from normwise.study.store import MAYBE, NUMBER, Form
 from normwise.study.strategies import STRATEGIES
 from normwise.tasks.cnn import CNN
 from normwise.tasks.data import ImageData
@@ -45,6 +46,14 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """As plain data, for the key of the run and for the file of finished runs."""
         return {"kind": "run", **asdict(self)}
+
+    @property
+    def form(self) -> Form:
+        """What a kept result must hold."""
+        trial: dict[str, Form] = {"validation_accuracy": NUMBER, "validation_loss": MAYBE, "steps": int, "diverged": bool}
+        curve: Form = {"step": list, "validation_accuracy": list, "train_loss": list, "norms": dict}
+        more: dict[str, Form] = {"test_accuracy": NUMBER, "train_accuracy": NUMBER, "sparsity": NUMBER, "norms": dict, "breaches": list}
+        return trial | more | {"curve": curve} if self.full else trial
 
     def train(self, data: ImageData, /) -> dict[str, Any]:
         """As :func:`train` does: how a worker of ``study.pool`` does this run."""

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwise.errors import DataError
-from normwise.tasks.readers import Part, RawImages, decode, first_line, stack
+from normwise.files import content
+from normwise.tasks.readers import MOST_BYTES, MOST_ROWS, MOST_TEXT, Images, Part, RawImages, Room, first_line
 
 __all__ = ["is_dataset", "name_of", "read_images", "read_text"]
 
 _PREFIX = "hf:"
+_ROWS_AT_ONCE = 64
 _SAVED = ("dataset_dict.json", "dataset_info.json")
 _SPLITS: tuple[str, ...] = ("train", "validation", "test")
 _HELD_OUT = ("test", "validation")
@@ -46,17 +48,24 @@ def read_images(source: str | Path) -> RawImages:
     if "train" not in splits:
         raise DataError(f"{name_of(source)}: expected a split train, found {', '.join(splits) or 'none'}.")
     held_out = next((name for name in _HELD_OUT if name in splits), None)
-    test = _images(source, splits[held_out]) if held_out else None
-    return RawImages(name_of(source), _images(source, splits["train"]), test)
+    room = Room()
+    test = _images(source, splits[held_out], room) if held_out else None
+    return RawImages(name_of(source), _images(source, splits["train"], room), test)
 
 
-def read_text(source: str | Path) -> str:
-    """The rows of the one string column, joined by line ends, of train, validation and test in this order."""
+def read_text(source: str | Path, most: int = MOST_TEXT) -> str:
+    """The rows of the one string column, joined by line ends, of train, validation and test in this order; ``most`` characters at most."""
     splits = _splits(source)
     known = [name for name in _SPLITS if name in splits] or list(splits)
     rows: list[str] = []
+    size = 0
     for name in known:
-        rows += (row for row in splits[name][_column(source, splits[name], "text", _is_text)] if row)
+        column = _column(source, splits[name], "text", _is_text)
+        for batch in splits[name].select_columns([column]).iter(_ROWS_AT_ONCE):
+            rows += (row for row in batch[column] if row)
+            size += sum(len(row) + 1 for row in batch[column] if row)
+            if size > most:
+                raise DataError(f"{name_of(source)}: expected a text of {most} characters at most, found more.")
     return "\n".join(rows)
 
 
@@ -75,20 +84,27 @@ def _splits(source: str | Path) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 
-def _images(source: str | Path, split: Any) -> Part:
+def _images(source: str | Path, split: Any, room: Room) -> Part:
     import datasets
 
+    if len(split) > MOST_ROWS:
+        raise DataError(f"{name_of(source)}: expected at most {MOST_ROWS} rows, found {len(split)}.")
     image = _column(source, split, "image", lambda feature: isinstance(feature, datasets.Image))
     labels = _labels(source, split)
-    cells = split.cast_column(image, datasets.Image(decode=False))[image]
     path = Path(name_of(source))
-    return Part(stack(path, [decode(path, row, _with_bytes(cell)) for row, cell in enumerate(cells)]), labels)
+    images, row = Images(path, len(split), room), 0
+    for batch in split.select_columns([image]).cast_column(image, datasets.Image(decode=False)).iter(_ROWS_AT_ONCE):
+        for cell in batch[image]:
+            images.add(path, row, _with_bytes(cell))
+            row += 1
+    room.take(path, images.finished().size)
+    return Part(images.finished(), labels)
 
 
 def _with_bytes(cell: Any) -> Any:
     """Folders of image files keep paths, parquet files the bytes."""
     if cell and not cell["bytes"] and cell["path"] and Path(cell["path"]).is_file():
-        return {"bytes": Path(cell["path"]).read_bytes()}
+        return {"bytes": content(cell["path"], MOST_BYTES, "an image")}
     return cell
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from normwise.errors import DataError
+from normwise.files import content, what_is
 from normwise.tasks import hub
+from normwise.tasks.readers import MOST_TEXT
 from normwise.tasks.supervised import Recipe, Supervised
 from normwise.tasks.task import Batch, Part
 
@@ -21,7 +23,6 @@ __all__ = ["TextData", "TextTask", "load_text"]
 
 _TRAIN_SHARE = 0.9
 _LEAST = 10_000  # characters: the held-out parts then have 500 each
-_MOST_BYTES = 1 << 28  # of a text file; its numbers take eight times as much memory
 _SCORED_AT_ONCE = 64
 
 
@@ -100,7 +101,7 @@ def load_text(source: str | Path | None = None) -> TextData:
     reference text that CPython carries (``pydoc_data.topics``: about half a million characters, which differ between versions
     of Python, so its fingerprint does too).
 
-    Raises DataError, in one sentence, for a source that is missing, empty, too short, longer than 256 MiB or not UTF-8.
+    Raises DataError, in one sentence, for a source that is missing, empty, too short, longer than 128 MiB or not UTF-8.
     """
     if source is None:
         return TextData.of("pydoc_data.topics", _reference())
@@ -108,24 +109,18 @@ def load_text(source: str | Path | None = None) -> TextData:
         return TextData.of(hub.name_of(source), hub.read_text(source))
     try:
         path = _text_file(Path(source))
-        return TextData.of(str(path), _content(path).decode("utf-8-sig"))
+        return TextData.of(str(path), content(path, MOST_TEXT, "a text").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, found the byte 0x{error.object[error.start]:02x} at {error.start}.") from None
     except OSError as error:
         raise DataError(f"{source}: expected a readable text file ({error.strerror}).") from None
 
 
-def _content(path: Path) -> bytes:
-    if (size := path.stat().st_size) > _MOST_BYTES:
-        raise DataError(f"{path}: expected a text of {_MOST_BYTES} bytes at most, found {size}.")
-    return path.read_bytes()
-
-
 def _text_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise DataError(f"{path}: found nothing, expected a text file or a folder with one *.txt.")
+        raise DataError(f"{path}: found {what_is(path)}, expected a text file or a folder with one *.txt.")
     texts = sorted(file for file in path.rglob("*.txt") if file.is_file())
     if len(texts) != 1:
         names = ", ".join(file.name for file in texts[:4]) or "none"
