@@ -1,0 +1,69 @@
+"""Where the library and an expectation differ, in words."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from census.axes import canonical, matrices
+from census.family import MATRIX_ROLES, Expected, Family, expected
+from census.seen import MATRIX_ACTS, Seen, look, matrices_of
+
+
+def faults(family: Family, model: nn.Module | None = None, seen: Seen | None = None) -> list[str]:
+    """One line a difference; empty where all is as expected. A difference that a warning names is none."""
+    model = family.build() if model is None else model
+    seen = look(model) if seen is None else seen
+    wanted = expected(family, model)
+    found = [f"{name}: not in the inventory" for name in wanted.keys() - seen.entries.keys()]
+    for name in wanted.keys() & seen.entries.keys():
+        found += _parameter(name, wanted[name], seen)
+    return sorted(found) + _attention(family, seen) + _rest(family, seen)
+
+
+def _parameter(name: str, wanted: Expected, seen: Seen) -> list[str]:
+    entry = seen.entries[name]
+    shape = tuple(entry.param.shape)
+    wrong = []
+    if entry.role not in wanted.roles:
+        wrong.append(f"role {entry.role}, expected {' or '.join(wanted.roles)}")
+    if wanted.patterns and not _same_matrices(entry.layout, shape, wanted):
+        sure = "" if entry.layout.certain else " ?"
+        wrong.append(f"axes {entry.layout}{sure}, expected {' or '.join(wanted.patterns)} {dict(wanted.sizes)}")
+    if entry.param.ndim >= 2 and name in seen.muon:
+        for preset in ("muon", "auto"):
+            matrix = getattr(seen, preset)[name]["act"] in MATRIX_ACTS
+            if matrix not in {role in MATRIX_ROLES for role in wanted.roles}:
+                wrong.append(f"{preset} steps it by {'a matrix method' if matrix else 'AdamW'}")
+    return [f"{name} {shape}: {'; '.join(wrong)}"] if wrong and name not in seen.told else []
+
+
+def _same_matrices(layout: object, shape: tuple[int, ...], wanted: Expected) -> bool:
+    got = matrices_of(layout, shape)  # type: ignore[arg-type]
+    return got is not None and any(canonical(got) == canonical(matrices(shape, p, wanted.sizes)) for p in wanted.patterns)
+
+
+def _attention(family: Family, seen: Seen) -> list[str]:
+    """Parts that weights have and should not, and the reverse."""
+    wrong = []
+    for name, entry in seen.entries.items():
+        if not _any(name, family.attention.get("free", ())) and entry.param.ndim >= 2:
+            parts = [part for part, globs in family.attention.items() if part != "free" and _any(name, globs)]
+            wanted = parts[0] if parts else ""
+            if entry.attention != wanted:
+                wrong.append(f"{name}: {entry.attention or 'nothing'} of an attention, expected {wanted or 'nothing'}")
+    unused = [g for globs in family.attention.values() for g in globs if not any(fnmatchcase(name, g) for name in seen.entries)]
+    assert not unused, f"{family.name}: {unused} match no parameter"
+    return wrong
+
+
+def _any(name: str, globs: object) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)  # type: ignore[attr-defined]
+
+
+def _rest(family: Family, seen: Seen) -> list[str]:
+    """The rate of `auto` for what is no matrix: 0.008 beside normalisation layers and 0.016 without, by its documentation."""
+    rates = {row["lr"] for row in seen.auto.values() if row["act"] not in MATRIX_ACTS}
+    wanted = {0.008 if family.normalised else 0.016}
+    return [f"auto: the rest has the rates {sorted(rates)}, expected {wanted}"] if rates - wanted else []
