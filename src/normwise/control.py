@@ -114,7 +114,7 @@ class Control:
 
     def _bind(self, log: bool, resting: bool) -> None:
         """Finds the parameters of the rules; nothing is changed where that is refused."""
-        inventory = Inventory(self._model, self.policy.roles)
+        inventory = Inventory(self._model, self.policy.roles, self.policy.layouts)
         engine = Engine(inventory, self.policy, self.optimizers, resting)
         given.refuse_iterate_owners(engine, self.optimizers)
         self.inventory, self.engine = inventory, engine

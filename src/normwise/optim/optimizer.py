@@ -19,6 +19,7 @@ from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, membe
 from normwise.optim.routing import Routing, route
 from normwise.optim.step import Update, step_group, together
 from normwise.policy import Policy
+from normwise.policy.inventory import LayoutLike
 
 KEPT_PLANS = 32    # sets of parameters with gradients that are remembered; alternating losses have a few, not many
 BESIDES = ("params", "param_names", LAYOUTS, "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
@@ -36,7 +37,10 @@ class NormOptimizer(Optimizer):
         roles: role -> name of a row, for a module.
         main: the row of parameters given without a module.
         override: selector -> what the user routes by hand, before roles: the name of a row; a row; or a number, which multiplies the radius
-            of the rows that these parameters take otherwise, and so their steps (a tuple: block by block, as (3.0, 3.0, 0.5) for q, k, v).
+            of the rows that these parameters take otherwise, and so their steps (a tuple: block by block, as (3.0, 3.0, 0.5) for q, k, v);
+            or ``"skip"``: another optimizer trains them.
+        layouts: selector -> ``nw.Layout``, or a function of (module, name, tensor) that gives one, where the axes are not what the module's
+            type says.
         policy: rules that run inside the step; those on updates need no snapshot of the weights then. Their state is in ``state_dict()``.
 
     A real ``torch.optim.Optimizer``: groups, per-group options, closures, schedulers, state round trips, hooks. ``.grad`` is never written,
@@ -58,26 +62,28 @@ class NormOptimizer(Optimizer):
         main: str,
         override: Mapping[Any, str | Row | Radius] | None = None,
         policy: Any = None,
+        layouts: Mapping[Any, LayoutLike] | None = None,
     ) -> None:
         complete = {name: {**DEFAULTS, **row} for name, row in rows.items()}
         for name, row in complete.items():
             check_row(row, f"the row {name!r}")
-        self.routing = route(params, complete, roles, override or {}) if isinstance(params, nn.Module) else None
-        if override and self.routing is None:
-            raise PolicyError("override= routes by name and role, which only a module tells: give the module instead of its tensors.")
-        given: Any = self.routing.groups() if self.routing is not None else params
-        super().__init__(given, _defaults(complete[main]))
+        self.routing = route(params, complete, roles, override or {}, layouts) if isinstance(params, nn.Module) else None
+        for name, given in {"override": override, "layouts": layouts}.items():
+            if given and self.routing is None:
+                raise PolicyError(f"{name}= speaks of names and roles, which only a module tells: give the module instead of its tensors.")
+        groups: Any = self.routing.groups() if self.routing is not None else params
+        super().__init__(groups, _defaults(complete[main]))
         self._plans: dict[Any, Plan] = {}
-        self._policy_control = self._attach(params, policy)
+        self._policy_control = self._attach(params, policy, layouts)
 
-    def _attach(self, params: Any, policy: Any) -> Any:
+    def _attach(self, params: Any, policy: Any, layouts: Mapping[Any, LayoutLike] | None) -> Any:
         if policy is None:
             return None
         if not isinstance(params, nn.Module):
             raise PolicyError("policy= needs the module, since rules name parameters: give the module instead of its tensors.")
         from normwise.control import Control
 
-        control = Control(params, [self], Policy(policy), "ignore", False, False)
+        control = Control(params, [self], Policy(policy, layouts=layouts), "ignore", False, False)
         control.engine.inline = True
         return control
 

@@ -59,7 +59,7 @@ class Explanation:
 
 def explain(policy: Policy, model: nn.Module) -> Explanation:
     """See :meth:`Policy.explain`."""
-    entries = Inventory(model, policy.roles).entries
+    entries = Inventory(model, policy.roles, policy.layouts).entries
     touched = [{id(entry) for entry in rule.targets(entries)} for rule in policy]
     rows = [_row(entry, _blocks(policy, touched, entry)) for entry in entries]
     return Explanation(tuple(rule.label() for rule in policy), tuple(rows))

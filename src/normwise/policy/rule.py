@@ -15,7 +15,7 @@ from normwise.norms import L2, Norm, Nuclear, Orthogonal, Set, Spectral
 from normwise.policy import fields as kinds
 from normwise.policy.fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
 from normwise.policy.heads import Heads, convert_heads, heads_to_data, split_heads
-from normwise.policy.select import Selector, matches, select
+from normwise.policy.select import Selector, matches, names_of, select
 from normwise.radii import Brake, Quantile, StepLength, ZScore
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ class Rule:
         params, listed = DEFAULT_PARAMS if self.params is None else self.params, list(entries)
         if not self.optional:
             return select(listed, params, self.exclude)
-        found = [e for e in listed if matches(params, e) and not (self.exclude is not None and matches(self.exclude, e))]
+        names = names_of(listed)
+        found = [e for e in listed if matches(params, e, names) and not (self.exclude is not None and matches(self.exclude, e, names))]
         if not found:
             select(listed, params)
             raise PolicyError(f"rule '{self.label()}' matches nothing: all it selects is excluded by {self.exclude!r}.")
