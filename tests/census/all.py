@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from census import mixtures
+from census import decoders, encoders, mixtures
 from census.family import Family
 
-FAMILIES: list[Family] = [*mixtures.FAMILIES]
+FAMILIES: list[Family] = [*mixtures.FAMILIES, *decoders.FAMILIES, *encoders.FAMILIES]

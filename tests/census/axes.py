@@ -2,7 +2,7 @@
 
 ``"o i"`` is a Linear, ``"i o"`` is GPT-2's ``Conv1D``. A dimension in brackets is split: ``"(s o) i"`` are s matrices one after another,
 ``"(h s o) i"`` are s matrices whose rows come in turns, head by head. ``s`` and ``e`` tell matrices apart, ``o`` and ``h`` are rows,
-``i`` and ``k`` columns. ``m`` stands for parts of unequal sizes, ``sizes["m"] = (4, 1, 1)``, each of which is a matrix.
+``i`` and ``k`` columns. ``m`` stands for parts of unequal sizes, ``sizes["m"] = (4, 1, 1)``, each of which is a matrix: queries, keys and values, unless ``sizes["parts"]`` names them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def matrices(shape: Sequence[int], pattern: str, sizes: Sizes) -> list[np.ndarra
     >>> [m.tolist() for m in matrices((4, 1), "(s o) i", {"s": 2})]
     [[[0], [1]], [[2], [3]]]
     """
+    sizes = {"m": (1, 1, 1), **sizes}
     dimensions = [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", pattern)]
     if len(dimensions) != len(shape):
         raise ValueError(f"{pattern!r} has {len(dimensions)} dimensions, the tensor {tuple(shape)} has {len(shape)}")

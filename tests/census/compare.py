@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+import numpy as np
 from torch import nn
 
 from census.axes import canonical, matrices
 from census.family import MATRIX_ROLES, Expected, Family, expected
 from census.seen import MATRIX_ACTS, Seen, look, matrices_of
+from normwise.layouts import Layout
 
 
 def faults(family: Family, model: nn.Module | None = None, seen: Seen | None = None) -> list[str]:
@@ -39,9 +41,26 @@ def _parameter(name: str, wanted: Expected, seen: Seen) -> list[str]:
     return [f"{name} {shape}: {'; '.join(wrong)}"] if wrong and name not in seen.told else []
 
 
-def _same_matrices(layout: object, shape: tuple[int, ...], wanted: Expected) -> bool:
-    got = matrices_of(layout, shape)  # type: ignore[arg-type]
-    return got is not None and any(canonical(got) == canonical(matrices(shape, p, wanted.sizes)) for p in wanted.patterns)
+def _same_matrices(layout: Layout, shape: tuple[int, ...], wanted: Expected) -> bool:
+    got = matrices_of(layout, shape)
+    return got is not None and any(_agree(layout, got, matrices(shape, p, wanted.sizes), "m" in p, wanted) for p in wanted.patterns)
+
+
+def _agree(layout: Layout, got: list[np.ndarray], right: list[np.ndarray], named: bool, wanted: Expected) -> bool:
+    """Whether these are the same matrices, each under its name where q, k and v are in one tensor.
+
+    Queries that outnumber the keys may be stated as several matrices of the keys' size, the pieces of one: blocks of a tensor are of one
+    shape. They must be called queries, and hold nothing else.
+    """
+    if not named:
+        return canonical(got) == canonical(right)
+    if len(layout.parts) != len(got):
+        return False
+    names = wanted.sizes.get("parts", ("q", "k", "v"))
+    stacked = [[m for m, part in zip(got, layout.parts, strict=True) if part == name] for name in names]
+    return len(got) == sum(map(len, stacked)) and all(
+        pieces and canonical([np.concatenate(pieces)]) == canonical([whole]) for pieces, whole in zip(stacked, right, strict=True)
+    )
 
 
 def _attention(family: Family, seen: Seen) -> list[str]:
@@ -63,7 +82,21 @@ def _any(name: str, globs: object) -> bool:
 
 
 def _rest(family: Family, seen: Seen) -> list[str]:
-    """The rate of `auto` for what is no matrix: 0.008 beside normalisation layers and 0.016 without, by its documentation."""
+    """What `auto` says that it does by what a parameter is for.
+
+    The rate of what is no matrix is 0.008 beside normalisation layers and 0.016 without. Queries and keys take three times the step,
+    values and outputs half of it, where they lie in one tensor, too.
+    """
     rates = {row["lr"] for row in seen.auto.values() if row["act"] not in MATRIX_ACTS}
     wanted = {0.008 if family.normalised else 0.016}
-    return [f"auto: the rest has the rates {sorted(rates)}, expected {wanted}"] if rates - wanted else []
+    wrong = [f"auto: the rest has the rates {sorted(rates)}, expected {wanted}"] if rates - wanted else []
+    factors = {"q": 3.0, "k": 3.0, "v": 0.5, "out": 0.5}
+    for name, row in seen.auto.items():
+        entry = seen.entries[name]
+        if entry.attention and not _any(name, family.attention.get("free", ())):
+            right = [factors[part] for part in (entry.layout.parts if entry.attention == "qkv" else [entry.attention])]
+            radius = row["radius"]
+            got = list(radius) if isinstance(radius, tuple | list) else [radius] * len(right)
+            if got != right:
+                wrong.append(f"{name}: auto multiplies its step by {got}, expected {right}")
+    return wrong

@@ -76,13 +76,16 @@ def expected(family: Family, model: nn.Module) -> dict[str, Expected]:
         heads = [glob for glob in family.heads if any(fnmatchcase(p[0], glob) for p in places)]
         unused -= {*(glob for glob, _ in mine), *heads}
         role, pattern, sizes = mine[0][1] + (family.sizes,) if mine else _by_type(places)
-        if heads:
+        if any(isinstance(p[1], nn.Embedding | nn.EmbeddingBag) for p in places) and not mine:
+            assert not heads, f"{family.name}: {places[0][0]} is the table of an embedding"
+            role = "embedding"    # though it may serve as the head, too
+        elif heads:
             role = "head"
-        elif any(isinstance(p[1], nn.Embedding | nn.EmbeddingBag) for p in places) and not mine:
-            role = "embedding"    # a table that serves as the head, too, stays an embedding
         assert role, f"{family.name}: nobody has said what {places[0][0]} {tuple(places[0][3].shape)} of {type(places[0][1]).__name__} is"
         found[places[0][0]] = Expected(tuple(role.split("|")), tuple(pattern.split("|")) if pattern else (), sizes)
     assert not unused, f"{family.name}: {sorted(unused)} match no parameter"
+    shared = [p[0][0] for p in names.values() if {nn.Embedding, nn.Linear} <= {type(place[1]) for place in p}]
+    assert bool(shared) == bool(family.tied) and all(fnmatchcase(name, family.tied) for name in shared), f"{family.name}: tied are {shared}"
     return found
 
 

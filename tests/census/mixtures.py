@@ -72,7 +72,7 @@ FAMILIES = [
     _causal("jetmoe", "JetMoeForCausalLM", {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 32},
             {"*.input_linear.weight": ("hidden", "e o i|e (s o) i"), "*.output_linear.weight": ("hidden", "e o i"),
-             "*.kv_proj.weight": ("hidden", "o i|(s o) i")}, attention={"free": ("*.self_attention.*",)},
+             "*.kv_proj.weight": ("hidden", "o i|(s o) i")}, attention={"free": ("*.self_attention.*",)}, heads=(), tied="*.embed_tokens.weight",
             note="queries and outputs of its attention are experts; keys and values are one matrix"),
     _causal("dots1", "Dots1ForCausalLM", {**FINE, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
             "first_k_dense_replace": 1}, plus(GATE, EOI)),

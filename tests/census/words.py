@@ -14,7 +14,7 @@ LLAMA: dict[str, Any] = {
 SEPARATE: Attention = {
     "q": ("*.q_proj.weight",), "k": ("*.k_proj.weight",), "v": ("*.v_proj.weight",), "out": ("*.o_proj.weight",),
 }  # fmt: skip
-BART: Attention = {**SEPARATE, "out": ("*attn*.out_proj.weight",)}
+OUT_PROJ: Attention = {**SEPARATE, "out": ("*att*.out_proj.weight",)}
 BERT: Attention = {
     "q": ("*.query.weight",), "k": ("*.key.weight",), "v": ("*.value.weight",), "out": ("*.attention.output.dense.weight",),
 }  # fmt: skip
@@ -29,3 +29,8 @@ def plus(*tables: Table) -> Table:
         for glob, statement in table.items():
             merged.setdefault(glob, statement)
     return merged
+
+
+def fused(weight: str, out: str) -> Attention:
+    """Queries, keys and values in one tensor."""
+    return {"qkv": (weight,), "out": (out,)}
