@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from census import decoders, encoders, mixtures
+from census import decoders, encoders, mixtures, seq2seq, vision
 from census.family import Family
 
-FAMILIES: list[Family] = [*mixtures.FAMILIES, *decoders.FAMILIES, *encoders.FAMILIES]
+FAMILIES: list[Family] = [*mixtures.FAMILIES, *decoders.FAMILIES, *encoders.FAMILIES, *seq2seq.FAMILIES, *vision.FAMILIES]

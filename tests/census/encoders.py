@@ -20,8 +20,13 @@ FUNNEL_TABLE: Table = {"*.r_kernel": ("hidden", "i h o"), "*.r_?_bias": ("bias",
 CONVBERT_TABLE: Table = {"*.key_conv_attn_layer.bias": ("bias", "")}
 
 
+NOT = object()
+"""An option of `SMALL` that the family refuses."""
+
+
 def _of(name: str, model: str, config: dict[str, Any] | None = None, attention: Attention = BERT, **more: Any) -> Family:
-    return Family(name, "encoders", hf(model, {**SMALL, **(config or {})}), attention=attention, **{"inputs": tokens, **more})
+    given = {key: value for key, value in {**SMALL, **(config or {})}.items() if value is not NOT}
+    return Family(name, "encoders", hf(model, given), attention=attention, **{"inputs": tokens, **more})
 
 
 def _filling(name: str, model: str, config: dict[str, Any] | None = None, attention: Attention = BERT, tied: str = WORDS, **more: Any) -> Family:
@@ -60,7 +65,7 @@ FAMILIES = [
         table={"*.Wqkv.weight": ("hidden", "(m o) i"), "*.mlp.Wi.weight": ("hidden", "o i|(s o) i")}, sizes={"s": 2}),
     _filling("xlm", "XLMWithLMHeadModel", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, LIN, "*.embeddings.weight"),
     _filling("flaubert", "FlaubertWithLMHeadModel", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, LIN, "*.embeddings.weight"),
-    _filling("funnel", "FunnelForMaskedLM", {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "block_sizes": [1, 1], "num_decoder_layers": 1},
+    _filling("funnel", "FunnelForMaskedLM", {"num_hidden_layers": NOT, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "block_sizes": [1, 1], "num_decoder_layers": 1},
              {"q": ("*.q_head.weight",), "k": ("*.k_head.weight",), "v": ("*.v_head.weight",), "out": ("*.post_proj.weight",), "free": ("*.r_kernel",)},
              table=FUNNEL_TABLE, note="r_kernel projects positions: einsum 'td,dnh->tnh'"),
     _filling("mpnet", "MPNetForMaskedLM", None, {"q": ("*.attn.q.weight",), "k": ("*.attn.k.weight",), "v": ("*.attn.v.weight",), "out": ("*.attn.o.weight",)}),
@@ -81,7 +86,9 @@ FAMILIES = [
     _filling("fnet", "FNetForMaskedLM", None, {}, note="Fourier transforms in the place of attention"),
     _filling("mra", "MraForMaskedLM", {"block_per_row": 1, "num_block": 1}),
     _filling("esm", "EsmForMaskedLM", {"mask_token_id": 3}),
-    _filling("ibert", "IBertForMaskedLM", table={"*.weight": ("hidden|embedding|gain", "")}, note="quantised layers of its own"),
+    _of("ibert", "IBertForMaskedLM", table={"*_embeddings.weight": ("embedding", "o i"), "ibert.encoder.*.LayerNorm.weight": ("gain", ""),
+        "ibert.encoder.*.weight": ("hidden", "o i")},
+        note="layers of its own classes, quantised where asked: F.linear and F.embedding of a float weight; the head is tied"),
     _filling("megatron-bert", "MegatronBertForMaskedLM"),
     _filling("data2vec-text", "Data2VecTextForMaskedLM"),
     _filling("ernie", "ErnieForMaskedLM"),
@@ -101,7 +108,7 @@ FAMILIES = [
         {**BERT, "out": ("*ttention.output.dense.weight", "*self_att.output.dense.weight")}, heads=("answer_head.logit_fc.3.weight",)),
     _of("visual_bert, answers", "VisualBertForQuestionAnswering", {"visual_embedding_dim": 24}, heads=("cls.weight",)),
     _of("luke, classes of entities", "LukeForEntityClassification", {"entity_vocab_size": 16, "entity_emb_size": 8, "use_entity_aware_attention": False}, heads=("classifier.weight",)),
-    _of("xlnet, answers", "XLNetForQuestionAnsweringSimple", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+    _of("xlnet, answers", "XLNetForQuestionAnsweringSimple", {"max_position_embeddings": NOT, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
         {"q": ("*.rel_attn.q",), "k": ("*.rel_attn.k",), "v": ("*.rel_attn.v",), "out": ("*.rel_attn.o",), "free": ("*.rel_attn.r",)},
         table={"*.rel_attn.o": ("hidden", "o i i"), "*.rel_attn.[qkvr]": ("hidden", "i h o"), "*.r_?_bias": ("bias", ""),
                "*.seg_embed": ("other|embedding", ""), "*.mask_emb": ("other|embedding", "")}, heads=("qa_outputs.weight",)),
@@ -110,5 +117,6 @@ FAMILIES = [
         {"q": ("*.query.weight",), "k": ("*.key.weight",), "v": ("*.self_attention.value.weight",), "out": ("*.attention.output.dense.weight",), "free": ("*.query_key.weight",)},
         heads=("lm_head.decoder.weight",), table={"*.position_embeddings.weights.*": ("other|embedding", "")}),
     _of("perceiver", "PerceiverForMaskedLM", {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1, "num_blocks": 1, "num_self_attention_heads": 4, "num_cross_attention_heads": 4},
-        heads=(), tied="", table={"*.latents": ("other|embedding", "")}),
+        {"q": ("*.self.query.weight",), "k": ("*.self.key.weight",), "v": ("*.self.value.weight",), "out": ("*.attention.output.dense.weight",)}, heads=(), tied="", table={"*.latents": ("other|embedding", ""), "*.output_position_encodings.position_embeddings": ("other|embedding", "")},
+        note="its scores are products with the table of the words"),
 ]

@@ -66,7 +66,7 @@ class Expected:
 def expected(family: Family, model: nn.Module) -> dict[str, Expected]:
     """Clean name -> what is expected of every parameter, by first name; AssertionError for one that nobody has said anything about."""
     found: dict[str, Expected] = {}
-    unused = {*family.heads, *family.table}
+    unused = {*family.heads}
     names: dict[int, list[tuple[str, nn.Module, str, Tensor]]] = {}
     for path, module in model.named_modules():
         for local, param in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -74,7 +74,7 @@ def expected(family: Family, model: nn.Module) -> dict[str, Expected]:
     for places in names.values():
         mine = [(glob, statement) for glob, statement in family.table.items() if any(fnmatchcase(p[0], glob) for p in places)]
         heads = [glob for glob in family.heads if any(fnmatchcase(p[0], glob) for p in places)]
-        unused -= {*(glob for glob, _ in mine), *heads}
+        unused -= {*heads}
         role, pattern, sizes = mine[0][1] + (family.sizes,) if mine else _by_type(places)
         if any(isinstance(p[1], nn.Embedding | nn.EmbeddingBag) for p in places) and not mine:
             assert not heads, f"{family.name}: {places[0][0]} is the table of an embedding"
@@ -84,7 +84,7 @@ def expected(family: Family, model: nn.Module) -> dict[str, Expected]:
         assert role, f"{family.name}: nobody has said what {places[0][0]} {tuple(places[0][3].shape)} of {type(places[0][1]).__name__} is"
         found[places[0][0]] = Expected(tuple(role.split("|")), tuple(pattern.split("|")) if pattern else (), sizes)
     assert not unused, f"{family.name}: {sorted(unused)} match no parameter"
-    shared = [p[0][0] for p in names.values() if {nn.Embedding, nn.Linear} <= {type(place[1]) for place in p}]
+    shared = [p[0][0] for p in names.values() if all(any(isinstance(place[1], cls) for place in p) for cls in (nn.Embedding, nn.Linear))]
     assert bool(shared) == bool(family.tied) and all(fnmatchcase(name, family.tied) for name in shared), f"{family.name}: tied are {shared}"
     return found
 
