@@ -18,9 +18,9 @@ def faults(family: Family, model: nn.Module | None = None, seen: Seen | None = N
     model = family.build() if model is None else model
     seen = look(model) if seen is None else seen
     wanted = expected(family, model)
-    found = [f"{name}: not in the inventory" for name in wanted.keys() - seen.entries.keys()]
-    for name in wanted.keys() & seen.entries.keys():
-        found += _parameter(name, wanted[name], seen)
+    known = {id(entry.param): entry.name for entry in seen.entries.values()}
+    assert wanted.keys() == known.keys(), f"{family.name}: the inventory has {len(known)} parameters, the model {len(wanted)}"
+    found = [line for key, name in known.items() for line in _parameter(name, wanted[key], seen)]
     return sorted(found) + _attention(family, seen) + _rest(family, seen)
 
 

@@ -63,44 +63,46 @@ class Expected:
     sizes: Mapping[str, Any]
 
 
-def expected(family: Family, model: nn.Module) -> dict[str, Expected]:
-    """Clean name -> what is expected of every parameter, by first name; AssertionError for one that nobody has said anything about."""
-    found: dict[str, Expected] = {}
+def expected(family: Family, model: nn.Module) -> dict[int, Expected]:
+    """id of a parameter -> what is expected of it; AssertionError for one that nobody has said anything about."""
+    found: dict[int, Expected] = {}
     unused = {*family.heads}
-    names: dict[int, list[tuple[str, nn.Module, str, Tensor]]] = {}
+    places: dict[int, list[Place]] = {}
     for path, module in model.named_modules():
         for local, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            names.setdefault(id(param), []).append((cleaned(f"{path}.{local}".lstrip(".")), module, local, param))
-    for places in names.values():
-        mine = [(glob, statement) for glob, statement in family.table.items() if any(fnmatchcase(p[0], glob) for p in places)]
-        heads = [glob for glob in family.heads if any(fnmatchcase(p[0], glob) for p in places)]
+            places.setdefault(id(param), []).append(Place(f"{path}.{local}".lstrip("."), module, local, param))
+    for key, of in places.items():
+        mine = [(glob, statement) for glob, statement in family.table.items() if any(fnmatchcase(p.name, glob) for p in of)]
+        heads = [glob for glob in family.heads if any(fnmatchcase(p.name, glob) for p in of)]
         unused -= {*heads}
-        role, pattern, sizes = mine[0][1] + (family.sizes,) if mine else _by_type(places)
-        if any(isinstance(p[1], nn.Embedding | nn.EmbeddingBag) for p in places) and not mine:
-            assert not heads, f"{family.name}: {places[0][0]} is the table of an embedding"
+        role, pattern, sizes = (*mine[0][1], family.sizes) if mine else _by_type(of[0])
+        if any(isinstance(p.module, nn.Embedding | nn.EmbeddingBag) for p in of) and not mine:
+            assert not heads, f"{family.name}: {of[0].name} is the table of an embedding"
             role = "embedding"    # though it may serve as the head, too
         elif heads:
             role = "head"
-        assert role, f"{family.name}: nobody has said what {places[0][0]} {tuple(places[0][3].shape)} of {type(places[0][1]).__name__} is"
-        found[places[0][0]] = Expected(tuple(role.split("|")), tuple(pattern.split("|")) if pattern else (), sizes)
+        what = f"{of[0].name} {tuple(of[0].param.shape)} of {type(of[0].module).__name__}"
+        assert role, f"{family.name}: nobody has said what {what} is"
+        found[key] = Expected(tuple(role.split("|")), tuple(pattern.split("|")) if pattern else (), sizes)
     assert not unused, f"{family.name}: {sorted(unused)} match no parameter"
-    shared = [p[0][0] for p in names.values() if all(any(isinstance(place[1], cls) for place in p) for cls in (nn.Embedding, nn.Linear))]
+    shared = [p[0].name for p in places.values() if all(any(isinstance(x.module, cls) for x in p) for cls in (nn.Embedding, nn.Linear))]
     assert bool(shared) == bool(family.tied) and all(fnmatchcase(name, family.tied) for name in shared), f"{family.name}: tied are {shared}"
     return found
 
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+@dataclass(frozen=True)
+class Place:
+    """A name under which a module holds a parameter."""
+
+    name: str
+    module: nn.Module
+    local: str
+    param: Tensor
 
 
-def cleaned(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
-    return name
-
-
-def _by_type(places: Sequence[tuple[str, nn.Module, str, Tensor]]) -> tuple[str, str, Mapping[str, Any]]:
+def _by_type(place: Place) -> tuple[str, str, Mapping[str, Any]]:
     """What torch's documentation says of its own modules: role, pattern, sizes; an empty role where it says nothing."""
-    _, module, local, param = places[0]
+    module, local, param = place.module, place.local, place.param
     if local.endswith("bias") or (isinstance(module, nn.RNNBase | nn.RNNCellBase) and local.startswith("bias")):
         return "bias", "", {}
     if param.ndim <= 1 and not is_lazy(param):
