@@ -1,9 +1,9 @@
 """Named methods: each is rows of parts and a routing of roles, with its source. None is a class of its own.
 
 Every preset takes, beside what its signature names, any column of its main row by keyword (``maximize=True``, ``per="head"``,
-``hold="ball", limit=3.0``; see ``normwise.optim.CHOICES``), ``override=`` (selector -> row, a row's name, a number that multiplies the step,
-or ``"skip"`` for what another optimizer trains), ``policy=`` (rules that run inside the step) and ``layouts=`` (selector -> ``nw.Layout``, or a
-function that gives one, where the axes are not what the module's type says).
+``hold="ball", limit=3.0``; see ``normwise.optim.CHOICES``), ``override=`` (selector -> row, a row's name, a number that multiplies the
+step, or ``"skip"`` for what another optimizer trains), ``policy=`` (rules that run inside the step) and ``layouts=`` (selector ->
+``nw.Layout``, or a function that gives one, where the axes are not what the module's type says).
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ def auto(params: Params, *, override: Override = None, policy: Any = None, layou
     """The preset to start with where nothing is known: no number to choose. It is :func:`Ridge` with what the model itself tells.
 
     - Linear layers take Ridge's step at 0.028, and gates at 0.04 with more damping and less decay.
-    - Where there are normalisation layers, torch's or the model's own, convolutions take 0.04 with more damping, and the rest AdamW's 0.008. A
-      model without them bears smaller steps of convolutions, 0.02, and needs larger ones of the rest, 0.016.
+    - Where there are normalisation layers, of torch or of the model, convolutions take 0.04 with more damping, and the rest AdamW's 0.008.
+      A model without them bears smaller steps of convolutions, 0.02, and needs larger ones of the rest, 0.016.
     - Queries and keys, values and output, and the head over gates step as :func:`role_factors` says; the head of a network of
       convolutions, without attention or gates, has ten times the decay.
 

@@ -15,7 +15,6 @@ from normwise.optim.parts import DEFAULTS, Radius, Row, apart, check_row, needs_
 from normwise.policy.inventory import Entry, Inventory, LayoutLike
 from normwise.policy.select import select
 
-
 SKIP = "skip"
 """In the place of a row: another optimizer trains these parameters."""
 
@@ -103,8 +102,8 @@ def _refuse_complex(entries: Sequence[Entry]) -> None:
     names = [e.name for e in entries if e.param.is_complex()]
     if names:
         raise PolicyError(
-            f"{', '.join(names)}: complex numbers, and steps under a norm need real ones. Leave them to another optimizer, by "
-            f"override={{{names[0]!r}: 'skip'}} here and torch.optim.AdamW over them there; or register them as real pairs (torch.view_as_real)."
+            f"{', '.join(names)}: complex numbers, and steps under a norm need real floating-point numbers. Leave them to another "
+            f"optimizer by override={{{names[0]!r}: 'skip'}}, torch.optim.AdamW takes them; or train their view_as_real."
         )
 
 
@@ -115,8 +114,8 @@ def _warn_of(unsure: Sequence[Entry]) -> None:
     more = f" and {len(unsure) - 8} more" if len(unsure) > 8 else ""
     warnings.warn(
         f"{shown}{more}: nothing states the axes of these parameters, so that they are not stepped as matrices. Where they are matrices, "
-        f"state it: layouts={{{unsure[0].name!r}: nw.Layout(...)}}, or nw.register_layout({type(unsure[0].module).__name__}, ..., role='hidden'). "
-        "Where they are none, say which row they take, by override=, and this warning goes.",
+        f"state it: layouts={{{unsure[0].name!r}: nw.Layout(...)}}, or nw.register_layout({type(unsure[0].module).__name__}, ..., "
+        "role='hidden'). Where they are none, say which row they take, by override=, and this warning goes.",
         stacklevel=5,
     )
 

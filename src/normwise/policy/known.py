@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +45,7 @@ def statement(place: Site) -> Statement:
     own = registered(module, plain, tensor) if whole else None
     if own is not None and own[1] is not None:
         return Statement(*own)
-    adapter = _adapter(place)
+    adapter = adapter_of(place)
     if adapter and tensor.ndim == 2:
         return _of_adapter(place, layout, adapter)
     if layout.certain and plain == "weight" and (split := _split_by_source(place, tensor)) is not None:
@@ -169,9 +170,9 @@ _FUSED: tuple[tuple[str, Describe, str], ...] = (
     ("qkv_linear", stacked("qkv_linear"), "LayoutLMv2SelfAttention"),
     ("qkv", stacked("qkv"), "BlipAttention Blip2Attention InstructBlipAttention InstructBlipVideoAttention "
      "Qwen2_5_VLVisionAttention transformers.models.qwen2_vl.modeling_qwen2_vl.VisionAttention Qwen3VLVisionAttention "
-     "Qwen3VLMoeVisionAttention Glm4vVisionAttention Glm4vMoeVisionAttention SamVisionAttention SamHQVisionAttention GotOcr2VisionAttention "
-     "SegGptAttention VitDetAttention TimesformerSelfAttention MgpstrAttention HieraMaskUnitAttention Sam2MultiScaleAttention "
-     "Florence2VisionChannelAttention Florence2VisionWindowAttention Ernie4_5_VLMoeVisionAttention"),
+     "Qwen3VLMoeVisionAttention Glm4vVisionAttention Glm4vMoeVisionAttention SamVisionAttention SamHQVisionAttention "
+     "GotOcr2VisionAttention SegGptAttention VitDetAttention TimesformerSelfAttention MgpstrAttention HieraMaskUnitAttention "
+     "Sam2MultiScaleAttention Florence2VisionChannelAttention Florence2VisionWindowAttention Ernie4_5_VLMoeVisionAttention"),
     ("qkv", stacked("qkv"), "timm.layers.attention.Attention timm.layers.attention.AttentionRope timm.models.beit.Attention "
      "timm.models.eva.EvaAttention timm.models.swin_transformer.WindowAttention timm.models.swin_transformer_v2.WindowAttention"),
     ("to_kv", stacked("to_kv", ("k", "v")), "GraniteSpeechConformerAttention EvollaSequenceCompressorAttention"),
@@ -261,6 +262,8 @@ register_layout("DbrxExpertGLU", _dbrx, role="hidden")
 def _by_source(module: nn.Module, name: str, tensor: Tensor) -> Statement | None:
     """A bare parameter, by how the forward pass multiplies by it; None where it does not, or in ways that differ."""
     cls = type(module)
+    if _LOOKED_UP.search(name):
+        return None
     if tensor.ndim >= 2 and (found := _by_einsum(cls, name, tensor)) is not None:
         return found
     ways = source.uses(cls).get(name, frozenset())
@@ -274,6 +277,12 @@ def _by_source(module: nn.Module, name: str, tensor: Tensor) -> Statement | None
         layout = Layout(_lead(cls, name) + orders.pop(), shape)
         return Statement(_two(layout, _concatenated(cls)) if name == "gate_up_proj" else layout, "hidden")
     return None
+
+
+_LOOKED_UP = re.compile(
+    r"(^|_)(pos|positions?|embed|embeds|embeddings?|emb|tokens?|table|encodings?|latents?|prompts?|codebooks?|codevectors)$"
+)
+"""How names end of what is a set of vectors, though a product with it (a score of each) looks like a layer's."""
 
 
 def _lead(cls: type, name: str) -> str:
@@ -302,7 +311,7 @@ _ADAPTERS = {
 """The names under which PEFT, kohya and diffusers keep the two matrices of a low-rank product B·A, B zero at the start."""
 
 
-def _adapter(place: Site) -> str:
+def adapter_of(place: Site) -> str:
     """"A" or "B" where the parameter is one matrix of a low-rank product: told by the names on its path."""
     steps = place.name.split(".")
     found = [part for part, names in _ADAPTERS.items() if any(step in names for step in steps)]

@@ -5,6 +5,7 @@ A bare backbone has none: its last projection is a hidden matrix like the others
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,22 +14,17 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from normwise.policy import source
+from normwise.policy.known import adapter_of
 from normwise.policy.names import ADAPTED, Site, is_wrapper
 
 USUAL = (
-    "head", "lm_head", "classifier", "fc", "actor", "critic", "score", "qa_outputs", "seq_relationship", "output_projection", "fc_out", "cls_head", "value_head",
-    "policy_head", "action_head", "v_head", "head_dist", "logits", "ctc_head", "to_logits", "classification_head", "regression_head",
-    "prediction_head", "predictions", "decoder_pred", "bbox_predictor", "class_predictor", "bbox_embed", "class_embed", "span_classifier",
-    "unembed", "unembedding", "embed_out", "out_head", "linear_head", "final_layer", "codebook_head", "proj_out",
+    "head", "lm_head", "classifier", "fc", "actor", "critic", "score", "qa_outputs", "seq_relationship", "output_projection", "fc_out",
+    "cls_head", "value_head", "policy_head", "action_head", "v_head", "head_dist", "logits", "ctc_head", "to_logits", "classification_head",
+    "regression_head", "prediction_head", "predictions", "decoder_pred", "bbox_predictor", "class_predictor", "bbox_embed", "class_embed",
+    "span_classifier", "unembed", "unembedding", "embed_out", "out_head", "linear_head", "final_layer", "codebook_head", "proj_out",
 )  # fmt: skip
 """What layers that give outputs are called. A name alone does not make one: it must stand outside of the blocks that the model repeats."""
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_PASSED = (
-    nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.ReLU, nn.LeakyReLU, nn.ELU,
-    nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LogSigmoid,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.Upsample, nn.PixelShuffle,
-)  # fmt: skip
-"""What may stand behind a head: it has no weights, and a result that went through it is still that result."""
 
 
 class Heads:
@@ -52,6 +48,7 @@ class Heads:
         self.ids = {id(head) for module in model.modules() if (head := _layer(_output_embeddings(module))) is not None}
         bare = {id(base) for module in core.modules() if (base := _base(module)) is not None}
         if id(core) in bare:
+            self.ids |= {id(p.home[0]) for p in matrices if _steps(p)[0].startswith("predict_")}    # the decision transformer's
             return
         followed = _followed(core, {id(place.home[0]) for place in matrices}, bare)
         if followed:
@@ -76,7 +73,8 @@ class Heads:
     def _placed(self, matrices: list[Site], registered_last: bool) -> set[int]:
         """By order of registration and by usual names."""
         linears = [place for place in matrices if _is_linear(place.home[0])]
-        found = {_named_at(p): id(p.home[0]) for p in linears if _usual(p) and not self._repeated(p)}    # of several under one name the last
+        usual = [p for p in linears if _usual(p) and not self._repeated(p)]
+        found = {_named_at(p): id(p.home[0]) for p in usual}    # of several under one name the last
         if registered_last and linears:
             only = len({id(p.home[0]) for p in linears}) == 1
             if only or not self._repeated(linears[-1]):
@@ -97,9 +95,10 @@ def _core(model: nn.Module) -> nn.Module:
     """The model within what only wraps it: data parallelism, a compiler, PEFT."""
     for _ in range(16):
         inner = next((child for name, child in model.named_children() if is_wrapper(model, name)), None)
-        if inner is None and hasattr(model, "peft_config") and isinstance(getattr(model, "base_model", None), nn.Module):
-            inner = model.base_model
-            inner = getattr(inner, "model", inner)
+        of_peft = any((cls.__module__ or "").startswith("peft.") for cls in type(model).__mro__)
+        if inner is None and of_peft and hasattr(model, "base_model"):
+            base: Any = model.base_model
+            inner = getattr(base, "model", base)
         if inner is None or inner is model:
             return model
         model = inner
@@ -124,11 +123,12 @@ def _layer(module: nn.Module | None) -> nn.Module | None:
 
 
 def _base(module: Any) -> nn.Module | None:
-    """The bare model of a Hugging Face model; itself where it is one."""
+    """The bare model of a Hugging Face model; itself where it is one, which a model *for* something or *with* a head is not."""
     if not isinstance(getattr(module, "base_model_prefix", None), str) or not hasattr(module, "config"):
         return None
     inner = getattr(module, module.base_model_prefix, module) if module.base_model_prefix else module
-    return inner if isinstance(inner, nn.Module) else None
+    task = inner is module and re.search(r".(For|With|LMHead)[A-Z]", type(module).__name__)
+    return inner if isinstance(inner, nn.Module) and not task else None
 
 
 def _shares_embedding(places: list[Site]) -> bool:
@@ -152,7 +152,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _may_be_head(place: Site) -> bool:
     """A Linear's matrix, but not that of an attention's output projection; a convolution of kernel 1, which is a Linear at each point."""
     module, name = place.home
-    if not (name == "weight" or name.startswith("weight_")):
+    if not (name == "weight" or name.startswith("weight_")) or adapter_of(place):
         return False
     point = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed and set(module.kernel_size) == {1} and module.groups == 1
     return _is_linear(module) or point
@@ -182,21 +182,26 @@ def _followed(module: nn.Module, kinds: set[int], bare: set[int], depth: int = 0
         return _followed(inner, kinds, bare, depth)
     if id(module) in kinds:
         return {id(module)}
-    if id(module) in bare or isinstance(module, _PASSED):
+    if id(module) in bare or not _has_weights(module):
         return set()
     if depth > 12 or isinstance(module, nn.ModuleList | nn.ModuleDict):
         return None
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        layers = [layer for layer in module if not isinstance(layer, _PASSED)]
+        layers = [layer for layer in module if _has_weights(layer)]
         return _followed(layers[-1], kinds, bare, depth + 1) if layers else set()
-    if type(module).__module__.partition(".")[0] == "torch":
+    if (type(module).__module__ or "").partition(".")[0] == "torch":
         return None if type(module) is nn.Module else set()
-    returned = source.outputs(type(module), frozenset(n for n, child in module.named_children() if not isinstance(child, _PASSED)))
+    returned = source.outputs(type(module), frozenset(n for n, child in module.named_children() if _has_weights(child)))
     if returned is None:
         return None if any(True for _ in module.children()) else set()
     inside = [_followed(layer, kinds, bare, depth + 1) for path in returned for layer in _children_at(module, path)]
     found = set().union(*(one for one in inside if one))
     return found if found or None not in inside else None
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """A result that went through a layer without any is still that result: dropout, a softmax, pooling."""
+    return next(module.parameters(), None) is not None
 
 
 def _at(module: nn.Module, steps: Sequence[str]) -> nn.Module | None:

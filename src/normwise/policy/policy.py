@@ -160,9 +160,9 @@ def _checked_roles(roles: Mapping[Any, str]) -> Mapping[Any, str]:
 
 def _checked_layouts(layouts: Mapping[Any, LayoutLike]) -> Mapping[Any, LayoutLike]:
     if not isinstance(layouts, Mapping):
-        raise PolicyError(f"layouts is {_short(layouts)}, but it must be a mapping of selectors to layouts: {{'*.qkv.weight': nw.Layout(...)}}.")
+        raise PolicyError(f"layouts is {_short(layouts)}, but must be a mapping of selectors: {{'*.qkv.weight': nw.Layout(...)}}.")
     for selector, layout in layouts.items():
         check_selector(selector)
         if not isinstance(layout, Layout) and not callable(layout):
-            raise PolicyError(f"{selector!r} is given the layout {_short(layout)}: it must be nw.Layout(axes, shape), or a function that gives one.")
+            raise PolicyError(f"{selector!r} is given the layout {_short(layout)}: give nw.Layout(axes, shape), or a function.")
     return layouts

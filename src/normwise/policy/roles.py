@@ -127,14 +127,14 @@ def is_normalisation(module: nn.Module) -> bool:
     if isinstance(module, _NORMS):
         return True
     own = list(module.parameters())
-    if type(module).__module__.startswith("torch.") or not all(_is_vector(p) for p in own) or any(True for _ in module.children()):
+    if (type(module).__module__ or "").startswith("torch.") or not all(_is_vector(p) for p in own) or any(True for _ in module.children()):
         return False
     named = "norm" in type(module).__name__.lower()
     forward = forward_of(type(module))
     if forward is None:
         return named and bool(own)
     text = ast.unparse(forward)
-    does = any(call in text for call in _NORMALISING) or (named and any(f".{call}(" in text for call in ("var", "std", "norm", "mean", "_norm")))
+    does = any(call in text for call in _NORMALISING) or (named and any(f".{call}(" in text for call in ("var", "std", "norm", "mean")))
     return does and (named or bool(own))
 
 
@@ -170,15 +170,14 @@ def refuse_placeholders(places: Iterable[Site]) -> None:
     if gone:
         shown = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
         raise PolicyError(
-            f"{shown}: the weights are not here, a sharding engine (DeepSpeed's ZeRO-3, FSDP1) keeps them in flat pieces, and neither roles nor "
-            "norms can be told from those. Use ZeRO-1 or -2, or FSDP2 (fully_shard), whose DTensors keep their shapes; or make the "
-            "optimizer, or attach, before the model is sharded, where the engine allows it."
+            f"{shown}: the weights are not here. A sharding engine (DeepSpeed's ZeRO-3, FSDP1) keeps them in flat pieces, of which neither "
+            "roles nor norms can be told. Use ZeRO-1 or -2, or FSDP2 (fully_shard), whose DTensors keep their shapes."
         )
 
 
 def _is_placeholder(place: Site) -> bool:
     """Marked as one, or the flat or empty weight of a module whose weight is a matrix."""
-    param = place.param
+    param: Tensor = place.param
     if is_lazy(param):
         return False
     if any(cls.__name__ == "FlatParameter" for cls in type(param).__mro__):

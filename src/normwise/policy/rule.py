@@ -182,14 +182,16 @@ class Rule:
             raise PolicyError(f"rule '{self.label()}' matches nothing: all it selects is excluded by {self.exclude!r}.")
         return found
 
+    def axes(self, entry: Entry) -> Layout:
+        """The axes of one parameter as the rule sees them; LayoutError where its own layout or heads do not fit."""
+        layout = self.layout.check(entry.param.shape, entry.name) if self.layout else entry.layout
+        return layout if self.heads is None else split_heads(layout, self.heads, entry.name)
+
     def view(self, entry: Entry) -> BlockView:
         """The blocks of one parameter that the rule acts on; LayoutError where it has none such."""
-        layout = self.layout.check(entry.param.shape, entry.name) if self.layout else entry.layout
-        if self.heads is not None:
-            layout = split_heads(layout, self.heads, entry.name)
         oriented = self.norm.matrix and not isinstance(self.norm, Spectral | Nuclear | Set)
         per = "head" if self.action == "qk_clip" else self.per
-        return block_view(layout, per, self.norm.matrix, oriented=oriented, name=entry.name)
+        return block_view(self.axes(entry), per, self.norm.matrix, oriented=oriented, name=entry.name)
 
     def label(self) -> str:
         """A short name for tables and messages: ``clip_norm l2/unit <= 3``."""

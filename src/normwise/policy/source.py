@@ -9,9 +9,10 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
+from typing import ParamSpec, TypeVar
 
 from torch import nn
 
@@ -24,20 +25,32 @@ LINEAR = ("linear", "_linear", "_batched_linear")
 PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "grouped_mm", "_grouped_mm")
 
 
-def functions(cls: type) -> Iterator[ast.FunctionDef]:
-    """The syntax trees of the methods of ``cls`` and its bases below torch's own; a subclass's method hides that of its base."""
-    seen: set[str] = set()
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _cached(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``functools.cache`` with the function's own types; a class is read once."""
+    return functools.cache(function)    # type: ignore[return-value]
+
+
+@_cached
+def functions(cls: type) -> tuple[ast.FunctionDef, ...]:
+    """The syntax trees of the methods of ``cls`` and its bases down to the one that has the forward pass, none of torch's own; a subclass's
+    method hides that of its base. What stands below knows nothing of this module's parameters."""
+    found: dict[str, ast.FunctionDef | None] = {}
     for base in cls.__mro__:
-        if base.__module__.partition(".")[0] in ("torch", "builtins"):
-            continue
+        if (base.__module__ or "").partition(".")[0] in ("torch", "builtins"):
+            break
         for name, member in vars(base).items():
-            if isinstance(member, FunctionType) and name not in seen:
-                seen.add(name)
-                if (tree := _tree(inspect.unwrap(member))) is not None:
-                    yield tree
+            if isinstance(member, FunctionType) and name not in found:
+                found[name] = _tree(inspect.unwrap(member))
+        if "forward" in vars(base):
+            break
+    return tuple(tree for tree in found.values() if tree is not None)
 
 
-@functools.cache
+@_cached
 def _tree(function: FunctionType) -> ast.FunctionDef | None:
     try:
         parsed = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
@@ -49,7 +62,7 @@ def _tree(function: FunctionType) -> ast.FunctionDef | None:
 def forward_of(cls: type) -> ast.FunctionDef | None:
     """The syntax tree of the forward pass; None for torch's own classes and where there is no source."""
     forward = inspect.unwrap(getattr(cls, "forward", nn.Module.forward))
-    if not isinstance(forward, FunctionType) or forward.__module__.partition(".")[0] == "torch":
+    if not isinstance(forward, FunctionType) or (forward.__module__ or "").partition(".")[0] == "torch":
         return None
     return _tree(forward)
 
@@ -57,7 +70,7 @@ def forward_of(cls: type) -> ast.FunctionDef | None:
 # --------------------------------------------------------------------------------------------------- parameters in use
 
 
-@functools.cache
+@_cached
 def uses(cls: type[nn.Module]) -> dict[str, frozenset[str]]:
     """Attribute -> the ways in which the methods of ``cls`` multiply by it: "oi" for ``F.linear(x, w)``, "io" for ``x @ w``, "[]oi" and
     "[]io" where one entry of its first axis is taken (``w[e]``), "batch io" for ``torch.bmm(x, w)``, "table" for ``F.embedding``.
@@ -131,6 +144,7 @@ def _attribute(node: ast.expr, names: dict[str, ast.expr], depth: int = 0) -> tu
     return "", False, False
 
 
+@_cached
 def contractions(cls: type[nn.Module]) -> dict[str, frozenset[str]]:
     """Attribute -> its axes' letters as ``torch.einsum`` contracts them: summed letters are ``i``, letters of the output that the other
     operands have too are ``s``, its own letters of the output ``o``."""
@@ -162,7 +176,7 @@ def _einsum(node: ast.Call, names: dict[str, ast.expr]) -> Iterator[tuple[str, s
 # --------------------------------------------------------------------------------------------------- what gives outputs
 
 
-@functools.cache
+@_cached
 def outputs(cls: type[nn.Module], children: frozenset[str]) -> frozenset[str] | None:
     """Those of ``children`` whose results the forward pass returns and hands to no other child, as paths: ``"head"``, ``"net.head"``, and
     ``"layers[-1]"`` of a list that runs one after the other. None where there is no source, or no child is returned.
@@ -224,10 +238,10 @@ class _Flow:
         elif isinstance(node, ast.Expr):
             given = self.source(node.value)
             call = node.value
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
-                if call.func.attr in ("append", "extend", "update"):    # outputs.append(self.head(x))
-                    name = call.func.value.id
-                    self.held[name] = self.held.get(name, frozenset()) | given
+            method = call.func if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) else None
+            if method is not None and isinstance(method.value, ast.Name) and method.attr in ("append", "extend", "update"):
+                name = method.value.id    # outputs.append(self.head(x))
+                self.held[name] = self.held.get(name, frozenset()) | given
 
     def branch(self, node: ast.If | ast.While) -> None:
         """Either side may have run: what a name holds afterwards is what it may hold."""
@@ -282,12 +296,14 @@ class _Flow:
     def call(self, node: ast.Call) -> frozenset[str]:
         inside = [*node.args, *(k.value for k in node.keywords)]
         given = [self.source(n) for n in inside]
-        handed = [path for n in inside if isinstance(n, ast.Attribute) and (path := self.child(n))]    # checkpoint(self.layer, x)
-        child = self.child(node.func) or (handed[0] if handed else "")
+        named = [n for n in inside if _is_self(n) or isinstance(n, ast.Name)]
+        handed = next((path for n in named if (path := self.child(n))), "")    # checkpoint(self.layer, x)
+        child = self.child(node.func) or handed
         if child:
             self.consumed |= {(one, child) for one in frozenset().union(*given)}
             return frozenset({child})
-        if _is_self(node.func) and self.depth < 6 and (method := _method(self.cls, node.func.attr)) is not None:  # type: ignore[attr-defined]
+        name = node.func.attr if isinstance(node.func, ast.Attribute) and _is_self(node.func) else ""
+        if name and self.depth < 6 and (method := _method(self.cls, name)) is not None:
             return self.called(method, given)
         owner = [self.source(node.func.value)] if isinstance(node.func, ast.Attribute) else []
         return frozenset().union(*given, *owner)
@@ -296,9 +312,8 @@ class _Flow:
         """``self.head(...)``, ``self.heads[k](...)``, ``self.net.head(...)``, ``layer(...)`` in a loop over ``self.layers``."""
         if isinstance(called, ast.Subscript):
             return self.child(called.value)
-        if _is_self(called):
-            name: str = called.attr    # type: ignore[attr-defined]
-            return name if name in self.known else ""
+        if isinstance(called, ast.Attribute) and _is_self(called):
+            return called.attr if called.attr in self.known else ""
         if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Attribute | ast.Subscript):
             path = self.child(called.value)
             return f"{path}.{called.attr}" if path else ""
@@ -307,7 +322,7 @@ class _Flow:
 
 def _method(cls: type, name: str) -> ast.FunctionDef | None:
     member = inspect.unwrap(getattr(cls, name)) if hasattr(cls, name) else None
-    if not isinstance(member, FunctionType) or member.__module__.partition(".")[0] == "torch":
+    if not isinstance(member, FunctionType) or (member.__module__ or "").partition(".")[0] == "torch":
         return None
     return _tree(member)
 
@@ -330,7 +345,7 @@ class Split:
     inner: bool = False
 
 
-@functools.cache
+@_cached
 def splits(cls: type[nn.Module]) -> dict[str, frozenset[Split]]:
     """Child -> the ways in which its result is taken apart: ``.chunk(3, -1)``, ``.split(width, dim=2)`` into three names,
     ``.split([a, b, c], -1)``, or a reshape to ``(..., 3, heads, d)`` or ``(..., heads, 3, d)``. A way that is not understood is
