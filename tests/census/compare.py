@@ -20,11 +20,11 @@ def faults(family: Family, model: nn.Module | None = None, seen: Seen | None = N
     wanted = expected(family, model)
     known = {id(entry.param): entry.name for entry in seen.entries.values()}
     assert wanted.keys() == known.keys(), f"{family.name}: the inventory has {len(known)} parameters, the model {len(wanted)}"
-    found = [line for key, name in known.items() for line in _parameter(name, wanted[key], seen)]
+    found = [line for key, name in known.items() for line in _parameter(name, wanted[key], seen, family)]
     return sorted(found) + _attention(family, seen) + _rest(family, seen)
 
 
-def _parameter(name: str, wanted: Expected, seen: Seen) -> list[str]:
+def _parameter(name: str, wanted: Expected, seen: Seen, family: Family) -> list[str]:
     entry = seen.entries[name]
     shape = tuple(entry.param.shape)
     wrong = []
@@ -36,7 +36,8 @@ def _parameter(name: str, wanted: Expected, seen: Seen) -> list[str]:
     if entry.param.ndim >= 2 and name in seen.muon:
         for preset in ("muon", "auto"):
             matrix = getattr(seen, preset)[name]["act"] in MATRIX_ACTS
-            if matrix not in {role in MATRIX_ROLES for role in wanted.roles}:
+            left = _any(name, family.adamw)
+            if matrix not in {role in MATRIX_ROLES and not left for role in wanted.roles}:
                 wrong.append(f"{preset} steps it by {'a matrix method' if matrix else 'AdamW'}")
     return [f"{name} {shape}: {'; '.join(wrong)}"] if wrong and name not in seen.told else []
 

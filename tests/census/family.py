@@ -34,6 +34,7 @@ class Family:
     attention: part -> globs of its weights. ``"free"``: weights whose part is not judged.
     sizes: of the letters that patterns split by.
     normalised: whether there are normalisation layers.
+    adamw: matrices that a matrix method leaves to AdamW all the same, as globs.
     inputs: model -> keywords of its forward, for the oracles.
     """
 
@@ -46,6 +47,7 @@ class Family:
     attention: Attention = field(default_factory=dict)
     sizes: Mapping[str, Any] = field(default_factory=dict)
     normalised: bool = True
+    adamw: tuple[str, ...] = ()
     inputs: Callable[[nn.Module], dict[str, Any]] | None = None
     note: str = ""
     default: bool = False
