@@ -1,4 +1,4 @@
-"""Axes that a module's type does not tell: several matrices in one layer, stacked experts, adapters; registered, or read from the forward."""
+"""Axes that a module's type does not tell: several matrices in one layer, stacked experts, adapters; registered, or read in the source."""
 
 from __future__ import annotations
 

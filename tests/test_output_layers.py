@@ -120,11 +120,12 @@ class Detector(nn.Module):
         super().__init__()
         self.body, self.classes, self.boxes = Backbone(), nn.Linear(4, 3), Layers()
         self.several = nn.ModuleList(nn.Linear(4, 2) for _ in range(2))
+        self.named = nn.ModuleDict({"age": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))})
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         h = self.body(x)
         outputs = {"classes": self.classes(h), "boxes": self.boxes(h)}
-        return {**outputs, "several": [head(h) for head in self.several]}
+        return {**outputs, "several": [head(h) for head in self.several], "named": {k: head(h) for k, head in self.named.items()}}
 
 
 class Squeeze(nn.Module):
@@ -166,7 +167,7 @@ class Wrapped(nn.Module):
 CASES = [
     (lambda: Backbone(), []), (lambda: Backbone(1), []), (lambda: Wrapped(Backbone()), []), (lambda: DefinedFirst(), ["out"]),
     (lambda: ActorCritic(), ["policy.2", "worth"]), (lambda: WithoutForward(), ["values.1", "mean.1"]), (lambda: Helpers(), ["top"]),
-    (lambda: Detector(), ["classes", "boxes.layers.2", "several.0", "several.1"]), (lambda: Squeeze(), ["last.1"]),
+    (lambda: Detector(), ["classes", "boxes.layers.2", "several.0", "several.1", "named.age.1"]), (lambda: Squeeze(), ["last.1"]),
     (lambda: Encoder(), ["decode"]), (lambda: Wrapped(DefinedFirst()), ["net.out"]), (lambda: nn.DataParallel(DefinedFirst()), ["out"]),
     (lambda: torch.compile(DefinedFirst()), ["out"]), (lambda: nn.Sequential(Backbone(), nn.Dropout(), nn.Linear(4, 2)), ["2"]),
     (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), []),
@@ -307,8 +308,18 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-YES = [nn.LayerNorm(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.InstanceNorm1d(4), nn.LayerNorm(4, elementwise_affine=False),
-       MyRMSNorm(), Scaler(), Norm2d()]  # fmt: skip
+class Indirect(MyRMSNorm):
+    """As Gemma's: the root is taken in another method."""
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x) * self.weight
+
+
+YES = [nn.LayerNorm(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.InstanceNorm1d(4),
+       nn.LayerNorm(4, elementwise_affine=False), MyRMSNorm(), Scaler(), Norm2d(), Indirect()]  # fmt: skip
 NO = [nn.PReLU(4), LogitScale(), LayerScale(), nn.Linear(4, 4), nn.Embedding(3, 4), Block(), nn.Sequential(nn.LayerNorm(4)), nn.Dropout()]
 
 

@@ -17,13 +17,15 @@ CIRCUITS = {"qk": ("q", "k"), "ov": ("v", "out"), "all": PARTS}
 tensor, and ``kv`` belong to both and are neither."""
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
-    "q": ("q", "query", "q_proj", "query_proj", "to_q", "wq", "w_q", "q_lin", "q_linear", "linear_q", "q_attn", "q_b_proj",
-          "q_proj_weight"),
-    "k": ("k", "key", "k_proj", "key_proj", "to_k", "wk", "w_k", "k_lin", "k_linear", "linear_k", "k_proj_weight"),
-    "v": ("v", "value", "v_proj", "value_proj", "to_v", "wv", "w_v", "v_lin", "v_linear", "linear_v", "v_proj_weight"),
-    "out": ("out", "o", "out_proj", "o_proj", "to_out", "proj", "c_proj", "wo", "w_o", "out_lin", "linear_out", "dense"),
+    "q": ("q", "query", "q_proj", "query_proj", "to_q", "wq", "w_q", "q_lin", "q_linear", "linear_q", "Wq", "q_head", "q_attn",
+          "q_b_proj", "q_proj_weight"),
+    "k": ("k", "key", "k_proj", "key_proj", "to_k", "wk", "w_k", "k_lin", "k_linear", "linear_k", "Wk", "k_head", "k_proj_weight"),
+    "v": ("v", "value", "v_proj", "value_proj", "to_v", "wv", "w_v", "v_lin", "v_linear", "linear_v", "Wv", "v_head", "v_proj_weight"),
+    "out": ("out", "o", "out_proj", "o_proj", "to_out", "proj", "c_proj", "wo", "w_o", "Wo", "out_lin", "linear_out",
+            "dense", "post_proj", "projection", "output"),
     "qkv": (
         "qkv", "qkv_proj", "to_qkv", "wqkv", "Wqkv", "qkv_linear", "c_attn", "in_proj", "query_key_value", "in_proj_weight", "attn_qkv",
+        "att_proj",
     ),
     "kv": ("kv", "to_kv", "wkv", "kv_linear"),
 }
@@ -31,9 +33,14 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 FUSED_NAMES = _NAMES["qkv"] + _NAMES["kv"]
 _AMBIGUOUS = ("in_proj",)
 """Names that count only where the layer's axes say that q, k and v are in it: Mamba's ``in_proj`` is no attention's."""
+_BARE = ("q", "k", "v", "o")
+"""What XLNet calls its bare (width, heads, d) tensors."""
 _SEPARATE = {"q", "k", "v"}
-_LATENT = "kv_b_proj"
-"""The sibling that tells multi-head latent attention (DeepSeek-V2), whose keys and values are one projection."""
+_JOINT = {"kv_b_proj": {"q"}, "query_key": {"v"}}
+"""Siblings that tell an attention two of whose parts are one matrix, and what is left beside it: keys and values of multi-head latent
+attention (DeepSeek-V2), queries and keys of the Reformer. The joint matrix has no part."""
+_SECOND = "_global"
+"""What a second set of names in one module ends with: the Longformer's."""
 Layers = Mapping[str, Mapping[str, nn.Parameter]]
 """The path of a module -> the names of its layers -> their matrices."""
 
@@ -48,12 +55,14 @@ def find_attention(places: Iterable[Site], parts_of: Mapping[int, tuple[str, ...
     layers = _layers(places)
     found: dict[int, str] = {}
     for path, named in layers.items():
+        second = {name.removesuffix(_SECOND): param for name, param in named.items() if name.endswith(_SECOND)}
+        if second.keys() >= {"query", "key", "value"}:
+            found |= {id(param): part for part, param in _parts(second, {}).items()}
         parts = _parts(named, parts_of or {})
         kept = next((kind for kind in (_SEPARATE, {"qkv"}, {"q", "kv"}) if parts.keys() >= kind), set())
-        latent = not kept and _LATENT in named    # keys and values come out of one small vector; its two matrices are neither
-        if latent:
-            kept = {"q"} & parts.keys()
-        if kept or latent:
+        joint = next((beside & parts.keys() for name, beside in _JOINT.items() if name in named), None) if not kept else None
+        if kept or joint is not None:
+            kept = kept or joint or set()
             outputs = {"out": parts["out"]} if "out" in parts else _output_elsewhere(layers, path)
             found |= {id(param): part for part, param in ({part: parts[part] for part in kept} | outputs).items()}
     return found
@@ -81,9 +90,9 @@ def _layers(places: Iterable[Site]) -> Layers:
         path = ".".join(step for step in path.split(".") if step not in ADAPTED)
         if name == "weight":
             path, _, name = path.rpartition(".")
-        elif not name.endswith("_proj_weight"):
+        elif not name.endswith("_proj_weight") and name not in _BARE:
             continue
-        if place.param.ndim == 2:
+        if place.param.ndim == 2 or (name in _BARE and place.param.ndim == 3):
             layers.setdefault(path, {})[name] = place.param
     return layers
 
@@ -95,4 +104,5 @@ def _output_elsewhere(layers: Layers, path: str) -> dict[str, nn.Parameter]:
         inside = layers.get(place, {})
         if len(inside) == 1:
             return {"out": next(iter(inside.values()))}
-    return {}
+    beside = layers.get(above, {}) if above else {}
+    return {"out": beside["output"]} if "output" in beside else {}    # BigBird's and LED's, a Linear beside the module of the others

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -46,9 +46,12 @@ class Heads:
         core = _core(model)
         matrices = [place for place in places if _may_be_head(place)]
         self.ids = {id(head) for module in model.modules() if (head := _layer(_output_embeddings(module))) is not None}
+        for loss in (m for m in model.modules() if isinstance(m, nn.AdaptiveLogSoftmaxWithLoss)):
+            self.ids |= {id(loss.head), *(id(cast(nn.Sequential, tail)[-1]) for tail in loss.tail)}
         bare = {id(base) for module in core.modules() if (base := _base(module)) is not None}
         if id(core) in bare:
-            self.ids |= {id(p.home[0]) for p in matrices if _steps(p)[0].startswith("predict_")}    # the decision transformer's
+            own = [p for p in matrices if len(_steps(p)) >= 1]
+            self.ids |= {id(p.home[0]) for p in own if _steps(p)[0] == "lm_head" or _steps(p)[0].startswith("predict_")}
             return
         followed = _followed(core, {id(place.home[0]) for place in matrices}, bare)
         if followed:

@@ -26,7 +26,7 @@ from normwise.errors import PolicyError
 from normwise.policy.known import statement
 from normwise.policy.names import Site, sites
 from normwise.policy.output_layers import Heads
-from normwise.policy.source import forward_of
+from normwise.policy.source import functions
 
 ROLES = ("hidden", "conv", "embedding", "head", "recurrent", "bias", "gain", "other")
 GROUPS = {"matrix": ("hidden", "conv", "embedding", "head", "recurrent"), "all": ROLES}
@@ -89,7 +89,13 @@ def _role(place: Site) -> str:
     if isinstance(module, (*_NORMS, nn.PReLU)) or vector or _is_magnitude(place):
         return "gain"
     known = _is_weight(name)
+    if _is_vector(place.param) and not isinstance(module, _KNOWN) and _SCALES.fullmatch(name):
+        return "gain"    # one number a channel, shaped to broadcast: (1, 1, c), (c, 1, 1)
     return next((role for role, types in _MATRICES if known and isinstance(module, types)), _unlisted(module, name))
+
+
+_KNOWN = tuple(cls for _, types in _MATRICES for cls in types)
+_SCALES = re.compile(r"weight|gamma|scale|gain|(layer_scale|layerscale|gamma|scale)_?\w*")
 
 
 def _is_bias(name: str) -> bool:
@@ -130,10 +136,9 @@ def is_normalisation(module: nn.Module) -> bool:
     if (type(module).__module__ or "").startswith("torch.") or not all(_is_vector(p) for p in own) or any(True for _ in module.children()):
         return False
     named = "norm" in type(module).__name__.lower()
-    forward = forward_of(type(module))
-    if forward is None:
+    text = "\n".join(ast.unparse(function) for function in functions(type(module)))
+    if not text:
         return named and bool(own)
-    text = ast.unparse(forward)
     does = any(call in text for call in _NORMALISING) or (named and any(f".{call}(" in text for call in ("var", "std", "norm", "mean")))
     return does and (named or bool(own))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -255,9 +256,13 @@ class _Flow:
 
     def loop(self, node: ast.For) -> None:
         """``for layer in self.layers`` makes ``layer`` a child; the second round sees what the first left."""
-        child = next((path for n in ast.walk(node.iter) if isinstance(n, ast.Attribute) and (path := self.child(n))), "")
-        self._bind(node.target, child)
+        self._bind(node.target, self.looped(node.iter))
         self.run([*node.body, *node.body, *node.orelse])
+
+    def looped(self, over: ast.expr) -> str:
+        """The child that a loop runs over: ``self.layers[1:]``, ``zip(self.net.layers, masks)``, ``self.heads.items()``."""
+        paths = (path for n in ast.walk(over) if isinstance(n, ast.Attribute) and (path := self.child(n)))
+        return re.sub(r"\.(items|values|keys)$", "", next(paths, ""))
 
     def _bind(self, target: ast.expr, child: str) -> None:
         for name in ast.walk(target) if child else ():
@@ -288,8 +293,7 @@ class _Flow:
             return self.sources([node.body, node.orelse])
         if isinstance(node, ast.ListComp | ast.GeneratorExp | ast.DictComp | ast.SetComp):
             for made in node.generators:
-                child = next((path for n in ast.walk(made.iter) if isinstance(n, ast.Attribute) and (path := self.child(n))), "")
-                self._bind(made.target, child)
+                self._bind(made.target, self.looped(made.iter))
             return self.source(node.value if isinstance(node, ast.DictComp) else node.elt)
         return self.sources([n for n in ast.iter_child_nodes(node) if isinstance(n, ast.expr)])
 
@@ -380,12 +384,12 @@ def _chain(node: ast.expr, held: dict[str, str]) -> tuple[str, list[tuple[str, a
         owner = node.func.value
         if isinstance(owner, ast.Name) and owner.id == "self":
             return node.func.attr, methods[::-1]
+        method = node.func.attr
         if isinstance(owner, ast.Name) and owner.id == "torch" and node.args:    # torch.chunk(qkv, 3, dim=-1)
-            call = ast.Call(node.func, node.args[1:], node.keywords)
-            methods.append((node.func.attr, call))
+            methods.append((method, ast.Call(node.func, node.args[1:], node.keywords)))
             node = node.args[0]
         else:
-            methods.append((node.func.attr, node))
+            methods.append((method, node))
             node = owner
     return (held.get(node.id, "") if isinstance(node, ast.Name) else ""), methods[::-1]
 
