@@ -87,7 +87,7 @@ APART = [
     _causal("xglm", "XGLMForCausalLM", POSITIONS, OUT_PROJ, tied="*.embed_tokens.weight", **TIED),
     _causal("ctrl", "CTRLLMHeadModel", {**GPT2, "dff": 48}, {"q": ("*.Wq.weight",), "k": ("*.Wk.weight",), "v": ("*.Wv.weight",),
             "out": ("*.multi_head_attention.dense.weight",)}, tied="*.w.weight", **TIED),
-    _causal("minicpm3", "MiniCPM3ForCausalLM", {**LLAMA, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+    _causal("minicpm3", "MiniCPM3ForCausalLM", {**LLAMA, "num_key_value_heads": 4, "head_dim": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
             "qk_nope_head_dim": 8, "v_head_dim": 8}, LATENT),
     _causal("modernbert-decoder", "ModernBertDecoderForCausalLM", {**LLAMA, "tie_word_embeddings": True}, {**SEPARATE, "out": ("*.attn.Wo.weight",)},
             {"*.mlp.Wi.weight": ("hidden", "o i|(s o) i")}, sizes={"s": 2}, tied="*.tok_embeddings.weight", **TIED),

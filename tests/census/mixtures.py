@@ -34,7 +34,7 @@ def _causal(name: str, model: str, config: object, table: Table, **more: object)
 
 
 GATE, ROUTER = router("*.gate.weight"), router("*.router.weight")
-LATENT_CONFIG = {**FINE, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+LATENT_CONFIG = {**FINE, "head_dim": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
                  "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 
 FAMILIES = [

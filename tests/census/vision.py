@@ -86,7 +86,7 @@ FAMILIES = [
         "num_labels": 5}, **CLASSIFIER),
     _of("focalnet", "FocalNetForImageClassification", {"embed_dim": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "focal_levels": [2, 2], "focal_windows": [3, 3], "image_size": 32,
         "num_labels": 5}, **CLASSIFIER),
-    _of("cvt", "CvtForImageClassification", {"embed_dim": [16, 32], "num_heads": [1, 2], "depth": [1, 1], "patch_sizes": [7, 3], "patch_stride": [4, 2], "patch_padding": [2, 1],
+    _of("cvt", "CvtForImageClassification", {"embed_dim": [16, 32], "num_heads": [1, 2], "depth": [1, 2], "patch_sizes": [7, 3], "patch_stride": [4, 2], "patch_padding": [2, 1],
         "mlp_ratio": [2.0, 2.0], "attention_drop_rate": [0.0, 0.0], "drop_rate": [0.0, 0.0], "drop_path_rate": [0.1, 0.1], "qkv_bias": [True, True], "cls_token": [False, True],
         "qkv_projection_method": ["dw_bn", "dw_bn"], "kernel_qkv": [3, 3], "padding_kv": [1, 1], "stride_kv": [2, 2], "padding_q": [1, 1], "stride_q": [1, 1], "num_labels": 5},
         {"q": ("*.projection_query.weight",), "k": ("*.projection_key.weight",), "v": ("*.projection_value.weight",), "out": ("*.attention.output.dense.weight",)}, TOKEN, **CLASSIFIER),
