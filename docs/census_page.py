@@ -24,19 +24,24 @@ ROLES = ("hidden", "conv", "recurrent", "embedding", "head", "other")
 HEADER = "| model | parameters | " + " | ".join(ROLES) + " | vectors | head | q, k, v | experts | Muon | auto | as expected | notes |"
 INTRO = """# Census: what normwise makes of published architectures
 
-Roles and axes decide which rule acts on which tensor. A wrong one is a silent fault: a matrix that a matrix method leaves out, a head that
-it takes in, a bound on columns where rows were meant. So {models} models of {families} architectures are built here, small, offline and with random
-weights, and compared with expectations that were written by hand from their code (`tests/census`). The forward pass checks
-these expectations: which outputs of a fused projection are queries, keys and values, which axis of an expert's tensor is its input, which
-layer gives the output.
+Roles and axes decide which rule acts on which tensor. A wrong one is a silent fault: a matrix that a matrix method leaves out, a head
+that it takes in, a bound on columns where rows were meant. So {models} models of {families} architectures are built here, small,
+offline and with random weights, and compared with expectations that were written by hand from their code (`tests/census`). The forward
+pass checks these expectations: which outputs of a fused projection are queries, keys and values, which axis of an expert's tensor is its
+input, which layer gives the output.
 
 `python docs/census_page.py` writes this page again; `pytest tests/test_census.py -m "long or not long"` compares every model.
 
-How to read it. **parameters** is of the small model. The next columns are shares of it by role; **vectors** are biases and gains.
-**head** names the layers that give the output; *tied* is a head that shares the embedding's table, and is treated as the embedding.
-**q, k, v**: *apart*, one matrix each; *fused*, one tensor that is stepped as several matrices, in brackets how many; *none* where there are no queries, keys and values.
-**experts** counts the tensors that hold stacked experts, with their axes: `e` expert, `s` gate and up, `o` outputs, `i` inputs. **Muon** and **auto** are the share of the weights of two or more dimensions that `nw.optim.Muon` and `nw.optim.auto`
-step as matrices; the others take AdamW. **as expected** counts what differs from the expectation.
+How to read it:
+
+- **parameters** is of the small model. The next columns are shares of it by role; **vectors** are biases and gains.
+- **head** names the layers that give the output; *tied* is a head that shares the embedding's table and is treated as the embedding.
+- **q, k, v**: *apart*, one matrix each; *fused*, one tensor that is stepped as several matrices, in brackets how many (more than three
+  where queries outnumber keys: they are stepped in pieces of the keys' size); *none* where there are no queries, keys and values.
+- **experts** counts the tensors that hold stacked experts, with their axes: `e` expert, `s` gate and up, `o` outputs, `i` inputs.
+- **Muon** and **auto**: the share of the weights of two or more dimensions that `nw.optim.Muon` and `nw.optim.auto` step as matrices;
+  the others take AdamW.
+- **as expected** counts the parameters that differ from the expectation.
 """
 
 
@@ -55,7 +60,18 @@ def row(family: Family, model: nn.Module | None = None, seen: Seen | None = None
     vectors = _percent(sum(seen.roles.get(role, 0) for role in ("bias", "gain")) / total)
     matrix = [f"{100 * seen.matrix_share(preset):.0f}%" for preset in ("muon", "auto")]
     verdict = "yes" if not wrong else f"{len(wrong)} differ"
-    cells = [family.name, f"{total:,}", *shares, vectors, _heads(family, seen), _attention(seen), _experts(seen), *matrix, verdict, family.note]
+    cells = [
+        family.name,
+        f"{total:,}",
+        *shares,
+        vectors,
+        _heads(family, seen),
+        _attention(seen),
+        _experts(seen),
+        *matrix,
+        verdict,
+        family.note,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 

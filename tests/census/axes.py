@@ -2,7 +2,9 @@
 
 ``"o i"`` is a Linear, ``"i o"`` is GPT-2's ``Conv1D``. A dimension in brackets is split: ``"(s o) i"`` are s matrices one after another,
 ``"(h s o) i"`` are s matrices whose rows come in turns, head by head. ``s`` and ``e`` tell matrices apart, ``o`` and ``h`` are rows,
-``i`` and ``k`` columns. ``m`` stands for parts of unequal sizes, ``sizes["m"] = (4, 1, 1)``, each of which is a matrix: queries, keys and values, unless ``sizes["parts"]`` names them.
+``i`` and ``k`` columns. ``m`` stands for
+parts of unequal sizes, ``sizes["m"] = (4, 1, 1)``, each of which is a matrix: queries, keys and values, unless ``sizes["parts"]`` names
+them otherwise.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def matrices(shape: Sequence[int], pattern: str, sizes: Sizes) -> list[np.ndarra
         picked = index
         for axis, part in zip(first, chosen, strict=True):
             picked = picked.take(range(*part), axis)
-        kept = [axis for axis in first if picked.shape[axis] > 1]    # a part of several heads: they are rows
+        kept = [axis for axis in first if picked.shape[axis] > 1]  # a part of several heads: they are rows
         picked = picked.transpose([*[a for a in first if a not in kept], *sorted([*kept, *rows]), *columns])
         found.append(picked.reshape(-1, int(np.prod([opened[axis] for axis in columns], dtype=int))))
     return found

@@ -80,7 +80,7 @@ def expected(family: Family, model: nn.Module) -> dict[int, Expected]:
         role, pattern, sizes = (*mine[0][1], family.sizes) if mine else _by_type(of[0])
         if any(isinstance(p.module, nn.Embedding | nn.EmbeddingBag) for p in of) and not mine:
             assert not heads, f"{family.name}: {of[0].name} is the table of an embedding"
-            role = "embedding"    # though it may serve as the head, too
+            role = "embedding"  # though it may serve as the head, too
         elif heads:
             role = "head"
         what = f"{of[0].name} {tuple(of[0].param.shape)} of {type(of[0].module).__name__}"
@@ -121,11 +121,11 @@ def _by_type(place: Place) -> tuple[str, str, Mapping[str, Any]]:
         kernel = " k" * len(module.kernel_size)
         return "conv", ("(s i) o" if module.transposed else "(s o) i") + kernel, {"s": module.groups}
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return "hidden", "i o", {}    # Hugging Face's, of GPT-2: y = x @ weight
+        return "hidden", "i o", {}  # Hugging Face's, of GPT-2: y = x @ weight
     return "", "", {}
 
 
-def hf(model: str, config: Mapping[str, Any] = {}, **more: Any) -> Callable[[], nn.Module]:    # noqa: B006
+def hf(model: str, config: Mapping[str, Any] = {}, **more: Any) -> Callable[[], nn.Module]:
     """Builds a transformers model of this class from a small configuration, with random weights: nothing is read from anywhere."""
 
     def build() -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from census.decoders import GPT2
-from census.family import Family, Table, Unavailable, hf, tokens
+from census.family import Family, Table, Unavailable, hf
 from census.words import LLAMA, SEPARATE, fused
 
 
@@ -278,10 +278,21 @@ def _of(name: str, build: Callable[[], nn.Module], table: Table | None = None, a
     return Family(name, "plain torch", seeded, table=table or {}, attention=attention or {}, **more)
 
 
-NANO: dict[str, Any] = {"table": {"*.c_attn.weight": ("hidden", "(m o) i")}, "attention": fused("*.c_attn.weight", "*.attn.c_proj.weight"), "inputs": lambda _: {"x": torch.tensor([[5, 7, 11]])}}
-VIT: dict[str, Any] = {"table": {"*.qkv.weight": ("hidden", "(m o) i"), "*cls_token": ("other|embedding", ""), "*pos_embed": ("other|embedding", "")}, "attention": fused("*.qkv.weight", "*.attn.proj.weight")}
+NANO: dict[str, Any] = {
+    "table": {"*.c_attn.weight": ("hidden", "(m o) i")},
+    "attention": fused("*.c_attn.weight", "*.attn.c_proj.weight"),
+    "inputs": lambda _: {"x": torch.tensor([[5, 7, 11]])},
+}
+VIT: dict[str, Any] = {
+    "table": {"*.qkv.weight": ("hidden", "(m o) i"), "*cls_token": ("other|embedding", ""), "*pos_embed": ("other|embedding", "")},
+    "attention": fused("*.qkv.weight", "*.attn.proj.weight"),
+}
 OF_GPT2 = fused("*.c_attn.base_layer.weight", "*.attn.c_proj.weight")
-PEFT_GPT2: Table = {"*.c_attn.base_layer.weight": ("hidden", "i (m o)"), "*.lora_A.*": ("hidden", "o i"), "*.lora_B.*": ("hidden", "o i|(m o) i")}
+PEFT_GPT2: Table = {
+    "*.c_attn.base_layer.weight": ("hidden", "i (m o)"),
+    "*.lora_A.*": ("hidden", "o i"),
+    "*.lora_B.*": ("hidden", "o i|(m o) i"),
+}
 PEFT_LLAMA: dict[str, Any] = {**SEPARATE, "q": ("*.q_proj.base_layer.weight",), "v": ("*.v_proj.base_layer.weight",), "free": ("*.lora_*",)}
 A_STAYS = {"adamw": ("*.lora_A.*",), "note": "of a product B·A only B is stepped as a matrix"}
 
@@ -291,19 +302,56 @@ FAMILIES = [
     _of("segmentation", Segmentation, heads=("outc.weight",)),
     _of("classifier of convolutions", FullyConvolutional, heads=("classifier.weight",), normalised=False),
     _of("several tasks", Tasks, heads=("heads.age.weight", "heads.class.2.weight")),
-    _of("two towers and a temperature", Contrast, {"left.weight": ("hidden|head", "o i"), "right.weight": ("hidden|head", "o i")}, normalised=False),
-    _of("MLP", lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)), heads=("4.weight",), normalised=False),
-    _of("LSTM of letters", Letters, {"lstm.weight_?h*": ("recurrent", "(s o) i")}, sizes={"s": 4}, heads=("decoder.weight",), normalised=False),
+    _of(
+        "two towers and a temperature",
+        Contrast,
+        {"left.weight": ("hidden|head", "o i"), "right.weight": ("hidden|head", "o i")},
+        normalised=False,
+    ),
+    _of(
+        "MLP",
+        lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)),
+        heads=("4.weight",),
+        normalised=False,
+    ),
+    _of(
+        "LSTM of letters",
+        Letters,
+        {"lstm.weight_?h*": ("recurrent", "(s o) i")},
+        sizes={"s": 4},
+        heads=("decoder.weight",),
+        normalised=False,
+    ),
     _of("nanoGPT", lambda: Language(lambda: Block(Causal(), Feed())), heads=("lm_head.weight",), default=True, **NANO),
     _of("nanoGPT, tied", lambda: Language(lambda: Block(Causal(), Feed()), tied=True), tied="wte.weight", **NANO),
     _of("nanoGPT, backbone", Backbone, **NANO),
-    _of("stacked experts", lambda: Language(lambda: Block(Causal(), Experts())), {**NANO["table"], "*.mlp.w?": ("hidden", "e i o")}, NANO["attention"], heads=("lm_head.weight",)),
+    _of(
+        "stacked experts",
+        lambda: Language(lambda: Block(Causal(), Experts())),
+        {**NANO["table"], "*.mlp.w?": ("hidden", "e i o")},
+        NANO["attention"],
+        heads=("lm_head.weight",),
+    ),
     _of("timm's ViT", Pictures, heads=("head.weight",), **VIT),
     _of("timm's ViT, all but the head frozen", _frozen, heads=("head.weight",), **VIT),
     _of("DistributedDataParallel", _ddp, heads=("*out.weight",)),
     _of("compiled", lambda: torch.compile(HeadFirst()), heads=("*out.weight",)),  # type: ignore[return-value, arg-type]
     _of("LightningModule", _lightning, heads=("net.out.weight",)),
-    _of("LoRA on GPT-2", _peft(hf("GPT2LMHeadModel", GPT2), target_modules=["c_attn"], fan_in_fan_out=True), PEFT_GPT2, {**OF_GPT2, "free": ("*.lora_*",)}, tied="*.wte.weight", **A_STAYS),
-    _of("LoRA on Llama, the head trained too", _peft(hf("LlamaForCausalLM", LLAMA), target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]),
-        {"*.lora_?.*": ("hidden", "o i")}, PEFT_LLAMA, heads=("*lm_head.original_module.weight", "*lm_head.modules_to_save.default.weight"), default=True, **A_STAYS),
+    _of(
+        "LoRA on GPT-2",
+        _peft(hf("GPT2LMHeadModel", GPT2), target_modules=["c_attn"], fan_in_fan_out=True),
+        PEFT_GPT2,
+        {**OF_GPT2, "free": ("*.lora_*",)},
+        tied="*.wte.weight",
+        **A_STAYS,
+    ),
+    _of(
+        "LoRA on Llama, the head trained too",
+        _peft(hf("LlamaForCausalLM", LLAMA), target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]),
+        {"*.lora_?.*": ("hidden", "o i")},
+        PEFT_LLAMA,
+        heads=("*lm_head.original_module.weight", "*lm_head.modules_to_save.default.weight"),
+        default=True,
+        **A_STAYS,
+    ),
 ]

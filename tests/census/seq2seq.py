@@ -25,7 +25,12 @@ QKV = {"q": ("*.query*.weight", "*.q_proj.weight"), "k": ("*.key*.weight", "*.k_
 SHARED = "*shared.weight"
 LOCAL: Attention = {**QKV, "out": ("*.out_proj.weight", "*.self_attn.output.weight")}
 """BigBird and LED: the encoder's output projection lies beside the module of the other three."""
-PROPHET: Attention = {"q": ("*.query_proj.weight",), "k": ("*.key_proj.weight",), "v": ("*.value_proj.weight",), "out": ("*.out_proj.weight",)}
+PROPHET: Attention = {
+    "q": ("*.query_proj.weight",),
+    "k": ("*.key_proj.weight",),
+    "v": ("*.value_proj.weight",),
+    "out": ("*.out_proj.weight",),
+}
 
 
 def both(model: Any) -> dict[str, Any]:
@@ -41,13 +46,30 @@ FAMILIES = [
     _of("t5, backbone", "T5Model", T5, OF_T5, ""),
     _of("t5, encoder", "T5EncoderModel", T5, OF_T5, "", note="the last wo is a layer of the backbone", default=True),
     _of("t5, answers", "T5ForQuestionAnswering", T5, OF_T5, "", heads=("qa_outputs.weight",)),
-    _of("mt5", "MT5ForConditionalGeneration", {**T5, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}, OF_T5, "shared.weight"),
+    _of(
+        "mt5",
+        "MT5ForConditionalGeneration",
+        {**T5, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
+        OF_T5,
+        "shared.weight",
+    ),
     _of("umt5", "UMT5ForConditionalGeneration", T5, OF_T5, "shared.weight"),
     _of("longt5", "LongT5ForConditionalGeneration", {**T5, "local_radius": 4}, OF_T5, "shared.weight"),
-    _of("switch_transformers", "SwitchTransformersForConditionalGeneration", {**T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
-        OF_T5, "shared.weight", note="experts are Linears of their own"),
-    _of("nllb-moe", "NllbMoeForConditionalGeneration", {**BART, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1, "expert_capacity": 8},
-        {**OUT_PROJ, "out": ("*.self_attn.out_proj.weight", "*.cross_attention.out_proj.weight")}, note="experts are Linears of their own"),
+    _of(
+        "switch_transformers",
+        "SwitchTransformersForConditionalGeneration",
+        {**T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+        OF_T5,
+        "shared.weight",
+        note="experts are Linears of their own",
+    ),
+    _of(
+        "nllb-moe",
+        "NllbMoeForConditionalGeneration",
+        {**BART, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1, "expert_capacity": 8},
+        {**OUT_PROJ, "out": ("*.self_attn.out_proj.weight", "*.cross_attention.out_proj.weight")},
+        note="experts are Linears of their own",
+    ),
     _of("bart", "BartForConditionalGeneration", BART, OUT_PROJ),
     _of("bart, classes of texts", "BartForSequenceClassification", BART, OUT_PROJ, "", heads=("classification_head.out_proj.weight",)),
     _of("bart, backbone", "BartModel", BART, OUT_PROJ, ""),
@@ -61,10 +83,38 @@ FAMILIES = [
     _of("blenderbot-small", "BlenderbotSmallForConditionalGeneration", BART, OUT_PROJ),
     _of("mvp", "MvpForConditionalGeneration", BART, OUT_PROJ),
     _of("plbart", "PLBartForConditionalGeneration", BART, OUT_PROJ),
-    _of("led", "LEDForConditionalGeneration", {**BART, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32, "attention_window": 4}, LOCAL),
-    _of("prophetnet", "ProphetNetForConditionalGeneration", {"vocab_size": 64, "hidden_size": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_encoder_layers": 1,
-        "num_decoder_layers": 1, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "max_position_embeddings": 32, "num_buckets": 8, "pad_token_id": 0,
-        "tie_word_embeddings": True}, PROPHET, "*word_embeddings.weight", note="relative_pos_embeddings is a Linear"),
-    _of("fsmt", "FSMTForConditionalGeneration", {**{k: v for k, v in BART.items() if k != "vocab_size"}, "langs": ["en", "de"], "src_vocab_size": 64, "tgt_vocab_size": 64}, OUT_PROJ,
-        "*embed_tokens.weight"),
+    _of(
+        "led",
+        "LEDForConditionalGeneration",
+        {**BART, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32, "attention_window": 4},
+        LOCAL,
+    ),
+    _of(
+        "prophetnet",
+        "ProphetNetForConditionalGeneration",
+        {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "num_encoder_layers": 1,
+            "num_decoder_layers": 1,
+            "num_encoder_attention_heads": 4,
+            "num_decoder_attention_heads": 4,
+            "max_position_embeddings": 32,
+            "num_buckets": 8,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+        },
+        PROPHET,
+        "*word_embeddings.weight",
+        note="relative_pos_embeddings is a Linear",
+    ),
+    _of(
+        "fsmt",
+        "FSMTForConditionalGeneration",
+        {**{k: v for k, v in BART.items() if k != "vocab_size"}, "langs": ["en", "de"], "src_vocab_size": 64, "tgt_vocab_size": 64},
+        OUT_PROJ,
+        "*embed_tokens.weight",
+    ),
 ]
