@@ -256,6 +256,14 @@ def _dbrx(module: Any, name: str, tensor: Tensor) -> Layout | None:
 register_layout("DbrxExpertGLU", _dbrx, role="hidden")
 
 
+def _zamba(_module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
+    """One small matrix a Mamba head, applied from the left: ``w[:, None] @ x``."""
+    return Layout("soi", tuple(tensor.shape)) if name in ("x_proj_weight", "dt_proj_weight") and tensor.ndim == 3 else None
+
+
+register_layout("ZambaMambaMixer", _zamba, role="hidden")
+
+
 # ---------------------------------------------------------------------------------------------------- the forward's source
 
 
