@@ -18,9 +18,11 @@ tensor, and ``kv`` belong to both and are neither."""
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "q": ("q", "query", "q_proj", "query_proj", "to_q", "wq", "w_q", "q_lin", "q_linear", "linear_q", "Wq", "q_head", "q_attn",
-          "q_b_proj", "q_proj_weight"),
-    "k": ("k", "key", "k_proj", "key_proj", "to_k", "wk", "w_k", "k_lin", "k_linear", "linear_k", "Wk", "k_head", "k_proj_weight"),
-    "v": ("v", "value", "v_proj", "value_proj", "to_v", "wv", "w_v", "v_lin", "v_linear", "linear_v", "Wv", "v_head", "v_proj_weight"),
+          "projection_query", "q_b_proj", "q_proj_weight"),
+    "k": ("k", "key", "k_proj", "key_proj", "to_k", "wk", "w_k", "k_lin", "k_linear", "linear_k", "Wk", "k_head", "projection_key",
+          "k_proj_weight"),
+    "v": ("v", "value", "v_proj", "value_proj", "to_v", "wv", "w_v", "v_lin", "v_linear", "linear_v", "Wv", "v_head", "projection_value",
+          "v_proj_weight"),
     "out": ("out", "o", "out_proj", "o_proj", "to_out", "proj", "c_proj", "wo", "w_o", "Wo", "out_lin", "linear_out",
             "dense", "post_proj", "projection", "output"),
     "qkv": (
@@ -28,7 +30,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
         "att_proj",
     ),
     "kv": ("kv", "to_kv", "wkv", "kv_linear"),
-}
+}  # fmt: skip
 """``..._proj_weight`` are the tensors that ``nn.MultiheadAttention`` holds itself."""
 FUSED_NAMES = _NAMES["qkv"] + _NAMES["kv"]
 _AMBIGUOUS = ("in_proj",)
