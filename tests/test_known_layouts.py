@@ -262,6 +262,7 @@ def strange(t: Tensor) -> Tensor:
     [
         (LinearExperts, "gate_up_proj", "esoi"), (LinearExperts, "down_proj", "eoi"), (BatchedExperts, "w1", "eio"),
         (BatchedExperts, "w2", "eio"), (AliasedExperts, "w1", "eio"), (AliasedExperts, "w2", "eio"), (EinsumExperts, "w1", "eio"),
+        (EinsumExperts, "w2", "eio"),
         (Router, "weight", "oi"),
     ],
 )  # fmt: skip

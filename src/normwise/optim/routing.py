@@ -116,7 +116,7 @@ def _warn_of(unsure: Sequence[Entry]) -> None:
         f"{shown}{more}: nothing states the axes of these parameters, so that they are not stepped as matrices. Where they are matrices, "
         f"state it: layouts={{{unsure[0].name!r}: nw.Layout(...)}}, or nw.register_layout({type(unsure[0].module).__name__}, ..., "
         "role='hidden'). Where they are none, say which row they take, by override=, and this warning goes.",
-        stacklevel=5,
+        stacklevel=6,    # whoever called the preset
     )
 
 

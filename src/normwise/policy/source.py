@@ -170,8 +170,9 @@ def _einsum(node: ast.Call, names: dict[str, ast.expr]) -> Iterator[tuple[str, s
     for k, (term, operand) in enumerate(zip(terms, node.args[1:], strict=True)):
         name, indexed, flipped = _attribute(operand, names)
         others = "".join(terms[:k] + terms[k + 1 :])
-        if name and not indexed and not flipped and "." not in term:
-            yield name, "".join("i" if c not in output else "s" if c in others else "o" for c in term)
+        if name and not indexed and "." not in term:
+            axes = "".join("i" if c not in output else "s" if c in others else "o" for c in term)
+            yield name, axes[:-2] + axes[:-3:-1] if flipped else axes
 
 
 # --------------------------------------------------------------------------------------------------- what gives outputs
