@@ -196,7 +196,7 @@ class Control:
 
     def _bind(self, log: bool, resting: bool) -> None:
         """Finds the parameters of the rules; nothing is changed where that is refused."""
-        inventory = Inventory(self._model, self.policy.roles)
+        inventory = Inventory(self._model, self.policy.roles, self.policy.layouts)
         if resting:
             self.engine.refuse_replaced(inventory)
         engine = Engine(self._model, inventory, self.policy, self.optimizers, resting)
@@ -523,7 +523,7 @@ class Control:
         weights. A rule that rested at the last step (``every``, ``start``, ``stop``) is listed as not enforced, not as broken. Of
         parameters that are frozen now the bound of the last step that acted on them is measured.
         """
-        inventory = Inventory(self._model, self.policy.roles)
+        inventory = Inventory(self._model, self.policy.roles, self.policy.layouts)
         return verify(self.engine, inventory, self._counts(), self._frozen(inventory), self._silent())
 
     def _frozen(self, inventory: Inventory) -> Rested:

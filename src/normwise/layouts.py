@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,16 +49,26 @@ class Layout:
     certain:
         False where nobody stated the orientation: a bare parameter of two or more dimensions. `block_view` refuses to guess
         then.
+    parts:
+        What the matrices along ``s`` are, one name each: ``("q", "k", "v")``, ``("gate", "up")``; empty where nobody said. A matrix
+        that is larger than its neighbours is cut into pieces of their size, which bear its name: ``("q", "q", "q", "q", "k", "v")``
+        where four query heads share one key head. Two layouts are equal whatever they call their parts.
+    owner:
+        The class that holds the parameter, for the error about a layout that nobody stated.
 
-    Raises LayoutError for an unknown letter, a repeated ``s``, ``e``, ``h`` or ``H``, or a shape of another length.
+    Raises LayoutError for an unknown letter, a repeated ``s``, ``e``, ``h`` or ``H``, a shape of another length, or as many parts as
+    there are not.
     """
 
     axes: str
     shape: tuple[int, ...]
     certain: bool = True
+    parts: tuple[str, ...] = field(default=(), compare=False)
+    owner: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "parts", tuple(self.parts))
         unknown = sorted(set(self.axes) - set(ROWS + COLUMNS))
         if unknown or not self.axes:
             raise LayoutError(f"A layout's axes are letters of 'sehoHik'; given {self.axes!r}.")
@@ -67,6 +77,8 @@ class Layout:
             raise LayoutError(f"Axis {twice[0]!r} stands twice in layout {self.axes!r}; only 'o', 'i' and 'k' may repeat.")
         if len(self.axes) != len(self.shape):
             raise LayoutError(f"Layout {self.axes!r} has {len(self.axes)} axes, but its shape {self.shape} has {len(self.shape)}.")
+        if self.parts and len(self.parts) != self.size("s"):
+            raise LayoutError(f"Layout {self} has {self.size('s')} matrices along 's', but names {len(self.parts)} parts: {self.parts}.")
 
     def __str__(self) -> str:
         return " ".join(f"{axis}{size}" for axis, size in zip(self.axes, self.shape, strict=True))
@@ -101,19 +113,47 @@ def _splits(fine: tuple[int, ...], coarse: tuple[int, ...]) -> bool:
 # ---------------------------------------------------------------------------------------------------------- module types
 
 Describe = Callable[[nn.Module, str, Tensor], Layout | None]
-_REGISTERED: dict[type[nn.Module], list[Describe]] = {}
 
 
-def register_layout(cls: type[nn.Module], layout: Describe) -> None:
+@dataclass(frozen=True)
+class Registration:
+    """What `register_layout` was told of a class. ``child`` is the path of a submodule, "" for the module's own parameters."""
+
+    describe: Describe
+    role: str | None = None
+    child: str = ""
+
+
+_REGISTERED: dict[type[nn.Module] | str, list[Registration]] = {}
+_CHILDREN: set[str] = set()
+"""Every ``child`` that some class is registered with: most paths are none, which is quickly told."""
+
+
+def register_layout(cls: type[nn.Module] | str, layout: Describe, *, role: str | None = None, child: str = "") -> None:
     """Teach normwise the axes of a module class; subclasses inherit.
 
-    ``layout(module, name, tensor)`` gets the module, the parameter's own name in it (``"weight"``) and the tensor, and returns a
-    `Layout`, or None to leave the parameter to earlier registrations, then to base classes. The latest registration of a class
-    is asked first, so a built-in layout can be replaced.
+    Parameters
+    ----------
+    cls:
+        The class, or its name (``"GPT2Attention"``, or with its module ``"transformers.models.gpt2.modeling_gpt2.GPT2Attention"``)
+        where importing it is slow or impossible.
+    layout:
+        ``layout(module, name, tensor)`` gets the module, the parameter's own name (``"weight"``) and the tensor, and returns a
+        `Layout`, or None to leave the parameter to earlier registrations, then to base classes. The latest registration of a class
+        is asked first, so a built-in layout can be replaced.
+    role:
+        What parameters are for which ``layout`` returns a Layout with two or more letters; default: what is found otherwise, which for
+        a bare parameter is "other". Stacked experts are ``"hidden"``. Biases stay biases.
+    child:
+        The path of a submodule, such as ``"c_attn"``, where the parent decides what a plain Linear in it means: ``layout`` is asked for
+        that submodule's parameters, and still gets the module of class ``cls``, which knows its heads.
 
-    >>> nw.register_layout(Experts, lambda m, name, t: nw.Layout("eoi", t.shape) if t.ndim == 3 else None)
+    >>> nw.register_layout(Experts, lambda m, name, t: nw.Layout("eoi", t.shape) if t.ndim == 3 else None, role="hidden")
+    >>> nw.register_layout(Attention, lambda m, name, t: nw.Layout("so" + "i" * (t.ndim - 1), (3, m.width, *t.shape[1:])), child="qkv")
     """
-    _REGISTERED.setdefault(cls, []).insert(0, layout)
+    _REGISTERED.setdefault(cls, []).insert(0, Registration(layout, role, child))
+    if child:
+        _CHILDREN.add(child)
 
 
 def layout_of(module: nn.Module, name: str, tensor: Tensor, parent: nn.Module | None = None) -> Layout:
@@ -127,37 +167,49 @@ def layout_of(module: nn.Module, name: str, tensor: Tensor, parent: nn.Module | 
     """
     if is_lazy(tensor):
         raise LayoutError(f"{name!r} of {type(module).__name__} has no shape yet; run one forward pass before using a policy.")
+    owner = type(module).__name__
     if isinstance(module, ParametrizationList):
-        return _parametrized(module, tensor, parent) or _unsure(tensor)
-    plain = _plain_name(name)
-    return _attention_output(module, plain, tensor, parent) or _registered(module, plain, tensor) or _bare(tensor)
+        return _parametrized(module, tensor, parent) or _unsure(tensor, owner if parent is None else type(parent).__name__)
+    plain = plain_name(name)
+    return _attention_output(module, plain, tensor, parent) or _registered(module, plain, tensor) or _bare(tensor, owner)
 
 
 def is_known(module: nn.Module) -> bool:
     """Whether the module's type, or a base of it, has stated axes."""
-    return any(cls in _REGISTERED for cls in type(module).__mro__)
+    return any(key in _REGISTERED for cls in type(module).__mro__ for key in (cls, cls.__name__, f"{cls.__module__}.{cls.__qualname__}"))
 
 
-def _plain_name(name: str) -> str:
+def registered(module: nn.Module, name: str, tensor: Tensor, child: str = "") -> tuple[Layout, str | None] | None:
+    """The layout and the role, if one was stated, that ``module``'s class is registered with: for its own parameter ``name``, or for that
+    of its submodule ``child``."""
+    if child and child not in _CHILDREN:
+        return None
+    for cls in type(module).__mro__:
+        for key in (cls, cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
+            for known in _REGISTERED.get(key, ()):
+                if known.child == child and (layout := known.describe(module, name, tensor)) is not None:
+                    where = f"{child}.{name}" if child else name
+                    return layout.check(tensor.shape, f"{type(module).__name__}.{where}"), known.role
+    return None
+
+
+def plain_name(name: str) -> str:
     """Pruning and the old weight_norm and spectral_norm keep 'weight' as 'weight_orig', or as 'weight_g' and 'weight_v'."""
     return name.removesuffix("_orig").removesuffix("_g").removesuffix("_v")
 
 
 def _registered(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
-    for cls in type(module).__mro__:
-        for describe in _REGISTERED.get(cls, ()):
-            if (layout := describe(module, name, tensor)) is not None:
-                return layout.check(tensor.shape, f"{type(module).__name__}.{name}")
-    return _hugging_face_conv1d(module, name, tensor)
+    found = registered(module, name, tensor)
+    return found[0] if found is not None else _hugging_face_conv1d(module, name, tensor)
 
 
-def _bare(tensor: Tensor) -> Layout:
-    return _unsure(tensor) if tensor.ndim >= 2 else Layout("o", tuple(tensor.shape) or (1,))
+def _bare(tensor: Tensor, owner: str = "") -> Layout:
+    return _unsure(tensor, owner) if tensor.ndim >= 2 else Layout("o", tuple(tensor.shape) or (1,))
 
 
-def _unsure(tensor: Tensor) -> Layout:
+def _unsure(tensor: Tensor, owner: str = "") -> Layout:
     shape = tuple(tensor.shape) or (1,)
-    return Layout(("oi" + "k" * len(shape))[: len(shape)], shape, certain=False)
+    return Layout(("oi" + "k" * len(shape))[: len(shape)], shape, certain=False, owner=owner)
 
 
 def _flat(tensor: Tensor) -> Layout:
@@ -165,13 +217,16 @@ def _flat(tensor: Tensor) -> Layout:
     return Layout("o" * len(shape), shape)
 
 
-def _dense(axes: str, tensor: Tensor, *lead: int) -> Layout:
+QKV = ("q", "k", "v")
+
+
+def _dense(axes: str, tensor: Tensor, *lead: int, parts: tuple[str, ...] = ()) -> Layout:
     """``axes`` with the first dimension split into ``lead`` and what remains; unsure where the tensor is no such thing (flattened,
     sharded or packed by somebody else)."""
     outer = math.prod(lead)
     if tensor.ndim != len(axes) - len(lead) or outer == 0 or tensor.shape[0] % outer:
         return _unsure(tensor)
-    return Layout(axes, (*lead, tensor.shape[0] // outer, *tensor.shape[1:]))
+    return Layout(axes, (*lead, tensor.shape[0] // outer, *tensor.shape[1:]), parts=parts)
 
 
 def _linear(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
@@ -208,9 +263,9 @@ def _recurrent(module: Any, name: str, tensor: Tensor) -> Layout | None:
 
 def _attention(module: Any, name: str, tensor: Tensor) -> Layout | None:
     if name == "in_proj_weight":
-        return _dense("shoi", tensor, 3, module.num_heads)
+        return _dense("shoi", tensor, 3, module.num_heads, parts=QKV)
     if name == "in_proj_bias":
-        return _dense("sho", tensor, 3, module.num_heads)
+        return _dense("sho", tensor, 3, module.num_heads, parts=QKV)
     if name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         return _dense("hoi", tensor, module.num_heads)
     if name in ("bias_k", "bias_v"):
@@ -367,9 +422,30 @@ def _check_certain(layout: Layout, per: str, matrix: bool, oriented: bool, name:
     if not (layout.certain or free):
         raise LayoutError(
             f"Nothing states what the axes of {name!r}, shape {layout.shape}, are, and per={per!r} with this norm depends on it. "
-            f"State them in the rule, such as layout=nw.Layout({layout.axes!r}, {layout.shape}) if the first axis is the outputs, "
-            "or once for its module's class: nw.register_layout(cls, lambda module, name, tensor: nw.Layout(...))."
+            + _how_to_state(layout, name)
         )
+
+
+_USES_OF = {
+    2: (("oi", "F.linear(x, w), rows are outputs"), ("io", "x @ w, rows are inputs")),
+    3: (("eoi", "F.linear(x, w[e]), a stack of experts"), ("eio", "x @ w[e]")),
+}
+"""How a tensor of so many dimensions may be applied, and what its axes are then; above, it is a kernel."""
+
+
+def _how_to_state(layout: Layout, name: str) -> str:
+    """The calls that state the axes, one for each way in which the module may apply the tensor; the user knows which it is."""
+    dims, owner = len(layout.shape), layout.owner or "TheModule"
+    uses = _USES_OF.get(dims, (("oi" + "k" * (dims - 2), "a convolution, rows are output channels"),))
+    calls = "; ".join(
+        f'nw.register_layout({owner}, lambda m, n, t: nw.Layout("{axes}", tuple(t.shape)) if t.ndim == {dims} else None, role="hidden") '
+        f"if it is used as {use}"
+        for axes, use in uses
+    )
+    return (
+        f"State them once for the module's class: {calls}. Or for this parameter alone, in a rule by layout=nw.Layout({uses[0][0]!r}, "
+        f"{layout.shape}), in a policy or a preset by layouts={{{name!r}: ...}}. Where it is no matrix, leave it out with exclude=."
+    )
 
 
 def _check_axes(layout: Layout, per: str, name: str) -> None:

@@ -237,12 +237,28 @@ class Heads(BoundRule):
     def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
         super().__init__(rule, entries, owner, index)
         self._names = {e.name: e.names for e in entries}
+        self._axes = {e.name: rule.axes(e) for e in entries}
         for m in self.members:
-            if m.view.batch > 2 or _stack(m) > 3:
-                raise PolicyError(f"qk_clip cannot tell queries from keys in {m.name!r}: at most three matrices may be stacked, q, k, v.")
+            if m.view.batch > 2 or len(self._parts(m)) > 3:
+                raise PolicyError(
+                    f"qk_clip cannot tell queries from keys in {m.name!r}: at most three matrices may be stacked, q, k, v. Where several "
+                    "query heads share a key, it needs them in a layer of their own: query=, heads= and key_heads=."
+                )
         self._reports: dict[str, Tensor] = {}
         self._ever, self._quiet = False, 0
         self._passed: list[bool] | None = None
+
+    def _parts(self, m: Member) -> tuple[str, ...]:
+        """What is stacked in the parameter: q, k and v in this order where the layout does not name them."""
+        layout = self._axes[m.name]
+        return layout.parts or ("q", "k", "v", *[""] * 99)[: layout.size("s")]
+
+    def _over_stack(self, m: Member, share: Tensor) -> Tensor:
+        """The factors of all blocks: of q and k, and 1 for v; (part, head), or (head, part) where each head has its parts together."""
+        axes = self._axes[m.name].axes
+        inner = "s" in axes and axes.index("s") > axes.index("h" if "h" in axes else "H")
+        parts = [torch.ones_like(share) if part == "v" else share for part in self._parts(m)]
+        return torch.stack(parts, dim=int(inner)).flatten()
 
     def attentions(self) -> set[str]:
         """The names under which maxima can be reported: of the layers that are scaled, and of the modules that hold them."""
@@ -292,9 +308,10 @@ class Heads(BoundRule):
                 )
 
     def _check(self, m: Member, attention: str, maxima: Tensor) -> None:
-        if maxima.shape != (_heads(m),):
+        heads = m.view.count // len(self._parts(m))
+        if maxima.shape != (heads,):
             raise PolicyError(
-                f"the maxima reported for {attention!r} have the shape {tuple(maxima.shape)}, but {m.name!r} has {_heads(m)} heads: report "
+                f"the maxima reported for {attention!r} have the shape {tuple(maxima.shape)}, but {m.name!r} has {heads} heads: report "
                 "one number a query head."
             )
 
@@ -307,7 +324,7 @@ class Heads(BoundRule):
         if isinstance(reported, SplitPack):
             maxima = reported.largest(maxima)
         shares = [clip_factor(logits, tau).sqrt() ** self.rule.power for logits in maxima]
-        factor = torch.cat([_over_stack(m, share) for m, share in zip(reported.members, shares, strict=True)])
+        factor = torch.cat([self._over_stack(m, share) for m, share in zip(reported.members, shares, strict=True)])
         self._multiply(reported, weights_of(reported), factor, turn)
 
 
@@ -315,20 +332,6 @@ def _places_of(name: str) -> list[str]:
     """The module of a parameter and the one above: ``a.attn.q_proj.weight`` may be reported as ``a.attn.q_proj`` and ``a.attn``."""
     holder = name.rpartition(".")[0]
     return [holder, holder.rpartition(".")[0]]
-
-
-def _stack(m: Member) -> int:
-    """3 where q, k and v are stacked in one parameter."""
-    return m.view.shape[m.view.order[0]] if m.view.batch == 2 else 1
-
-
-def _heads(m: Member) -> int:
-    return m.view.count // _stack(m)
-
-
-def _over_stack(m: Member, share: Tensor) -> Tensor:
-    """The factors of all blocks: of q and k, and 1 for v."""
-    return torch.cat([share, share, torch.ones_like(share)][: _stack(m)])
 
 
 def report(rules: Iterable[BoundRule], attention: str, maxima: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from normwise.layouts import QKV
 from normwise.optim.parts import Radius
 from normwise.policy.inventory import Entry, Inventory
 
@@ -17,7 +18,7 @@ def role_factors(model: nn.Module) -> dict[str, Radius]:
     """Factors of the steps by what the parameters are for, to be given to a matrix preset: ``Ridge(model, override=role_factors(model))``.
 
     Three times the step for the queries and keys of every attention, half of it for its values and output, the two circuits of Elhage et
-    al. (2021); block by block where q, k and v are one tensor whose layout says so, while a plain Linear for all three keeps one step.
+    al. (2021); block by block where q, k and v are one tensor whose layout says so, while one that nobody has told apart keeps one step.
     Three times for the head of a model with recurrent layers. Measured for :func:`Ridge` only, on small networks: docs/results.md.
 
     Returns selector -> factor, for what ``model`` has and trains; empty where it has none of it. LayoutError for a lazy parameter that has
@@ -34,11 +35,19 @@ def factors_of(entries: Sequence[Entry]) -> dict[str, Radius]:
         found["attention:qk"] = SCORES
     if parts & {"v", "out"}:
         found["attention:ov"] = VALUES
-    stacked = [e for e in entries if e.attention == "qkv" and e.layout.certain and e.layout.size("s") == 3]
-    found |= {e.name: (SCORES, SCORES, VALUES) for e in stacked}
+    found |= {e.name: each for e in entries if (each := _block_by_block(e))}
     if {"recurrent", "head"} <= roles:
         found["role:head"] = HEAD_OVER_GATES
     return found
+
+
+def _block_by_block(entry: Entry) -> tuple[float, ...]:
+    """A factor for each matrix of a tensor that holds q, k and v, or k and v; empty where nobody has told them apart."""
+    layout = entry.layout
+    if entry.attention not in ("qkv", "kv") or not layout.certain:
+        return ()
+    parts = layout.parts or (QKV if entry.attention == "qkv" and layout.size("s") == len(QKV) else ())
+    return tuple({"q": SCORES, "k": SCORES, "v": VALUES}.get(part, 1.0) for part in parts)
 
 
 def over_convolutions(entries: Sequence[Entry]) -> bool:

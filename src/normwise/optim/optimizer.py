@@ -24,6 +24,7 @@ from normwise.optim.restore import adapt
 from normwise.optim.routing import Routing, route
 from normwise.optim.step import Update, step_group, together
 from normwise.policy import Policy
+from normwise.policy.inventory import LayoutLike
 
 KEPT_PLANS = 32    # sets of parameters with gradients that are remembered; alternating losses have a few, not many
 BESIDES = ("params", "param_names", LAYOUTS, KEY, "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
@@ -41,7 +42,10 @@ class NormOptimizer(Optimizer):
         roles: role -> name of a row, for a module.
         main: the row of parameters given without a module.
         override: selector -> what the user routes by hand, before roles: the name of a row; a row; or a number, which multiplies the radius
-            of the rows that these parameters take otherwise, and so their steps (a tuple: block by block, as (3.0, 3.0, 0.5) for q, k, v).
+            of the rows that these parameters take otherwise, and so their steps (a tuple: block by block, as (3.0, 3.0, 0.5) for q, k, v);
+            or ``"skip"``: another optimizer trains them.
+        layouts: selector -> ``nw.Layout``, or a function of (module, name, tensor) that gives one, where the axes are not what the module's
+            type says.
         policy: rules that run inside the step; those on updates need no snapshot of the weights then. Their state is in ``state_dict()``.
 
     A real ``torch.optim.Optimizer``: groups, per-group options, closures, schedulers, state round trips, hooks. ``.grad`` is never written,
@@ -63,30 +67,32 @@ class NormOptimizer(Optimizer):
         main: str,
         override: Mapping[Any, str | Row | Radius] | None = None,
         policy: Any = None,
+        layouts: Mapping[Any, LayoutLike] | None = None,
     ) -> None:
         full = {name: complete(row, f"the row {name!r}") for name, row in rows.items()}
         for name, row in full.items():
             check_row(row, f"the row {name!r}")
         ascends = {"maximize": full[main]["maximize"]}    # of a row of the user's own as of the others
         override = {s: {**ascends, **wanted} if isinstance(wanted, Mapping) else wanted for s, wanted in (override or {}).items()}
-        self.routing = route(params, full, roles, override) if isinstance(params, nn.Module) else None
-        if override and self.routing is None:
-            raise PolicyError("override= routes by name and role, which only a module tells: give the module instead of its tensors.")
-        given: Any = self.routing.groups() if self.routing is not None else params
+        self.routing = route(params, full, roles, override, layouts) if isinstance(params, nn.Module) else None
+        for name, given in {"override": override, "layouts": layouts}.items():
+            if given and self.routing is None:
+                raise PolicyError(f"{name}= speaks of names and roles, which only a module tells: give the module instead of its tensors.")
+        groups: Any = self.routing.groups() if self.routing is not None else params
         self._settled: dict[int, Settled] = {}
-        super().__init__(given, _defaults(full[main]))
+        super().__init__(groups, _defaults(full[main]))
         self._plans: dict[Any, Plan] = {}
         self._told = False
-        self._policy_control = self._attach(params, policy)
+        self._policy_control = self._attach(params, policy, layouts)
 
-    def _attach(self, params: Any, policy: Any) -> Any:
+    def _attach(self, params: Any, policy: Any, layouts: Mapping[Any, LayoutLike] | None) -> Any:
         if policy is None:
             return None
         if not isinstance(params, nn.Module):
             raise PolicyError("policy= needs the module, since rules name parameters: give the module instead of its tensors.")
         from normwise.control import Control
 
-        control = Control(params, [self], Policy(policy), "ignore", False, False, built_in=True)
+        control = Control(params, [self], Policy(policy, layouts=layouts), "ignore", False, False, built_in=True)
         control.engine.inline = True
         return control
 

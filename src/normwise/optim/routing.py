@@ -11,9 +11,12 @@ from typing import Any
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
-from normwise.optim.parts import Radius, Row, acts_on_blocks, apart, check_row, complete
-from normwise.policy.inventory import Entry, Inventory
+from normwise.optim.parts import Radius, Row, acts_on_blocks, apart, check_row, complete, needs_matrices
+from normwise.policy.inventory import Entry, Inventory, LayoutLike
 from normwise.policy.select import select
+
+SKIP = "skip"
+"""In the place of a row: another optimizer trains these parameters."""
 
 
 @dataclass(frozen=True)
@@ -47,26 +50,48 @@ class Routing:
         return e.name, shape, e.role, self.of[e.name], row["direction"], under, row["scale"] + times, hold, f"{float(row['lr']):g}"
 
 
-def route(model: nn.Module, rows: dict[str, Row], roles: Mapping[str, str], override: Mapping[Any, str | Row | Radius]) -> Routing:
+def route(
+    model: nn.Module,
+    rows: dict[str, Row],
+    roles: Mapping[str, str],
+    override: Mapping[Any, str | Row | Radius],
+    layouts: Mapping[Any, LayoutLike] | None = None,
+) -> Routing:
     """Assigns every trainable parameter of ``model`` to a row; each override acts on what those before it left.
 
-    Raises PolicyError for a row that does not exist, a selector that matches nothing, and parameters that nothing covers, by name.
+    Of a low-rank product B·A (LoRA) only B takes the row of its role: A takes that of role "other", since a step of A moves the product
+    through B alone, which is zero at first. Warns of parameters that may be matrices and, since nobody states their axes, are stepped as
+    none.
+
+    Raises PolicyError for a row that does not exist, a selector that matches nothing, and, by name, for parameters that nothing covers and
+    for complex ones.
     """
-    entries = Inventory(model).trainable
+    inventory = Inventory(model, layouts=layouts)
+    entries = inventory.trainable
     if not entries:
         raise PolicyError("the model has no trainable parameters.")
     rows = dict(rows)
-    of = {e.name: roles[e.role] for e in entries if e.role in roles}
+    of = {e.name: roles[role] for e in entries if (role := _routed_as(e)) in roles}
+    unsure = {e.name: e for e in inventory.unsure}
+    left: set[str] = set()
     for i, (selector, wanted) in enumerate(override.items()):
         names = [e.name for e in select(entries, selector)]
-        if isinstance(wanted, str | Mapping):
+        if wanted == SKIP:
+            left |= set(names)
+        elif isinstance(wanted, str | Mapping):
             of |= dict.fromkeys(names, _row(rows, selector, wanted, f"override {i + 1}"))
+            unsure = {name: e for name, e in unsure.items() if name not in names}
         else:
             of |= {name: _scaled(rows, of[name], selector, wanted) for name in names if name in of}
+    entries = tuple(e for e in entries if e.name not in left)
+    of = {name: row for name, row in of.items() if name not in left}
     missing = [f"{e.name} ({e.role})" for e in entries if e.name not in of]
     if missing:
         raise PolicyError(f"no row covers {', '.join(missing)}: route them by override={{selector: row}}. Rows: {', '.join(rows)}.")
+    _refuse_complex(entries)
     _check_raw(entries, {e.name: rows[of[e.name]] for e in entries})
+    if "hidden" in roles and needs_matrices(rows[roles["hidden"]]):
+        _warn_of([e for name, e in unsure.items() if name not in left and not needs_matrices(rows[of[name]])])
     return Routing(rows, entries, of)
 
 
@@ -90,6 +115,32 @@ def _check_raw(entries: Sequence[Entry], row_of: Mapping[str, Row]) -> None:
             "Route them by override= to a row such as 'adamw', or remove the parametrization, if that is not meant.",
             stacklevel=5,
         )
+
+
+def _routed_as(entry: Entry) -> str:
+    return "other" if entry.adapter == "A" and entry.role == "hidden" else entry.role
+
+
+def _refuse_complex(entries: Sequence[Entry]) -> None:
+    names = [e.name for e in entries if e.param.is_complex()]
+    if names:
+        raise PolicyError(
+            f"{', '.join(names)}: complex numbers, and steps under a norm need real floating-point numbers. Leave them to another "
+            f"optimizer by override={{{names[0]!r}: 'skip'}}, torch.optim.AdamW takes them; or train their view_as_real."
+        )
+
+
+def _warn_of(unsure: Sequence[Entry]) -> None:
+    if not unsure:
+        return
+    shown = ", ".join(f"{e.name} ({'x'.join(map(str, e.param.shape))} of {type(e.module).__name__})" for e in unsure[:8])
+    more = f" and {len(unsure) - 8} more" if len(unsure) > 8 else ""
+    warnings.warn(
+        f"{shown}{more}: nothing states the axes of these parameters, so that they are not stepped as matrices. Where they are matrices, "
+        f"state it: layouts={{{unsure[0].name!r}: nw.Layout(...)}}, or nw.register_layout({type(unsure[0].module).__name__}, ..., "
+        "role='hidden'). Where they are none, say which row they take, by override=, and this warning goes.",
+        stacklevel=7,    # whoever called the preset
+    )
 
 
 def _row(rows: dict[str, Row], selector: Any, wanted: str | Row, new: str) -> str:

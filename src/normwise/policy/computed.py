@@ -364,7 +364,8 @@ def _in_parametrization(place: Site) -> _At | None:
     chain: Any = above[depth]
     holder, _, rest = place.name.rpartition("parametrizations.")
     local = rest.partition(".")[0]
-    home = replace(place, name=holder + local, module=above[depth - 2], local_name=local, parents=above[: depth - 2])
+    home = replace(place, name=holder + local, module=above[depth - 2], local_name=local, parents=above[: depth - 2],
+        steps=place.steps[: depth - 2])
     return id(chain), lambda: Parametrized(chain), home, place.module is chain
 
 

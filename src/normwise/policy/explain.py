@@ -65,7 +65,7 @@ class Explanation:
 
 def explain(policy: Policy, model: nn.Module) -> Explanation:
     """See :meth:`Policy.explain`."""
-    inventory = Inventory(model, policy.roles)
+    inventory = Inventory(model, policy.roles, policy.layouts)
     touched = [{id(e) for e in rule.targets(inventory.entries if rule.phase == "gradient" else inventory.weights)} for rule in policy]
     rows = [_row(entry, _blocks(policy, touched, entry)) for entry in _listed(inventory)]
     return Explanation(tuple(rule.label() for rule in policy), tuple(rows))

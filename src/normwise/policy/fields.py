@@ -174,18 +174,23 @@ def convert_layout(layout: Any) -> Layout | None:
 
 
 def layout_to_data(layout: Layout | None) -> Any:
-    return None if layout is None else {"axes": layout.axes, "shape": list(layout.shape)}
+    if layout is None:
+        return None
+    parts = {"parts": list(layout.parts)} if layout.parts else {}
+    return {"axes": layout.axes, "shape": list(layout.shape), **parts}
 
 
 def layout_from_data(data: Any) -> Any:
-    """``{axes: hoi, shape: [8, 64, 512]}`` as a Layout."""
+    """``{axes: hoi, shape: [8, 64, 512]}`` as a Layout; with ``parts: [q, k, v]``, the names of the matrices along s, where it has them."""
     if not isinstance(data, Mapping):
         return data
-    given = schedules.arguments_by_name(["axes", "shape"], data, "layout")
-    shape = given.get("shape")
+    given = schedules.arguments_by_name(["axes", "shape", "parts"], data, "layout")
+    shape, parts = given.get("shape"), given.get("parts") or []
     if not isinstance(given.get("axes"), str) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise PolicyError(f"layout is {given!r}, but it needs its axes and its shape: {{axes: hoi, shape: [8, 64, 512]}}.")
-    return Layout(given["axes"], tuple(shape))
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise PolicyError(f"the parts of a layout are {parts!r}, but they are a list of names: [q, k, v].")
+    return Layout(given["axes"], tuple(shape), parts=tuple(parts))
 
 
 def selector_to_data(selector: Selector | None) -> Any:

@@ -44,6 +44,10 @@ def is_wrapper(owner: nn.Module, child: str) -> bool:
     return child in _MARKS or any(cls.__name__ in _WRAPPERS.get(child, ()) for cls in type(owner).__mro__)
 
 
+ADAPTED = ("base_layer", "original_module")
+"""Names under which PEFT keeps the layer that an adapter, or a trained copy, takes the place of."""
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One place where a parameter is registered; a tied parameter has several."""
@@ -53,12 +57,24 @@ class Site:
     module: nn.Module
     local_name: str
     parents: tuple[nn.Module, ...]
+    steps: tuple[str, ...] = ()
+    """For each of ``parents`` the name under which it holds the next one, "" where it only wraps it."""
 
     @property
     def parent(self) -> nn.Module | None:
         """The module that holds the owner; for a parametrized tensor the module whose tensor it is."""
         depth = 2 if isinstance(self.module, ParametrizationList) else 1
         return self.parents[-depth] if len(self.parents) >= depth else None
+
+    def above(self) -> Iterator[tuple[nn.Module, str]]:
+        """The modules that hold the owner, innermost first, each with the owner's path in it. What adapters and parametrizations put in
+        between (``c_attn.base_layer``) is no part of a path."""
+        path: list[str] = []
+        inner = len(self.parents) - (2 if isinstance(self.module, ParametrizationList) else 0)
+        for parent, step in zip(reversed(self.parents[:inner]), reversed(self.steps[:inner]), strict=True):
+            if step and step not in ADAPTED:
+                path.insert(0, step)
+            yield parent, ".".join(path)
 
     @property
     def home(self) -> tuple[nn.Module, str]:
@@ -71,16 +87,17 @@ class Site:
 def sites(model: nn.Module) -> list[Site]:
     """Every place of every parameter, in the order of ``named_parameters``, under clean names; once where a wrapper has it twice."""
     found: dict[tuple[str, int], Site] = {}
-    for place in _walk(model, "", ()):
+    for place in _walk(model, "", (), ()):
         found.setdefault((place.name, id(place.module)), place)
     return list(found.values())
 
 
-def _walk(module: nn.Module, prefix: str, parents: tuple[nn.Module, ...]) -> Iterator[Site]:
+def _walk(module: nn.Module, prefix: str, parents: tuple[nn.Module, ...], steps: tuple[str, ...]) -> Iterator[Site]:
     for local, param in module.named_parameters(recurse=False, remove_duplicate=False):
-        yield Site(prefix + local, param, module, local, parents)
+        yield Site(prefix + local, param, module, local, parents, steps)
     for child, inner in _children(module):
-        yield from _walk(inner, prefix if is_wrapper(module, child) else f"{prefix}{child}.", (*parents, module))
+        step = "" if is_wrapper(module, child) else child
+        yield from _walk(inner, f"{prefix}{step}." if step else prefix, (*parents, module), (*steps, step))
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,4 +1,4 @@
-"""A policy: rules in order, and the roles that the user states. It is data, and has a YAML form."""
+"""A policy: rules in order, and the roles and axes that the user states. It is data, and has a YAML form."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from normwise import files
 from normwise.errors import DataError, OutputError, PolicyError, nearest
+from normwise.layouts import Layout
 from normwise.policy import yaml_form
 from normwise.policy.roles import ROLES
 from normwise.policy.rule import Rule
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from normwise.policy.explain import Explanation
+    from normwise.policy.inventory import LayoutLike
 
 PolicyLike: TypeAlias = Union["Policy", Rule, Iterable["PolicyLike"]]
 MOST_NESTING, MOST_RULES = 16, 10_000
@@ -30,16 +32,22 @@ class Policy:
     rules: a Rule, a Policy, or a list of those, nested as one likes (``elastic_net`` is a list).
     roles: selectors to roles, where the role found from the module's type is not what is meant: ``{"decoder": "head"}``.
         Those of the policies within ``rules`` are kept, these win.
+    layouts: selectors to the axes of what they match, where the module's type does not tell them or tells them otherwise: an ``nw.Layout``,
+        or a function of (module, name, tensor) that gives one. Those of the policies within ``rules`` are kept, these win. A rule's own
+        ``layout`` wins over them.
 
     Compares by value; raises PolicyError for anything that is no rule, and for an unknown role.
     """
 
-    def __init__(self, rules: PolicyLike = (), roles: Mapping[Any, str] | None = None) -> None:
-        inherited: dict[Any, str] = {}
+    def __init__(
+        self, rules: PolicyLike = (), roles: Mapping[Any, str] | None = None, layouts: Mapping[Any, LayoutLike] | None = None
+    ) -> None:
+        inherited: _Stated = ({}, {})
         self.rules: tuple[Rule, ...] = tuple(itertools.islice(_flat(rules, inherited), MOST_RULES + 1))
         if len(self.rules) > MOST_RULES:
             raise PolicyError(f"a policy holds {MOST_RULES} rules at most, given more: {_short(rules)}.")
-        self.roles: dict[Any, str] = {**inherited, **_checked_roles(roles or {})}
+        self.roles: dict[Any, str] = {**inherited[0], **_checked_roles(roles or {})}
+        self.layouts: dict[Any, LayoutLike] = {**inherited[1], **_checked_layouts(layouts or {})}
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -51,14 +59,17 @@ class Policy:
         return self.rules[index]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Policy) and (self.rules, self.roles) == (other.rules, other.roles)
+        return isinstance(other, Policy) and (self.rules, self.roles, self.layouts) == (
+            other.rules, other.roles, other.layouts,
+        )  # fmt: skip
 
     def __hash__(self) -> int:
-        return hash((self.rules, frozenset(self.roles.items())))
+        return hash((self.rules, frozenset(self.roles.items()), frozenset(self.layouts.items())))
 
     def __repr__(self) -> str:
         roles = f", roles={self.roles!r}" if self.roles else ""
-        return f"Policy([{', '.join(map(repr, self.rules))}]{roles})"
+        layouts = f", layouts={self.layouts!r}" if self.layouts else ""
+        return f"Policy([{', '.join(map(repr, self.rules))}]{roles}{layouts})"
 
     def explain(self, model: nn.Module) -> Explanation:
         """A table of every parameter of ``model``: its role, its layout, its blocks, and the rules that touch it.
@@ -70,18 +81,18 @@ class Policy:
         return explain(self, model)
 
     def to_yaml(self) -> str:
-        """The policy as YAML: a list of the rules' fields that are not at their defaults, or with roles a mapping of both.
+        """The policy as YAML: a list of the rules' fields that are not at their defaults, or with roles or layouts a mapping of these.
 
         Raises PolicyError where a rule holds what has no such form: a function, tensors, a norm of the user's own.
         """
-        return yaml_form.write(self.rules, self.roles)
+        return yaml_form.write(self.rules, self.roles, self.layouts)
 
     @classmethod
     def from_yaml(cls, text: str, source: str = "the policy") -> Policy:
         """The inverse of :meth:`to_yaml`; ``{max_norm: 3}`` is taken for a named rule. PolicyError names ``source`` and the line."""
-        rules, roles = yaml_form.read(text, source)
+        rules, roles, layouts = yaml_form.read(text, source)
         try:
-            return cls(rules, roles)
+            return cls(rules, roles, layouts)
         except PolicyError as error:
             raise PolicyError(f"{source}: {error}") from error
 
@@ -114,7 +125,10 @@ def as_policy(rules: PolicyLike) -> Policy:
     return rules if isinstance(rules, Policy) else Policy(rules)
 
 
-def _flat(rules: Any, roles: dict[Any, str], depth: int = 0) -> Iterator[Rule]:
+_Stated: TypeAlias = "tuple[dict[Any, str], dict[Any, LayoutLike]]"
+
+
+def _flat(rules: Any, stated: _Stated, depth: int = 0) -> Iterator[Rule]:
     if isinstance(rules, Rule):
         yield rules
         return
@@ -122,9 +136,10 @@ def _flat(rules: Any, roles: dict[Any, str], depth: int = 0) -> Iterator[Rule]:
         hint = " For a policy file use nw.Policy.load(path)." if isinstance(rules, str | bytes) else ""
         raise PolicyError(f"a policy holds rules and lists of rules, given {_short(rules)}.{hint}")
     if isinstance(rules, Policy):
-        roles.update(rules.roles)
+        stated[0].update(rules.roles)
+        stated[1].update(rules.layouts)
     for rule in _items(rules):
-        yield from _flat(rule, roles, depth + 1)
+        yield from _flat(rule, stated, depth + 1)
 
 
 def _items(rules: Iterable[Any]) -> Iterator[Any]:
@@ -147,3 +162,13 @@ def _checked_roles(roles: Mapping[Any, str]) -> Mapping[Any, str]:
         if role not in ROLES:
             raise PolicyError(f"{selector!r} is given the unknown role {role!r}.{nearest(str(role), ROLES)}")
     return roles
+
+
+def _checked_layouts(layouts: Mapping[Any, LayoutLike]) -> Mapping[Any, LayoutLike]:
+    if not isinstance(layouts, Mapping):
+        raise PolicyError(f"layouts is {_short(layouts)}, but must be a mapping of selectors: {{'*.qkv.weight': nw.Layout(...)}}.")
+    for selector, layout in layouts.items():
+        check_selector(selector)
+        if not isinstance(layout, Layout) and not callable(layout):
+            raise PolicyError(f"{selector!r} is given the layout {_short(layout)}: give nw.Layout(axes, shape), or a function.")
+    return layouts

@@ -16,7 +16,7 @@ from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
 from normwise.policy import fields as kinds
 from normwise.policy.fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
 from normwise.policy.heads import Heads, convert_heads, heads_to_data, split_heads
-from normwise.policy.select import Selector, matches, select
+from normwise.policy.select import Selector, matches, names_of, select
 from normwise.radii import Brake, Quantile, StepLength, ZScore
 
 if TYPE_CHECKING:
@@ -188,17 +188,20 @@ class Rule:
 
     def matched(self, entries: Iterable[Entry]) -> list[Entry]:
         """As :meth:`targets`, but empty where the rule matches nothing."""
-        params = DEFAULT_PARAMS if self.params is None else self.params
-        return [e for e in entries if matches(params, e) and not (self.exclude is not None and matches(self.exclude, e))]
+        params, listed = DEFAULT_PARAMS if self.params is None else self.params, list(entries)
+        names = names_of(listed)
+        return [e for e in listed if matches(params, e, names) and not (self.exclude is not None and matches(self.exclude, e, names))]
+
+    def axes(self, entry: Entry) -> Layout:
+        """The axes of one parameter as the rule sees them; LayoutError where its own layout or heads do not fit."""
+        layout = self.layout.check(entry.shape, entry.name) if self.layout else entry.layout
+        return layout if self.heads is None else split_heads(layout, self.heads, entry.name)
 
     def view(self, entry: Entry) -> BlockView:
         """The blocks of one parameter that the rule acts on; LayoutError where it has none such."""
-        layout = self.layout.check(entry.shape, entry.name) if self.layout else entry.layout
-        if self.heads is not None:
-            layout = split_heads(layout, self.heads, entry.name)
         oriented = isinstance(self.norm, Norm) and self.norm.matrix and self.norm.oriented
         per = "head" if self.action == "qk_clip" else self.per
-        return block_view(layout, per, self.norm.matrix, oriented=oriented, name=entry.name)
+        return block_view(self.axes(entry), per, self.norm.matrix, oriented=oriented, name=entry.name)
 
     def label(self) -> str:
         """A short name for tables and messages: ``clip_norm l2/unit <= 3``."""

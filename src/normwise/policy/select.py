@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
@@ -23,7 +23,8 @@ One: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Predicate"
 Selector: TypeAlias = "One | Sequence[One]"
 """What ``params=`` and ``exclude=`` take.
 
-- a glob on the clean name, the whole of it: ``"fc*"``, ``"*.weight"``, ``"blocks.[01].*"``;
+- a clean name, which means this parameter whatever characters it has, or a glob on the whole of it: ``"fc*"``, ``"*.weight"``,
+  ``"blocks.[01].*"``;
 - a regular expression, found anywhere in the clean name: ``"re:fc[12]"`` or ``re.compile("fc[12]")``; any but one that refers back to
   what another part matched (see ``policy.patterns``);
 - a role, or a group of roles: ``"role:bias"``, ``"role:matrix"``, ``"role:all"``;
@@ -36,9 +37,15 @@ Selector: TypeAlias = "One | Sequence[One]"
 _LISTED = 30
 
 
-def matches(selector: Selector, entry: Entry) -> bool:
-    """Whether ``selector`` means this entry under any of its names; PolicyError for a selector that means nothing at all."""
-    return any(_predicate(one)(entry) for one in _several(selector))
+def matches(selector: Selector, entry: Entry, names: Collection[str] = ()) -> bool:
+    """Whether ``selector`` means this entry under any of its names; PolicyError for a selector that means nothing at all. ``names``: of all
+    parameters there are, so that a selector that is one of them is not read as a glob."""
+    return any(_predicate(one, names)(entry) for one in _several(selector))
+
+
+def names_of(entries: Iterable[Entry]) -> frozenset[str]:
+    """All names of all entries."""
+    return frozenset(name for entry in entries for name in entry.names)
 
 
 def select(entries: Iterable[Entry], params: Selector, exclude: Selector | None = None) -> list[Entry]:
@@ -83,9 +90,9 @@ def _several(selector: Selector) -> list[Any]:
     return list(selector) if isinstance(selector, list | tuple) else [selector]
 
 
-def _predicate(one: Any) -> Predicate:
+def _predicate(one: Any, names: Collection[str] = ()) -> Predicate:
     if isinstance(one, str):
-        return _from_text(one)
+        return (lambda entry: one in entry.names) if one in names else _from_text(one)
     if isinstance(one, re.Pattern) and isinstance(one.pattern, str):
         found = finder(one.pattern, one.flags)
         return lambda entry: any(map(found, entry.names))
@@ -165,8 +172,9 @@ def _with_flags(pattern: re.Pattern[str]) -> str:
 def _union(selector: Selector, entries: list[Entry], field: str) -> set[int]:
     """The ids of what any of the selector's elements matches; each has to match something."""
     found: set[int] = set()
+    names = names_of(entries)
     for one in _several(selector):
-        predicate = _predicate(one)
+        predicate = _predicate(one, names)
         ids = {id(entry) for entry in entries if predicate(entry)}
         if not ids:
             raise PolicyError(f"{field}={_shown(one)} matches no parameter.{_near(one, entries)} {_inventory(entries)}")

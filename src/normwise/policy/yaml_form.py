@@ -13,13 +13,15 @@ from types import ModuleType
 from typing import Any
 
 from normwise import schedules
-from normwise.errors import PolicyError, nearest
+from normwise.errors import NormwiseError, PolicyError, nearest
+from normwise.layouts import Layout
 from normwise.policy.common import Common
-from normwise.policy.fields import FieldError
+from normwise.policy.fields import FieldError, layout_from_data, layout_to_data
 from normwise.policy.named import NAMED
 from normwise.policy.rule import Rule, read_field
 from normwise.policy.select import selector_to_data
 
+KEYS = ("rules", "roles", "layouts")
 MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_RULES = 1 << 18, 20_000, 24, 1000
 """Far above any policy; a file beyond them was not written by hand, or loops or explodes through its aliases. All are checked before the
 text is parsed, or while it is: the parser reads about 300 KB a second."""
@@ -34,29 +36,40 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
 
 
-def read(text: str, source: str = "the policy") -> tuple[list[Rule], dict[str, str]]:
-    """The rules and the roles in a YAML text: a list of rules, or ``{rules: [...], roles: {...}}``.
+Stated = tuple[list[Rule], dict[str, str], dict[str, Any]]
+"""Rules, roles by selector, layouts by selector."""
+
+
+def read(text: str, source: str = "the policy") -> Stated:
+    """What a YAML text states: a list of rules, or ``{rules: [...], roles: {...}, layouts: {...}}``.
 
     Raises PolicyError, with ``source`` and the line, for whatever is no policy.
     """
     return _Reader(source).policy(_compose(text, source))
 
 
-def write(rules: Sequence[Rule], roles: Mapping[Any, str]) -> str:
-    """The YAML text that :func:`read` turns into the same rules and roles."""
-    listed = [rule.to_data() for rule in rules]
-    data = {"rules": listed, "roles": _written_roles(roles)} if roles else listed
+def write(rules: Sequence[Rule], roles: Mapping[Any, str], layouts: Mapping[Any, Any]) -> str:
+    """The YAML text that :func:`read` turns into the same rules, roles and layouts."""
+    listed: Any = [rule.to_data() for rule in rules]
+    stated = {"roles": _by_key(roles, "role", str), "layouts": _by_key(layouts, "layout", _written_layout)}
+    data = {"rules": listed, **{key: value for key, value in stated.items() if value}} if roles or layouts else listed
     return str(_yaml().dump(data, Dumper=_dumper(), sort_keys=False, allow_unicode=True))
 
 
-def _written_roles(roles: Mapping[Any, str]) -> dict[str, str]:
+def _by_key(given: Mapping[Any, Any], what: str, written_as: Callable[[Any], Any]) -> dict[str, Any]:
     written = {}
-    for selector, role in roles.items():
+    for selector, value in given.items():
         text = selector_to_data(selector)
         if not isinstance(text, str):
-            raise PolicyError(f"the selector {text!r} of a role is a list, which cannot be a key in YAML: give each its own entry.")
-        written[text] = role
+            raise PolicyError(f"the selector {text!r} of a {what} is a list, which cannot be a key in YAML: give each its own entry.")
+        written[text] = written_as(value)
     return written
+
+
+def _written_layout(layout: Any) -> Any:
+    if not isinstance(layout, Layout):
+        raise PolicyError(f"a layout that is a function cannot be written to YAML: {layout!r}; give an nw.Layout(axes, shape).")
+    return layout_to_data(layout)
 
 
 def plain_scalar(text: str) -> Any:
@@ -150,19 +163,20 @@ class _Reader:
     def __init__(self, source: str) -> None:
         self.source, self.nodes = source, 0
 
-    def policy(self, root: Any) -> tuple[list[Rule], dict[str, str]]:
+    def policy(self, root: Any) -> Stated:
         if root is None:
             raise PolicyError(f"{self.source} is empty: write [] for a policy without rules.")
         if _is_sequence(root):
-            return self.rules(root), {}
+            return self.rules(root), {}, {}
         if not _is_mapping(root):
-            raise self.error(root, "a policy is a list of rules, or a mapping of 'rules' and 'roles'.")
+            raise self.error(root, "a policy is a list of rules, or a mapping of 'rules', 'roles' and 'layouts'.")
         parts = self.entries(root)
         for key in parts:
-            if key not in ("rules", "roles"):
-                raise self.error(_key_node(root, key), f"unknown key {key!r} of a policy.{nearest(key, ('rules', 'roles'))}")
+            if key not in KEYS:
+                raise self.error(_key_node(root, key), f"unknown key {key!r} of a policy.{nearest(key, KEYS)}")
         roles = self.plain(parts["roles"]) if "roles" in parts else {}
-        return self.rules(parts.get("rules", root)), self.roles(roles, root)
+        layouts = self.plain(parts["layouts"]) if "layouts" in parts else {}
+        return self.rules(parts.get("rules", root)), self.roles(roles, root), self.layouts(layouts, root)
 
     def rules(self, node: Any) -> list[Rule]:
         if not _is_sequence(node):
@@ -183,6 +197,15 @@ class _Reader:
         if not isinstance(data, dict) or not all(isinstance(word, str) for pair in data.items() for word in pair):
             raise self.error(_key_node(node, "roles") or node, "roles are a mapping of patterns to roles: {'fc3.weight': head}.")
         return data
+
+    def layouts(self, data: Any, node: Any) -> dict[str, Any]:
+        at = _key_node(node, "layouts") or node
+        if not isinstance(data, dict):
+            raise self.error(at, "layouts are a mapping of patterns to axes: {'*.c_attn.weight': {axes: iso, shape: [64, 3, 64]}}.")
+        try:
+            return {pattern: layout_from_data(layout) for pattern, layout in data.items()}
+        except NormwiseError as error:
+            raise self.error(at, str(error)) from error
 
     def plain(self, node: Any, depth: int = 0) -> Any:
         """The node as plain Python data."""

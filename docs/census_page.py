@@ -1,0 +1,128 @@
+"""Writes docs/census.md: what normwise makes of published architectures. ``python docs/census_page.py``; ``--check`` only compares.
+
+Every model is built small and with random weights; nothing is downloaded. It needs the ``test`` extra, and takes about two minutes.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from torch import nn  # noqa: E402
+
+from census.all import FAMILIES, architectures, timm_is_missing  # noqa: E402
+from census.compare import faults  # noqa: E402
+from census.family import Family, Unavailable  # noqa: E402
+from census.seen import Seen, look  # noqa: E402
+
+PAGE = ROOT / "docs" / "census.md"
+ROLES = ("hidden", "conv", "recurrent", "embedding", "head", "other")
+HEADER = "| model | parameters | " + " | ".join(ROLES) + " | vectors | head | q, k, v | experts | Muon | auto | as expected | notes |"
+INTRO = """# Census: what normwise makes of published architectures
+
+Roles and axes decide which rule acts on which tensor. A wrong one is a silent fault: a matrix that a matrix method leaves out, a head
+that it takes in, a bound on columns where rows were meant. So {models} models of {families} architectures are built here, small,
+offline and with random weights, and compared with expectations that were written by hand from their code (`tests/census`). The forward
+pass checks these expectations: which outputs of a fused projection are queries, keys and values, which axis of an expert's tensor is its
+input, which layer gives the output.
+
+`python docs/census_page.py` writes this page again; `pytest tests/test_census.py -m "long or not long"` compares every model.
+
+How to read it:
+
+- **parameters** is of the small model. The next columns are shares of it by role; **vectors** are biases and gains.
+- **head** names the layers that give the output; *tied* is a head that shares the embedding's table and is treated as the embedding.
+- **q, k, v**: *apart*, one matrix each; *fused*, one tensor that is stepped as several matrices, in brackets how many (more than three
+  where queries outnumber keys: they are stepped in pieces of the keys' size); *none* where there are no queries, keys and values.
+- **experts** counts the tensors that hold stacked experts, with their axes: `e` expert, `s` gate and up, `o` outputs, `i` inputs.
+- **Muon** and **auto**: the share of the weights of two or more dimensions that `nw.optim.Muon` and `nw.optim.auto` step as matrices;
+  the others take AdamW.
+- **as expected** counts the parameters that differ from the expectation.
+"""
+
+
+def row(family: Family, model: nn.Module | None = None, seen: Seen | None = None) -> str:
+    """The model's line of the table; ``model`` and ``seen`` where they are there already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = family.build() if model is None else model
+        except Unavailable as why:
+            return f"| {family.name} | not built: {why} |" + " |" * (len(ROLES) + 8)
+        seen = look(model) if seen is None else seen
+        wrong = faults(family, model, seen)
+    total = sum(seen.roles.values())
+    shares = [_percent(seen.roles.get(role, 0) / total) for role in ROLES]
+    vectors = _percent(sum(seen.roles.get(role, 0) for role in ("bias", "gain")) / total)
+    matrix = [f"{100 * seen.matrix_share(preset):.0f}%" for preset in ("muon", "auto")]
+    verdict = "yes" if not wrong else f"{len(wrong)} differ"
+    cells = [
+        family.name,
+        f"{total:,}",
+        *shares,
+        vectors,
+        _heads(family, seen),
+        _attention(seen),
+        _experts(seen),
+        *matrix,
+        verdict,
+        family.note,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(share: float) -> str:
+    return "" if share == 0 else f"{100 * share:.0f}%" if share >= 0.005 else "<1%"
+
+
+def _heads(family: Family, seen: Seen) -> str:
+    found = [f"`{name.removesuffix('.weight')}`" for name, entry in seen.entries.items() if entry.role == "head" and entry.param.ndim >= 2]
+    return ", ".join([*found, *(["tied"] if family.tied else [])]) or "none"
+
+
+def _attention(seen: Seen) -> str:
+    fused = [e for e in seen.entries.values() if e.attention == "qkv"]
+    pieces = sorted({e.layout.size("s") for e in fused})
+    apart = any(e.attention == "q" for e in seen.entries.values())
+    return ", ".join([*(["apart"] if apart else []), *(f"fused ({n})" for n in pieces)]) or "none"
+
+
+def _experts(seen: Seen) -> str:
+    found: dict[str, int] = {}
+    for entry in seen.entries.values():
+        if "e" in entry.layout.axes and entry.role == "hidden":
+            found[entry.layout.axes] = found.get(entry.layout.axes, 0) + 1
+    return ", ".join(f"{count} `{axes}`" for axes, count in found.items())
+
+
+def text() -> str:
+    """The whole page."""
+    rows: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        rows.setdefault(family.group, []).append(row(family))
+    built = [line for lines in rows.values() for line in lines if "| not built: " not in line]
+    published = architectures(f for f in FAMILIES if f.group not in ("torch.nn", "plain torch"))
+    parts = [INTRO.format(models=len(built), families=len(published))]
+    for group, lines in rows.items():
+        parts.append(f"## {group[0].upper()}{group[1:]}\n\n{HEADER}\n{'|---' * (HEADER.count('|') - 1)}|\n" + "\n".join(lines) + "\n")
+    if why := timm_is_missing():
+        parts.append(f"## timm\n\nNot built here: {why}.\n")
+    return "\n".join(parts)
+
+
+def main() -> int:
+    now = text()
+    if "--check" in sys.argv:
+        stale = not PAGE.exists() or PAGE.read_text() != now
+        print("docs/census.md is not what docs/census_page.py writes" if stale else "docs/census.md is up to date")
+        return int(stale)
+    PAGE.write_text(now)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
