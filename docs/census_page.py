@@ -1,12 +1,13 @@
 """Writes docs/census.md: what normwise makes of published architectures. ``python docs/census_page.py``; ``--check`` only compares.
 
-Every model is built small and with random weights; nothing is downloaded. It needs the ``test`` extra, and takes about two minutes.
+Every model is built small and with random weights; nothing is downloaded. It needs the ``test`` extra, and takes about a minute.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,14 +22,15 @@ from census.seen import Seen, look  # noqa: E402
 
 PAGE = ROOT / "docs" / "census.md"
 ROLES = ("hidden", "conv", "recurrent", "embedding", "head", "other")
-HEADER = "| model | parameters | " + " | ".join(ROLES) + " | vectors | head | q, k, v | experts | Muon | auto | as expected | notes |"
+COLUMNS = ("model", "parameters", *ROLES, "vectors", "head", "q, k, v", "experts", "neither", "Muon", "auto", "as expected", "notes")
+HEADER = f"| {' | '.join(COLUMNS)} |"
 INTRO = """# Census: what normwise makes of published architectures
 
 Roles and axes decide which rule acts on which tensor. A wrong one is a silent fault: a matrix that a matrix method leaves out, a head
 that it takes in, a bound on columns where rows were meant. So {models} models of {families} architectures are built here, small,
-offline and with random weights, and compared with expectations that were written by hand from their code (`tests/census`). The forward
-pass checks these expectations: which outputs of a fused projection are queries, keys and values, which axis of an expert's tensor is its
-input, which layer gives the output.
+offline and with random weights, by transformers {version}, and compared with expectations that were written by hand from their code
+(`tests/census`). The forward pass checks these expectations: which outputs of a fused projection are queries, keys and values, which axis
+of an expert's tensor is its input, which layer gives the output.
 
 `python docs/census_page.py` writes this page again; `pytest tests/test_census.py -m "long or not long"` compares every model.
 
@@ -39,6 +41,8 @@ How to read it:
 - **q, k, v**: *apart*, one matrix each; *fused*, one tensor that is stepped as several matrices, in brackets how many (more than three
   where queries outnumber keys: they are stepped in pieces of the keys' size); *none* where there are no queries, keys and values.
 - **experts** counts the tensors that hold stacked experts, with their axes: `e` expert, `s` gate and up, `o` outputs, `i` inputs.
+- **neither**: tensors of two or more dimensions that are no matrix, such as tokens and tables of positions, or whose axes nobody states.
+  They take AdamW; a warning names those that may be matrices after all.
 - **Muon** and **auto**: the share of the weights of two or more dimensions that `nw.optim.Muon` and `nw.optim.auto` step as matrices;
   the others take AdamW.
 - **as expected** counts the parameters that differ from the expectation.
@@ -52,7 +56,7 @@ def row(family: Family, model: nn.Module | None = None, seen: Seen | None = None
         try:
             model = family.build() if model is None else model
         except Unavailable as why:
-            return f"| {family.name} | not built: {why} |" + " |" * (len(ROLES) + 8)
+            return f"| {family.name} | not built: {why} |" + " |" * (len(COLUMNS) - 2)
         seen = look(model) if seen is None else seen
         wrong = faults(family, model, seen)
     total = sum(seen.roles.values())
@@ -99,6 +103,14 @@ def _experts(seen: Seen) -> str:
     return ", ".join(f"{count} `{axes}`" for axes, count in found.items())
 
 
+def _neither(seen: Seen) -> str:
+    """Tensors of two or more dimensions that are no matrix, or whose axes nobody states, by their last name."""
+    left = [e for e in seen.entries.values() if e.param.ndim >= 2 and (e.role == "other" or not e.layout.certain)]
+    names = dict.fromkeys(f"`{e.local_name}`" for e in left)
+    told = any(e.name in seen.told for e in left)
+    return ", ".join(names) + (" (a warning says so)" if told else "")
+
+
 def text() -> str:
     """The whole page."""
     rows: dict[str, list[str]] = {}
@@ -106,7 +118,7 @@ def text() -> str:
         rows.setdefault(family.group, []).append(row(family))
     built = [line for lines in rows.values() for line in lines if "| not built: " not in line]
     published = architectures(f for f in FAMILIES if f.group not in ("torch.nn", "plain torch"))
-    parts = [INTRO.format(models=len(built), families=len(published))]
+    parts = [INTRO.format(models=len(built), families=len(published), version=version("transformers"))]
     for group, lines in rows.items():
         parts.append(f"## {group[0].upper()}{group[1:]}\n\n{HEADER}\n{'|---' * (HEADER.count('|') - 1)}|\n" + "\n".join(lines) + "\n")
     if why := timm_is_missing():

@@ -146,7 +146,10 @@ UNASKABLE = {
     "reformer": "has no attention of one position",
     "splinter, answers": "looks for a question token",
     "squeezebert": "is made of convolutions",
+    "tapas, answers": "averages its scores over the cells of a table",
     "visual_bert, answers": "needs an image",
+    "xglm": "masks with a number that is for float32 alone",
+    "xmod": "needs a language",
     "xlnet": "attends to what comes after, too, by a position of its own",
     "xlnet, answers": "attends to what comes after, too, by a position of its own",
     "yoso": "has no softmax",
@@ -191,7 +194,9 @@ def test_the_forward_pass_has_the_same_axes_of_experts(family: Family) -> None:
     assert output_axis(module.down_proj, run, x) == down.index("o")
 
 
-HEADED = [f for f in FAMILIES if f.heads and f.inputs is not None]
+CHANGED = {"nanochat": "tanh", "swiftformer": "the mean of its two heads"}
+"""What comes after the head, so that its numbers are not the output's."""
+HEADED = [f for f in FAMILIES if f.heads and f.inputs is not None and f.name not in CHANGED]
 
 
 @pytest.mark.parametrize("family", [pytest.param(f, marks=() if f.default else pytest.mark.long, id=f.name) for f in HEADED])
@@ -200,9 +205,12 @@ def test_the_heads_give_the_output(family: Family) -> None:
     names = [n.removesuffix(".weight") for n, _ in model.named_parameters() if any(fnmatchcase(n, glob) for glob in family.heads)]
     assert family.inputs is not None
     try:
-        assert gives_output(model, names, family.inputs(model))
-    except (TypeError, ValueError) as error:
+        given = gives_output(model, names, family.inputs(model))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if family.default:
+            raise
         pytest.skip(f"it needs other inputs: {error}")
+    assert given
 
 
 # --------------------------------------------------------------------------------------------------------------- the page

@@ -140,7 +140,7 @@ def hf(model: str, config: Mapping[str, Any] = {}, **more: Any) -> Callable[[], 
         try:
             return cls(cls.config_class(**{**config, **more})).eval()
         except (ImportError, OSError) as error:
-            raise Unavailable(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+            raise Unavailable(f"{type(error).__name__}: {str(error).strip().splitlines()[0].partition('. ')[0]}") from error
 
     return build
 

@@ -32,9 +32,10 @@ def _gradient(model: nn.Module, name: str, run: Run, length: int) -> Tensor:
     """d(last position's output)/d(outputs of the projection), (length, outputs)."""
     seen: list[Tensor] = []
 
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        output.retain_grad()
-        seen.append(output)
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        first.retain_grad()
+        seen.append(first)
 
     handle = model.get_submodule(name).register_forward_hook(keep)
     try:
