@@ -108,9 +108,15 @@ def _covered(optimizer: NormOptimizer) -> float | None:
     groups = optimizer.param_groups
     if not any(map(is_matrix_method, groups if optimizer.routing is None else optimizer.routing.rows.values())):
         return None
-    sizes = [(is_matrix_method(g), p.numel()) for g in groups for p in g["params"] if p.ndim >= 2]
+    others = _meant_for_others(optimizer)
+    sizes = [(is_matrix_method(g), p.numel()) for g in groups for p in g["params"] if p.ndim >= 2 and id(p) not in others]
     whole = sum(n for _, n in sizes)
     return sum(n for matrix, n in sizes if matrix) / whole if whole else None
+
+
+def _meant_for_others(optimizer: NormOptimizer) -> set[int]:
+    """LoRA's A: the matrix methods step B of the product, and leave A to AdamW."""
+    return set() if optimizer.routing is None else {id(e.param) for e in optimizer.routing.entries if e.adapter == "A"}
 
 
 def little_covered(optimizer: NormOptimizer) -> str | None:

@@ -160,8 +160,8 @@ def _computed_entry(computed: Computed, entries: tuple[Entry, ...], heads: Heads
     anchor = next(iter(computed.trained), computed.parameters[0])
     tied, told = tuple(other.name for other in computed.tied), _statement(all_sites)
     return Entry(
-        site.name, anchor, site.module, site.local_name, role_of(all_sites, heads, told.role), told.layout, tied, tuple(owners.values()), part,
-        computed.raw_names, computed, told.adapter,
+        site.name, anchor, site.module, site.local_name, role_of(all_sites, heads, told.role), told.layout, tied, tuple(owners.values()),
+        part, computed.raw_names, computed, told.adapter,
     )  # fmt: skip
 
 
