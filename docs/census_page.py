@@ -72,6 +72,7 @@ def row(family: Family, model: nn.Module | None = None, seen: Seen | None = None
         _heads(family, seen),
         _attention(seen),
         _experts(seen),
+        _neither(seen),
         *matrix,
         verdict,
         family.note,
