@@ -697,9 +697,10 @@ def _same_kind(new: Control, other: Control) -> tuple[str, str, str] | None:
     """Two rules, by label, that do the same to a parameter, and its name."""
     for mine in new.engine.rules:
         for theirs in other.engine.rules:
-            shared = {m.name for m in mine.members} & {m.name for m in theirs.members}
+            known = {id(m.param) for m in theirs.members}
+            shared = [m.name for m in mine.members if id(m.param) in known]
             if mine.rule.kind() == theirs.rule.kind() and shared:
-                return mine.rule.label(), theirs.rule.label(), min(shared)
+                return mine.rule.label(), theirs.rule.label(), shared[0]
     return None
 
 
