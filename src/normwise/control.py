@@ -176,7 +176,8 @@ class Control:
     def _before(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A closure computes the gradients within the step, so the gradient phase runs after each of its evaluations."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None and makes_state(self.optimizers[k]):
+        # torch's step that makes state says closure=None by name; that of a class over another's step may hand it on in its own way
+        if closure is None and ("closure" in kwargs or self._nests[k]) and makes_state(self.optimizers[k]):
             self._turns[k], self._depth[k] = None, 0
             return None
         if self._nests[k] and self._within(k, closure):

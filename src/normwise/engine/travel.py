@@ -223,7 +223,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float6
 
 @_disable_dynamo    # as the control's hooks
 def makes_state(optimizer: Optimizer) -> bool:
-    """Whether the step that is about to be taken only makes the optimizer's state, as that of ``torch.distributed.checkpoint`` does before
+    """Whether the step to come can only make the optimizer's state, as the one that ``torch.distributed.checkpoint`` takes before
     it gets or sets one: there is none yet, every rate is zero, and so is every gradient. No rule acts in it.
 
     Costs a look at a dictionary from the second step on; gradients are read in a first step with a rate of zero alone.
