@@ -147,4 +147,4 @@ def test_what_needs_pickle_is_refused() -> None:
     with pytest.raises(NormwiseError, match=r"state\.a\.1 is a set"):
         checkpoints.flat({"a": [1, {2}]})
     with pytest.raises(NormwiseError, match="the key"):
-        checkpoints.flat({(1, 2): 3})
+        checkpoints.flat({frozenset((1, 2)): 3})

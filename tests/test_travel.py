@@ -418,6 +418,35 @@ def test_a_warm_up_from_zero_is_a_step_like_any_other() -> None:
     assert control.steps == 1 and control.verify() and float(model[0].weight.norm(dim=1).max()) <= 0.1
 
 
+def test_a_users_step_with_no_rate_and_no_gradient_is_the_rules() -> None:
+    """To project the weights, say: torch names ``closure=None``, and nobody else does."""
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    control = nw.attach(model, optimizer, nw.max_norm(0.1))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert control.steps == 1 and float(model[0].weight.norm(dim=1).max()) <= 0.1
+
+
+class Nesting(SGD):
+    """An optimizer over another's step, whose hooks run twice."""
+
+    def step(self, closure: Any = None) -> Any:    # type: ignore[override]
+        return super().step(closure)
+
+
+def test_the_step_that_makes_state_of_an_optimizer_over_another() -> None:
+    model = net()
+    optimizer = Nesting(model.parameters(), lr=0.1)
+    control = nw.attach(model, optimizer, ACTING)
+    before = copy.deepcopy(model)
+    get_optimizer_state_dict(model, optimizer)
+    assert same(model, before) and control.steps == 0
+    step(model, 0, optimizer)
+    assert control.steps == 1
+
+
 # ---------------------------------------------------------------------------------------------------------- copies
 
 

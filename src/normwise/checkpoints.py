@@ -150,7 +150,7 @@ def _flatten(value: Any, way: tuple[Any, ...], tensors: dict[str, Tensor], ways:
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
         return ["tensor", name]
     if isinstance(value, Mapping):
-        return ["dict", *([_told(k, f"a key of {_name(way)}"), _flatten(v, (*way, k), tensors, ways)] for k, v in value.items())]
+        return ["dict", *([_told(k, f"the key {k!r} of {_name(way)}"), _flatten(v, (*way, k), tensors, ways)] for k, v in value.items())]
     if isinstance(value, list | tuple):
         items = (_flatten(v, (*way, i), tensors, ways) for i, v in enumerate(value))
         return ["tuple" if isinstance(value, tuple) else "list", *items]
