@@ -1,6 +1,7 @@
 """The command line: argument parsing only. What a command does stands in the module that it imports when it is called.
 
-Exit status: 0 success, 1 where a checked bound is broken, 2 on bad input (one sentence, no traceback), 130 after Ctrl-C.
+Exit status (docs/command-line.md): 0 success, 1 where a checked bound is broken, 2 on bad input (one sentence, no traceback), 3 where
+results could not be written or printed, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from normwise.errors import NormwiseError
+from normwise.errors import NormwiseError, OutputError
 
-_BROKEN, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+_BROKEN, _BAD_INPUT, _NOT_DELIVERED, _INTERRUPTED = 1, 2, 3, 130
 _EXTRAS = {"sklearn": "study", "rich": "study", "pyarrow": "study", "PIL": "study", "yaml": "yaml",
            "altair": "report", "vl_convert": "report", "jinja2": "report", "torch_pruning": "prune"}  # fmt: skip
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         return _sorry(str(error))
     except NormwiseError as error:
-        return _sorry(" ".join(str(error).split("\n")))
+        return _sorry(" ".join(str(error).split("\n")), _NOT_DELIVERED if isinstance(error, OutputError) else _BAD_INPUT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
             raise
@@ -39,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def _sorry(message: str) -> int:
+def _sorry(message: str, status: int = _BAD_INPUT) -> int:
     print(f"normwise: {message}", file=sys.stderr)
-    return _BAD_INPUT
+    return status
 
 
 class _UsageError(Exception):

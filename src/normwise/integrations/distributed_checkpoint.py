@@ -187,7 +187,7 @@ class _Description:
     def size(self, value: Any, name: str) -> torch.Size:
         """torch.Size of a tuple of whole numbers that a tensor can have."""
         numbers = value.arguments[0] if type(value) is Made and value.what.name == "Size" and len(value.arguments) == 1 else None
-        if type(numbers) is not tuple or len(numbers) > _MOST_DIMENSIONS or not all(type(n) is int and 0 <= n for n in numbers):
+        if type(numbers) is not tuple or len(numbers) > _MOST_DIMENSIONS or not all(type(n) is int and n >= 0 for n in numbers):
             raise _Problem(f"a size or an offset of {name} is no list of whole numbers >= 0.")
         if math.prod(n or 1 for n in numbers) > _LARGEST:
             raise _Problem(f"a size or an offset of {name} is larger than any tensor.")
