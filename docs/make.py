@@ -184,6 +184,18 @@ def smaller(results: dict[str, Any]) -> str:
     return f"{said}\n\n{bench({'rows': networks(results)})}\n\nStrengths, with the tuning seed:\n\n{tried}"
 
 
+def named_rules(_: Any) -> str:
+    """From the code itself: the rules, their arguments, the first sentence about each."""
+    from normwise.study.words import named_rules as listed
+
+    lines = []
+    for line in listed().splitlines():
+        head, about = line.split(")  ", 1)
+        plain = re.sub(r":func:`(\w+)`", r"`\1`", about.strip().replace("``", "`"))
+        lines.append(f"| `{head})` | {plain.replace('|', chr(92) + '|')} |")
+    return "\n".join(["| rule | what it does |", "|---|---|", *lines])
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits": ("cnn-digits", by_strategy),
     "digits setting": ("cnn-digits", setting),
@@ -200,6 +212,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gan": ("gan", bench),
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
+    "named rules": (None, named_rules),
     "bench control": ("bench-control", bench),
     "bench polar": ("bench-polar", bench),
     "bench step": ("bench-step", bench),
@@ -211,7 +224,7 @@ def filled(text: str) -> str:
     for name, (source, render) in TABLES.items():
         if f"<!-- {name} -->" not in text:
             continue
-        results = load(source)
+        results = load(source) if source else {}
         body = "Not yet measured." if results is None else render(results)
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.S)
         text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)

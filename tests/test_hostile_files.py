@@ -363,8 +363,8 @@ def test_all_parts_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("NORMWISE_MOST_BYTES", str(whole))
     assert len(readers.read_folder(tmp_path).train) == 60
     monkeypatch.setenv("NORMWISE_MOST_BYTES", str(whole - 1))
-    says = f"at most {whole - 1} bytes in all once decoded, found {fuzz.GREY.size} beside the {2 * fuzz.GREY.size}"
-    with pytest.raises(DataError, match=says):
+    size = fuzz.GREY.size
+    with pytest.raises(DataError, match=f"at most {whole - 1} bytes in all once decoded, found {size} beside the {2 * size}"):
         readers.read_folder(tmp_path)
     monkeypatch.setenv("NORMWISE_MOST_BYTES", "1e9")
     with pytest.raises(DataError, match="whole number of bytes"):

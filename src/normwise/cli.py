@@ -1,7 +1,8 @@
 """The command line: argument parsing only. What a command does stands in the module that it imports when it is called.
 
-Exit status: 0 success; 1 where a checked bound is broken or a baseline was not trained; 2 on bad input; 3 where results could not be
-written or printed; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. All but 0 say why in one sentence, without a traceback.
+Exit status (docs/command-line.md): 0 success; 1 where a checked bound is broken or a baseline was not trained; 2 on bad input; 3 where
+results could not be written or printed; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. All but 0 say why in one sentence, without a
+traceback.
 """
 
 from __future__ import annotations

@@ -71,12 +71,18 @@ def mark_in_time(final: Mapping[str, Any], step_ms: float, baseline_ms: float) -
 
 
 def policy_yaml(strategy: str, strengths: Mapping[str, float]) -> str:
-    """The rules of the discriminator, then of the generator, at these strengths; no text where there are none."""
+    """The rules at these strengths as YAML; no text where there are none.
+
+    Of the discriminator alone they are its policy, and load as it. Of both networks they are two policies, under the names of the networks:
+    one after the other they would load as one policy, of one network.
+    """
     import normwise as nw
 
     chosen = STRATEGIES[strategy]
-    sides = {"discriminator": chosen.rules(strengths), "generator": chosen.generator_rules(strengths)}
-    return "".join(f"# {side}\n{nw.Policy(rules).to_yaml()}" for side, rules in sides.items() if rules)
+    rules, others = chosen.rules(strengths), chosen.generator_rules(strengths)
+    if not others:
+        return f"# of the discriminator\n{nw.Policy(rules).to_yaml()}" if rules else ""
+    return "".join(f"{side}:\n{nw.Policy(part).to_yaml()}" for side, part in (("discriminator", rules), ("generator", others)))
 
 
 def _searched(cell: GanCell) -> dict[str, Any]:

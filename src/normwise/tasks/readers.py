@@ -36,8 +36,7 @@ _STARTS = {
     "PNG": (b"\x89PNG\r\n\x1a\n",), "JPEG": (b"\xff\xd8\xff",), "GIF": (b"GIF87a", b"GIF89a"), "BMP": (b"BM",), "WEBP": (b"RIFF",),
     "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "PPM": tuple(b"P%d" % n for n in range(1, 7)),
 }  # fmt: skip
-"""The formats that are read, by how a file of each begins. Pillow knows forty more, some of which start other programs (EPS:
-Ghostscript)."""
+"""The formats that are read, by how a file of each begins. Pillow knows more, some of which start other programs (EPS: Ghostscript)."""
 _LAYOUT = "train*.parquet (and test*.parquet), or IDX files such as train-images-idx3-ubyte[.gz]"
 
 
