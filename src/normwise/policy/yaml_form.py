@@ -159,7 +159,8 @@ class _Reader:
             raise self.error(root, "a policy is a list of rules, or a mapping of 'rules' and 'roles'.")
         parts = self.entries(root)
         if parts and not parts.keys() & {"rules", "roles"} and all(map(_is_sequence, parts.values())):
-            raise self.error(root, f"this holds one policy each of {', '.join(parts)}: take the list under one of these names.")
+            several = f"this holds one policy each of {', '.join(parts)}: take the list under one of these names."
+            raise self.error(root, f"unknown key {next(iter(parts))!r} of a policy; {several}")
         for key in parts:
             if key not in ("rules", "roles"):
                 raise self.error(_key_node(root, key), f"unknown key {key!r} of a policy.{nearest(key, ('rules', 'roles'))}")
