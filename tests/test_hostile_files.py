@@ -37,7 +37,7 @@ from normwise.study import store as store_module
 from normwise.study.cells import Cell, Loop
 from normwise.study.progress import Progress
 from normwise.study.store import Store, fits, key_of
-from normwise.tasks import hub, readers
+from normwise.tasks import hub, parquet_pages, readers
 from normwise.tasks.data import load
 from normwise.tasks.text import load_text
 
@@ -313,6 +313,8 @@ def repeated(path: Path, content: bytes, rows: int, encoding: str = "dictionary"
     image = pa.StructArray.from_arrays([pa.array([content] * rows, pa.binary())], ["bytes"])
     table = pa.table({"image": image, "label": pa.array(np.arange(rows) % 3)})
     how: dict[str, Any] = {"use_dictionary": True}
+    if encoding == "plain":
+        how = {"use_dictionary": False}
     if encoding == "delta":
         how = {"use_dictionary": False, "column_encoding": {"image.bytes": "DELTA_BYTE_ARRAY", "label": "PLAIN"}}
     with pq.ParquetWriter(path, table.schema, compression="zstd", **how) as writer:
@@ -409,6 +411,55 @@ def test_rows_that_repeat_a_large_cell_take_little_memory(encoding: str, tmp_pat
     assert 60 < len(held) < 66 and max(held) < 24 << 20, f"{max(held) >> 20} MiB"
 
 
+@pytest.mark.parametrize("how", [
+    {}, {"compression": "none"}, {"compression": "gzip"}, {"use_dictionary": False}, {"data_page_version": "2.0"}, {"data_page_size": 200},
+    {"write_page_index": True}, {"write_statistics": False}, {"row_group_size": 7}, {"column_encoding": "delta"},
+])  # fmt: skip
+def test_pages_are_measured_as_they_are(how: dict[str, Any], tmp_path: Path) -> None:
+    """Their sum is the account's, less the heads; and files of every kind are read as before."""
+    if how == {"column_encoding": "delta"}:
+        how = {"use_dictionary": False, "column_encoding": {"image.bytes": "DELTA_BYTE_ARRAY", "label": "PLAIN"}}
+    images = pa.array([{"bytes": fuzz.encoded(image)} for image in fuzz.GREY], pa.struct([("bytes", pa.binary())]))
+    pq.write_table(pa.table({"image": images, "label": pa.array(fuzz.LABELS)}), tmp_path / "train.parquet", **how)
+    told = pq.ParquetFile(tmp_path / "train.parquet").metadata
+    with (tmp_path / "train.parquet").open("rb") as plain:
+        for group in range(told.num_row_groups):
+            for column in range(told.num_columns):
+                chunk = told.row_group(group).column(column)
+                size = parquet_pages.unpacked_size(plain, chunk)
+                assert 0 < chunk.total_uncompressed_size - size < 500 * (1 + chunk.num_values), (size, chunk.total_uncompressed_size)
+    assert np.array_equal(readers.read_folder(tmp_path).train.images[:, 0], fuzz.GREY)
+
+
+def varint(number: int, length: int) -> bytes:
+    """A Thrift number in so many bytes, which may be more than it needs."""
+    value, found = number << 1, bytearray()
+    while value or len(found) < length:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    found[-1] &= 0x7F
+    return bytes(found)
+
+
+def test_an_account_that_lies_about_its_pages_is_not_believed(tmp_path: Path) -> None:
+    """Each size in the account at the end is made a kilobyte, in as many bytes as before; the pages are what they are."""
+    repeated(tmp_path / "train.parquet", bytes(64 << 20), 2, "plain")
+    content = (tmp_path / "train.parquet").read_bytes()
+    told = pq.ParquetFile(tmp_path / "train.parquet").metadata.row_group(0)
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    foot = content[start:]
+    for size in (told.total_byte_size, *(told.column(k).total_uncompressed_size for k in range(2))):
+        length = len(varint(size, 1))
+        foot = foot.replace(varint(size, 1), varint(1000, length))
+    (tmp_path / "train.parquet").write_bytes(content[:start] + foot)
+    lying = pq.ParquetFile(tmp_path / "train.parquet").metadata.row_group(0)
+    assert lying.total_byte_size == 1000 and lying.column(0).total_uncompressed_size == 1000, "or else this proves nothing"
+    before = pa.default_memory_pool().bytes_allocated()
+    with pytest.raises(DataError, match=r"its pages unpack to \d+ bytes, and it says 1000"):
+        load(tmp_path)
+    assert pa.default_memory_pool().bytes_allocated() - before < 1 << 20
+
+
 def test_a_data_set_of_the_library_datasets_is_bounded_too(tmp_path: Path, decoded: list[int]) -> None:
     datasets = pytest.importorskip("datasets")
     cell = {"bytes": png(1000), "path": None}
@@ -466,7 +517,10 @@ def state_of(path: Path) -> Any:
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is trained: whoever gets so far has checked too late."""
+    forbid_work(monkeypatch)
 
+
+def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def worked(*given: Any, **named: Any) -> Any:
         raise AssertionError("the work began")
 
@@ -594,7 +648,7 @@ def test_an_odd_name_that_can_be_a_file_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strikes", [pytest.param(400, marks=pytest.mark.long)])
-def test_strikes_at_random(strikes: int, tmp_path: Path, coverage: Callable[..., None], no_work: None) -> None:
+def test_strikes_at_random(strikes: int, tmp_path: Path, coverage: Callable[..., None]) -> None:
     """Any place, for any input and output of any command: one sentence, nothing changed, no wait."""
     rnd = random.Random(strikes)
     for strike in range(strikes):
@@ -611,6 +665,8 @@ def test_strikes_at_random(strikes: int, tmp_path: Path, coverage: Callable[...,
         elif kind == "--data":
             sentence("race", rnd.choice(["cnn", "lstm"]), "--data", path) if place != "a folder" else None
         else:
-            sentence(*rnd.choice(COMMANDS[:4]), kind, path)
+            with pytest.MonkeyPatch.context() as patch:
+                forbid_work(patch)
+                sentence(*rnd.choice(COMMANDS[:4]), kind, path)
         assert state_of(path) == before
         coverage("strikes at files: refused in one sentence", place, kind)

@@ -150,7 +150,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(DataError, match=r"index\.html: No space left on device"):
         files.replace(old, b"new")
     assert old.read_text() == "old"

@@ -172,7 +172,8 @@ class _Reader:
             raise self.error(root, "a policy is a list of rules, or a mapping of 'rules', 'roles' and 'layouts'.")
         parts = self.entries(root)
         if parts and not parts.keys() & {"rules", "roles"} and all(map(_is_sequence, parts.values())):
-            raise self.error(root, f"this holds one policy each of {', '.join(parts)}: take the list under one of these names.")
+            several = f"this holds one policy each of {', '.join(parts)}: take the list under one of these names."
+            raise self.error(root, f"unknown key {next(iter(parts))!r} of a policy; {several}")
         for key in parts:
             if key not in KEYS:
                 raise self.error(_key_node(root, key), f"unknown key {key!r} of a policy.{nearest(key, KEYS)}")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from normwise.errors import DataError
 from normwise.files import opened
 from normwise.tasks.cache import Arrays, cached
+from normwise.tasks.parquet_pages import unpacked_size
 
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _IDX_NAMES = {"train": ("train",), "test": ("t10k", "test")}
@@ -242,7 +243,19 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         with _parquet_errors(path):
             file = pq.ParquetFile(plain)
             _check_account(path, file.metadata, file.schema_arrow)
+            _check_pages(plain, file.metadata)
         yield file
+
+
+def _check_pages(plain: BinaryIO, told: Any) -> None:
+    """ValueError where the pages that are read unpack to more than the file's account says."""
+    for group in range(told.num_row_groups):
+        chunks = [told.row_group(group).column(column) for column in range(told.num_columns)]
+        for chunk in chunks:
+            if chunk.path_in_schema in ("image.bytes", "label"):
+                size = unpacked_size(plain, chunk)
+                if size > chunk.total_uncompressed_size:
+                    raise ValueError(f"its pages unpack to {size} bytes, and it says {chunk.total_uncompressed_size}")
 
 
 def _check_account(path: Path, told: Any, schema: Any) -> None:
