@@ -23,6 +23,7 @@ from normwise.engine.field import report
 from normwise.engine.finite import OnNonFinite, check_choice
 from normwise.engine.measures import NormLog, NormReport
 from normwise.engine.receipt import Receipt
+from normwise.engine.sharded import reshard
 from normwise.engine.sharded.comm import TRAFFIC, Traffic
 from normwise.engine.travel import Part, Traveller, fold, makes_state, unfold
 from normwise.engine.verify import Rested, Verification, verify
@@ -523,6 +524,8 @@ class Control:
         weights. A rule that rested at the last step (``every``, ``start``, ``stop``) is listed as not enforced, not as broken. Of
         parameters that are frozen now the bound of the last step that acted on them is measured.
         """
+        if self.engine.sharded:
+            reshard(self._model)
         inventory = Inventory(self._model, self.policy.roles, self.policy.layouts)
         return verify(self.engine, inventory, self._counts(), self._frozen(inventory), self._silent())
 
@@ -729,5 +732,5 @@ def _check_state(state: Any, control: Control) -> None:
 
 def _check_form(saved: Mapping[str, Any], counts: list[Any]) -> None:
     sound = all(type(n) is int and n >= 0 for n in counts) and isinstance(saved.get("rules"), list)
-    if saved.get("version") != VERSION or not sound:
+    if type(saved.get("version")) is not int or saved["version"] != VERSION or not sound:
         raise PolicyError(f"the state is none that Control.state_dict() of this version ({VERSION}) gives.")

@@ -55,12 +55,14 @@ class StudyError(NormwiseError, ValueError):
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """A hint for an unknown word: ``" Did you mean 'spectral'?"`` where one is near, then the list of what is allowed.
 
-    Near is a word that begins with what was given (``"clip"``: ``"clip_norm"``), or one that a slip of the hand or two away from it is. A
-    looser measure suggests ``"zero"`` for ``"error"``.
+    Near is a word that begins with what was given (``"clip"``: ``"clip_norm"``), or a like one with the same first letter; with another only
+    where it is very like, or ``"zero"`` would be suggested for ``"error"``.
     """
     options = sorted(allowed)
     begun = sorted((o for o in options if given and o.lower().startswith(given.lower())), key=len)
     folded = {o.lower(): o for o in options}
-    close = begun[:1] or [folded[o] for o in difflib.get_close_matches(given.lower(), folded, n=1, cutoff=0.7)]
+    like = difflib.get_close_matches(given.lower(), folded, n=3, cutoff=0.6)
+    likeness = {o: difflib.SequenceMatcher(None, o, given.lower()).ratio() for o in like}
+    close = begun[:1] or [folded[o] for o in like if o[0] == given.lower()[0] or likeness[o] >= 0.75]
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Allowed: {', '.join(options)}."

@@ -17,7 +17,7 @@ from normwise.engine.effective import refuse_computed
 from normwise.engine.field import bind, refuse_foreign_decay
 from normwise.engine.member_tensors import own_grads, refuse_overlap
 from normwise.engine.pack import Member, Pack
-from normwise.engine.sharded import here, is_sharded
+from normwise.engine.sharded import here, is_sharded, reshard
 from normwise.engine.sharded.ahead import align, fulfil, run_all
 from normwise.engine.turn import Turn
 from normwise.errors import PolicyError
@@ -69,7 +69,10 @@ class Engine:
         ones stand in their place in the model."""
         bindings = self._bindings
         if bindings.registered_elsewhere():
-            return True
+            if self.sharded:
+                reshard(model)
+            if not self.sharded or bindings.registered_elsewhere():
+                return True
         if not bindings.held_elsewhere():
             return bindings.converted()
         self._groups.clear()

@@ -162,8 +162,16 @@ def Muon(
     """
     if adjust not in ADJUST:
         raise PolicyError(f"adjust is {adjust!r}.{nearest(str(adjust), ADJUST)}")
-    row = {**_orthogonal(lr, momentum, nesterov), "scale": ADJUST[adjust], "weight_decay": 0.01, **columns}
+    row = _fitting({**_orthogonal(lr, momentum, nesterov), "scale": ADJUST[adjust], "weight_decay": 0.01}, columns, 0.95)
     return _beside_adamw(params, "muon", row, adamw, override, policy, layouts)
+
+
+def _fitting(row: Row, columns: Row, momentum: float) -> Row:
+    """The row with the user's columns over it. Where they name a direction that keeps no momentum, the preset's own ``momentum``, which
+    nobody has asked for, goes; one that the user gave stays, and is refused by name."""
+    if columns.get("direction") in ("plain", "adam", "lion") and row["momentum"] == momentum:
+        row = {column: value for column, value in row.items() if column != "momentum"}
+    return {**row, **columns}
 
 
 def _averaged(nesterov: bool) -> str:
@@ -182,7 +190,8 @@ def NorMuon(
 
     The rest by AdamW at the same learning rate (``adamw=`` changes its columns), biases and gains undecayed. ``weight_decay`` is 0.1.
     """
-    row = {**_orthogonal(lr, momentum, nesterov), "row_beta": row_beta, "scale": "normuon", "weight_decay": 0.1, **columns}
+    own = {"row_beta": row_beta, "scale": "normuon", "weight_decay": 0.1}
+    row = _fitting({**_orthogonal(lr, momentum, nesterov), **own}, columns, 0.95)
     return _beside_adamw(params, "normuon", row, {"lr": lr, **(adamw or {})}, override, policy, layouts)
 
 
@@ -218,14 +227,6 @@ def AdamH(
     the rest by AdamW without decay (``adamw=`` changes its columns). A matrix that is zero at the first step is an error.
     """
     row = {**adamw_row(lr, betas, eps), "per": "tensor", "scale": "init", "hold": "sphere", **columns}
-    if not isinstance(params, nn.Module):
-        params = list(params)
-        tensors = (p[1] if isinstance(p, tuple) else p for p in params if not isinstance(p, dict))
-        if any(p.ndim < 2 for p in tensors):
-            raise PolicyError(
-                "AdamH was given tensors of fewer than two dimensions, which would be held on spheres as matrices are: give the model, as "
-                "nw.optim.AdamH(model), which sends biases and gains to AdamW."
-            )
     return _beside_adamw(params, "adamh", row, {"betas": betas, "eps": eps, **(adamw or {})}, override, policy, layouts)
 
 
@@ -237,7 +238,7 @@ def MuonH(
 
     Each matrix (q, k, v, gate) on its own sphere; the rest as in :func:`AdamH`.
     """
-    row = {**_orthogonal(lr, momentum, nesterov), "scale": "init", "hold": "sphere", **columns}
+    row = _fitting({**_orthogonal(lr, momentum, nesterov), "scale": "init", "hold": "sphere"}, columns, 0.95)
     return _beside_adamw(params, "muonh", row, adamw, override, policy, layouts)
 
 
@@ -261,10 +262,11 @@ def Ridge(
         adamw: columns of the rest's row, over 0.4·lr, betas (0.9, 0.99); biases and gains are not decayed.
         columns: ``weight_decay`` (0.3, of matrices; the rest has 0.1); every other one of the main row.
     """
-    row = {
+    own: Row = {
         "lr": lr, "direction": _averaged(nesterov), "momentum": momentum, "act": "ridge", "damping": damping, "scale": "normuon",
-        "weight_decay": 0.3, **columns,
+        "weight_decay": 0.3,
     }  # fmt: skip
+    row = _fitting(own, columns, 0.8)
     full = complete(row, "the row 'ridge'")
     check_row(full, "the row 'ridge'")    # before anything is reckoned from it
     given = by_role or {}

@@ -180,10 +180,10 @@ def spectral_cap(
     ``radius``-Lipschitz in L2, for a convolution up to the overlap of its patches (Yoshida and Miyato, 2017; Gouk et al., 2021).
 
     ``tolerance=0`` (default) decomposes each matrix that may exceed, exactly, which costs about a training step for matrices of width
-    256. ``tolerance=0.01`` keeps σ₁ ≤ 1.01·radius at a small part of that. One pass over a matrix tells whether it has moved far enough to
-    look at it; the leading singular vectors of those near the radius are followed from step to step, and what exceeds is cut to
-    (1 − tolerance/2)·radius, so that a matrix is cut every few steps. The state is in the control's. The more matrices are at their
-    radius, the dearer: :func:`normwise.norms.linalg.cap` says how it works and what it can miss, docs/benchmarks.md what it costs.
+    256. ``tolerance=0.01`` keeps σ₁ ≤ 1.01·radius at a small part of that, whatever the updates are. One pass over a matrix bounds how far
+    σ₁ can have grown since it was last looked at, which takes a copy of the matrix; those that may exceed are looked at, and what exceeds
+    is cut to (1 − tolerance/2)·radius, so that a matrix is cut every few steps. The state is in the control's. The more matrices are at
+    their radius, the dearer: :func:`normwise.norms.linalg.cap` says how it works, docs/benchmarks.md what it costs.
     """
     return Rule(params=params, action="project", norm="spectral", per=per, radius=radius, tolerance=tolerance, **common)
 

@@ -76,7 +76,8 @@ class Heads:
     def _placed(self, matrices: list[Site], registered_last: bool) -> set[int]:
         """By order of registration and by usual names."""
         linears = [place for place in matrices if _is_linear(place.home[0])]
-        usual = [p for p in linears if _usual(p) and not self._repeated(p)]
+        # "fc" alone names hidden layers as well: it is a head where it comes last.
+        usual = [p for p in linears if _usual(p) and not self._repeated(p) and (_steps(p)[-1] != "fc" or p.home[0] is linears[-1].home[0])]
         found = {_named_at(p): id(p.home[0]) for p in usual}    # of several under one name the last
         if registered_last and linears:
             only = len({id(p.home[0]) for p in linears}) == 1

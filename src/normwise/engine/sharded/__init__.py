@@ -7,7 +7,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(t: Any) -> bool:
@@ -18,6 +18,14 @@ def is_sharded(t: Any) -> bool:
 def here(t: Tensor) -> Tensor:
     """What lies on this rank of a tensor: of a DTensor its part, of another all."""
     return t.to_local() if is_sharded(t) else t    # type: ignore[attr-defined]
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts the parts back in their places where FSDP2 has left parameters whole, as after a forward pass without a backward: the optimizer
+    holds the parts. Nothing is sent."""
+    for module in model.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            module.reshard()    # type: ignore[operator]
 
 
 def local_states(states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
