@@ -448,6 +448,7 @@ def test_a_second_study_on_a_file_of_runs_is_refused_before_its_work(
         monkeypatch.setattr(module, "Store", lambda *given: pytest.fail("the study began"))
     target = tmp_path / "out.json"
     state = target.with_suffix(".state.jsonl" if name == "compare" else ".runs.jsonl")
+    state.touch()    # a link that leads nowhere is refused for that
     link = tmp_path / "link.jsonl"
     link.symlink_to(state.name)
     for given in (["--json", target], ["--state", state], ["--state", tmp_path / "." / state.name], ["--state", link]):

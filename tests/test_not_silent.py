@@ -1118,9 +1118,11 @@ def test_shrinks_report_tells_what_stayed_and_how_far_from_zero_it_is():
     assert "2: 6 units, none of them zero (the nearest 0.01 away)" in str(report)
 
 
-def test_a_task_that_the_race_has_no_horizon_for_is_one_sentence():
+def test_a_task_that_the_race_has_no_horizon_for_is_one_sentence(monkeypatch):
     from normwise.errors import StudyError
+    from normwise.race import protocol
     from normwise.race.race import Options, race
 
-    with pytest.raises(StudyError, match=r"first horizon.*'vit'.*Allowed: cnn"):
-        race(Options(task="vit"))
+    monkeypatch.delitem(protocol.STEPS, "lstm")
+    with pytest.raises(StudyError, match=r"first horizon.*'lstm'.*Allowed: cnn"):
+        race(Options(task="lstm", budget="quick", size="tiny"))

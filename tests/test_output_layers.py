@@ -392,3 +392,23 @@ def test_a_selector_that_is_a_name_means_this_parameter(key: str) -> None:
     for rule in (nw.max_norm(1.0, key), nw.max_norm(1.0, key, optional=True), nw.max_norm(1.0, "*", exclude=["a", "a0", "bb", "cc"])):
         assert [e.name for e in rule.targets(Inventory(model))] == [key]
     assert [e.name for e in nw.max_norm(1.0, "*", exclude=key).targets(Inventory(model))] == [n for n in model if n != key]
+
+
+def test_the_class_that_fully_shard_puts_over_a_users_own_changes_no_role() -> None:
+    """Without a source of its own it would be taken for one of torch's, and the head for a hidden matrix, on sharded models alone."""
+    plain, split = Named(), Named()
+    over = type("FSDPModule", (), {"__module__": "torch.distributed.fsdp"})
+    split.__class__ = type("FSDPNamed", (over, Named), {"__module__": "torch.distributed.fsdp"})
+    assert find_roles(split) == find_roles(plain) and "head" in find_roles(plain).values()
+
+
+class Named(nn.Module):
+    """Its head is told by the forward pass alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.result, self.inner = nn.Linear(4, 2), nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.result(self.inner(x).relu())
+        return out

@@ -55,8 +55,8 @@ class StudyError(NormwiseError, ValueError):
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """A hint for an unknown word: ``" Did you mean 'spectral'?"`` where one is near, then the list of what is allowed.
 
-    Near is a word that begins with what was given (``"clip"``: ``"clip_norm"``), or a like one with the same first letter; with another only
-    where it is very like, or ``"zero"`` would be suggested for ``"error"``.
+    Near is a word that begins with what was given (``"clip"``: ``"clip_norm"``), or a like one with the same first letter; with another
+    only where it is very like, or ``"zero"`` would be suggested for ``"error"``.
     """
     options = sorted(allowed)
     begun = sorted((o for o in options if given and o.lower().startswith(given.lower())), key=len)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normwise.layouts import QKV, Describe, Layout, layout_of, register_layout, registered
 from normwise.policy import source
-from normwise.policy.names import Site
+from normwise.policy.names import Site, class_of
 
 GATE_UP = ("gate", "up")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -269,7 +269,7 @@ register_layout("ZambaMambaMixer", _zamba, role="hidden")
 
 def _by_source(module: nn.Module, name: str, tensor: Tensor) -> Statement | None:
     """A bare parameter, by how the forward pass multiplies by it; None where it does not, or in ways that differ."""
-    cls = type(module)
+    cls = class_of(module)
     if _LOOKED_UP.search(name):
         return None
     if tensor.ndim >= 2 and (found := _by_einsum(cls, name, tensor)) is not None:

@@ -48,6 +48,14 @@ ADAPTED = ("base_layer", "original_module")
 """Names under which PEFT keeps the layer that an adapter, or a trained copy, takes the place of."""
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class as its author wrote it: ``fully_shard`` puts one of torch's over it, which has no source of its own."""
+    classes = type(module).__mro__
+    wrapped = [i for i, cls in enumerate(classes) if cls.__name__ == "FSDPModule"]
+    found: type[nn.Module] = classes[wrapped[0] + 1] if wrapped else type(module)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One place where a parameter is registered; a tied parameter has several."""

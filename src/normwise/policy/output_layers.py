@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from normwise.policy import source
 from normwise.policy.known import adapter_of
-from normwise.policy.names import ADAPTED, Site, is_wrapper
+from normwise.policy.names import ADAPTED, Site, class_of, is_wrapper
 
 USUAL = (
     "head", "lm_head", "classifier", "fc", "actor", "critic", "score", "qa_outputs", "seq_relationship", "output_projection", "fc_out",
@@ -42,7 +42,7 @@ class Heads:
     """
 
     def __init__(self, model: nn.Module, places: list[Site]) -> None:
-        self._many = Counter(type(module) for module in model.modules())
+        self._many = Counter(class_of(module) for module in model.modules())
         core = _core(model)
         matrices = [place for place in places if _may_be_head(place)]
         self.ids = {id(head) for module in model.modules() if (head := _layer(_output_embeddings(module))) is not None}
@@ -87,8 +87,8 @@ class Heads:
 
     def _repeated(self, place: Site) -> bool:
         """Whether the place lies inside a class of block that the model has several of; plain containers and adapters are no blocks."""
-        blocks = [module for module in place.parents[1:] if type(module) not in _CONTAINERS and module is not place.home[0]]
-        return any(self._many[type(block)] > 1 for block in blocks if _layer(block) is block)
+        blocks = [module for module in place.parents[1:] if class_of(module) not in _CONTAINERS and module is not place.home[0]]
+        return any(self._many[class_of(block)] > 1 for block in blocks if _layer(block) is block)
 
 
 def _within(place: Site, modules: set[int]) -> bool:
@@ -99,7 +99,7 @@ def _core(model: nn.Module) -> nn.Module:
     """The model within what only wraps it: data parallelism, a compiler, PEFT."""
     for _ in range(16):
         inner = next((child for name, child in model.named_children() if is_wrapper(model, name)), None)
-        of_peft = any((cls.__module__ or "").startswith("peft.") for cls in type(model).__mro__)
+        of_peft = any((cls.__module__ or "").startswith("peft.") for cls in class_of(model).__mro__)
         if inner is None and of_peft and hasattr(model, "base_model"):
             base: Any = model.base_model
             inner = getattr(base, "model", base)
@@ -131,7 +131,7 @@ def _base(module: Any) -> nn.Module | None:
     if not isinstance(getattr(module, "base_model_prefix", None), str) or not hasattr(module, "config"):
         return None
     inner = getattr(module, module.base_model_prefix, module) if module.base_model_prefix else module
-    task = inner is module and re.search(r".(For|With|LMHead)[A-Z]", type(module).__name__)
+    task = inner is module and re.search(r".(For|With|LMHead)[A-Z]", class_of(module).__name__)
     return inner if isinstance(inner, nn.Module) and not task else None
 
 
@@ -149,7 +149,7 @@ def _storage(place: Site) -> int:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    named = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+    named = any(cls.__name__ == "Conv1D" for cls in class_of(module).__mro__) and hasattr(module, "nf")
     return (isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)) or named
 
 
@@ -190,12 +190,12 @@ def _followed(module: nn.Module, kinds: set[int], bare: set[int], depth: int = 0
         return set()
     if depth > 12 or isinstance(module, nn.ModuleList | nn.ModuleDict):
         return None
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+    if isinstance(module, nn.Sequential) and class_of(module).forward is nn.Sequential.forward:
         layers = [layer for layer in module if _has_weights(layer)]
         return _followed(layers[-1], kinds, bare, depth + 1) if layers else set()
-    if (type(module).__module__ or "").partition(".")[0] == "torch":
-        return None if type(module) is nn.Module else set()
-    returned = source.outputs(type(module), frozenset(n for n, child in module.named_children() if _has_weights(child)))
+    if (class_of(module).__module__ or "").partition(".")[0] == "torch":
+        return None if class_of(module) is nn.Module else set()
+    returned = source.outputs(class_of(module), frozenset(n for n, child in module.named_children() if _has_weights(child)))
     if returned is None:
         return None if any(True for _ in module.children()) else set()
     inside = [_followed(layer, kinds, bare, depth + 1) for path in returned for layer in _children_at(module, path)]

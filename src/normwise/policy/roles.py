@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from normwise.errors import PolicyError
 from normwise.policy.known import statement
-from normwise.policy.names import Site, sites
+from normwise.policy.names import Site, class_of, sites
 from normwise.policy.output_layers import Heads
 from normwise.policy.source import functions
 
@@ -116,7 +116,7 @@ def _is_magnitude(place: Site) -> bool:
 
 
 def _unlisted(module: nn.Module, name: str) -> str:
-    return "hidden" if name == "weight" and hasattr(module, "nf") and type(module).__name__ == "Conv1D" else "other"
+    return "hidden" if name == "weight" and hasattr(module, "nf") and class_of(module).__name__ == "Conv1D" else "other"
 
 
 # ------------------------------------------------------------------------------------------------------ normalisation
@@ -133,10 +133,12 @@ def is_normalisation(module: nn.Module) -> bool:
     if isinstance(module, _NORMS):
         return True
     own = list(module.parameters())
-    if (type(module).__module__ or "").startswith("torch.") or not all(_is_vector(p) for p in own) or any(True for _ in module.children()):
+    if (class_of(module).__module__ or "").startswith("torch.") or any(True for _ in module.children()):
         return False
-    named = "norm" in type(module).__name__.lower()
-    text = "\n".join(ast.unparse(function) for function in functions(type(module)))
+    if not all(_is_vector(p) for p in own):
+        return False
+    named = "norm" in class_of(module).__name__.lower()
+    text = "\n".join(ast.unparse(function) for function in functions(class_of(module)))
     if not text:
         return named and bool(own)
     does = any(call in text for call in _NORMALISING) or (named and any(f".{call}(" in text for call in ("var", "std", "norm", "mean")))

@@ -67,13 +67,14 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     another race works on ``options.state``.
     """
     plan = budget(options.budget)
-    first_horizon(options.task, 1, plan.scale)    # refused before anything is loaded
     names = chosen(options.contenders if options.contenders is not None else plan.contenders)
     if options.workers < 1 or (options.seeds is not None and options.seeds < 1):
         raise StudyError(f"workers and seeds must be whole numbers >= 1, given {options.workers} and {options.seeds}.")
     told = progress or Progress()
     with locked(options.state, told.note):
-        task, store = load_task(options.task, options.data, size=options.size), Store(options.state)
+        task = load_task(options.task, options.data, size=options.size)
+        first_horizon(options.task, task.batch, plan.scale)    # a task that the protocol does not know is refused before any work
+        store = Store(options.state)
         seeds = options.seeds or plan.seeds
         facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names))
         about = {"machine": machine(), "data": _data_name(options.data)}
