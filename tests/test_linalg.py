@@ -103,10 +103,13 @@ def test_quintic_is_the_formula_in_float64() -> None:
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
 def test_quintic_in_bf16_is_no_further_from_float64_than_torch(shape: tuple[int, int]) -> None:
     theirs = import_module("torch.optim._muon")._zeropower_via_newtonschulz
-    x = gaussian(*shape).float()
-    formula = polar(x.double(), "quintic")
-    torch_error = (theirs(x, (3.4445, -4.7750, 2.0315), 5, 1e-7).double() - formula).norm()
-    assert (polar(x, "quintic").double() - formula).norm() <= 1.02 * torch_error
+    ours = torchs = 0.0    # over sixteen matrices: how one is rounded differs from one CPU's bf16 to another's by a few per cent
+    for seed in range(16):
+        x = gaussian(*shape, seed=seed).float()
+        formula = polar(x.double(), "quintic")
+        ours += float((polar(x, "quintic").double() - formula).norm())
+        torchs += float((theirs(x, (3.4445, -4.7750, 2.0315), 5, 1e-7).double() - formula).norm())
+    assert ours <= torchs
 
 
 @pytest.mark.parametrize("kind", bench_polar.INPUTS)

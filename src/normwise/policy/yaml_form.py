@@ -129,7 +129,7 @@ def _compose_nodes(text: str, source: str) -> Any:
     """The text's nodes; PolicyError as soon as there are too many of them, or one lies too deep."""
     yaml = _yaml()
 
-    class Loader(yaml.BaseLoader):  # type: ignore[name-defined,misc]
+    class SafeLoader(yaml.BaseLoader):  # type: ignore[name-defined,misc]
         nodes, depth = 0, 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
@@ -142,7 +142,7 @@ def _compose_nodes(text: str, source: str) -> Any:
             self.depth -= 1
             return node
 
-    return yaml.compose(text, Loader=Loader)
+    return yaml.compose(text, Loader=SafeLoader)
 
 
 def _place(error: Any) -> str:
