@@ -201,7 +201,7 @@ def run(every: int, rules_every: int) -> Counts:
 
 
 def test_the_thinned_grid() -> None:
-    counts = run(4, 24)
+    counts = run(8, 24)
     assert counts.checked > 5000
     counts.report()
 

@@ -246,8 +246,9 @@ def state_of(control: nw.Control) -> dict[str, Tensor]:
 
 
 @functools.cache
-def hidden_from_combinations(length: int) -> Tensor:
-    return hidden_from(combinations(length), length)
+def seen_by_combinations(length: int) -> Tensor:
+    """An orthonormal basis, as columns, of what the combinations see of the long side."""
+    return torch.linalg.qr(combinations(length).T).Q
 
 
 def hidden_from(rows: Tensor, length: int) -> Tensor:
@@ -277,9 +278,12 @@ def worst_direction(attack: str, weight: Tensor, known: dict[str, Tensor], gener
         moved = w - known["reference"][0].double() if "reference" in known and known["reference"].shape[1] else w
         p, _, qh = torch.linalg.svd(moved)
         return torch.outer(p[:, 0], qh[0])
-    if attack == "unseen by combinations":    # always the same: what adds up
-        right = torch.ones(w.shape[1], dtype=torch.float64) / w.shape[1] ** 0.5
-        return torch.outer(hidden_from_combinations(w.shape[0]), right)
+    if attack == "unseen by combinations":
+        long_first = w.shape[0] >= w.shape[1]
+        left, right = (u[:, 0], vh[0]) if long_first else (vh[0], u[:, 0])
+        seen = seen_by_combinations(len(left))
+        left = left - seen @ (seen.T @ left)
+        return torch.outer(left / left.norm(), right) if long_first else torch.outer(right, left / left.norm())
     if attack == "outside what is followed":
         followed = known["vectors"][0].double()
         if not len(followed):
