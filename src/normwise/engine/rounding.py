@@ -47,7 +47,7 @@ def inside(
     if entrywise and not isinstance(center_norm, Tensor):
         return floor_to(radius, dtype)
     drift = (center_norm + radius) * (torch.finfo(dtype).eps / 2 if isinstance(center_norm, Tensor) else 0.0)
-    aimed = radius * (1 - hair(norm, dtype, shape)) - drift - _subnormal(norm, dtype, shape)
+    aimed = radius * (1 - hair(norm, dtype, shape)) - drift - subnormal(norm, dtype, shape)
     return aimed.clamp(min=0) if isinstance(aimed, Tensor) else max(aimed, 0.0)
 
 
@@ -57,7 +57,7 @@ def shy(radius: Radius, margin: float, center_norm: Radius = 0.0) -> Radius:
     return kept.clamp(min=0) if isinstance(kept, Tensor) else max(kept, 0.0)
 
 
-def _subnormal(norm: Norm, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
+def subnormal(norm: Norm, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
     """What rounding adds where entries are subnormal, as in fp16 those of a long block of norm 0.1 are: half a step of each entry."""
     scale = norm.factor(torch.empty(1, *shape, device="meta")) if isinstance(norm, Scaled) else 1.0
     n, least = math.prod(shape), min(shape)

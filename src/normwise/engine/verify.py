@@ -12,7 +12,7 @@ from normwise.engine.bound import BoundRule
 from normwise.engine.engine import Engine
 from normwise.engine.member_tensors import block_count
 from normwise.engine.pack import Flat, Member, Pack
-from normwise.engine.rounding import hair, inside, least
+from normwise.engine.rounding import hair, inside, least, subnormal
 from normwise.engine.sharded.split import Split
 from normwise.narrow import ulp
 from normwise.norms import Norm, Set
@@ -274,6 +274,7 @@ def _sphere_tolerance(bound: BoundRule, part: Pack, low: Tensor, limit: Tensor) 
     drift = (torch.cat(norms) + limit) * torch.finfo(dtype).eps / 2 if norms else 0.0
     measuring = limit * margin if dtype == torch.float64 else 0.0
     measuring = measuring + part.margin * (limit + (torch.cat(norms) if norms else 0.0))    # of computed weights, see member.margin
+    measuring = measuring + subnormal(bound.norm, dtype, part.block_shape)    # entries there are rounded to multiples, not to a share
     return torch.where(thin, SPHERE_ULP * ulp(limit, dtype) + measuring, 0.0) + drift
 
 

@@ -78,13 +78,20 @@ def two_steps(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor
     return power.to(dtype), (factor / power).to(dtype)
 
 
-def lifted(x: Tensor) -> Tensor:
-    """Float64 blocks of which only the direction matters, 2^600 times as large where they are so small that their lengths lose digits"""
-    if x.dtype != torch.float64 or not may_branch(x) or not x.numel():
+LIFTS = {torch.float64: (1e-280, 600), torch.float32: (1e-30, 64), torch.bfloat16: (1e-30, 64)}
+
+
+def lifted(x: Tensor, decomposed: bool = False) -> Tensor:
+    """Blocks of which only the direction matters, a power of two larger where they are so small that their lengths lose digits.
+
+    Lengths of fp32 and bf16 blocks lose none in float64, but their singular vectors do: ``decomposed``.
+    """
+    if not (x.dtype == torch.float64 or (decomposed and x.dtype in LIFTS)) or not may_branch(x) or not x.numel():
         return x
+    least, power = LIFTS[x.dtype]
     largest = x.abs().flatten(1).amax(1)
-    tiny = (largest > 0) & (largest < 1e-280)
-    return scale_blocks(x, torch.where(tiny, largest.new_full((), 2.0**600), 1.0)) if bool(tiny.any()) else x
+    tiny = (largest > 0) & (largest < least)
+    return scale_blocks(x, torch.ldexp(torch.ones_like(largest, dtype=torch.float64), tiny * power)) if bool(tiny.any()) else x
 
 
 def beyond(factor: Tensor) -> bool:

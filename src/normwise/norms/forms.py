@@ -77,7 +77,9 @@ class Scaled(Norm):
 
     def measure(self, x: Tensor) -> Tensor:
         value = self.base.measure(x)
-        return value.to(wide(value.device)) * self.factor(x)    # which may be beyond fp32
+        scaled = value.to(wide(value.device)) * self.factor(x)    # which may be beyond fp32
+        # A float64 norm of 5e-324 has no half; as zero it would be taken for that of a zero block.
+        return torch.where(value > 0, scaled.clamp(min=5e-324), scaled) if x.dtype == torch.float64 else scaled
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)

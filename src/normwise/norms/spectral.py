@@ -17,9 +17,15 @@ from normwise.norms.simplex import project_l1
 FAR = 4.0    # radii: beyond, singular vectors from fp32, orthonormal to a hundred eps, would show in what is rebuilt from many of them
 
 
-def _exact(x: Tensor) -> Tensor:
-    """fp32 matrices in float64: σ₁ from fp32 may be off by sixty eps, or beyond its range. Halves round far above that."""
-    return x.to(wide(x.device)) if x.dtype == torch.float32 else x
+def measured(x: Tensor) -> Tensor:
+    """Singular values in the widest dtype, of fp32 matrices computed there: in fp32 σ₁ may be off by sixty eps. Halves round far above
+    that, and are only computed there where a singular value is beyond fp32."""
+    exact = wide(x.device)
+    if x.dtype != torch.float32:
+        s = singular_values(x).to(exact)
+        if x.dtype == torch.float64 or bool(s.isfinite().all()):
+            return s
+    return singular_values(x.to(exact))
 
 
 def svd_for(x: Tensor, radius: Radius = math.inf) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +63,7 @@ class Spectral(Norm):
     def measure(self, x: Tensor) -> Tensor:
         if 0 in x.shape[1:]:
             return up(x).new_zeros(x.shape[0])
-        return singular_values(_exact(x))[:, 0]
+        return measured(x)[:, 0]
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
@@ -68,7 +74,7 @@ class Spectral(Norm):
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd_for(lifted(x))
+        u, s, vh = svd_for(lifted(x, decomposed=True))
         kept = torch.where(s.isfinite(), _kept(s, x).to(s.dtype), s)
         return -_rebuild(u, kept * column(radius, s), vh, x)
 
@@ -85,7 +91,7 @@ class Nuclear(Norm):
         return Spectral()
 
     def measure(self, x: Tensor) -> Tensor:
-        return singular_values(_exact(x)).sum(1)
+        return measured(x).sum(1)
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
@@ -95,7 +101,7 @@ class Nuclear(Norm):
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
-        u, s, vh = svd_for(lifted(x))
+        u, s, vh = svd_for(lifted(x, decomposed=True))
         top = torch.zeros_like(s)
         top[:, :1] = torch.where(s[:, :1].isfinite(), s[:, :1].sign(), s[:, :1])
         return -_rebuild(u, top * column(radius, s), vh, x)
