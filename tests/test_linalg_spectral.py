@@ -184,8 +184,8 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def searched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many matrices were looked at without decomposing, call by call."""
     calls: list[int] = []
-    look = tracking._look
-    monkeypatch.setattr(tracking, "_look", lambda seen, *others: calls.append(len(seen)) or look(seen, *others))
+    search = tracking._search
+    monkeypatch.setattr(tracking, "_search", lambda seen, *others: calls.append(len(seen)) or search(seen, *others))
     return calls
 
 
@@ -221,7 +221,8 @@ def test_each_matrix_has_its_own_radius() -> None:
 def test_the_followed_way_is_taken_and_leaves_what_is_inside(searched: list[int], decomposed: list[int]) -> None:
     x = with_values((2, 150, 100), torch.linspace(2, 0.1, 100, dtype=torch.float64).expand(2, 100)).float()
     y, state = cap(x, 1.95)
-    assert state.vectors.shape == (2, tracking.WIDTH, 100)
+    at_the_cap = int((torch.linalg.svdvals(y) > tracking.CROWDED * 1.95).sum(1).max())
+    assert state.vectors.shape == (2, max(tracking.WIDTH, 2 * at_the_cap), 100)
     again, after = cap(y, 3.0, state)
     assert again is y and not searched, "far inside: not even looked at"
     moved = y + 0.01 * gaussian(2, 150, 100).float()
