@@ -252,7 +252,7 @@ def fixtures(page: str, folder: Path) -> dict[str, Any]:
         "nw": nw, "normwise": nw, "torch": torch, "nn": nn, "copy": copy, "model": model, "optimizer": optimizer, "control": control,
         "scheduler": scheduler, "step": 3,
         "example_input": given, "torch_optimizer": torch.optim.SGD(model.parameters(), 0.1, weight_decay=0),
-        **{name: getattr(nw.optim, name) for name in ("Muon", "Ridge")},
+        **{name: getattr(nw.optim, name) for name in ("Muon", "Ridge")}, "MyExperts": type("MyExperts", (nn.Module,), {}),
     }  # fmt: skip
 
 

@@ -1125,6 +1125,19 @@ def test_vectors_without_their_model_are_refused_by_matrix_methods(preset: Build
             preset(given)
 
 
+def test_vectors_in_a_row_of_their_own_are_stepped_beside_matrices() -> None:
+    w, b = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.zeros(3))
+    optimizer = AdamH([{"params": [w]}, {"params": [b], "hold": "none", "scale": "absolute", "per": "matrix"}], lr=0.1)
+    w.grad, b.grad = torch.randn(3, 2), torch.ones(3)
+    norm = w.norm().item()
+    optimizer.step()
+    assert w.norm().item() == pytest.approx(norm, rel=1e-6)
+    torch.testing.assert_close(b.detach(), torch.full((3,), -0.1), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="give the model"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert len(optimizer.param_groups) == 2, "nothing is changed"
+
+
 def test_a_parameter_given_twice_is_refused() -> None:
     p = nn.Parameter(torch.ones(2, 2))
     with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="more than once"):

@@ -18,7 +18,7 @@ from normwise.errors import PolicyError
 from normwise.narrow import NOISE
 from normwise.optim.live import Settled, settle
 from normwise.optim.parts import DEFAULTS, Radius, Row, check_row, complete, refuse_unused
-from normwise.optim.plan import LAYOUTS, WIDE_STATE, Plan, build, layouts, members, names_of
+from normwise.optim.plan import LAYOUTS, PARTS, WIDE_STATE, Plan, build, layouts, members, names_of, no_matrix
 from normwise.optim.receipt import Receipt, little_covered
 from normwise.optim.restore import adapt
 from normwise.optim.routing import Routing, route
@@ -80,6 +80,7 @@ class NormOptimizer(Optimizer):
                 raise PolicyError(f"{name}= speaks of names and roles, which only a module tells: give the module instead of its tensors.")
         groups: Any = self.routing.groups() if self.routing is not None else params
         self._settled: dict[int, Settled] = {}
+        self._of_matrices = full[main] if roles.get("bias", main) != main else None
         super().__init__(groups, _defaults(full[main]))
         self._plans: dict[Any, Plan] = {}
         self._told = False
@@ -110,6 +111,7 @@ class NormOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            _refuse_vectors(group, getattr(self, "_of_matrices", None))
             _check_group(group, stated)
             self._settled[len(self.param_groups) - 1] = settle(group, None, group_name(group))
         except Exception:
@@ -263,6 +265,18 @@ def _defaults(row: Row) -> Row:
 def group_name(group: dict[str, Any]) -> str:
     """What errors call a group."""
     return f"the group {group['name']!r}" if "name" in group else "a parameter group"
+
+
+def _refuse_vectors(group: dict[str, Any], row: Row | None) -> None:
+    """LayoutError where a group without layouts takes the row that a preset has for matrices alone, and a vector is among its parameters.
+
+    Most such rows cannot act on vectors and say so themselves. Hyperball's could: a bias would be held on a sphere, or be an error if zero.
+    """
+    if row is None or LAYOUTS in group or any(group.get(part, row[part]) != row[part] for part in PARTS):
+        return
+    for p in group["params"]:
+        if p.ndim < 2:
+            raise no_matrix(p)
 
 
 def _check_group(group: dict[str, Any], stated: dict[str, Any]) -> None:

@@ -209,11 +209,7 @@ def _whole(group: Group) -> str:
 def _plain_layout(p: Tensor, group: Group) -> Layout:
     """The axes of a tensor given without its module: outputs first, as torch's Muon reads them; above two dimensions nobody knows."""
     if p.ndim < 2 and needs_matrices(group):
-        raise LayoutError(
-            f"a tensor of shape {tuple(p.shape)} was given without its module, to a method of matrices, and it is none: give the model, as "
-            "nw.optim.Muon(model) or nw.optim.auto(model), which then sends vectors, embeddings and heads to AdamW. Or give only the "
-            "hidden matrices, and the others to an optimizer of their own."
-        )
+        raise no_matrix(p)
     if p.ndim <= 2:
         return Layout("oi"[: max(p.ndim, 1)], tuple(p.shape) or (1,))
     if needs_matrices(group) or (acts_on_blocks(group) and group["per"] not in ("tensor", "matrix", "global", "element")):
@@ -222,6 +218,15 @@ def _plain_layout(p: Tensor, group: Group) -> Layout:
             "model, as nw.optim.auto(model) (they are read from its modules' types), or layouts=[nw.Layout('oikk', shape)] in its group."
         )
     return Layout("o" * p.ndim, tuple(p.shape))
+
+
+def no_matrix(p: Tensor) -> LayoutError:
+    """The error for a vector that a method of matrices was given without its module."""
+    return LayoutError(
+        f"a tensor of shape {tuple(p.shape)} was given without its module, to a method of matrices, and it is none: give the model, as "
+        "nw.optim.Muon(model) or nw.optim.auto(model), which then sends vectors, embeddings and heads to AdamW. Or give only the "
+        "hidden matrices, and the others to an optimizer of their own."
+    )
 
 
 def _packs(group: Group, found: list[Member]) -> list[Pack]:
