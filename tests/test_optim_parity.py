@@ -281,7 +281,7 @@ def test_adamh() -> None:
             w = radius * w / w.norm()
         return w
 
-    check(lambda p: AdamH(p, 0.1), [(6, 4), (6, 4), (7,), (2, 3, 2, 2)], formula)
+    check(lambda p: AdamH(p, 0.1), [(6, 4), (6, 4), (2, 3, 2, 2)], formula)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -80,7 +80,7 @@ class NormOptimizer(Optimizer):
                 raise PolicyError(f"{name}= speaks of names and roles, which only a module tells: give the module instead of its tensors.")
         groups: Any = self.routing.groups() if self.routing is not None else params
         self._settled: dict[int, Settled] = {}
-        self._of_matrices = full[main] if roles.get("bias", main) != main else None
+        self._of_matrices = full[main] if roles.get("bias", main) != main and full[main]["hold"] == "sphere" else None
         super().__init__(groups, _defaults(full[main]))
         self._plans: dict[Any, Plan] = {}
         self._told = False
