@@ -1,7 +1,7 @@
 """A rebuild of the source tree changes no number, no state, no policy's text and no error: ``unchanged.py`` says how it is recorded.
 
-``exact``: bit for bit, on the kind of machine that made the record. ``near``: within a tolerance, on any machine.
-``text``: names and words.
+A test's name says how it compared: ``exact``, bit for bit, on the kind of machine that made the record; ``near``, within a tolerance, on
+any other; ``text``, names and words.
 """
 
 from __future__ import annotations
@@ -20,47 +20,37 @@ import unchanged
 from normwise.policy import NAMED
 from unchanged import RACERS, RECORDS, RULES, TEXTS, differences, found_now, machine, recorded
 
-NUMBERS = [name for name in RECORDS if name not in TEXTS]
 NARROW = ("compensated", "stochastic")
 """States of weights in bf16, which are compared bit for bit only."""
 
 
-def beside(name: str) -> pytest.MarkDecorator:
-    """Tests of one record share what is found of it, so they belong into one process."""
-    return pytest.mark.xdist_group(f"unchanged {name}")
+def how(name: str) -> str:
+    """How a record is compared here."""
+    return "text" if name in TEXTS else "exact" if recorded(name)[0] == machine() else "near"
 
 
-def _cases() -> list[Any]:
-    hows = [*(("exact", name) for name in NUMBERS), *(("near", name) for name in NUMBERS), *(("text", name) for name in TEXTS)]
-    return [pytest.param(*case, id="-".join(case), marks=beside(case[1])) for case in hows]
-
-
-@pytest.mark.parametrize(("how", "name"), _cases())
-def test_nothing_has_changed(how: str, name: str) -> None:
-    made_on, kept = recorded(name)
-    if how == "exact" and made_on != machine():
-        pytest.skip(f"compared within a tolerance, not bit for bit: the record was made on {made_on}, this is {machine()}")
-    lines = differences(kept, found_now(name), name, exact=how != "near")
+@pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}-{how(name)}") for name in RECORDS])
+def test_nothing_has_changed(name: str) -> None:
+    lines = differences(recorded(name)[1], found_now(name), name, exact=how(name) != "near")
     shown = "\n".join(lines[:40])
-    assert not lines, f"{len(lines)} differences ({how}). Where they are meant: python tests/unchanged.py record {name}\n{shown}"
+    meant = f"Where they are meant: python tests/unchanged.py record {name}"
+    assert not lines, f"{len(lines)} differences ({how(name)}; made on {recorded(name)[0]}, here is {machine()}). {meant}\n{shown}"
 
 
 # ------------------------------------------------------------------------------------------------ the comparison sees a change
 
 
 @pytest.mark.parametrize("contender", RACERS)
-@beside("race_lstm")
 def test_a_race_with_a_learning_rate_a_little_off_is_seen(contender: str) -> None:
     """By 0.1%, under both comparisons; by 1% within the tolerance of what is computed in bf16."""
-    was = {contender: found_now("race_lstm")[contender]}
-    slightly, more = (on_one_thread(partial(unchanged.race, "lstm", factor, [contender])) for factor in (1.001, 1.01))
+    was, slightly, more = (on_one_thread(partial(unchanged.race, "lstm", factor, [contender])) for factor in (1.0, 1.001, 1.01))
     more = more if contender in unchanged.RACERS_IN_BF16 else slightly
     for off, exact in ((slightly, True), (more, False)):
         assert any("/first:" in line for line in differences(was, off, "race_lstm", exact))
     assert differences(was, was, "race_lstm", True) == []
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=beside(name)) for name in ("states", "loaded")])
+@pytest.mark.parametrize("name", ["states", "loaded"])
 def test_steps_after_a_state_with_a_learning_rate_a_little_off_are_seen(name: str) -> None:
     """In every state: by 0.1% under both comparisons, by 1% within the tolerance of bf16."""
     was = found_now(name)
@@ -71,9 +61,10 @@ def test_steps_after_a_state_with_a_learning_rate_a_little_off_are_seen(name: st
         assert near or key in NARROW, key
 
 
-@beside("sharded")
 def test_split_models_with_a_learning_rate_a_little_off_are_seen() -> None:
-    was, off = found_now("sharded")["rows"], unchanged.sharded_planted()["rows"]
+    """The record holds such a run beside the others."""
+    _, kept = recorded("sharded")
+    was, off = kept["rows"], kept[unchanged.PLANTED]
     for key in was:
         assert differences(was[key], off[key], f"sharded/rows/{key}", True), key
         assert differences(was[key], off[key], f"sharded/rows/{key}", False) or key == "NorMuon", key
@@ -82,9 +73,8 @@ def test_split_models_with_a_learning_rate_a_little_off_are_seen() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"a": [1, 1.0], "b": "x", "c": "sha256:0"}, {"a": [1]}, {"b": "y"}, {"b": None}, {"a": [1, 1.1]}, {"a": [2, 1.0]},
-        {"a": [1, "1.0"]},
-        {"a": [1, float("nan")]}, {"a": [1, float("inf")]}, {"c": "0"}, {"d": 1},
+        {"a": [1, 1.0], "b": "x", "c": "sha256:0"}, {"a": [1]}, {"b": "y"}, {"b": None}, {"a": [1, 1.1]},
+        {"a": [2, 1.0]}, {"a": [1, "1.0"]}, {"a": [1, float("nan")]}, {"a": [1, float("inf")]}, {"c": "0"}, {"d": 1},
     ],
     ids=str,
 )  # fmt: skip
@@ -125,7 +115,7 @@ def test_every_error_is_one() -> None:
 def test_every_placement_and_an_uneven_one_is_recorded() -> None:
     rows = [p.shape[0] for name, p in unchanged.Wide().named_parameters() if name.endswith("weight")]
     assert {n % unchanged.WORLD > 0 for n in rows} == {True, False} and min(rows) < unchanged.WORLD
-    assert set(recorded("sharded")[1]) == set(unchanged.WHERE)
+    assert set(recorded("sharded")[1]) == {*unchanged.WHERE, unchanged.PLANTED}
 
 
 @pytest.mark.long
