@@ -6,11 +6,13 @@ any other; ``text``, names and words.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,11 +121,17 @@ def test_every_placement_and_an_uneven_one_is_recorded() -> None:
 
 
 @pytest.mark.long
-def test_importing_normwise_costs_little_beside_torch() -> None:
-    """0.1 s of the CPU's time at most, the median of seven processes."""
-    code = "import time, torch; start = time.process_time(); import normwise; print(time.process_time() - start)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(7)]
-    assert statistics.median(float(run.stdout) for run in runs) <= 0.1
+def test_importing_normwise_costs_little_beside_torch(tmp_path: Path) -> None:
+    """A tenth of torch's own time at most (0.1 s where that takes one), the median of seven processes, once all is compiled."""
+    code = (
+        "import time; start = time.process_time(); import torch; torchs = time.process_time() - start; import normwise; "
+        "print((time.process_time() - start - torchs) / torchs)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment) for _ in range(8)]
+    shares = [float(run.stdout) for run in runs[1:]]
+    assert statistics.median(shares) <= 0.1, shares
 
 
 def on_one_thread(make: Callable[[], Any]) -> Any:
