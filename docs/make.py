@@ -40,7 +40,7 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def raced(runs: Path) -> dict[str, Any] | None:
-    from normwise.race.race import replay
+    from normwise.experiments.race.study import replay
 
     return {**replay(runs), "core_hours": sum(r["result"].get("seconds", 0) for r in lines(runs)) / 3600} if runs.exists() else None
 
@@ -81,7 +81,7 @@ def tried(results: dict[str, Any]) -> str:
 
 def one_race(results: dict[str, Any], drawn: bool = True) -> str:
     """One task's tables, with the picture of its ladder, if it is drawn and there is something to draw."""
-    from normwise.race.table import page
+    from normwise.experiments.race.tables import page
 
     task = results["race"]
     seen = f"![{task}: validation result against horizon](images/race-{task}.svg)\n\n" if drawn and results["contenders"] else ""
@@ -89,14 +89,14 @@ def one_race(results: dict[str, Any], drawn: bool = True) -> str:
 
 
 def all_races(results: dict[str, dict[str, Any]]) -> str:
-    from normwise.race.table import summary
+    from normwise.experiments.race.tables import summary
 
     seen = "\n\n![shares of all contenders by task](images/race.svg)" if any(one["contenders"] for one in results.values()) else ""
     return summary(results) + seen
 
 
 def races_in_short(results: dict[str, dict[str, Any]]) -> str:
-    from normwise.race.table import summary
+    from normwise.experiments.race.tables import summary
 
     return summary(results)
 
@@ -171,7 +171,7 @@ def _text(value: Any) -> str:
 
 def smaller(results: dict[str, Any]) -> str:
     """What ``normwise prune`` found: the setting, the networks, the strengths that were tried."""
-    from normwise.study.prune_job import networks, trial
+    from normwise.experiments.prune.job import networks, trial
 
     plan, machine, timing = results["protocol"], results["machine"], results["timing"]
     said = (
@@ -186,7 +186,7 @@ def smaller(results: dict[str, Any]) -> str:
 
 def named_rules(_: Any) -> str:
     """From the code itself: the rules, their arguments, the first sentence about each."""
-    from normwise.study.words import named_rules as listed
+    from normwise.policy.listing import named_rules as listed
 
     lines = []
     for line in listed().splitlines():
@@ -233,8 +233,8 @@ def filled(text: str) -> str:
 
 def pictures() -> None:
     """Draws what there are results for."""
-    from normwise.report import picture
-    from normwise.report.race import race_picture, races_picture
+    from normwise.experiments.report import picture
+    from normwise.experiments.report.race import race_picture, races_picture
 
     digits = load("cnn-digits")
     if digits is not None:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
+from normwise.experiments.framework.lock import locked
+from normwise.experiments.framework.store import Store
+from normwise.experiments.race.contenders import AS_IT_IS, CONTENDERS, Built, Contender
+from normwise.experiments.race.protocol import STEPS
+from normwise.experiments.race.run import RaceRun, train
+from normwise.experiments.tasks.load import load_task
 from normwise.norms.linalg import polar
-from normwise.race.contenders import AS_IT_IS, CONTENDERS, Built, Contender
-from normwise.race.protocol import STEPS
-from normwise.race.run import RaceRun, train
-from normwise.study.lock import locked
-from normwise.study.store import Store
-from normwise.tasks.load import load_task
 
 RESULTS = Path(__file__).parent / "results" / "tried.runs.jsonl"
 Build = Callable[[nn.Module], Built]

@@ -18,9 +18,8 @@ import yaml
 from torch import nn
 
 import normwise as nw
-from normwise import radii
 from normwise.norms import FORMS, NORMS, SETS
-from normwise.policy import NAMED, Policy, Rule
+from normwise.policy import NAMED, Policy, Rule, radii
 from normwise.policy.rule import NEEDS, TARGETS
 
 Data = list[Any]

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import normwise as nw
-from normwise.engine.sharded.comm import TRAFFIC
-from normwise.engine.sharded.place import Place
+from normwise.engine.sharded.collectives import TRAFFIC
+from normwise.engine.sharded.placement import Place
 from sharded_cases import Case, Net, _part_of, _place, cases, gradients, hold, net, placements, train
 
 PLACES = functools.cache(placements)

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 from normwise import cli
-from normwise.race import protocol
-from normwise.study import compare, gan, prune
-from normwise.tasks.fidelity import train_judge
+from normwise.experiments.compare import compare
+from normwise.experiments.gan import study as gan
+from normwise.experiments.prune import study as prune
+from normwise.experiments.race import protocol
+from normwise.experiments.tasks.fidelity import train_judge
 
 COMMANDS = {
     "compare": "compare cnn --budget quick --strategies l2 --optimizers adam --seeds 2 --workers 2",

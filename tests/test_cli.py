@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from normwise import cli
+from normwise.experiments.compare import compare, tables
+from normwise.experiments.compare.compare import BUDGETS, Budget
+from normwise.experiments.framework import job
 from normwise.policy.named import NAMED
-from normwise.study import compare as compare_module
-from normwise.study import job, tables
-from normwise.study.compare import BUDGETS, Budget
 
 TINY = Budget(trials=9, epochs=1, batch=64, channels=(4, 4), train_most=128, marks=2, rounds=1)
 FEW = ("--budget", "quick", "--strategies", "max_norm", "--optimizers", "adam", "--workers", "1")
@@ -30,7 +30,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_module, "pool", lambda *given: pytest.fail("runs were started"))
+    monkeypatch.setattr(compare, "pool", lambda *given: pytest.fail("runs were started"))
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -106,7 +106,7 @@ def test_a_foreign_state_file_is_left_as_it_is(capsys: pytest.CaptureFixture[str
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    monkeypatch.setattr(compare_module, "load", _needs("sklearn"))
+    monkeypatch.setattr(compare, "load", _needs("sklearn"))
     assert "pip install 'normwise[study]'" in sentence(capsys, "compare", "cnn", *FEW)
 
 
@@ -221,10 +221,10 @@ def test_policies_names_the_line_of_a_broken_file(capsys: pytest.CaptureFixture[
 def test_bench_prints_and_writes_what_it_measured(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normwise.study import bench_control
+    from normwise.experiments.bench import control
 
     measured = {"bench": "control", "rows": [{"case": "one", "own_ms": 1.23456}, {"case": "two", "own_ms": 2.0}]}
-    monkeypatch.setattr(bench_control, "run", lambda: measured)
+    monkeypatch.setattr(control, "run", lambda: measured)
     assert cli.main(["bench", "control", "--json", str(tmp_path / "bench.json")]) == 0
     assert json.loads((tmp_path / "bench.json").read_text()) == measured
     out = capsys.readouterr().out

@@ -17,16 +17,17 @@ import torch
 from torch import nn
 
 from normwise.errors import DataError, StudyError
-from normwise.study import cells as cells_module
-from normwise.study import pool, progress, results, search, tables, trial
-from normwise.study.compare import BUDGETS, Budget, Options, compare
-from normwise.study.optimizers import OPTIMIZERS, PRESETS, SPHERES, TORCH
-from normwise.study.search import Axis
-from normwise.study.store import Store, key_of
-from normwise.study.strategies import ARTICLE, STRATEGIES, axes, why_not
-from normwise.study.trial import Run, batches, train
-from normwise.tasks.cnn import CNN, kernels_for
-from normwise.tasks.data import ImageData, load
+from normwise.experiments.compare import cells as cells_module
+from normwise.experiments.compare import results, search, tables, trial
+from normwise.experiments.compare.compare import BUDGETS, Budget, Options, compare
+from normwise.experiments.compare.optimizers import OPTIMIZERS, PRESETS, SPHERES, TORCH
+from normwise.experiments.compare.search import Axis
+from normwise.experiments.compare.strategies import ARTICLE, STRATEGIES, axes, why_not
+from normwise.experiments.compare.trial import Run, batches, train
+from normwise.experiments.framework import pool, progress
+from normwise.experiments.framework.store import Store, key_of
+from normwise.experiments.tasks.data.splits import ImageData, load
+from normwise.experiments.tasks.models.cnn import CNN, kernels_for
 
 # CPR looks every 50 steps whether the growth of a matrix slows down, ZClip waits for its first 25 norms.
 LATE: dict[str, dict[str, Any]] = {"cpr": {"optimizer": "adam", "lr": 0.01, "epochs": 8, "batch": 16}, "zclip": {"epochs": 8}}
@@ -361,7 +362,7 @@ def test_the_article_is_compared_where_nothing_is_named_and_all_is_everything(mo
         asked.append([(cell.strategy, cell.optimizer) for cell in cells])
         raise Asked
 
-    monkeypatch.setattr("normwise.study.compare._Study.run", run)
+    monkeypatch.setattr("normwise.experiments.compare.compare._Study.run", run)
     for options in (Options(), Options(strategies=("all",), optimizers=("all",)), Options(optimizers=("lion", "gd"))):
         with pytest.raises(Asked):
             compare(options)
@@ -607,7 +608,7 @@ def test_every_budget_fills_the_first_grid(name: str) -> None:
 
 def test_lines_tell_of_runs_at_most_every_ten_seconds_and_of_every_note(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 3.0, 9.0, 11.0, 12.0])
-    monkeypatch.setattr("normwise.study.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("normwise.experiments.framework.progress.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
     lines = progress.Lines(stream)
     lines.start(7)
@@ -643,6 +644,6 @@ def killed_pool() -> Iterator[Any]:
 
 
 def test_a_worker_that_was_killed_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normwise.study.compare.pool", lambda *given: killed_pool())
+    monkeypatch.setattr("normwise.experiments.compare.compare.pool", lambda *given: killed_pool())
     with pytest.raises(StudyError, match="A worker process was killed"):
         compare(ONE, budget=TINY)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from normwise.errors import PolicyError
-from normwise.layouts import Layout, block_view
 from normwise.norms import NORMS, Box
+from normwise.parameters.layouts import Layout, block_view
 from normwise.policy import Rule, named
 from normwise.policy.conflicts import _LEVELS, _WITHIN, check
-from normwise.schedules import Constant, Linear
+from normwise.policy.schedules import Constant, Linear
 
 W = {"fc1.weight", "fc2.weight"}
 ortho = Rule(action="project", norm="orthogonal", per="matrix", radius=2)

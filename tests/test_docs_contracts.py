@@ -18,15 +18,15 @@ from torch import nn
 import normwise as nw
 from normwise import cli, files
 from normwise.errors import DataError, NormwiseError, OutputError, PolicyError
+from normwise.experiments.gan import results
+from normwise.experiments.gan.strategies import STRATEGIES
+from normwise.experiments.tasks.data import readers
 from normwise.norms import FORMS, NORMS, SETS
-from normwise.policy import yaml_form
-from normwise.policy.fields import ROUNDINGS
+from normwise.parameters.regex import LONGEST
+from normwise.policy import listing, yaml_form
 from normwise.policy.named import NAMED
-from normwise.policy.patterns import LONGEST
 from normwise.policy.rule import ON, TARGETS, Rule
-from normwise.study import gan_results, words
-from normwise.study.gan_strategies import STRATEGIES
-from normwise.tasks import readers
+from normwise.policy.rule_fields import ROUNDINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -87,7 +87,7 @@ def test_every_named_rule_is_in_the_table_with_its_arguments() -> None:
     """As the command prints them; docs/make.py writes the table, and this says that it was run."""
     rows = {row[0].strip("`") for row in table("policies.md", "## Named rules")}
     assert {head.split("(")[0] for head in rows} == set(NAMED)
-    printed = {line.split(")  ", 1)[0] + ")" for line in words.named_rules().splitlines()}
+    printed = {line.split(")  ", 1)[0] + ")" for line in listing.named_rules().splitlines()}
     assert rows == printed
     for head in rows:
         name, arguments = head.rstrip(")").split("(")
@@ -112,7 +112,7 @@ def test_the_policy_of_a_gan_does_not_load_as_that_of_one_network(strategy: str)
 
     chosen = STRATEGIES[strategy]
     strengths = {axis.name: axis.value(0) for axis in chosen.axes}
-    text = gan_results.policy_yaml(strategy, strengths)
+    text = results.policy_yaml(strategy, strengths)
     rules, others = nw.Policy(chosen.rules(strengths)), nw.Policy(chosen.generator_rules(strengths))
     if not rules.rules:
         assert text == "" and not others.rules
@@ -130,7 +130,7 @@ def test_committed_policies_are_those_of_the_code() -> None:
     found = json.loads((ROOT / "docs" / "results" / "gan.json").read_text())
     assert len(found["cells"]) == 27
     for cell in found["cells"]:
-        assert cell["policy_yaml"] == gan_results.policy_yaml(cell["strategy"], cell["strengths"])
+        assert cell["policy_yaml"] == results.policy_yaml(cell["strategy"], cell["strengths"])
 
 
 # ------------------------------------------------------------------------------------------------------- the command line
@@ -185,7 +185,7 @@ def test_a_command_ends_with_the_status_of_the_page(
             raise ending
         return "max_norm"
 
-    monkeypatch.setattr(words, "named_rules", rules)
+    monkeypatch.setattr(listing, "named_rules", rules)
     assert cli.main(["policies"]) == status
     said = capsys.readouterr()
     assert "Traceback" not in said.err and len(said.err.splitlines()) == (status != 0)

@@ -9,7 +9,7 @@ import pytest
 
 import normwise as nw
 from normwise.policy import NAMED, Policy
-from normwise.policy.field import FIELD
+from normwise.policy.published import FIELD
 
 EXAMPLES = {
     "hyperball": [nw.hyperball(), nw.hyperball("2*init", "fc*", per="unit", floor=0.1), nw.hyperball(nw.cosine(3, 1, 10), start=5)],

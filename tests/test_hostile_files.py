@@ -27,19 +27,23 @@ import fuzz_data as fuzz
 import normwise as nw
 from normwise import checkpoints, cli, files
 from normwise.errors import DataError, OutputError
-from normwise.race import job as race_job
-from normwise.race.race import replay
-from normwise.race.run import RaceRun
-from normwise.study import bench_control, gan_trial, job, prune_run, trial
-from normwise.study import gan as gan_module
-from normwise.study import prune as prune_module
-from normwise.study import store as store_module
-from normwise.study.cells import Cell, Loop
-from normwise.study.progress import Progress
-from normwise.study.store import Store, fits, key_of
-from normwise.tasks import hub, parquet_pages, readers
-from normwise.tasks.data import load
-from normwise.tasks.text import load_text
+from normwise.experiments.bench import control
+from normwise.experiments.compare import trial
+from normwise.experiments.compare.cells import Cell, Loop
+from normwise.experiments.framework import job
+from normwise.experiments.framework import store as store_module
+from normwise.experiments.framework.progress import Progress
+from normwise.experiments.framework.store import Store, fits, key_of
+from normwise.experiments.gan import study as gan_module
+from normwise.experiments.gan import trial as gan_trial
+from normwise.experiments.prune import run as prune_run
+from normwise.experiments.prune import study as prune_module
+from normwise.experiments.race import job as race_job
+from normwise.experiments.race.run import RaceRun
+from normwise.experiments.race.study import replay
+from normwise.experiments.tasks.data import hub, parquet_pages, readers
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.text import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes and links of this kind are POSIX's")
@@ -524,7 +528,7 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def worked(*given: Any, **named: Any) -> Any:
         raise AssertionError("the work began")
 
-    for module, name in ((job, "compare"), (race_job, "race"), (gan_module, "run"), (prune_module, "run"), (bench_control, "run")):
+    for module, name in ((job, "compare"), (race_job, "race"), (gan_module, "run"), (prune_module, "run"), (control, "run")):
         monkeypatch.setattr(module, name, worked)
 
 

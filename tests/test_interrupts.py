@@ -25,13 +25,18 @@ import torch
 import strike_command
 from normwise import cli
 from normwise.errors import DataError, StudyError
-from normwise.race import job as race_job
-from normwise.race import race as race_module
-from normwise.study import bench_control, gan, gan_job, interrupts, job, prune, prune_job
-from normwise.study import compare as compare_module
-from normwise.study import pool as pool_module
-from normwise.study.lock import locked
-from normwise.study.pool import pool
+from normwise.experiments.bench import control
+from normwise.experiments.compare import compare
+from normwise.experiments.framework import interrupts, job
+from normwise.experiments.framework import pool as pool_module
+from normwise.experiments.framework.lock import locked
+from normwise.experiments.framework.pool import pool
+from normwise.experiments.gan import job as gan_job
+from normwise.experiments.gan import study as gan
+from normwise.experiments.prune import job as prune_job
+from normwise.experiments.prune import study as prune
+from normwise.experiments.race import job as race_job
+from normwise.experiments.race import study as race_module
 from strike_command import COMMANDS
 
 PATIENCE = 600.0    # with a loaded machine: what takes longer hangs
@@ -140,7 +145,8 @@ def test_a_signal_while_torch_is_imported_is_one_sentence(form: str, number: sig
     ("argv", "orig", "is_ours"),
     [(["-m", "compare"], ["python", "-X", "dev", "-m", "normwise", "compare"], True), (["/usr/bin/normwise"], ["python", "x"], True),
      (["-m", "normwise"], ["python", "-m", "other", "normwise"], False), (["program.py"], ["python", "program.py"], False),
-     (["/x/normwise/study/worker.py"], ["python", "-P", "/x/normwise/study/worker.py"], False), (["-c"], ["python", "-c", "x"], False)],
+     (["/x/framework/worker.py"], ["python", "-P", "/x/framework/worker.py"], False),
+     (["-c"], ["python", "-c", "x"], False)],
 )    # fmt: skip
 def test_a_program_that_imports_normwise_keeps_its_signals(
     argv: list[str], orig: list[str], is_ours: bool, monkeypatch: pytest.MonkeyPatch
@@ -206,7 +212,7 @@ def test_a_guest_gives_the_program_around_it_its_status(tmp_path: Path, monkeypa
         time.sleep(PATIENCE)
         return {}
 
-    monkeypatch.setattr(bench_control, "run", measure)
+    monkeypatch.setattr(control, "run", measure)
     before = signal.getsignal(signal.SIGINT), sys.unraisablehook
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
     assert cli.main(["bench", "control"]) == 130
@@ -223,7 +229,7 @@ def test_results_that_are_being_written_are_written(tmp_path: Path, monkeypatch:
 
     target = tmp_path / "bench.json"
     monkeypatch.setattr(job, "write_json", struck)
-    monkeypatch.setattr(bench_control, "run", lambda: {"rows": [{"ms": 1.0}]})
+    monkeypatch.setattr(control, "run", lambda: {"rows": [{"ms": 1.0}]})
     assert cli.main(["bench", "control", "--json", str(target)]) == 130
     assert json.loads(target.read_text()) == {"rows": [{"ms": 1.0}]}
     assert f"Interrupted: the results are in {target}." in capsys.readouterr().err
@@ -291,7 +297,7 @@ def test_a_study_whose_worker_dies_at_the_start_says_so(name: str, tmp_path: Pat
 
 
 def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
-    code = "from normwise.study import pool\nimport time\np = pool.Workers(1, dict)\np.submit(print, 1).result()\n" \
+    code = "from normwise.experiments import pool\nimport time\np = pool.Workers(1, dict)\np.submit(print, 1).result()\n" \
            "print('up', flush=True)\np.submit(time.sleep, 600)\ntime.sleep(600)"
     process = started("-c", code)
     assert process.stdout is not None and process.stdout.readline() == "up\n", "what a worker prints goes elsewhere"
@@ -336,7 +342,7 @@ def found() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, pool_module.one_thread():
         strike_command.shorten(patch.setattr)
         return {
-            "compare": compare_module.compare(compare_module.Options(budget="quick", strategies=["l2"], optimizers=["adam"], seeds=2)),
+            "compare": compare.compare(compare.Options(budget="quick", strategies=["l2"], optimizers=["adam"], seeds=2)),
             "race": race_module.race(race_module.Options("lstm", budget="quick", contenders=[], seeds=1, size="tiny")),
             "race gan": gan.run(gan.Options(budget="quick", strategies=("clip_value",), seeds=1)),
             "prune": prune.run(prune.Options(budget="quick", seeds=1)),
@@ -351,7 +357,7 @@ def worked(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(race_job, "race", lambda *given: found["race"])
     monkeypatch.setattr(gan_job.gan, "run", lambda *given: found["race gan"])
     monkeypatch.setattr(prune_job.prune, "run", lambda *given: found["prune"])
-    monkeypatch.setattr(bench_control, "run", lambda: found["bench"])
+    monkeypatch.setattr(control, "run", lambda: found["bench"])
 
 
 STUDIES = {"compare": "compare cnn", "race": "race lstm", "race gan": "race gan", "prune": "prune cnn", "bench": "bench control"}
@@ -427,7 +433,7 @@ def test_results_are_printed_where_they_cannot_be_saved(worked: None, tmp_path: 
 
 
 def test_progress_that_nobody_takes_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normwise.study.progress import Lines, on_stderr
+    from normwise.experiments.framework.progress import Lines, on_stderr
 
     full = open("/dev/full", "w", encoding="ascii")    # noqa: SIM115 - its end is not to be seen
     Lines(full).note("a line ± ")
@@ -444,7 +450,7 @@ def test_progress_that_nobody_takes_is_no_error(monkeypatch: pytest.MonkeyPatch)
 def test_a_second_study_on_a_file_of_runs_is_refused_before_its_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    for module in (compare_module, gan, prune, race_module):
+    for module in (compare, gan, prune, race_module):
         monkeypatch.setattr(module, "Store", lambda *given: pytest.fail("the study began"))
     target = tmp_path / "out.json"
     state = target.with_suffix(".state.jsonl" if name == "compare" else ".runs.jsonl")
@@ -463,7 +469,7 @@ def test_a_second_study_on_a_file_of_runs_is_refused_before_its_work(
 def test_the_lock_outlives_the_file_and_not_its_holder(tmp_path: Path) -> None:
     state, other = tmp_path / "state.jsonl", tmp_path / "other"
     state.write_text("")
-    code = "import sys, time; from pathlib import Path; from normwise.study.lock import locked\n" \
+    code = "import sys, time; from pathlib import Path; from normwise.experiments.framework.lock import locked\n" \
            f"with locked(Path({str(state)!r})):\n print('held', flush=True); time.sleep(600)"
     holder = started("-c", code)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from normwise.errors import LayoutError, PolicyError
-from normwise.layouts import Layout
 from normwise.norms import NORMS
+from normwise.parameters.layouts import Layout
 from normwise.policy import Policy, Rule, as_policy, named
 
 

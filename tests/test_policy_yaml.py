@@ -11,12 +11,12 @@ import yaml
 from torch import nn
 
 from normwise.errors import PolicyError
-from normwise.layouts import Layout
 from normwise.norms import FORMS, L2, NORMS, Box, NonNegative, Orthogonal
+from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Policy, Rule, named
-from normwise.policy.field import FIELD
+from normwise.policy.published import FIELD
+from normwise.policy.schedules import Constant, Cosine, Init, Linear, Relative, Warmup
 from normwise.policy.yaml_form import MOST_NODES, plain_scalar
-from normwise.schedules import Constant, Cosine, Init, Linear, Relative, Warmup
 
 EXAMPLES = {
     "l1_penalty": named.l1_penalty(1e-5, samples=7),

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import normwise as nw
 from normwise.errors import MissingExtra, NormwiseError, StudyError
+from normwise.experiments.tasks.models.cnn import CNN
+from normwise.experiments.tasks.models.resnet import ResNet
 from normwise.prune import cut, shrink
-from normwise.tasks.cnn import CNN
-from normwise.tasks.resnet import ResNet
 
 IMAGES = torch.zeros(1, 1, 8, 8)
 COLOURS = torch.zeros(2, 3, 8, 8)

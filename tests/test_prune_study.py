@@ -12,14 +12,15 @@ import torch
 import normwise as nw
 from normwise import cli
 from normwise.errors import StudyError
+from normwise.experiments.prune import step_cost
+from normwise.experiments.prune import study as prune
+from normwise.experiments.prune.run import Run, example, execute, rules, size_of
+from normwise.experiments.prune.study import Budget, Options, chosen
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.models.cnn import CNN
+from normwise.experiments.tasks.models.resnet import ResNet
+from normwise.experiments.tasks.task import Task
 from normwise.prune import cut, targets
-from normwise.study import prune, prune_timing
-from normwise.study.prune import Budget, Options, chosen
-from normwise.study.prune_run import Run, example, execute, rules, size_of
-from normwise.tasks.cnn import CNN
-from normwise.tasks.load import load_task
-from normwise.tasks.resnet import ResNet
-from normwise.tasks.task import Task
 
 TINY = Budget(steps=40, fine_tuning=4, rounds=2, size="tiny")
 
@@ -132,7 +133,7 @@ def test_the_command_writes_results_and_goes_on_where_it_was(
     assert len(first["timing"]["smaller"]) == 2 and first["timing"]["full"]["step_ms"] > 0
     assert first["summary"]["difference"] < 1e-6
     monkeypatch.setattr(prune, "execute", lambda *given: pytest.fail("a finished run was done again"))
-    monkeypatch.setattr(prune_timing, "measure", lambda *given: pytest.fail("times were measured again"))
+    monkeypatch.setattr(step_cost, "measure", lambda *given: pytest.fail("times were measured again"))
     assert cli.main(command) == 0
     again = json.loads(file.read_text())
     assert {**first, "machine": 0} == {**again, "machine": 0}

@@ -21,16 +21,27 @@ from torch import nn
 
 import normwise as nw
 from normwise.errors import DataError, StudyError
-from normwise.race import drive, plans, table
-from normwise.race import race as race_module
-from normwise.race.contenders import BASELINES, COMMON, CONTENDERS, chosen
-from normwise.race.figures import geometric_mean, interval, median
-from normwise.race.lattice import Choice, Point, best, on_edge, propose
-from normwise.race.protocol import BUDGETS, LADDER_SEED, PROTOCOL, RATIO, ROBUST_AT, RUNGS, TUNING_SEED, budget, first_horizon, rung
-from normwise.race.race import Options, race, replay
-from normwise.race.run import RaceRun, is_spike, share_of_rate
-from normwise.study.progress import Bar, Lines, Progress
-from normwise.study.store import Store
+from normwise.experiments.framework import driver
+from normwise.experiments.framework.lattice import Choice, Point, best, on_edge, propose
+from normwise.experiments.framework.progress import Bar, Lines, Progress
+from normwise.experiments.framework.store import Store
+from normwise.experiments.race import plans, study, tables
+from normwise.experiments.race.contenders import BASELINES, COMMON, CONTENDERS, chosen
+from normwise.experiments.race.figures import geometric_mean, interval, median
+from normwise.experiments.race.protocol import (
+    BUDGETS,
+    LADDER_SEED,
+    PROTOCOL,
+    RATIO,
+    ROBUST_AT,
+    RUNGS,
+    TUNING_SEED,
+    budget,
+    first_horizon,
+    rung,
+)
+from normwise.experiments.race.run import RaceRun, is_spike, share_of_rate
+from normwise.experiments.race.study import Options, race, replay
 from race_cases import STEP_MS, made_up, made_up_times
 
 AXES = (Choice("lr", (0.01,), ratio=2.0), Choice("a", (1.0, 2.0, 3.0, 4.0), 2), Choice("b", ("x", "y")), Choice("c", (0.0, 1.0, 2.0), 1))
@@ -262,8 +273,8 @@ def test_a_result_that_is_not_finite_is_the_worst() -> None:
 def test_horizons() -> None:
     assert [rung(1000, k) for k in (0, 1, 16)] == [1000, 870, round(1000 * RATIO**16)]
     assert first_horizon("gpt", 16, 1.0) == 8000 and first_horizon("gpt", 16, 0.25) == 2000
-    assert [race_module._pays(2.0, 1.95, False), race_module._pays(2.0, 1.97, False)] == [True, False]
-    assert [race_module._pays(0.9, 0.91, True), race_module._pays(0.9, 0.901, True)] == [True, False], "of the error, not of the accuracy"
+    assert [study._pays(2.0, 1.95, False), study._pays(2.0, 1.97, False)] == [True, False]
+    assert [study._pays(0.9, 0.91, True), study._pays(0.9, 0.901, True)] == [True, False], "of the error, not of the accuracy"
 
 
 # --------------------------------------------------------------------------------------------------------------- the figures
@@ -330,9 +341,9 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return made_up(run, accuracy=run.task in ("cnn", "resnet"))
 
     metrics = {"gpt": "loss", "lstm": "loss", "cnn": "accuracy", "resnet": "accuracy"}
-    monkeypatch.setattr(race_module, "load_task", lambda name, *_, **__: SimpleNamespace(key=name, metric=metrics[name], batch=16))
-    monkeypatch.setattr(race_module, "step_times", made_up_times)
-    monkeypatch.setattr(drive, "call", counted)
+    monkeypatch.setattr(study, "load_task", lambda name, *_, **__: SimpleNamespace(key=name, metric=metrics[name], batch=16))
+    monkeypatch.setattr(study, "step_times", made_up_times)
+    monkeypatch.setattr(driver, "call", counted)
     return calls
 
 
@@ -362,7 +373,7 @@ def test_a_long_race_doubles_the_horizon_while_that_pays(no_training: Counter[st
     results = race(Options("gpt", budget="long", contenders=["muon"], seeds=1))
     assert results["horizon"]["samples"] == 4 * 8000 and [of for of, _ in results["horizon"]["results"]] == [8000, 16000, 32000, 64000]
     flat = {1: 2.0, 2: 1.5, 4: 1.49}
-    monkeypatch.setattr(drive, "call", lambda run: made_up(run) | {"result": flat.get(run.samples // 8000, 2.0)})
+    monkeypatch.setattr(driver, "call", lambda run: made_up(run) | {"result": flat.get(run.samples // 8000, 2.0)})
     saturated = race(Options("gpt", budget="long", contenders=["muon"], seeds=1))["horizon"]
     assert saturated["saturated"] and saturated["samples"] == 16000 and saturated["results"] == [[8000, 2.0], [16000, 1.5], [32000, 1.49]]
 
@@ -384,7 +395,7 @@ def test_a_replay_equals_the_race_and_trains_nothing(no_training: Counter[str], 
     state = tmp_path / "runs.jsonl"
     results = race(Options("gpt", "/somewhere/poems", state=state))
     before = sum(no_training.values())
-    monkeypatch.setattr(race_module.torch, "__version__", "99.0")
+    monkeypatch.setattr(study.torch, "__version__", "99.0")
     again = replay(state)
     assert json.loads(json.dumps(again)) == json.loads(json.dumps(results)), "whatever torch looks at it"
     assert again["data"] == "poems" and sum(no_training.values()) == before
@@ -434,7 +445,7 @@ def test_a_race_under_way_says_what_is_finished_already(no_training: Counter[str
         now = {line["name"] for line in partly["contenders"]}
         assert finished <= now
         finished = now
-        assert partly["target"] in (None, whole["target"]) and table.page(partly) and table.summary({"gpt": partly})
+        assert partly["target"] in (None, whole["target"]) and tables.page(partly) and tables.summary({"gpt": partly})
         stages.add((partly["target"] is None, len(now), len(partly["unfinished"])))
         for line in partly["contenders"]:
             [same] = [one for one in whole["contenders"] if one["name"] == line["name"]]
@@ -462,7 +473,7 @@ def test_the_order_in_which_workers_finish_changes_nothing(
 
     started: list[float] = []
     alone = race(Options("gpt", state=tmp_path / "one.jsonl"))
-    monkeypatch.setattr(race_module, "open_pool", threads)
+    monkeypatch.setattr(study, "open_pool", threads)
     state = tmp_path / "four.jsonl"
     assert timeless(race(Options("gpt", workers=4, state=state))) == timeless(alone) and len(started) > 100
     orders = [[json.loads(line)["key"] for line in path.read_text().splitlines() if line] for path in (tmp_path / "one.jsonl", state)]
@@ -476,20 +487,20 @@ def test_a_contender_that_diverges_is_kept_and_missed(no_training: Counter[str],
         gone = {"result": None, "loss": None, "diverged": True, "test": worst, "train": worst}
         return made_up(run) | (gone if run.contender == "muon" else {})
 
-    monkeypatch.setattr(drive, "call", result)
+    monkeypatch.setattr(driver, "call", result)
     results = race(Options("gpt", contenders=["muon"], state=tmp_path / "runs.jsonl"))
     [muon] = [line for line in results["contenders"] if line["name"] == "muon"]
     assert muon["share"] is None and muon["missed"] == 5 and muon["tuned"]["result"] is None
     json.dumps(results, allow_nan=False)
-    assert "| Muon | missed | - | 5 of 5 | - | - |" in table.page(results)
-    monkeypatch.setattr(drive, "call", lambda run: made_up(run) | {"result": None, "diverged": True})
+    assert "| Muon | missed | - | 5 of 5 | - | - |" in tables.page(results)
+    monkeypatch.setattr(driver, "call", lambda run: made_up(run) | {"result": None, "diverged": True})
     with pytest.raises(StudyError, match="Both baselines diverged"):
         race(Options("gpt"))
 
 
 @pytest.mark.parametrize("wrong", [{"budget": "quik"}, {"contenders": ["mun"]}, {"workers": 0}, {"seeds": 0}])
 def test_what_cannot_be_raced_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
-    monkeypatch.setattr(race_module, "load_task", lambda *_, **__: pytest.fail("data was loaded"))
+    monkeypatch.setattr(study, "load_task", lambda *_, **__: pytest.fail("data was loaded"))
     with pytest.raises(StudyError):
         race(Options("gpt", **wrong))
 
@@ -532,8 +543,8 @@ def test_progress_is_counted_in_samples_without_a_total_that_nobody_knows(no_tra
 
 def test_tables_say_losses_as_plainly_as_wins(no_training: Counter[str]) -> None:
     results = race(Options("gpt", contenders=["muon", "adamw_max_norm"]))
-    page = table.page(results)
-    assert page.startswith(table.title(results)) and "validation loss of" in page
+    page = tables.page(results)
+    assert page.startswith(tables.title(results)) and "validation loss of" in page
     body = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ")]
     order = [name.strip() for name, _ in body[1 : 1 + len(results["contenders"])]]
     assert order[0] == "Muon" and set(order[2:]) == {"AdamW + max-norm", "SGD"} and order[1] == "AdamW"
@@ -546,12 +557,12 @@ def test_tables_say_losses_as_plainly_as_wins(no_training: Counter[str]) -> None
 
 def test_the_summary_has_means_only_where_all_tasks_were_reached(no_training: Counter[str]) -> None:
     found = {task: race(Options(task, contenders=["muon"])) for task in ("cnn", "resnet", "lstm", "gpt")}
-    every = table.summary(found)
+    every = tables.summary(found)
     shares = [one["share"] for results in found.values() for one in results["contenders"] if one["name"] == "muon"]
     [row] = [line for line in every.splitlines() if line.startswith("| Muon |")]
     assert row.split("|")[-3].strip() == f"{math.prod(shares) ** 0.25:.2f}" and "All four races are finished." in every
     assert [line for line in every.splitlines() if line.startswith("| SGD |")] == ["| SGD | missed | missed | missed | missed | - | - |"]
-    without = table.summary({task: one for task, one in found.items() if task != "lstm"})
+    without = tables.summary({task: one for task, one in found.items() if task != "lstm"})
     assert "Not finished: lstm (no runs)." in without and "| AdamW | 1.00 / 1.00 | 1.00 / 1.00 | - | 1.00 / 1.00 | - | - |" in without
 
 
@@ -561,7 +572,7 @@ def drawn(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_pictures_hold_every_run(no_training: Counter[str], tmp_path: Path) -> None:
-    from normwise.report.race import ladders, race_picture, races_picture, shares
+    from normwise.experiments.report.race import ladders, race_picture, races_picture, shares
 
     found = {task: race(Options(task)) for task in ("cnn", "gpt")}
     for task, results in found.items():

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise import cli
-from normwise.race import protocol, timing
-from normwise.race.contenders import CONTENDERS
-from normwise.race.initial import prepare
-from normwise.race.race import Options, race, replay
-from normwise.race.run import RaceRun, batch_of, lane, share_of_rate, train
-from normwise.study.pool import one_thread
-from normwise.study.progress import Progress
-from normwise.tasks.load import load_task
-from normwise.tasks.lstm import CharLSTM
-from normwise.tasks.task import Task
+from normwise.experiments.framework.pool import one_thread
+from normwise.experiments.framework.progress import Progress
+from normwise.experiments.race import protocol, step_cost
+from normwise.experiments.race.contenders import CONTENDERS
+from normwise.experiments.race.initial_weights import prepare
+from normwise.experiments.race.run import RaceRun, batch_of, lane, share_of_rate, train
+from normwise.experiments.race.study import Options, race, replay
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.models.lstm import CharLSTM
+from normwise.experiments.tasks.task import Task
 
 MICRO = protocol.Budget(trials=2, seeds=2, doublings=0, scale=0.01, contenders=("muon",), rounds=1)
 REST = {"lr": 0.004, "betas": (0.9, 0.99)}
@@ -258,18 +258,19 @@ def test_step_times_are_interleaved_and_in_the_order_of_the_runs(cnn: Task, monk
     def fake(run: RaceRun, task: Task, steps: int) -> SimpleNamespace:
         def step() -> None:
             turns.append(run.contender)
-            clock[0] += {"adamw": 0.002, "muon": 0.005, "sgd": 0.001}[run.contender] * (100 if len(turns) <= 4 * 3 * timing.WARM_UP else 1)
+            slow = 100 if len(turns) <= 4 * 3 * step_cost.WARM_UP else 1
+            clock[0] += slow * {"adamw": 0.002, "muon": 0.005, "sgd": 0.001}[run.contender]
 
         return SimpleNamespace(step=step)
 
     names = ["adamw", "muon", "sgd"]
     runs = [run_of(name, cnn, 5) for name in names]
     with monkeypatch.context() as patch:
-        patch.setattr(timing, "lane", fake)
-        patch.setattr("normwise.study.turns.time.perf_counter", lambda: clock[0])
-        assert timing.step_times(runs, cnn, 2) == pytest.approx([2.0, 5.0, 1.0]), "the slow first bursts are warm-up"
-    assert turns == [name for _ in range(timing.WARM_UP + 2) for name in names for _ in range(timing.BURST)]
-    real = timing.step_times(runs, cnn, 1)
+        patch.setattr(step_cost, "lane", fake)
+        patch.setattr("normwise.experiments.framework.timing.time.perf_counter", lambda: clock[0])
+        assert step_cost.step_times(runs, cnn, 2) == pytest.approx([2.0, 5.0, 1.0]), "the slow first bursts are warm-up"
+    assert turns == [name for _ in range(step_cost.WARM_UP + 2) for name in names for _ in range(step_cost.BURST)]
+    real = step_cost.step_times(runs, cnn, 1)
     assert len(real) == 3 and all(0 < ms < 1000 for ms in real)
 
 

@@ -18,9 +18,9 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 pytest.importorskip("jinja2")
 
-from normwise import report
 from normwise.errors import DataError, NormwiseError, StudyError
-from normwise.report import charts, files, page, scale, table, tidy, words
+from normwise.experiments import report
+from normwise.experiments.report import charts, extra, page, scale, table, tidy, wording
 
 DATA = Path(__file__).parent / "data"
 VOID = {"meta", "link", "br", "hr", "img", "input", "line", "circle", "rect", "path"}
@@ -127,7 +127,7 @@ def test_the_committed_example_is_what_its_script_makes() -> None:
     assert make_compare_example.example() == example()
 
 
-# The files
+# The extra
 
 def test_write_gives_a_page_and_the_results_beside_it(written: Path) -> None:
     assert written.name == "index.html"
@@ -152,7 +152,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(DataError, match=r"index\.html: No space left on device"):
-        files.replace(old, b"new")
+        extra.replace(old, b"new")
     assert old.read_text() == "old"
     assert list(tmp_path.iterdir()) == [old]
 
@@ -171,8 +171,8 @@ def test_results_without_cells_are_refused_before_anything_is_written(results: d
 
 
 def test_a_missing_package_is_named_with_the_extra_to_install() -> None:
-    with pytest.raises(files.MissingExtra, match=r"needs no_such_package,.*pip install 'normwise\[report\]'") as caught:
-        files.require("json", "no_such_package")
+    with pytest.raises(extra.MissingExtra, match=r"needs no_such_package,.*pip install 'normwise\[report\]'") as caught:
+        extra.require("json", "no_such_package")
     assert isinstance(caught.value, NormwiseError) and isinstance(caught.value, ImportError)
 
 
@@ -331,7 +331,7 @@ def test_missed_seeds_are_counted() -> None:
     cell["steps_to_baseline"] = {"median": None, "values": [None] * 3}
     assert table._to_baseline(cell, "steps_to_baseline") == ("missed 3 of 3", "")
     cell["steps_to_baseline"] = None
-    assert table._to_baseline(cell, "steps_to_baseline") == (words.MISSING, "")
+    assert table._to_baseline(cell, "steps_to_baseline") == (wording.MISSING, "")
 
 
 def test_a_page_of_one_cell_with_nothing_but_its_name() -> None:
@@ -360,7 +360,7 @@ def test_accuracies_that_are_not_finite_print_as_a_dash_and_leave_strict_json(tm
 
 def test_one_seed_has_no_spread() -> None:
     one = {"mean": 0.98, "std": 0.0, "values": [0.98]}
-    assert words.with_spread({"test_accuracy": one}, "test_accuracy") == "98.0"
+    assert wording.with_spread({"test_accuracy": one}, "test_accuracy") == "98.0"
 
 
 def test_defects_of_the_baseline_are_told_first() -> None:
@@ -386,16 +386,16 @@ def cell(strategy: str, test: list[float], validation: float = 0.9, optimizer: s
 ])
 def test_the_title_claims_no_more_than_the_spread_allows(test: list[float], kind: str, says: str) -> None:
     base = cell("nothing", [0.92, 0.93, 0.94])
-    verdict = words.verdict([base, cell("cap", test)])
+    verdict = wording.verdict([base, cell("cap", test)])
     assert verdict.kind == kind
-    assert words.headline([verdict], "digits") == f"On digits, {says}."
+    assert wording.headline([verdict], "digits") == f"On digits, {says}."
     if verdict.spread is not None:
         assert verdict.spread == pytest.approx(math.sqrt(0.01**2 + statistics.stdev(test) ** 2))
 
 
 def test_the_strategy_is_chosen_by_validation_not_by_test() -> None:
     base = cell("nothing", [0.92, 0.93, 0.94])
-    verdict = words.verdict([base, cell("lucky", [0.98, 0.98, 0.99], 0.90), cell("chosen", [0.93, 0.93, 0.94], 0.95)])
+    verdict = wording.verdict([base, cell("lucky", [0.98, 0.98, 0.99], 0.90), cell("chosen", [0.93, 0.93, 0.94], 0.95)])
     assert verdict.best is not None and verdict.best["strategy"] == "chosen"
     assert verdict.kind == "none"
 
@@ -404,7 +404,7 @@ def test_optimizers_are_judged_apart_and_told_in_one_sentence() -> None:
     found = [cell("nothing", [0.90, 0.91, 0.92]), cell("cap", [0.96, 0.97, 0.98]),
              cell("nothing", [0.95, 0.96, 0.97], optimizer="adam"), cell("cap", [0.95, 0.96, 0.97], optimizer="adam"),
              cell("cap", [0.95, 0.96], optimizer="lion")]
-    sentence = words.headline(words.verdicts(found), "digits")
+    sentence = wording.headline(wording.verdicts(found), "digits")
     assert sentence == ("On digits, norm control helps with SGD (cap, +6.0 points); "
                         "there is no difference beyond the spread with Adam; nothing can be said yet about lion.")
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import SGD, AdamW, Optimizer
 
 import normwise as nw
-from normwise import radii
+from normwise.policy import radii
 
 CUT, STEPS = 5, 9
 

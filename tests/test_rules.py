@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from normwise.errors import PolicyError
-from normwise.layouts import Layout
 from normwise.norms import FORMS, L2, NORMS, SETS, Box, Spectral, get_norm
+from normwise.parameters.inventory import Inventory
+from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Rule, named
-from normwise.policy.field import FIELD
-from normwise.policy.inventory import Inventory
+from normwise.policy.published import FIELD
 from normwise.policy.rule import NEEDS, ON, PHASES, TARGETS, USES
-from normwise.schedules import Init, Linear, Relative
+from normwise.policy.schedules import Init, Linear, Relative
 
 MATRIX_NORMS = (
     "spectral", "nuclear", "sum_of_units", "max_of_units", "sum_of_inputs", "max_of_inputs", "rms_rms", "one_rms", "rms_inf", "sign",

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from normwise.errors import DataError
-from normwise.tasks import hub
-from normwise.tasks.data import load
-from normwise.tasks.load import load_task
-from normwise.tasks.text import load_text
+from normwise.experiments.tasks.data import hub
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.text import load_text
 
 datasets = pytest.importorskip("datasets", reason="the library datasets is not installed; pip install 'normwise[datasets]'")
 

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from normwise.errors import DataError, StudyError
-from normwise.policy.roles import find_roles
-from normwise.tasks import cache
-from normwise.tasks.data import load
-from normwise.tasks.images import ImageTask, augment, endless
-from normwise.tasks.load import load_task
-from normwise.tasks.resnet import ResNet
-from normwise.tasks.supervised import Recipe
+from normwise.experiments.tasks.data import cache
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.images import ImageTask, augment, endless
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.models.resnet import ResNet
+from normwise.experiments.tasks.supervised import Recipe
+from normwise.parameters.roles import find_roles
 
 RNG = np.random.default_rng(11)
 PARTS = ("train", "validation", "test")

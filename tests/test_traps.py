@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import normwise as nw
-from normwise.engine.rounding import hair
+from normwise.engine.margins import hair
 
 F64 = torch.float64
 SCALE = 2.0**10

@@ -18,9 +18,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 import normwise as nw
-from normwise.engine.detached import Detached
-from normwise.engine.travel import KEY
-from normwise.policy.names import clean_name, sites
+from normwise.engine.detached_control import Detached
+from normwise.engine.optimizer_state import KEY
+from normwise.parameters.names import clean_name, sites
 
 RULES = [
     nw.zclip(z=0.5, warmup=2), nw.autoclip(percentile=40, window=6, params="0.*"), nw.unit_norm("init", params="2.weight"),

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if os.path.basename((getattr(sys, "argv", None) or [""])[0]) in ("-m", "normwise", "normwise.exe", "normwise-script.py"):
-    from normwise.study.interrupts import watch_command  # Ctrl-C must not find torch half imported
+    from normwise.experiments.framework.interrupts import watch_command  # Ctrl-C must not find torch half imported
 
     watch_command()
 
@@ -20,19 +20,8 @@ from normwise import norms
 from normwise.clipping import clip_grad_norm_
 from normwise.control import Control, attach
 from normwise.errors import DataError, LayoutError, NonFiniteError, NormError, NormwiseError, PolicyError, StudyError
-from normwise.layouts import Layout, register_layout
+from normwise.parameters.layouts import Layout, register_layout
 from normwise.policy import Policy, Rule
-from normwise.policy.field import (
-    autoclip,
-    cpr,
-    hyperball,
-    orthogonal,
-    orthogonal_penalty,
-    qk_clip,
-    radial_brake,
-    relative_update,
-    zclip,
-)
 from normwise.policy.named import (
     agc,
     clip_grad_norm,
@@ -56,8 +45,19 @@ from normwise.policy.named import (
     unit_norm,
     weight_decay,
 )
-from normwise.radii import Brake, Inflection, Quantile, StepLength, WarmStart, ZScore
-from normwise.schedules import Init, Relative, cosine, linear, warmup
+from normwise.policy.published import (
+    autoclip,
+    cpr,
+    hyperball,
+    orthogonal,
+    orthogonal_penalty,
+    qk_clip,
+    radial_brake,
+    relative_update,
+    zclip,
+)
+from normwise.policy.radii import Brake, Inflection, Quantile, StepLength, WarmStart, ZScore
+from normwise.policy.schedules import Init, Relative, cosine, linear, warmup
 
 if TYPE_CHECKING:
     from types import ModuleType

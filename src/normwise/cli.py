@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from normwise.errors import NormwiseError, OutputError
-from normwise.study import interrupts
-from normwise.study.printing import in_plain_characters, printed, tell
+from normwise.experiments.framework import interrupts
+from normwise.experiments.framework.printing import in_plain_characters, printed, tell
 
 _BROKEN, _BAD_INPUT, _NOT_DELIVERED = 1, 2, 3
 _EXTRAS = {"sklearn": "study", "rich": "study", "pyarrow": "study", "PIL": "study", "yaml": "yaml",
@@ -123,8 +123,8 @@ def _add_compare(commands: Any) -> None:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    from normwise.study.compare import Options
-    from normwise.study.job import Outputs, run
+    from normwise.experiments.compare.compare import Options
+    from normwise.experiments.framework.job import Outputs, run
 
     options = Options(
         given.task, given.data, given.budget, given.strategies, given.optimizers, given.seeds, given.workers, given.state
@@ -175,8 +175,8 @@ def _add_race(commands: Any) -> None:
 
 
 def _race(given: argparse.Namespace) -> int:
-    from normwise.race import job
-    from normwise.race.race import Options
+    from normwise.experiments.race import job
+    from normwise.experiments.race.study import Options
 
     if given.task is None:
         if given.state is None:
@@ -195,8 +195,8 @@ def _race(given: argparse.Namespace) -> int:
 
 
 def _race_gan(given: argparse.Namespace) -> int:
-    from normwise.study.gan import Options
-    from normwise.study.gan_job import run
+    from normwise.experiments.gan.job import run
+    from normwise.experiments.gan.study import Options
 
     options = Options(given.data, given.budget, given.contenders, None, given.seeds or 5, given.workers, given.state)
     return 0 if run(options, given.json) else _BROKEN
@@ -222,8 +222,8 @@ def _add_prune(commands: Any) -> None:
 
 
 def _prune(given: argparse.Namespace) -> int:
-    from normwise.study.prune import Options
-    from normwise.study.prune_job import run
+    from normwise.experiments.prune.job import run
+    from normwise.experiments.prune.study import Options
 
     run(Options(given.task, given.data, given.budget, given.seeds, given.state, given.hold), given.json)
     return 0
@@ -240,11 +240,11 @@ def _add_bench(commands: Any) -> None:
 
 
 def _bench(given: argparse.Namespace) -> int:
-    from normwise.study import bench
-    from normwise.study.job import deliver
+    from normwise.experiments.bench import runner
+    from normwise.experiments.framework.job import deliver
 
-    measure = bench.named(given.name)
-    sound = deliver(lambda _: measure(), bench.show, given.json, None, keeps=False, complaints=bench.complaints)
+    measure = runner.named(given.name)
+    sound = deliver(lambda _: measure(), runner.show, given.json, None, keeps=False, complaints=runner.complaints)
     return 0 if sound else _BROKEN
 
 
@@ -255,7 +255,7 @@ def _add_policies(commands: Any) -> None:
 
 
 def _policies(given: argparse.Namespace) -> int:
-    from normwise.study.words import explain_file, named_rules
+    from normwise.policy.listing import explain_file, named_rules
 
     text = named_rules() if given.file is None else explain_file(given.file)
     interrupts.say(lambda: "Interrupted.")

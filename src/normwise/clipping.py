@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.member_tensors import own_grads
-from normwise.engine.sharded import comm, here, is_sharded
-from normwise.engine.sharded.place import Place
+from normwise.engine.block_tensors import own_grads
+from normwise.engine.sharded import collectives, here, is_sharded
+from normwise.engine.sharded.placement import Place
 from normwise.errors import NonFiniteError, NormError
 from normwise.norms import L1, L2, LInf, Norm
 from normwise.norms.base import clip_factor, two_steps
@@ -74,7 +74,7 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     for p in listed:
         if p.grad is not None and is_sharded(p.grad) and is_sharded(p):
-            p.grad = comm.placed_as(p.grad, p)
+            p.grad = collectives.placed_as(p.grad, p)
     own_grads(listed)
     grads = [p.grad for p in listed if p.grad is not None]
     for g in grads:
@@ -100,7 +100,7 @@ def _norm_in(place: tuple[Any, tuple[int, ...]] | None, parts: list[Tensor], ord
     value = _norm(torch.cat(found)[None], order) if found else torch.zeros(1, dtype=wide(device), device=device)
     if place is None or not place[1]:
         return value
-    return _norm(comm.all_rows(value, comm.group_of(*place)).T.contiguous(), order)
+    return _norm(collectives.all_rows(value, collectives.group_of(*place)).T.contiguous(), order)
 
 
 def _norm(rows: Tensor, order: float) -> Tensor:

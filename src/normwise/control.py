@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from normwise.engine import Engine, Turn, given, states
-from normwise.engine.changes import Marks, grads, versions
-from normwise.engine.detached import Detached, yaml_of
-from normwise.engine.field import report
-from normwise.engine.finite import OnNonFinite, check_choice
-from normwise.engine.measures import NormLog, NormReport
-from normwise.engine.receipt import Receipt
+from normwise import validate as given
+from normwise.engine import Engine, Turn
+from normwise.engine import state as states
+from normwise.engine.action_report import Receipt
+from normwise.engine.binding_changes import Marks, grads, versions
+from normwise.engine.detached_control import Detached, yaml_of
+from normwise.engine.nonfinite import OnNonFinite, check_choice
+from normwise.engine.norm_report import NormLog, NormReport
+from normwise.engine.optimizer_state import Part, Traveller, fold, makes_state, unfold
+from normwise.engine.rules.adaptive import report
 from normwise.engine.sharded import reshard
-from normwise.engine.sharded.comm import TRAFFIC, Traffic
-from normwise.engine.travel import Part, Traveller, fold, makes_state, unfold
+from normwise.engine.sharded.collectives import TRAFFIC, Traffic
 from normwise.engine.verify import Rested, Verification, verify
 from normwise.errors import PolicyError
+from normwise.parameters.inventory import Inventory, clean_name
 from normwise.policy import Policy, Rule
-from normwise.policy.inventory import Inventory, clean_name
 
 Closure = Callable[[], Any]
 VERSION = 1

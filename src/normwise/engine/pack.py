@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from normwise.layouts import BlockView
 from normwise.norms import Norm, Radius
 from normwise.norms.base import two_steps
 from normwise.norms.reduce import compute_dtype, may_branch, up, wide
-from normwise.policy.computed import Computed
+from normwise.parameters.computed_weights import Computed
+from normwise.parameters.layouts import BlockView
 
 # Tensors above this are run alone: copying them into one batch costs more than the calls it saves.
 ALONE_FROM_BYTES = 1 << 20

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normwise.engine.bound import BoundRule
-from normwise.engine.engine import Engine
-from normwise.engine.member_tensors import block_count
+from normwise.engine.block_tensors import block_count
+from normwise.engine.margins import hair, inside, least, subnormal
 from normwise.engine.pack import Flat, Member, Pack
-from normwise.engine.rounding import hair, inside, least, subnormal
-from normwise.engine.sharded.split import Split
-from normwise.narrow import ulp
+from normwise.engine.program import Engine
+from normwise.engine.rules.base import BoundRule
+from normwise.engine.sharded.pack import Split
+from normwise.low_precision import ulp
 from normwise.norms import Norm, Set
-from normwise.policy.inventory import Entry, Inventory
+from normwise.parameters.inventory import Entry, Inventory
 
 SPHERE_ULP = 2
 """How many ulp of the weights' dtype a norm may be away from its sphere."""

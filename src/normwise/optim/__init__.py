@@ -4,9 +4,9 @@
 >>> print(optimizer.routing)     # which parameter takes which step
 """
 
-from normwise.optim.factors import role_factors
+from normwise.optim.columns import CHOICES, DEFAULTS
+from normwise.optim.depth_scale import role_factors
 from normwise.optim.optimizer import NormOptimizer
-from normwise.optim.parts import CHOICES, DEFAULTS
 from normwise.optim.presets import (
     LAMB,
     LARS,

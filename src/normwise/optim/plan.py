@@ -12,14 +12,14 @@ from torch import Tensor
 
 from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack
 from normwise.engine.sharded import here, is_sharded
-from normwise.engine.sharded.packs import packs_of
-from normwise.engine.sharded.split import Loose
+from normwise.engine.sharded.grouping import packs_of
+from normwise.engine.sharded.pack import Loose
 from normwise.errors import LayoutError, PolicyError
-from normwise.layouts import BlockView, Layout, block_view, is_dense, lie_alike
-from normwise.narrow import CARRY, NOISE, memory, rounds
+from normwise.low_precision import CARRY, NOISE, memory, rounds
 from normwise.norms import L2, Norm, get_norm
 from normwise.norms.reduce import compute_dtype, wide
-from normwise.optim.parts import STATE, acts_on_blocks, apart, needs_matrices, stores_radius
+from normwise.optim.columns import STATE, acts_on_blocks, apart, needs_matrices, stores_radius
+from normwise.parameters.layouts import BlockView, Layout, block_view, is_dense, lie_alike
 
 Group = Mapping[str, Any]
 State = dict[str, Any]

@@ -14,11 +14,11 @@ from typing import Any
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
-from normwise.optim.factors import factors_of, over_convolutions
+from normwise.optim.columns import Radius, Row, check_row, complete, refuse_unused
+from normwise.optim.depth_scale import factors_of, over_convolutions
 from normwise.optim.optimizer import NormOptimizer
-from normwise.optim.parts import Radius, Row, check_row, complete, refuse_unused
-from normwise.policy.inventory import Inventory, LayoutLike
-from normwise.policy.roles import normalises
+from normwise.parameters.inventory import Inventory, LayoutLike
+from normwise.parameters.roles import normalises
 
 Params = nn.Module | Iterable[Any]
 Override = Mapping[Any, str | Row | Radius] | None

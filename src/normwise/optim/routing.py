@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
-from normwise.optim.parts import Radius, Row, acts_on_blocks, apart, check_row, complete, needs_matrices
-from normwise.policy.inventory import Entry, Inventory, LayoutLike
-from normwise.policy.select import select
+from normwise.optim.columns import Radius, Row, acts_on_blocks, apart, check_row, complete, needs_matrices
+from normwise.parameters.inventory import Entry, Inventory, LayoutLike
+from normwise.parameters.selectors import select
 
 SKIP = "skip"
 """In the place of a row: another optimizer trains these parameters."""

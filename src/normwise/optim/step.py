@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise import actions
 from normwise.engine.pack import Pack
 from normwise.engine.sharded import local_states
-from normwise.engine.sharded.ahead import Request, fulfil
-from normwise.engine.sharded.split import Split, SplitPack, part_numbers
-from normwise.engine.sharded.together import simple
-from normwise.narrow import narrow_, widened
+from normwise.engine.sharded.norms import simple
+from normwise.engine.sharded.pack import Split, SplitPack, part_numbers
+from normwise.engine.sharded.prefetch import Request, fulfil
+from normwise.low_precision import narrow_, widened
 from normwise.norms import L2, Norm, Spectral, get_norm
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.forms import Scaled
 from normwise.norms.linalg import polar, ridge_inverse
 from normwise.norms.reduce import up
+from normwise.optim.columns import apart, shape_scale
 from normwise.optim.directions import DIRECTIONS
-from normwise.optim.parts import apart, shape_scale
 from normwise.optim.plan import Alike, Part, Plan
+from normwise.policy import actions
 
 Group = Mapping[str, Any]
 States = Sequence[dict[str, Any]]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from normwise.errors import PolicyError
 from normwise.norms import Box, NonNegative, Orthogonal
-from normwise.policy.fields import norm_label
 from normwise.policy.rule import Rule
-from normwise.schedules import Constant, is_number
+from normwise.policy.rule_fields import norm_label
+from normwise.policy.schedules import Constant, is_number
 
 _LEVELS = {
     "linf": 0, "max_of_units": 1, "max_of_inputs": 1, "spectral": 2, "l2": 3, "nuclear": 4,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from normwise.policy.inventory import Entry, Inventory
+from normwise.parameters.inventory import Entry, Inventory
 from normwise.policy.policy import Policy
 from normwise.policy.rule import Rule
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Unpack
 
-from normwise import schedules
 from normwise.errors import PolicyError
 from normwise.norms import Box, NonNegative
-from normwise.policy.common import EVERYTHING, Common
-from normwise.policy.field import FIELD
-from normwise.policy.fields import CenterLike, NormLike, RadiusLike
+from normwise.parameters.selectors import Selector
+from normwise.policy import schedules
+from normwise.policy.keywords import EVERYTHING, Common
+from normwise.policy.published import FIELD
 from normwise.policy.rule import Rule
-from normwise.policy.select import Selector
-from normwise.schedules import Relative, Varying
+from normwise.policy.rule_fields import CenterLike, NormLike, RadiusLike
+from normwise.policy.schedules import Relative, Varying
 
 # -------------------------------------------------------------------------------------------- penalties and decay
 

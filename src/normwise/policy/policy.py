@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from normwise import files
 from normwise.errors import DataError, OutputError, PolicyError, nearest
-from normwise.layouts import Layout
+from normwise.parameters.layouts import Layout
+from normwise.parameters.roles import ROLES
+from normwise.parameters.selectors import check_selector
 from normwise.policy import yaml_form
-from normwise.policy.roles import ROLES
 from normwise.policy.rule import Rule
-from normwise.policy.select import check_selector
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from normwise.parameters.inventory import LayoutLike
     from normwise.policy.explain import Explanation
-    from normwise.policy.inventory import LayoutLike
 
 PolicyLike: TypeAlias = Union["Policy", Rule, Iterable["PolicyLike"]]
 MOST_NESTING, MOST_RULES = 16, 10_000

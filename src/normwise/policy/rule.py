@@ -9,18 +9,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from normwise import schedules
 from normwise.errors import NormwiseError, PolicyError, nearest
-from normwise.layouts import PER, BlockView, Layout, block_view
 from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
-from normwise.policy import fields as kinds
-from normwise.policy.fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
-from normwise.policy.heads import Heads, convert_heads, heads_to_data, split_heads
-from normwise.policy.select import Selector, matches, names_of, select
-from normwise.radii import Brake, Quantile, StepLength, ZScore
+from normwise.parameters.attention_heads import Heads, convert_heads, heads_to_data, split_heads
+from normwise.parameters.layouts import PER, BlockView, Layout, block_view
+from normwise.parameters.selectors import Selector, matches, names_of, select
+from normwise.policy import rule_fields, schedules
+from normwise.policy.radii import Brake, Quantile, StepLength, ZScore
+from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
 
 if TYPE_CHECKING:
-    from normwise.policy.inventory import Entry
+    from normwise.parameters.inventory import Entry
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "penalty": ("weight",),
@@ -103,7 +102,7 @@ class Rule:
         or "global" (all matched parameters as one vector).
     on: "weight", "grad" or "update"; the default is the action's first meaning (weights; gradients for "lmo").
     radius: for clip_norm, project, normalize: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``nw.Relative(scale)``, or one that
-        is found in training (``normwise.radii``). For cpr the bound on the mean square, for qk_clip that on the logits.
+        is found in training (``normwise.policy.radii``). For cpr the bound on the mean square, for qk_clip that on the logits.
     strength: for penalty, weight_decay, prox: a number >= 0 or a schedule. For cpr the rate of its multiplier, default 1.
     power: 1 penalises the norm, 2 half of its square; default 1. For qk_clip: 1 scales queries and keys by √γ, 2 queries alone by γ.
     heads: how many attention heads the outputs of a plain Linear are, where its type does not tell; ``(3, heads)`` for q, k, v stacked.
@@ -114,7 +113,7 @@ class Rule:
         default 0, exact. From 0.01 on, singular vectors are followed from step to step instead of decomposing.
     rate: the share of the way to the wanted norm that is gone at each step; default 1, all of it (Keras's MinMaxNorm).
     rounding: of fp16 and bf16 weights after weight_decay and prox: "nearest", which loses what is below half an ulp, "stochastic", or
-        "compensated", which carries it over; see ``normwise.narrow``.
+        "compensated", which carries it over; see ``normwise.low_precision``.
     every, start, stop: acts on steps ``start, start + every, ...`` below ``stop``; by default on all.
     layout: the axes of the matched parameters stated by hand, where the module's type does not tell them.
     optional: True lets a selector of a list, or the exclusion, match nothing, as long as the rule as a whole matches something.
@@ -122,31 +121,31 @@ class Rule:
     Raises PolicyError, which says what is allowed, for whatever cannot mean anything.
     """
 
-    params: Field[Selector | None, Selector | None] = Field(kinds.convert_selector, None)
+    params: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None)
     action: str
-    norm: Field[NormLike, Norm | Set] = Field(kinds.convert_norm, "l2")
+    norm: Field[NormLike, Norm | Set] = Field(rule_fields.convert_norm, "l2")
     per: str = "tensor"
     on: str | None = None
-    radius: Field[RadiusLike, schedules.Radius | None] = Field(kinds.optional(schedules.radius), None)
-    strength: Field[schedules.Varying | None, schedules.Varying | None] = Field(kinds.optional(kinds.convert_strength), None)
-    power: Field[int, int] = Field(kinds.convert_power, 1)
+    radius: Field[RadiusLike, schedules.Radius | None] = Field(rule_fields.optional(schedules.radius), None)
+    strength: Field[schedules.Varying | None, schedules.Varying | None] = Field(rule_fields.optional(rule_fields.convert_strength), None)
+    power: Field[int, int] = Field(rule_fields.convert_power, 1)
     heads: Field[Heads | list[int] | None, Heads | None] = Field(convert_heads, None)
-    center: Field[CenterLike, Center] = Field(kinds.convert_center, None)
-    floor: Field[float | None, float | None] = Field(kinds.optional(kinds.positive("floor")), None)
-    min_radius: Field[float | None, float | None] = Field(kinds.optional(kinds.positive("min_radius")), None)
-    tolerance: Field[float, float] = Field(kinds.convert_tolerance, 0.0)
-    rate: Field[float, float] = Field(kinds.convert_rate, 1.0)
-    rounding: Field[str, str] = Field(kinds.convert_rounding, "nearest")
-    every: Field[int, int] = Field(kinds.steps("every", 1), 1)
-    start: Field[int, int] = Field(kinds.steps("start", 0), 0)
-    stop: Field[int | None, int | None] = Field(kinds.optional(kinds.steps("stop", 1)), None)
-    exclude: Field[Selector | None, Selector | None] = Field(kinds.convert_selector, None)
-    layout: Field[Layout | None, Layout | None] = Field(kinds.convert_layout, None)
-    optional: Field[bool, bool] = Field(kinds.convert_flag, False)
+    center: Field[CenterLike, Center] = Field(rule_fields.convert_center, None)
+    floor: Field[float | None, float | None] = Field(rule_fields.optional(rule_fields.positive("floor")), None)
+    min_radius: Field[float | None, float | None] = Field(rule_fields.optional(rule_fields.positive("min_radius")), None)
+    tolerance: Field[float, float] = Field(rule_fields.convert_tolerance, 0.0)
+    rate: Field[float, float] = Field(rule_fields.convert_rate, 1.0)
+    rounding: Field[str, str] = Field(rule_fields.convert_rounding, "nearest")
+    every: Field[int, int] = Field(rule_fields.steps("every", 1), 1)
+    start: Field[int, int] = Field(rule_fields.steps("start", 0), 0)
+    stop: Field[int | None, int | None] = Field(rule_fields.optional(rule_fields.steps("stop", 1)), None)
+    exclude: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None)
+    layout: Field[Layout | None, Layout | None] = Field(rule_fields.convert_layout, None)
+    optional: Field[bool, bool] = Field(rule_fields.convert_flag, False)
 
     def __post_init__(self) -> None:
-        kinds.word(self.action, "action", tuple(TARGETS))
-        kinds.word(self.per, "per", PER)
+        rule_fields.word(self.action, "action", tuple(TARGETS))
+        rule_fields.word(self.per, "per", PER)
         self._resolve()
         for check in (_check_target, _check_uses, _check_needs, _check_norm, _check_radius, _check_found, _check_window):
             check(self)
@@ -184,7 +183,7 @@ class Rule:
 
     def kind(self) -> tuple[Any, ...]:
         """What two rules have in common that do the same to different amounts: action, target, norm and blocks."""
-        return self.action, self.on, None if self.action in ("weight_decay", "qk_clip") else kinds.norm_label(self.norm), self.per
+        return self.action, self.on, None if self.action in ("weight_decay", "qk_clip") else rule_fields.norm_label(self.norm), self.per
 
     def matched(self, entries: Iterable[Entry]) -> list[Entry]:
         """As :meth:`targets`, but empty where the rule matches nothing."""
@@ -234,22 +233,22 @@ class Rule:
 # ------------------------------------------------------------------------------------------------------- plain data
 
 _WRITE: dict[str, Callable[[Any], Any]] = {
-    "params": kinds.selector_to_data,
-    "exclude": kinds.selector_to_data,
-    "norm": kinds.norm_to_data,
+    "params": rule_fields.selector_to_data,
+    "exclude": rule_fields.selector_to_data,
+    "norm": rule_fields.norm_to_data,
     "radius": schedules.to_data,
     "strength": schedules.to_data,
-    "center": kinds.center_to_data,
-    "layout": kinds.layout_to_data,
+    "center": rule_fields.center_to_data,
+    "layout": rule_fields.layout_to_data,
     "heads": heads_to_data,
 }
 _READ: dict[str, Callable[[Any], Any]] = {
-    "params": kinds.selector_from_data,
-    "exclude": kinds.selector_from_data,
-    "norm": kinds.norm_from_data,
+    "params": rule_fields.selector_from_data,
+    "exclude": rule_fields.selector_from_data,
+    "norm": rule_fields.norm_from_data,
     "radius": functools.partial(schedules.from_data, what="radius"),
     "strength": functools.partial(schedules.from_data, what="strength"),
-    "layout": kinds.layout_from_data,
+    "layout": rule_fields.layout_from_data,
 }
 
 
@@ -285,7 +284,7 @@ def _default(rule: Rule, name: str) -> Any:
 
 
 def _check_target(rule: Rule) -> None:
-    kinds.word(rule.on, "on", ON)
+    rule_fields.word(rule.on, "on", ON)
     allowed = TARGETS[rule.action]
     if rule.on not in allowed:
         raise FieldError(f"action {rule.action!r} has no meaning on={rule.on!r}. Allowed for it: {', '.join(allowed)}.", "on")
@@ -312,11 +311,11 @@ def _check_needs(rule: Rule) -> None:
 def _check_norm(rule: Rule) -> None:
     if isinstance(rule.norm, Set):
         _check_set(rule, rule.norm)
-    label = kinds.norm_label(rule.norm)
+    label = rule_fields.norm_label(rule.norm)
     if rule.norm.matrix and rule.per in VECTOR_PER:
         allowed = ", ".join(per for per in PER if per not in VECTOR_PER)
         raise FieldError(f"norm {label!r} is a norm of matrices, and per={rule.per!r} has none. Allowed per: {allowed}.", "per")
-    if rule.per == "global" and isinstance(rule.norm, Norm) and not kinds.is_entrywise(rule.norm):
+    if rule.per == "global" and isinstance(rule.norm, Norm) and not rule_fields.is_entrywise(rule.norm):
         raise FieldError(f"per='global' is defined for the norms l1, l2 and linf, given {label!r}.", "per")
     if rule.tolerance and not (isinstance(rule.norm, Spectral) and rule.on == "weight"):
         raise FieldError(f"tolerance is for projecting weights under the norm 'spectral', given {label!r} on={rule.on!r}.", "tolerance")
@@ -325,7 +324,7 @@ def _check_norm(rule: Rule) -> None:
 
 
 def _check_set(rule: Rule, norm: Set) -> None:
-    label = kinds.norm_label(norm)
+    label = rule_fields.norm_label(norm)
     if rule.action == "penalty" and isinstance(norm, Orthogonal) and rule.center is None and rule.power == 1:
         return
     if rule.action != "project":
@@ -387,7 +386,7 @@ def _norm_label(rule: Rule) -> str:
         return ""
     if rule.action == "cpr":
         return f"mean square/{rule.per}"
-    name = f"half {kinds.norm_label(rule.norm)}^2" if rule.power == 2 else kinds.norm_label(rule.norm)
+    name = f"half {rule_fields.norm_label(rule.norm)}^2" if rule.power == 2 else rule_fields.norm_label(rule.norm)
     return name if isinstance(rule.norm, Set) and not rule.norm.matrix else f"{name}/{rule.per}"
 
 

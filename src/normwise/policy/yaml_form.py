@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from normwise import schedules
 from normwise.errors import NormwiseError, PolicyError, nearest
-from normwise.layouts import Layout
-from normwise.policy.common import Common
-from normwise.policy.fields import FieldError, layout_from_data, layout_to_data
+from normwise.parameters.layouts import Layout
+from normwise.parameters.selectors import selector_to_data
+from normwise.policy import schedules
+from normwise.policy.keywords import Common
 from normwise.policy.named import NAMED
 from normwise.policy.rule import Rule, read_field
-from normwise.policy.select import selector_to_data
+from normwise.policy.rule_fields import FieldError, layout_from_data, layout_to_data
 
 KEYS = ("rules", "roles", "layouts")
 MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_RULES = 1 << 18, 20_000, 24, 1000

@@ -1,0 +1,1 @@
+"""Benchmarks: one module each, with a function ``run()`` that gives ``{"rows": [{...}, ...]}``."""
