@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,4 +40,4 @@ if __name__ == "__main__":
     if "SLOWLY" in os.environ:    # so that a study can be met at its work
         prune.BUDGETS["quick"] = {"cnn": prune.Budget(100_000, 4, 1, "tiny")}
         compare.BUDGETS["quick"] = (compare.Budget(9, 10, 32, (4, 4), 512, 2, 1),) * 2
-    sys.exit(cli.main())
+    cli.command()

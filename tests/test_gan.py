@@ -336,7 +336,7 @@ def test_the_budgets_fill_the_first_grid_and_the_issue_is_covered() -> None:
 
 
 def test_the_page_tells_the_protocol_that_is_run() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "study.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "gan.md").read_text()
     for strategy in STRATEGIES.values():
         assert f"\n| {strategy.label} |" in page
     for loss in LOSSES.values():

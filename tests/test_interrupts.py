@@ -603,3 +603,18 @@ def test_a_hundred_strikes_and_the_results_are_those_of_a_quiet_run(name: str, t
     for path in tmp_path.glob("*.jsonl"):
         keys = [json.loads(line)["key"] for line in lines_of_any(path) if line.endswith("}") and "race facts" not in line]
         assert len(keys) == len(set(keys)), "no run was kept twice"
+
+
+def test_a_request_to_end_that_comes_with_the_end_changes_nothing() -> None:
+    """Python hands the signals back while it takes itself down; a command that has delivered its results must not die of one there."""
+    code = """
+import os, signal, sys
+from normwise import cli
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.argv, sys.modules["last"] = ["normwise", "policies"], Last()
+cli.command()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.startswith("agc(")

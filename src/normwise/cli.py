@@ -37,6 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return interrupts.INTERRUPTED
 
 
+def command() -> NoReturn:
+    """The command of this process, from its first argument to its end."""
+    try:
+        status: Any = main()
+    except SystemExit as end:    # --help and --version have printed
+        status = end.code or 0
+    interrupts.leave(status)
+
+
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         try:

@@ -13,6 +13,7 @@ This module imports nothing but a few of Python's own: it watches while torch is
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit status after Ctrl-C, 130. After SIGTERM it is 143 and after SIGHUP 129, by the same rule of shells."""
@@ -98,6 +99,19 @@ def watching(own: bool) -> Iterator[None]:
     finally:
         if before is not None and not _watch.own:
             _stop(before)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with a status, and stays watched while it does.
+
+    ``sys.exit`` would hand the signals back before the interpreter is taken down, which takes a moment once torch is loaded: a request to
+    end that comes then is death by a signal, after all results have been delivered.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):    # closed, or a pipe that nobody reads
+            stream.flush()
+    os._exit(status)
 
 
 def say(sentence: Callable[[], str]) -> None:
