@@ -254,7 +254,7 @@ def test_batches_are_whole_and_pass_over_each_image_once_an_epoch(data: ImageDat
         assert len(torch.cat(rows[3 * epoch : 3 * epoch + 3]).unique()) == 192
 
 
-# --------------------------------------------------------------------------------- presets and rules of the field
+# --------------------------------------------------------------------------------- presets and published methods
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

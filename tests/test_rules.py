@@ -14,7 +14,7 @@ from normwise.norms import FORMS, L2, NORMS, SETS, Box, Spectral, get_norm
 from normwise.parameters.inventory import Inventory
 from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Rule, named
-from normwise.policy.published import FIELD
+from normwise.policy.published import PUBLISHED
 from normwise.policy.rule import NEEDS, ON, PHASES, TARGETS, USES
 from normwise.policy.schedules import Init, Linear, Relative
 
@@ -251,7 +251,7 @@ PARTS = {
 
 
 def test_every_named_rule_is_here_and_documented():
-    assert set(PARTS) == set(NAMED) - set(FIELD), "the rules of the field are in test_field_rules.py"
+    assert set(PARTS) == set(NAMED) - set(PUBLISHED), "the published methods are in test_published_rules.py"
     assert all(len(make.__doc__.strip()) > 60 for make in NAMED.values())
 
 

@@ -102,7 +102,7 @@ def _help(parser: argparse.ArgumentParser) -> int:
 
 _STRATEGIES = (
     "these, beside 'nothing', which is always among them (default: the article's l2, l1, clip_value, clip_tensor_norm, normalise, "
-    "max_norm, spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm); rules of the field: hyperball, "
+    "max_norm, spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm); published methods: hyperball, "
     "relative_update, radial_brake, cpr, autoclip, zclip, orthogonal, orthogonal_penalty; all: every one"
 )
 _OPTIMIZERS = (

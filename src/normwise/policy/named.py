@@ -15,7 +15,7 @@ from normwise.norms import Box, NonNegative
 from normwise.parameters.selectors import Selector
 from normwise.policy import schedules
 from normwise.policy.keywords import EVERYTHING, Common
-from normwise.policy.published import FIELD
+from normwise.policy.published import PUBLISHED
 from normwise.policy.rule import Rule
 from normwise.policy.rule_fields import CenterLike, NormLike, RadiusLike
 from normwise.policy.schedules import Relative, Varying
@@ -248,7 +248,7 @@ NAMED: dict[str, Callable[..., Rule | list[Rule]]] = {
         unit_norm, min_max_norm, clip_weight_value, clip_weight_norm, non_negative, l1_ball, spectral_cap, spectral_normalize,
         clip_grad_norm, clip_grad_value, normalize_grad, agc,
     )
-} | FIELD  # fmt: skip
+} | PUBLISHED  # fmt: skip
 """Every named rule by its name; ``normwise policies`` lists them, and a YAML policy may use them."""
 
 

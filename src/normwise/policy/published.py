@@ -1,4 +1,4 @@
-"""The rules of the field: named rules that methods of recent years are made of, each a choice of parts with its source.
+"""The published methods: named rules that methods of recent years are made of, each a choice of parts with its source.
 
 They take the keywords ``exclude``, ``every``, ``start``, ``stop``, ``layout``, ``optional`` of a rule, as those of ``named`` do. w is one
 block, u what the optimizer adds to it, η the learning rate of its parameter group.
@@ -207,8 +207,8 @@ def orthogonal_penalty(strength: Varying, params: Selector | None = None, *, per
     return Rule(action="penalty", norm=Orthogonal(), per=per, strength=strength, **shared)
 
 
-FIELD: dict[str, Callable[..., Rule | list[Rule]]] = {
+PUBLISHED: dict[str, Callable[..., Rule | list[Rule]]] = {
     rule.__name__: rule
     for rule in (hyperball, relative_update, radial_brake, cpr, autoclip, zclip, qk_clip, orthogonal, orthogonal_penalty)
 }
-"""The rules of the field by name."""
+"""The published methods by name."""

@@ -127,7 +127,7 @@ ARTICLE: dict[str, Strategy] = {
 
 
 def _rule(name: str, *strengths: str) -> Callable[[Strengths, int], list[Any]]:
-    """The named rule of the field, with these strengths as its first arguments."""
+    """The published method of this name, with these strengths as its first arguments."""
 
     def rules(numbers: Strengths, samples: int) -> list[Any]:
         import normwise as nw
@@ -148,7 +148,7 @@ def _hyperball(strengths: Strengths, samples: int) -> list[Any]:
 _MULTIPLE = Axis("multiple", 16.0, 4.0)
 _STEP_LENGTH = Axis("lr", 0.02, 3.0)
 
-FIELD: dict[str, Strategy] = {
+PUBLISHED: dict[str, Strategy] = {
     "hyperball": Strategy(
         "Hyperball", "matrices on a sphere of a multiple of their initial norm, steps of the length lr × radius",
         (_MULTIPLE,), _hyperball, lr=_STEP_LENGTH,
@@ -177,9 +177,9 @@ FIELD: dict[str, Strategy] = {
         (Axis("strength", 0.1, 10.0, off=-1),), _rule("orthogonal_penalty", "strength"),
     ),
 }  # fmt: skip
-"""Rules of the field (docs/rules-of-the-field.md) as strategies, on what each acts on by default."""
+"""Published methods (docs/published-methods.md) as strategies, on what each acts on by default."""
 
-STRATEGIES: dict[str, Strategy] = {**ARTICLE, **FIELD}
+STRATEGIES: dict[str, Strategy] = {**ARTICLE, **PUBLISHED}
 ALL = "all"
 _NEEDS_ATTENTION = "qk_clip"
 _ON_A_SPHERE = ("hyperball", "relative_update", "radial_brake")

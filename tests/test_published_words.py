@@ -1,4 +1,4 @@
-"""The rules of the field as data: YAML, labels, what is refused and in which words, and the page about them."""
+"""The published methods as data: YAML, labels, what is refused and in which words, and the page about them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 import normwise as nw
 from normwise.policy import NAMED, Policy
-from normwise.policy.published import FIELD
+from normwise.policy.published import PUBLISHED
 
 EXAMPLES = {
     "hyperball": [nw.hyperball(), nw.hyperball("2*init", "fc*", per="unit", floor=0.1), nw.hyperball(nw.cosine(3, 1, 10), start=5)],
@@ -27,9 +27,9 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-def test_the_rules_of_the_field_are_named_rules_with_a_source():
-    assert set(EXAMPLES) == set(FIELD) and set(FIELD) <= set(NAMED)
-    assert all(getattr(nw, name) is make and len(make.__doc__) > 300 for name, make in FIELD.items())
+def test_the_published_methods_are_named_rules_with_a_source():
+    assert set(EXAMPLES) == set(PUBLISHED) and set(PUBLISHED) <= set(NAMED)
+    assert all(getattr(nw, name) is make and len(make.__doc__) > 300 for name, make in PUBLISHED.items())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -99,8 +99,8 @@ def test_what_cannot_mean_anything_is_refused_in_words(make, says):
 
 
 def test_the_page_of_these_rules_runs_and_names_them_all():
-    text = (Path(__file__).parents[1] / "docs" / "rules-of-the-field.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "published-methods.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     exec("\n".join(code for kind, code in blocks if kind == "python"), {})
     assert all(len(Policy.from_yaml(code)) == 5 for kind, code in blocks if kind == "yaml")
-    assert all(f"`{name}(" in text for name in FIELD)
+    assert all(f"`{name}(" in text for name in PUBLISHED)

@@ -1,4 +1,4 @@
-"""The rules of the field with a memory, autoclip, zclip and cpr: formulas written out in float64, and state that survives a
+"""The published methods with a memory, autoclip, zclip and cpr: formulas written out in float64, and state that survives a
 checkpoint and grows with steps that happened only."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rules of the field that act on weights and steps, each equal in float64 to its paper's formula written out here by hand."""
+"""The published methods that act on weights and steps, each equal in float64 to its paper's formula written out here by hand."""
 
 from __future__ import annotations
 
