@@ -437,7 +437,7 @@ def test_the_state_of_a_policy_inside_is_in_the_checkpoint() -> None:
 
     def optimizer_of(net: nn.Module) -> NormOptimizer:
         rules = [nw.Rule(params="up.weight", action="normalize", norm="l2", radius="init"),
-                 nw.Rule(params="*", on="update", action="clip_norm", norm="l2", radius=nw.linear(1e-3, 1e-1, 6))]    # fmt: skip
+                 nw.Rule(params="*", on="update", action="clip_norm", norm="l2", radius=nw.schedules.linear(1e-3, 1e-1, 6))]    # fmt: skip
         return Muon(net, policy=rules)
 
     whole, first = model(), model()

@@ -15,7 +15,8 @@ from normwise.norms import FORMS, L2, NORMS, Box, NonNegative, Orthogonal
 from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Policy, Rule, named
 from normwise.policy.published import PUBLISHED
-from normwise.policy.schedules import Constant, Cosine, Init, Linear, Relative, Warmup
+from normwise.policy.radii import Init, Relative
+from normwise.policy.schedules import Constant, Cosine, Linear, Warmup
 from normwise.policy.yaml_form import MOST_NODES, plain_scalar
 
 EXAMPLES = {

@@ -206,7 +206,7 @@ class NoReading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("rule", [nw.autoclip(30), nw.autoclip(30, per="tensor"), nw.zclip(1.0, warmup=2), nw.cpr(nw.Inflection(1))])
+@pytest.mark.parametrize("rule", [nw.autoclip(30), nw.autoclip(30, per="tensor"), nw.zclip(1.0, warmup=2), nw.cpr(nw.radii.Inflection(1))])
 def test_nothing_is_read_back_where_reading_waits(rule, monkeypatch):
     """As on a device: wherever the library asks whether reading a number is free, it is told no."""
     free, waiting = net(), net()
@@ -235,10 +235,10 @@ REMEMBERING = {
     "autoclip per tensor": lambda: nw.autoclip(30, per="tensor", window=50),
     "zclip": lambda: nw.zclip(1.0, warmup=4),
     "zclip per tensor": lambda: nw.zclip(1.0, warmup=4, per="tensor"),
-    "cpr, warm start": lambda: nw.cpr(nw.WarmStart(4)),
-    "cpr, inflection": lambda: nw.cpr(nw.Inflection(2), mu=10.0),
+    "cpr, warm start": lambda: nw.cpr(nw.radii.WarmStart(4)),
+    "cpr, inflection": lambda: nw.cpr(nw.radii.Inflection(2), mu=10.0),
     "hyperball": lambda: nw.hyperball(),
-    "all": lambda: [nw.zclip(1.0, warmup=4), nw.autoclip(), nw.cpr(nw.WarmStart(5)), nw.relative_update(), nw.radial_brake(0.1)],
+    "all": lambda: [nw.zclip(1.0, warmup=4), nw.autoclip(), nw.cpr(nw.radii.WarmStart(5)), nw.relative_update(), nw.radial_brake(0.1)],
 }
 
 
@@ -317,7 +317,7 @@ def test_a_step_that_gradscaler_skips_does_not_advance_anything(name, fused):
 def test_a_skipped_step_is_no_observation_under_on_nonfinite_skip():
     model = net()
     opt = SGD(model.parameters(), lr=1.0)
-    control = nw.attach(model, opt, [nw.zclip(), nw.cpr(nw.WarmStart(3))], on_nonfinite="skip")
+    control = nw.attach(model, opt, [nw.zclip(), nw.cpr(nw.radii.WarmStart(3))], on_nonfinite="skip")
     give(model, 1.0, 0)
     opt.step()
     before: Callable[[], str] = lambda: str(control.state_dict())    # noqa: E731

@@ -73,7 +73,7 @@ def to(x: Tensor, length: float | Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=list(MAKE))
-@pytest.mark.parametrize(("radius", "first"), [("init", None), ("1.5*init", None), (2.0, 2.0), (nw.linear(2.0, 1.0, 8), None)])
+@pytest.mark.parametrize(("radius", "first"), [("init", None), ("1.5*init", None), (2.0, 2.0), (nw.schedules.linear(2.0, 1.0, 8), None)])
 def test_hyperball_is_its_formula(make, radius, first):
     """W ← R·normalise(W + η·R·normalise(u))."""
     initial = [float(p.norm()) for p in params(net())]
@@ -150,7 +150,7 @@ def test_relative_update_of_each_unit_with_a_rate_of_each_group_and_a_schedule()
     rates = {"0.weight": 0.1, "2.weight": 0.02}
     named = dict(model.named_parameters())
     opt = SGD([{"params": [named[n]], "lr": lr} for n, lr in rates.items()], lr=1.0)
-    control = nw.attach(model, opt, nw.relative_update(nw.linear(1.0, 0.2, 4), ["0.weight", "2.weight"], per="unit", norm="l1"))
+    control = nw.attach(model, opt, nw.relative_update(nw.schedules.linear(1.0, 0.2, 4), ["0.weight", "2.weight"], per="unit", norm="l1"))
     for step in range(4):
         before = {n: named[n].detach().clone() for n in rates}
         draw(model, step)
@@ -289,12 +289,12 @@ def kappa_ip(history: list[float], interval: int) -> float:
 
 KAPPAS: dict[str, tuple[object, Callable[[list[float], int], float]]] = {
     "K": (0.05, lambda h, t: 0.05),
-    "a schedule": (nw.linear(0.05, 0.02, 20), lambda h, t: 0.05 + (0.02 - 0.05) * min(t / 20, 1)),
+    "a schedule": (nw.schedules.linear(0.05, 0.02, 20), lambda h, t: 0.05 + (0.02 - 0.05) * min(t / 20, 1)),
     "kI0": ("1.2*init", lambda h, t: 1.2 * h[0]),
-    "WS": (nw.WarmStart(7), lambda h, t: h[7] if t >= 7 else math.inf),
-    "WS 0": (nw.WarmStart(0), lambda h, t: h[0]),
-    "IP": (nw.Inflection(3), lambda h, t: kappa_ip(h, 3)),
-    "IP 1": (nw.Inflection(1), lambda h, t: kappa_ip(h, 1)),
+    "WS": (nw.radii.WarmStart(7), lambda h, t: h[7] if t >= 7 else math.inf),
+    "WS 0": (nw.radii.WarmStart(0), lambda h, t: h[0]),
+    "IP": (nw.radii.Inflection(3), lambda h, t: kappa_ip(h, 3)),
+    "IP 1": (nw.radii.Inflection(1), lambda h, t: kappa_ip(h, 1)),
 }
 
 
@@ -323,7 +323,7 @@ def test_cpr_holds_the_mean_square_near_its_bound():
     grown, held = net(), net()
     for model in (grown, held):
         opt = Adam(model.parameters(), lr=0.01)
-        control = nw.attach(model, opt, nw.cpr(nw.WarmStart(50))) if model is held else None
+        control = nw.attach(model, opt, nw.cpr(nw.radii.WarmStart(50))) if model is held else None
         for _ in range(400):
             draw(model, 0)
             opt.step()

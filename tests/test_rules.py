@@ -15,8 +15,9 @@ from normwise.parameters.inventory import Inventory
 from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Rule, named
 from normwise.policy.published import PUBLISHED
+from normwise.policy.radii import Init, Relative
 from normwise.policy.rule import NEEDS, ON, PHASES, TARGETS, USES
-from normwise.policy.schedules import Init, Linear, Relative
+from normwise.policy.schedules import Linear
 
 MATRIX_NORMS = (
     "spectral", "nuclear", "sum_of_units", "max_of_units", "sum_of_inputs", "max_of_inputs", "rms_rms", "one_rms", "rms_inf", "sign",

@@ -48,11 +48,11 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "fused AdamW": lambda ps: AdamW(ps, lr=0.05, weight_decay=0.1, fused=True),
 }
 EVERYTHING = [
-    nw.l2_penalty(nw.linear(0.1, 0.2, 4)),
+    nw.l2_penalty(nw.schedules.linear(0.1, 0.2, 4)),
     nw.clip_grad_norm(0.3),
     nw.weight_decay(0.1),
     nw.l1_prox(0.02),
-    nw.max_norm(nw.linear(0.9, 0.6, 4)),
+    nw.max_norm(nw.schedules.linear(0.9, 0.6, 4)),
     nw.clip_weight_value(0.25, params="role:bias", every=2),
 ]
 

@@ -21,7 +21,7 @@ from normwise.clipping import clip_grad_norm_
 from normwise.control import Control, attach
 from normwise.errors import DataError, LayoutError, NonFiniteError, NormError, NormwiseError, PolicyError, StudyError
 from normwise.parameters.layouts import Layout, register_layout
-from normwise.policy import Policy, Rule
+from normwise.policy import Policy, Rule, radii, schedules
 from normwise.policy.named import (
     agc,
     clip_grad_norm,
@@ -56,8 +56,6 @@ from normwise.policy.published import (
     relative_update,
     zclip,
 )
-from normwise.policy.radii import Brake, Inflection, Quantile, StepLength, WarmStart, ZScore
-from normwise.policy.schedules import Init, Relative, cosine, linear, warmup
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -76,11 +74,8 @@ def __getattr__(name: str) -> ModuleType:
 
 
 __all__ = [
-    "Brake",
     "Control",
     "DataError",
-    "Inflection",
-    "Init",
     "Layout",
     "LayoutError",
     "NonFiniteError",
@@ -88,13 +83,8 @@ __all__ = [
     "NormwiseError",
     "Policy",
     "PolicyError",
-    "Quantile",
-    "Relative",
     "Rule",
-    "StepLength",
     "StudyError",
-    "WarmStart",
-    "ZScore",
     "agc",
     "attach",
     "autoclip",
@@ -103,7 +93,6 @@ __all__ = [
     "clip_grad_value",
     "clip_weight_norm",
     "clip_weight_value",
-    "cosine",
     "cpr",
     "decay_to_init",
     "elastic_net",
@@ -113,7 +102,6 @@ __all__ = [
     "l1_penalty",
     "l1_prox",
     "l2_penalty",
-    "linear",
     "max_norm",
     "min_max_norm",
     "non_negative",
@@ -125,12 +113,13 @@ __all__ = [
     "orthogonal_penalty",
     "qk_clip",
     "radial_brake",
+    "radii",
     "register_layout",
     "relative_update",
+    "schedules",
     "spectral_cap",
     "spectral_normalize",
     "unit_norm",
-    "warmup",
     "weight_decay",
     "zclip",
 ]  # fmt: skip

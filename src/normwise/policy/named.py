@@ -16,9 +16,10 @@ from normwise.parameters.selectors import Selector
 from normwise.policy import schedules
 from normwise.policy.keywords import EVERYTHING, Common
 from normwise.policy.published import PUBLISHED
+from normwise.policy.radii import Relative
 from normwise.policy.rule import Rule
 from normwise.policy.rule_fields import CenterLike, NormLike, RadiusLike
-from normwise.policy.schedules import Relative, Varying
+from normwise.policy.schedules import Varying
 
 # -------------------------------------------------------------------------------------------- penalties and decay
 

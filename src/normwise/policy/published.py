@@ -12,12 +12,12 @@ from typing import Any, Unpack
 from normwise.errors import PolicyError
 from normwise.norms import Orthogonal
 from normwise.parameters.selectors import Selector
-from normwise.policy import schedules
+from normwise.policy import radii
 from normwise.policy.keywords import EVERYTHING, Common, on_matrices
-from normwise.policy.radii import Brake, Inflection, Quantile, StepLength, ZScore
+from normwise.policy.radii import Brake, Inflection, Init, Quantile, StepLength, ZScore
 from normwise.policy.rule import Rule
 from normwise.policy.rule_fields import NormLike, RadiusLike
-from normwise.policy.schedules import Init, Varying
+from normwise.policy.schedules import Varying
 
 # ------------------------------------------------------------------------------------------------- lengths of steps
 
@@ -39,7 +39,7 @@ def hyperball(
     Raises PolicyError when attached to a parameter whose group has a ``weight_decay``: it would turn the step instead of shortening the
     weight. Off normwise's own optimizers it keeps a copy of these weights during the step.
     """
-    sphere = schedules.radius(radius)
+    sphere = radii.radius(radius)
     step = StepLength("init", sphere.scale) if isinstance(sphere, Init) else StepLength("number", sphere)  # type: ignore[arg-type]
     shared: Any = {**on_matrices(params, common), "per": per}
     floors = floor if isinstance(sphere, Init) else None
@@ -94,7 +94,7 @@ def cpr(
     division, its authors' code has it, and without it μ = 1 overshoots on any matrix of ordinary size. As in the paper λ and the gradient
     are those at w_t, so the term is applied before the optimizer's step, and no copy is needed.
 
-    kappa: :class:`~normwise.Inflection` (default; Kappa-IP), :class:`~normwise.WarmStart` (Kappa-WS), a number (Kappa-K, a
+    kappa: :class:`~normwise.radii.Inflection` (default; Kappa-IP), :class:`~normwise.radii.WarmStart` (Kappa-WS), a number (Kappa-K, a
         mean square), or ``"init"`` and multiples ``"k*init"``: k · R(w₀) (Kappa-kI₀).
     mu: default 1, the paper's; it found 0.01 to 10 alike. Weights whose mean square is near 1 need less: beyond λ = 1/2 w would flip.
     params: default all weights but embeddings; never biases and gains.
@@ -129,7 +129,7 @@ def zclip(
 
     Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025 (arXiv 2504.02507), with its defaults: running mean and
     variance with factor ``alpha``, which a spike enters as what it was clipped to; the first ``warmup`` norms only start them. See
-    :class:`normwise.ZScore`. A norm that is not finite is left to ``on_nonfinite`` and does not enter. ``on="update"`` clips spikes
+    :class:`normwise.radii.ZScore`. A norm that is not finite is left to ``on_nonfinite`` and does not enter. ``on="update"`` clips spikes
     of what the optimizer adds to the weights instead; ``per="global"`` is then for one optimizer.
     """
     return Rule(params=params, action="clip_norm", norm=norm, per=per, on=on, radius=ZScore(z, alpha, warmup), **common)

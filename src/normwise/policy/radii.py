@@ -5,16 +5,69 @@ All are plain data, as the schedules are: they compare by value and go to YAML. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeAlias
 
 from normwise.errors import PolicyError, nearest
-from normwise.policy import schedules
-from normwise.policy.schedules import RadiusRule, Varying, count, number, varying
+from normwise.policy.schedules import SCHEDULES, Plain, Varying, arguments_by_name, count, is_number, label, number, one_entry, varying
 
 LENGTHS = ("init", "weight", "number")
 MOST_WINDOW = 1_000_000
 """Norms remembered: they are sorted once a step, and take 8 MB for each block."""
+
+
+@dataclass(frozen=True)
+class Init(Plain):
+    """A radius that is ``scale`` times the norm the weight block had when the policy was attached.
+
+    The norm is stored then, and kept in the control's state: a step of the optimizer changes it, so it cannot be measured
+    again. ``scale`` is a number > 0 or a schedule; ``"init"`` and ``"1.5*init"`` are its short forms.
+    """
+
+    scale: Varying = 1.0
+    name: ClassVar[str] = "init"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", varying(self.scale, "the multiple of 'init'"))
+
+    def to_data(self) -> Any:
+        """``"init"`` or ``"1.5*init"``; with a schedule the long form."""
+        if callable(self.scale):
+            return super().to_data()
+        return "init" if self.scale == 1 else f"{self.scale!r}*init"
+
+    def label(self) -> str:
+        return "init" if self.scale == 1 else f"{label(self.scale)}*init"
+
+
+@dataclass(frozen=True)
+class Relative(Plain):
+    """A radius for a gradient or an update: ``scale * max(norm of the weight block, floor)``, measured at each step.
+
+    ``floor`` (default 1e-3) keeps blocks that start at zero able to move. Brock et al., High-performance large-scale image
+    recognition without normalization, 2021 (adaptive gradient clipping).
+    """
+
+    scale: Varying
+    floor: float = 1e-3
+    name: ClassVar[str] = "relative"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", varying(self.scale, "the scale of a relative radius"))
+        object.__setattr__(self, "floor", number(self.floor, "the floor of a relative radius", zero=True))
+
+    def label(self) -> str:
+        return f"{label(self.scale)}*weight"
+
+
+class RadiusRule(Plain):
+    """Base of the radii that a rule finds in training."""
+
+    allowed: ClassVar[tuple[tuple[str, str], ...]]
+    """The pairs (action, on) that it has a meaning for."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +90,7 @@ class StepLength(RadiusRule):
         object.__setattr__(self, "scale", varying(self.scale, "the scale of a step length"))
 
     def label(self) -> str:
-        scale = "" if self.scale == 1 and self.of != "number" else f"{schedules.label(self.scale)}*"
+        scale = "" if self.scale == 1 and self.of != "number" else f"{label(self.scale)}*"
         return f"{scale}lr" if self.of == "number" else f"{scale}lr*{self.of}"
 
 
@@ -135,6 +188,51 @@ def _share(value: Any, what: str, *, closed: bool) -> float:
     return given
 
 
-RADII: dict[str, type[RadiusRule]] = {cls.name: cls for cls in (StepLength, Brake, Quantile, ZScore, WarmStart, Inflection)}
-"""Every such radius by its name in YAML."""
-schedules.FORMS.update(RADII)
+FORMS: dict[str, type[Plain]] = {
+    **SCHEDULES, **{cls.name: cls for cls in (Init, Relative, StepLength, Brake, Quantile, ZScore, WarmStart, Inflection)},
+}  # fmt: skip
+"""Everything that has the YAML form ``{name: arguments}``."""
+
+
+# ---------------------------------------------------------------------------------------- as the user or a file gives it
+
+
+Radius: TypeAlias = Varying | Init | Relative | RadiusRule
+_INIT = re.compile(r"\s*(?:([0-9][0-9.eE+-]*|\.[0-9][0-9.eE+-]*)\s*\*\s*)?init\s*")
+
+
+def radius(value: object, what: str = "radius") -> Radius:
+    """``value`` as a radius: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, or an object of one of these kinds."""
+    if isinstance(value, Init | Relative | RadiusRule):
+        return value
+    multiple = None
+    if isinstance(value, str) and (match := _INIT.fullmatch(value)):
+        with suppress(ValueError):    # "1.5.2*init" looks like a multiple and is none
+            multiple = float(match[1] or 1)
+    if multiple is not None:
+        return Init(multiple)
+    if is_number(value) or callable(value):
+        return varying(value, what)
+    allowed = "a number > 0, a schedule, 'init', a multiple such as '1.5*init', nw.radii.Relative(scale), or a rule of nw.radii"
+    raise PolicyError(f"{what} is {value!r}, but {what} must be {allowed}.")
+
+
+def from_data(data: Any, what: str = "schedule") -> Any:
+    """The inverse of :func:`to_data`: ``{linear: {start: 1, end: 0.1, steps: 100}}`` or ``{linear: [1, 0.1, 100]}``
+    becomes a schedule, numbers and strings stay what they are (the field that takes them judges them).
+    """
+    if not isinstance(data, Mapping):
+        return data
+    name, arguments = one_entry(data, what, FORMS)
+    return build(FORMS[name], arguments, f"{what}'s {name}")
+
+
+def build(cls: type[Any], arguments: Any, what: str) -> Any:
+    """``cls`` from its arguments in data: a mapping by name, a list by position, anything else as the only one."""
+    names = [f.name for f in fields(cls)]
+    given = arguments_by_name(names, arguments, what)
+    given = {k: from_data(v, f"{what} {k}") if k == "scale" else v for k, v in given.items()}
+    try:
+        return cls(**given)
+    except TypeError as error:
+        raise PolicyError(f"{what} takes {', '.join(names)}, but was given {given!r}.") from error

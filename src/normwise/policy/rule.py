@@ -14,8 +14,7 @@ from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
 from normwise.parameters.attention_heads import Heads, convert_heads, heads_to_data, split_heads
 from normwise.parameters.layouts import PER, BlockView, Layout, block_view
 from normwise.parameters.selectors import Selector, matches, names_of, select
-from normwise.policy import rule_fields, schedules
-from normwise.policy.radii import Brake, Quantile, StepLength, ZScore
+from normwise.policy import radii, rule_fields, schedules
 from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
 
 if TYPE_CHECKING:
@@ -101,8 +100,8 @@ class Rule:
     per: the block that the norm is measured on: "tensor" (default), "matrix", "unit", "input", "head", "expert", "element"
         or "global" (all matched parameters as one vector).
     on: "weight", "grad" or "update"; the default is the action's first meaning (weights; gradients for "lmo").
-    radius: for clip_norm, project, normalize: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``nw.Relative(scale)``, or one that
-        is found in training (``normwise.policy.radii``). For cpr the bound on the mean square, for qk_clip that on the logits.
+    radius: for clip_norm, project, normalize: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``nw.radii.Relative(scale)``, or one
+        of ``nw.radii`` that is found in training. For cpr the bound on the mean square, for qk_clip that on the logits.
     strength: for penalty, weight_decay, prox: a number >= 0 or a schedule. For cpr the rate of its multiplier, default 1.
     power: 1 penalises the norm, 2 half of its square; default 1. For qk_clip: 1 scales queries and keys by √γ, 2 queries alone by γ.
     heads: how many attention heads the outputs of a plain Linear are, where its type does not tell; ``(3, heads)`` for q, k, v stacked.
@@ -126,7 +125,7 @@ class Rule:
     norm: Field[NormLike, Norm | Set] = Field(rule_fields.convert_norm, "l2")
     per: str = "tensor"
     on: str | None = None
-    radius: Field[RadiusLike, schedules.Radius | None] = Field(rule_fields.optional(schedules.radius), None)
+    radius: Field[RadiusLike, radii.Radius | None] = Field(rule_fields.optional(radii.radius), None)
     strength: Field[schedules.Varying | None, schedules.Varying | None] = Field(rule_fields.optional(rule_fields.convert_strength), None)
     power: Field[int, int] = Field(rule_fields.convert_power, 1)
     heads: Field[Heads | list[int] | None, Heads | None] = Field(convert_heads, None)
@@ -246,8 +245,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "params": rule_fields.selector_from_data,
     "exclude": rule_fields.selector_from_data,
     "norm": rule_fields.norm_from_data,
-    "radius": functools.partial(schedules.from_data, what="radius"),
-    "strength": functools.partial(schedules.from_data, what="strength"),
+    "radius": functools.partial(radii.from_data, what="radius"),
+    "strength": functools.partial(radii.from_data, what="strength"),
     "layout": rule_fields.layout_from_data,
 }
 
@@ -331,7 +330,7 @@ def _check_set(rule: Rule, norm: Set) -> None:
         raise FieldError(f"{label!r} is a set, not a norm: use it with action 'project', given {rule.action!r}.", "norm")
     if not norm.needs_radius and rule.radius is not None:
         raise FieldError(f"norm {label!r} takes no radius: leave it out.", "radius")
-    if isinstance(rule.radius, schedules.Init | schedules.Relative | schedules.RadiusRule):
+    if isinstance(rule.radius, radii.Init | radii.Relative | radii.RadiusRule):
         raise FieldError(f"norm {label!r} takes a number or a schedule as its radius, given {rule.radius.label()!r}.", "radius")
     if rule.center is not None:
         raise FieldError(f"norm {label!r} takes no center: use norm 'linf' for a box around a center.", "center")
@@ -341,13 +340,13 @@ def _check_set(rule: Rule, norm: Set) -> None:
 
 def _check_radius(rule: Rule) -> None:
     radius = rule.radius
-    if isinstance(radius, schedules.Init) and rule.on != "weight":
-        raise FieldError(f"radius 'init' has a meaning on='weight' only, given on={rule.on!r}: use nw.Relative(scale).", "radius")
-    if isinstance(radius, schedules.Relative) and rule.on == "weight":
+    if isinstance(radius, radii.Init) and rule.on != "weight":
+        raise FieldError(f"radius 'init' has a meaning on='weight' only, given on={rule.on!r}: use nw.radii.Relative(scale).", "radius")
+    if isinstance(radius, radii.Relative) and rule.on == "weight":
         raise FieldError("a relative radius is for on='grad' or on='update'; for weights use 'init' or a multiple of it.", "radius")
-    if isinstance(radius, schedules.Init) and rule.center == "init":
+    if isinstance(radius, radii.Init) and rule.center == "init":
         raise FieldError("radius 'init' around center 'init' is zero: give the radius as a number or a schedule.", "radius")
-    if rule.floor is not None and not (isinstance(radius, schedules.Init) or getattr(radius, "of", "number") != "number"):
+    if rule.floor is not None and not (isinstance(radius, radii.Init) or getattr(radius, "of", "number") != "number"):
         raise FieldError("floor belongs to radius='init' (or a multiple of it): leave it out.", "floor")
     if rule.min_radius is not None and schedules.is_number(radius) and rule.min_radius > radius:  # type: ignore[operator]
         raise FieldError(f"min_radius {rule.min_radius:g} is above radius {radius:g}: give min_radius <= radius.", "min_radius")
@@ -356,18 +355,19 @@ def _check_radius(rule: Rule) -> None:
 def _check_found(rule: Rule) -> None:
     """Radii that are rules themselves, and the actions that a single method is made of."""
     radius = rule.radius
-    if isinstance(radius, schedules.RadiusRule) and (rule.action, rule.on) not in radius.allowed:
+    if isinstance(radius, radii.RadiusRule) and (rule.action, rule.on) not in radius.allowed:
         allowed = ", ".join(f"{action} on={on!r}" for action, on in radius.allowed)
         raise FieldError(f"radius {radius.label()!r} has no meaning for {rule.action} on={rule.on!r}. Allowed: {allowed}.", "radius")
-    if rule.action in ("cpr", "qk_clip") and isinstance(radius, schedules.Relative):
+    if rule.action in ("cpr", "qk_clip") and isinstance(radius, radii.Relative):
         raise FieldError(f"a relative radius is for on='grad' or on='update'; give {rule.action} a number.", "radius")
-    if rule.action == "qk_clip" and isinstance(radius, schedules.Init):
+    if rule.action == "qk_clip" and isinstance(radius, radii.Init):
         raise FieldError("qk_clip's radius is a bound on attention logits: give a number or a schedule, such as 100.", "radius")
-    if isinstance(radius, Brake) and (rule.center is not None or rule.min_radius is not None or rule.rate != 1):
+    if isinstance(radius, radii.Brake) and (rule.center is not None or rule.min_radius is not None or rule.rate != 1):
         raise FieldError("a brake takes no center, min_radius or rate: leave them out.", "radius")
-    kinds_of_block = {StepLength: NOT_GLOBAL, Quantile: WHOLE, ZScore: WHOLE}.get(type(radius), PER if rule.action != "cpr" else HOLD_MANY)
+    own = {radii.StepLength: NOT_GLOBAL, radii.Quantile: WHOLE, radii.ZScore: WHOLE}
+    kinds_of_block = own.get(type(radius), PER if rule.action != "cpr" else HOLD_MANY)
     if rule.per not in kinds_of_block:
-        what = f"radius {radius.label()!r}" if isinstance(radius, schedules.RadiusRule) else f"action {rule.action!r}"
+        what = f"radius {radius.label()!r}" if isinstance(radius, radii.RadiusRule) else f"action {rule.action!r}"
         raise FieldError(f"{what} has no meaning per={rule.per!r}. Allowed per: {', '.join(kinds_of_block)}.", "per")
     if rule.heads is not None and rule.per != "head" and rule.action != "qk_clip":
         raise FieldError(f"heads has a meaning for per='head' only, given per={rule.per!r}: leave it out.", "heads")

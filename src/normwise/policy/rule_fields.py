@@ -13,13 +13,13 @@ from normwise.norms import FORMS, L1, L2, NORMS, SETS, Box, LInf, Norm, Set, get
 from normwise.parameters import selectors
 from normwise.parameters.layouts import Layout
 from normwise.parameters.selectors import Selector
-from normwise.policy import schedules
+from normwise.policy import radii, schedules
 
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
 
 NormLike: TypeAlias = str | Norm | Set
-RadiusLike: TypeAlias = schedules.Radius | str | None
+RadiusLike: TypeAlias = radii.Radius | str | None
 
 
 class FieldError(PolicyError):

@@ -1,4 +1,4 @@
-"""Numbers that change with the step, and radii that are rules. All are plain data: they compare by value and go to YAML.
+"""Numbers that change with the step: ``nw.schedules.linear(3, 1, steps=1000)``. All are plain data: they compare by value and go to YAML.
 
 A *schedule* is any callable ``step -> number``; steps count the optimizer steps since attaching, from 0. Those named here
 can be written to YAML, a function of the user's own cannot.
@@ -7,7 +7,6 @@ can be written to YAML, a function of the user's own cannot.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -90,10 +89,24 @@ def at(value: Varying, step: int, what: str = "a schedule") -> float:
 # -------------------------------------------------------------------------------------------------------- schedules
 
 
-class Scheduled:
-    """Base of the schedules that are data: a frozen dataclass that goes to YAML under its ``name``."""
+class Plain:
+    """Base of schedules and radii: frozen dataclasses that compare by value and go to YAML under their ``name``."""
 
     name: ClassVar[str]
+
+    def to_data(self) -> Any:
+        """``{name: {field: value}}``, plain types only."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {self.name: {k: v if isinstance(v, str) else to_data(v) for k, v in given.items()}}
+
+    def label(self) -> str:
+        """Short form for tables, e.g. ``quantile(10, 10000)``."""
+        shown = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return f"{self.name}({', '.join(v if isinstance(v, str) else label(v) for v in shown)})"
+
+
+class Scheduled(Plain):
+    """Base of the schedules that are data."""
 
     def __call__(self, step: int) -> float:
         raise NotImplementedError
@@ -101,10 +114,6 @@ class Scheduled:
     def ends(self) -> tuple[float, float]:
         """The two values between which the schedule stays."""
         raise NotImplementedError
-
-    def to_data(self) -> dict[str, Any]:
-        """``{name: {field: value}}``, plain types only."""
-        return {self.name: {f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
 
     def label(self) -> str:
         """Short form for tables, e.g. ``linear(1 -> 0.1 in 100 steps)``."""
@@ -202,125 +211,10 @@ def _between(start: float, end: float, share: float) -> float:
 
 
 SCHEDULES: dict[str, type[Scheduled]] = {cls.name: cls for cls in (Constant, Linear, Cosine, Warmup)}
-
-
-def linear(start: float, end: float, steps: int) -> Linear:
-    """:class:`Linear`: a straight line from ``start`` to ``end`` within ``steps`` steps, then ``end``."""
-    return Linear(start, end, steps)
-
-
-def cosine(start: float, end: float, steps: int) -> Cosine:
-    """:class:`Cosine`: half a cosine from ``start`` to ``end`` within ``steps`` steps, then ``end``."""
-    return Cosine(start, end, steps)
-
-
-def warmup(value: float, steps: int, start: float = 0.0) -> Warmup:
-    """:class:`Warmup`: from ``start`` up to ``value`` within ``steps`` steps, then ``value``."""
-    return Warmup(value, steps, start)
-
-
-# ------------------------------------------------------------------------------------------------------------- radii
-
-
-@dataclass(frozen=True)
-class Init:
-    """A radius that is ``scale`` times the norm the weight block had when the policy was attached.
-
-    The norm is stored then, and kept in the control's state: a step of the optimizer changes it, so it cannot be measured
-    again. ``scale`` is a number > 0 or a schedule; ``"init"`` and ``"1.5*init"`` are its short forms.
-    """
-
-    scale: Varying = 1.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", varying(self.scale, "the multiple of 'init'"))
-
-    def to_data(self) -> Any:
-        if callable(self.scale):
-            return {"init": {"scale": to_data(self.scale)}}
-        return "init" if self.scale == 1 else f"{self.scale!r}*init"
-
-    def label(self) -> str:
-        return "init" if self.scale == 1 else f"{label(self.scale)}*init"
-
-
-@dataclass(frozen=True)
-class Relative:
-    """A radius for a gradient or an update: ``scale * max(norm of the weight block, floor)``, measured at each step.
-
-    ``floor`` (default 1e-3) keeps blocks that start at zero able to move. Brock et al., High-performance large-scale image
-    recognition without normalization, 2021 (adaptive gradient clipping).
-    """
-
-    scale: Varying
-    floor: float = 1e-3
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", varying(self.scale, "the scale of a relative radius"))
-        object.__setattr__(self, "floor", number(self.floor, "the floor of a relative radius", zero=True))
-
-    def to_data(self) -> Any:
-        return {"relative": {"scale": to_data(self.scale), "floor": self.floor}}
-
-    def label(self) -> str:
-        return f"{label(self.scale)}*weight"
-
-
-class RadiusRule:
-    """Base of the radii that a rule finds in training, see ``policy.radii``: frozen dataclasses that go to YAML under their ``name``."""
-
-    name: ClassVar[str]
-    allowed: ClassVar[tuple[tuple[str, str], ...]]
-    """The pairs (action, on) that it has a meaning for."""
-
-    def to_data(self) -> dict[str, Any]:
-        """``{name: {field: value}}``, plain types only."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {self.name: {k: v if isinstance(v, str) else to_data(v) for k, v in given.items()}}
-
-    def label(self) -> str:
-        """Short form for tables, e.g. ``quantile(10, 10000)``."""
-        shown = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
-        return f"{self.name}({', '.join(v if isinstance(v, str) else label(v) for v in shown)})"
-
-
-Radius: TypeAlias = Varying | Init | Relative | RadiusRule
-_INIT = re.compile(r"\s*(?:([0-9][0-9.eE+-]*|\.[0-9][0-9.eE+-]*)\s*\*\s*)?init\s*")
-FORMS: dict[str, type[Any]] = {**SCHEDULES, "init": Init, "relative": Relative}
-"""Everything that has the YAML form ``{name: arguments}``."""
-
-
-def radius(value: object, what: str = "radius") -> Radius:
-    """``value`` as a radius: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, or an object of one of these kinds."""
-    if isinstance(value, Init | Relative | RadiusRule):
-        return value
-    if isinstance(value, str):
-        return _parse_init(value, what)
-    if value is not None and (is_number(value) or callable(value)):
-        return varying(value, what)
-    raise PolicyError(f"{what} is {value!r}, but {what} must be {_RADIUS_FORMS}.")
-
-
-_RADIUS_FORMS = "a number > 0, a schedule, 'init', a multiple such as '1.5*init', nw.Relative(scale), or a rule of normwise.policy.radii"
-
-
-def _parse_init(text: str, what: str) -> Init:
-    match = _INIT.fullmatch(text)
-    try:
-        return Init(float(match[1] or 1)) if match else _not_a_radius(text, what)
-    except ValueError as error:
-        if isinstance(error, PolicyError):
-            raise
-        return _not_a_radius(text, what)
-
-
-def _not_a_radius(text: str, what: str) -> Init:
-    raise PolicyError(f"{what} is {text!r}, but {what} must be {_RADIUS_FORMS}.")
+linear, cosine, warmup = Linear, Cosine, Warmup
 
 
 # -------------------------------------------------------------------------------------------------------- plain data
-
-
 def label(value: Any) -> str:
     """A radius or a strength in a few characters."""
     if value is None or is_number(value):
@@ -332,22 +226,12 @@ def to_data(value: Any) -> Any:
     """A number, a schedule or a radius as plain YAML types; a user's own function: PolicyError."""
     if value is None or is_number(value):
         return value
-    if isinstance(value, Scheduled | Init | Relative | RadiusRule):
+    if isinstance(value, Plain):
         return value.to_data()
     raise PolicyError(
         f"{value!r} is a function of your own, which cannot be written to YAML: "
         f"use one of the schedules {', '.join(sorted(SCHEDULES))}, or keep this rule in Python."
     )
-
-
-def from_data(data: Any, what: str = "schedule") -> Any:
-    """The inverse of :func:`to_data`: ``{linear: {start: 1, end: 0.1, steps: 100}}`` or ``{linear: [1, 0.1, 100]}``
-    becomes a schedule, numbers and strings stay what they are (the field that takes them judges them).
-    """
-    if not isinstance(data, Mapping):
-        return data
-    name, arguments = one_entry(data, what, FORMS)
-    return build(FORMS[name], arguments, f"{what}'s {name}")
 
 
 def one_entry(data: Mapping[Any, Any], what: str, known: Mapping[str, Any]) -> tuple[str, Any]:
@@ -358,17 +242,6 @@ def one_entry(data: Mapping[Any, Any], what: str, known: Mapping[str, Any]) -> t
     if name not in known:
         raise PolicyError(f"{what} has the unknown form {name!r}.{nearest(str(name), known)}")
     return name, arguments
-
-
-def build(cls: type[Any], arguments: Any, what: str) -> Any:
-    """``cls`` from its arguments in data: a mapping by name, a list by position, anything else as the only one."""
-    names = [f.name for f in fields(cls)]
-    given = arguments_by_name(names, arguments, what)
-    given = {k: from_data(v, f"{what} {k}") if k == "scale" else v for k, v in given.items()}
-    try:
-        return cls(**given)
-    except TypeError as error:
-        raise PolicyError(f"{what} takes {', '.join(names)}, but was given {given!r}.") from error
 
 
 def arguments_by_name(names: Sequence[str], arguments: Any, what: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from normwise.errors import NormwiseError, PolicyError, nearest
 from normwise.parameters.layouts import Layout
 from normwise.parameters.selectors import selector_to_data
-from normwise.policy import schedules
+from normwise.policy import radii, schedules
 from normwise.policy.keywords import Common
 from normwise.policy.named import NAMED
 from normwise.policy.rule import Rule, read_field
@@ -291,7 +291,7 @@ def _named(name: str, arguments: Any) -> list[Rule]:
 
 def _arguments(make: Callable[..., Any], arguments: Any) -> dict[str, Any]:
     names = _parameters(make)
-    if isinstance(arguments, Mapping) and len(arguments) == 1 and set(arguments) <= set(schedules.FORMS) - set(names):
+    if isinstance(arguments, Mapping) and len(arguments) == 1 and set(arguments) <= set(radii.FORMS) - set(names):
         arguments = [arguments]  # a schedule or a radius as the only argument: {max_norm: {linear: [3, 1, 100]}}
     for name in arguments if isinstance(arguments, Mapping) else ():
         if name not in names:

@@ -25,8 +25,7 @@ from normwise.norms.base import clip_factor
 from normwise.norms.reduce import may_branch, up, wide
 from normwise.parameters.inventory import Entry
 from normwise.policy import Rule, actions
-from normwise.policy.radii import Brake, Inflection, Quantile, StepLength, WarmStart, ZScore
-from normwise.policy.schedules import Init
+from normwise.policy.radii import Brake, Inflection, Init, Quantile, StepLength, WarmStart, ZScore
 
 
 def bind(rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> BoundRule:

@@ -33,7 +33,8 @@ from normwise.norms.reduce import may_branch, wide
 from normwise.parameters.inventory import Entry
 from normwise.parameters.layouts import block_view
 from normwise.policy import Rule, actions
-from normwise.policy.schedules import Init, Relative, Scheduled, at
+from normwise.policy.radii import Init, Relative
+from normwise.policy.schedules import Scheduled, at
 
 EARLY = 20
 """Norms of gradients that are looked at for a threshold that something else has put on them."""

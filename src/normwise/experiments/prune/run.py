@@ -78,7 +78,7 @@ def rules(model: nn.Module, given: Tensor, strength: float, start: int = 0, hold
     if not hold:
         return lasso
     weights = [name for which in names.values() for name in which if not name.endswith("bias")]
-    return [*lasso, nw.unit_norm(nw.Init(1.0), params=weights, per="tensor", start=start)]
+    return [*lasso, nw.unit_norm(nw.radii.Init(1.0), params=weights, per="tensor", start=start)]
 
 
 def execute(run: Run, task: Task) -> dict[str, Any]:

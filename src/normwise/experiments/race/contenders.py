@@ -82,7 +82,7 @@ def _adamw_max_norm(model: nn.Module, n: Numbers) -> Built:
     import normwise as nw
 
     optimizer, _ = _adamw(model, {**n, "decay": 0.0})
-    return optimizer, nw.attach(model, optimizer, nw.max_norm(nw.Init(float(n["radius"]))))
+    return optimizer, nw.attach(model, optimizer, nw.max_norm(nw.radii.Init(float(n["radius"]))))
 
 
 def _preset(name: str, n: Numbers, model: nn.Module, **columns: Any) -> Built:
