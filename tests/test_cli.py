@@ -229,3 +229,40 @@ def test_bench_prints_and_writes_what_it_measured(
     assert json.loads((tmp_path / "bench.json").read_text()) == measured
     out = capsys.readouterr().out
     assert "own_ms" in out and "1.235" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("control", {"case": "a", "ratio": 1.51, "bar": 1.5, "bar_is": "at most"}, "a: ratio is 1.51, the bar at most 1.5."),
+        ("control", {"case": "a", "ratio": 2.9, "bar": 3.0, "bar_is": "at least"}, "a: ratio is 2.9, the bar at least 3."),
+        ("control", {"case": "a", "ratio": float("nan"), "bar": 3.0, "bar_is": "at most"}, "a: ratio is nan, the bar at most 3."),
+        ("control", {"case": "a", "ratio": 1.5, "bar": 1.5, "bar_is": "at most"}, ""),
+        ("step", {"preset": "Muon", "state_bytes_per_parameter": 4.0}, ""),
+        ("cap", {"network": "gpt", "share": 0.04, "bar": 0.03}, "gpt: share is 0.04, the bar at most 0.03."),
+        ("cap", {"network": "gpt", "share": 0.01, "bar": 0.03, "largest_sigma_over_cap": 1.02, "sigma_bar": 1.01},
+         "gpt: largest_sigma_over_cap is 1.02, the bar at most 1.01."),
+        ("polar", {"input": "x", "faster": 1.0, "bar": 2.0, "ours_max": 0.1, "torch_max": 0.2}, "x: faster is 1, the bar at least 2."),
+    ],
+)  # fmt: skip
+def test_a_missed_bar_is_named_and_exit_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, row: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(f"normwise.experiments.bench.{name}.run", lambda: {"rows": [{"case": "not measured"}, row]})
+    assert cli.main(["bench", name]) == bool(said)
+    assert capsys.readouterr().err == (f"{said}\n" if said else "")
+
+
+def test_bench_lists_its_benchmarks_a_line_each_and_a_new_file_is_one_more(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normwise.experiments.bench import runner
+
+    assert cli.main(["bench"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["cap", "control", "polar", "step"]
+    assert all(20 < len(line) <= 80 for line in lines)
+    (tmp_path / "newone.py").write_text('"""``normwise bench newone``: what a new one costs."""\n')
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "runner.py"))
+    assert cli.main(["bench"]) == 0
+    assert capsys.readouterr().out == "newone   what a new one costs\n"

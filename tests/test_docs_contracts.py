@@ -192,7 +192,7 @@ def test_a_command_ends_with_the_status_of_the_page(
     assert (said.out != "") == (status == 0)
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["policies", "gone.yaml"], ["race"], ["compare", "cnn", "--seeds", "0"], ["bench"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["policies", "a.yaml"], ["race"], ["compare", "cnn", "--seeds", "0"], ["bench", "x"]])
 def test_bad_input_is_status_2(arguments: list[str]) -> None:
     assert cli.main(arguments) == 2
 

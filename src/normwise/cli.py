@@ -242,8 +242,11 @@ def _prune(given: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="measure what control costs, interleaved with what it is compared to")
-    parser.add_argument("name", metavar="NAME", help="which one; an unknown name lists them")
+    parser = commands.add_parser(
+        "bench", help="measure what control costs, interleaved with what it is compared to",
+        description="Measures NAME, and exits 1 where it misses a bar. Without NAME it lists what there is.",
+    )  # fmt: skip
+    parser.add_argument("name", nargs="?", metavar="NAME", help="which one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here")
     parser.set_defaults(command=_bench)
 
@@ -252,8 +255,11 @@ def _bench(given: argparse.Namespace) -> int:
     from normwise.experiments.bench import runner
     from normwise.experiments.framework.job import deliver
 
-    measure = runner.named(given.name)
-    sound = deliver(lambda _: measure(), runner.show, given.json, None, keeps=False, complaints=runner.complaints)
+    if given.name is None:
+        printed(lambda: print(runner.listing()), "the same command lists them again")
+        return 0
+    bench = runner.named(given.name)
+    sound = deliver(lambda _: bench.run(), runner.show, given.json, None, keeps=False, complaints=lambda found: runner.missed(bench, found))
     return 0 if sound else _BROKEN
 
 

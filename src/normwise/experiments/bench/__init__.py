@@ -1,1 +1,1 @@
-"""Benchmarks: one module each, with a function ``run()`` that gives ``{"rows": [{...}, ...]}``."""
+"""Benchmarks, one module each. To add one, add a file: see ``runner``."""

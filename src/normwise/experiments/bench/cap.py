@@ -1,4 +1,6 @@
-"""``normwise bench cap``: what a spectral cap within 1% costs a training step, and what σ₁ is after every step, by float64 SVD.
+"""``normwise bench cap``: what a spectral cap within 1% costs a training step.
+
+And what σ₁ is after every step, by float64 SVD.
 
 The tasks' GPT at width 256 and six layers (4.8M parameters, batch 8×128, characters of CPython's own reference text) and their residual CNN
 (0.70M, batch 128 of digits at 32×32) are trained with AdamW at 3e-4 under ``spectral_cap(r, tolerance=0.01)`` on all hidden and
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normwise as nw
+from normwise.experiments.bench.runner import Bar
 from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.models.gpt import GPT
@@ -29,6 +32,7 @@ from normwise.experiments.tasks.text import load_text
 from normwise.norms.decompose import singular_values
 from normwise.parameters.inventory import Entry, Inventory
 
+BARS = (Bar("share"), Bar("largest_sigma_over_cap", "sigma_bar"))
 STEPS, CHECKED_STEPS, EXACT_STEPS, SETTLE = 40, 100, 1, 5
 START = 0.98  # of σ₁ at the start
 PLACES, IMAGES, SIDE = 8, 128, 32
@@ -144,9 +148,3 @@ def _resnet() -> tuple[nn.Module, Iterator[Any]]:
             yield images[chosen], labels[chosen]
 
     return ResNet(3, data.classes), batches()
-
-
-if __name__ == "__main__":
-    from normwise.experiments.bench.runner import show
-
-    show(run())

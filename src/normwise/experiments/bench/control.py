@@ -1,4 +1,6 @@
-"""``normwise bench control``: what ``max_norm`` plus ``clip_grad_norm`` cost a step, against the memory they must move and against a loop.
+"""``normwise bench control``: what max_norm and clip_grad_norm cost a step.
+
+Against the memory that they must move, and against a loop over tensors.
 
 Two models, each with nothing violated and with every block violated, everything interleaved in one process and the median of many:
 
@@ -19,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
+from normwise.experiments.bench.runner import Bar
 
+BARS = (Bar("ratio"),)
 RADIUS = 1.0
 ROUNDS = 30
 
@@ -123,8 +127,3 @@ def _ms(seconds: Sequence[float]) -> float:
 
 def _state(violated: bool) -> str:
     return "every block violated" if violated else "nothing violated"
-
-
-if __name__ == "__main__":
-    for row in run()["rows"]:
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})

@@ -1,4 +1,6 @@
-"""``normwise bench polar``: the polar factor against torch.optim.Muon's own iteration, speed and error, in one process.
+"""``normwise bench polar``: the polar factor against torch.optim.Muon's own iteration.
+
+Speed and error, in one process.
 
 Both orthogonalise the same fp32 matrices; torch's function is called one matrix after the other, as torch.optim.Muon calls it.
 The two are timed alternately, so that what else the machine does falls on both, in a process that has freed a block of 30 MB before, as
@@ -7,57 +9,46 @@ any training step has: until then malloc hands every temporary of a few megabyte
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normwise.experiments.bench.runner import Bar
 from normwise.norms.decompose import svd
 from normwise.norms.linalg import polar
 
-BARS = {(200, 64, 64): 10.0, (24, 256, 256): 1.5, (12, 1024, 256): 1.3, (8, 1024, 1024): 1.25}
+BARS = (Bar("faster", sense="at least"), Bar("ours_max", "torch_max"), Bar("ours_median", "torch_median"))
+FASTER = {(200, 64, 64): 10.0, (24, 256, 256): 1.5, (12, 1024, 256): 1.3, (8, 1024, 1024): 1.25}
 TORCH_STEPS = (3.4445, -4.7750, 2.0315)
 MEASURED = 12     # how many matrices of a batch the error is measured on: a float64 SVD costs far more than the iteration
 FREED = 30 << 20  # bytes: a block that large is freed once before anything is timed; above 32 MB glibc would learn nothing from it
 RELEVANT = 0.01   # errors are summarised over the singular values above this share of the largest
 
 
-def run(method: str = "fast", repeats: int = 15, threads: int = 2) -> dict[str, Any]:
+def run(repeats: int = 15, threads: int = 2) -> dict[str, Any]:
     """Measures every shape on every kind of input; returns ``{"rows": [...], ...}``, one row a shape and input.
 
-    method: as for ``polar``. repeats: timed rounds a cell. threads: torch's intra-op threads while it runs.
+    repeats: timed rounds a cell. threads: torch's intra-op threads while it runs.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         torch.ones(FREED, dtype=torch.uint8)    # and freed at once
         rows = []
-        for shape in BARS:
+        for shape in FASTER:
             for kind, make in INPUTS.items():
                 print(f"{shape[0]} of {shape[1]}×{shape[2]}, {kind} …", file=sys.stderr, flush=True)
-                rows.append(_measure(kind, shape, make, method, repeats))
+                rows.append(_measure(kind, shape, make, repeats))
     finally:
         torch.set_num_threads(before)
-    return {"method": method, "repeats": repeats, "threads": threads, "torch": torch.__version__, "machine": _machine(), "rows": rows}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| matrices | input | torch ms | ours ms | faster | bar | max error torch | ours | median torch | ours | met |",
-             "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|"]
-    lines += ["| {matrices} | {input} | {torch_ms:.1f} | {ours_ms:.1f} | {faster:.2f}× | {bar}× | {torch_max:.3f} | {ours_max:.3f} "
-              "| {torch_median:.3f} | {ours_median:.3f} | {verdict} |".format(**row, verdict="yes" if row["met"] else "no")
-              for row in rows]
-    return "\n".join(lines)
+    return {"bench": "polar", "repeats": repeats, "threads": threads, "torch": torch.__version__, "machine": _machine(), "rows": rows}
 
 
 def torch_iteration(x: Tensor) -> Tensor:
@@ -66,19 +57,17 @@ def torch_iteration(x: Tensor) -> Tensor:
     return torch.stack([function(matrix, TORCH_STEPS, 5, 1e-7) for matrix in x.unbind()])
 
 
-def _measure(kind: str, shape: tuple[int, int, int], make: Callable[[tuple[int, int, int]], Tensor], method: str,
-             repeats: int) -> dict[str, Any]:
+def _measure(kind: str, shape: tuple[int, int, int], make: Callable[[tuple[int, int, int]], Tensor], repeats: int) -> dict[str, Any]:
     x = make(shape)
     function = import_module("torch.optim._muon")._zeropower_via_newtonschulz
-    theirs, ours = _alternately(lambda: [function(m, TORCH_STEPS, 5, 1e-7) for m in x.unbind()], lambda: polar(x, method),
-                                repeats)
+    theirs, ours = _alternately(lambda: [function(m, TORCH_STEPS, 5, 1e-7) for m in x.unbind()], lambda: polar(x), repeats)
     few = x[:MEASURED if shape[1] * shape[2] < 1 << 20 else 2]
     torch_max, torch_median = errors(few, torch_iteration(few))
-    ours_max, ours_median = errors(few, polar(few, method))
+    ours_max, ours_median = errors(few, polar(few))
     faster = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
-    met = faster >= BARS[shape] and ours_max <= torch_max and ours_median <= torch_median
+    met = faster >= FASTER[shape] and ours_max <= torch_max and ours_median <= torch_median
     return {"matrices": "{} of {}×{}".format(*shape), "input": kind, "torch_ms": 1e3 * statistics.median(theirs),
-            "ours_ms": 1e3 * statistics.median(ours), "faster": faster, "bar": BARS[shape], "torch_max": torch_max,
+            "ours_ms": 1e3 * statistics.median(ours), "faster": faster, "bar": FASTER[shape], "torch_max": torch_max,
             "ours_max": ours_max, "torch_median": torch_median, "ours_median": ours_median, "met": met}
 
 
@@ -174,21 +163,3 @@ def _text() -> Tensor:
 
 def _machine() -> str:
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def main() -> None:
-    """The module as a command, with what ``normwise bench polar`` leaves at its default."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--method", default="fast")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    measured = run(arguments.method, arguments.repeats, arguments.threads)
-    print(table(measured["rows"]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

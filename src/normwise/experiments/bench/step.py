@@ -1,4 +1,6 @@
-"""``normwise bench step``: what one optimizer step costs against torch's, interleaved in one process, and what the state weighs.
+"""``normwise bench step``: what an optimizer step costs against torch's, and what its state weighs.
+
+All is interleaved in one process.
 
 - The AdamW preset against ``torch.optim.AdamW(fused=True)``, and Muon against ``torch.optim.Muon`` on the matrices alone: on the
   parameters of a GPT of 4.8M (six layers, width 256), and on 200 matrices of 64×64. The order of the two alternates, and the ratio is
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normwise.experiments.bench.runner import Bar
 from normwise.optim import PRESETS, AdamW, Muon
 
+BARS = (Bar("ratio"),)
 ROUNDS = 60
 WARM_UP = 5
 LAYERS, WIDTH, VOCABULARY, CONTEXT = 6, 256, 103, 128
@@ -123,9 +127,3 @@ def state_bytes(build: Callable[..., Optimizer]) -> float:
     optimizer.step()
     kept = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.numel() > 1]
     return sum(v.numel() * v.element_size() for v in kept) / sum(p.numel() for p in model.parameters())
-
-
-if __name__ == "__main__":
-    from normwise.experiments.bench.runner import show
-
-    show(run())
