@@ -14,10 +14,11 @@ from normwise.errors import PolicyError
 from normwise.norms import FORMS, L2, NORMS, Box, NonNegative, Orthogonal
 from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Policy, Rule, named
-from normwise.policy.published import PUBLISHED
 from normwise.policy.radii import Init, Relative
 from normwise.policy.schedules import Constant, Cosine, Linear, Warmup
 from normwise.policy.yaml_form import MOST_NODES, plain_scalar
+
+PUBLISHED = {name: make for name, make in NAMED.items() if make.__module__ == "normwise.policy.published"}
 
 EXAMPLES = {
     "l1_penalty": named.l1_penalty(1e-5, samples=7),
@@ -147,7 +148,7 @@ WRONG = [
     ("- max_nrm: 3", 1, "unknown named rule 'max_nrm'. Did you mean 'max_norm'"),
     ("- max_norm", 1, "missing a required argument: 'radius'"),
     ("- {max_norm: 3, every: 2}", 1, "'max_norm' is a named rule, which holds its arguments"),
-    ("- clip_weight_value: [1, 2, x, y, z, 1, 2, 3, 4, 5, 6]", 1, "11 arguments"),
+    ("- clip_weight_value: [1, 2, x, y, z, 1, 2, 3, 4, 5, 6, 7]", 1, "12 arguments"),
     ("- {l2_penalty: {strength: 1, samples: 1.5}}", 1, "samples is 1.5"),
     ("- 3", 1, "rule 1: a rule is 3, but it must be a mapping"),
     ("- [max_norm]", 1, "but it must be a mapping"),

@@ -14,10 +14,11 @@ from normwise.norms import FORMS, L2, NORMS, SETS, Box, Spectral, get_norm
 from normwise.parameters.inventory import Inventory
 from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Rule, named
-from normwise.policy.published import PUBLISHED
 from normwise.policy.radii import Init, Relative
 from normwise.policy.rule import NEEDS, ON, PHASES, TARGETS, USES
 from normwise.policy.schedules import Linear
+
+PUBLISHED = {name: make for name, make in NAMED.items() if make.__module__ == "normwise.policy.published"}
 
 MATRIX_NORMS = (
     "spectral", "nuclear", "sum_of_units", "max_of_units", "sum_of_inputs", "max_of_inputs", "rms_rms", "one_rms", "rms_inf", "sign",
@@ -152,7 +153,10 @@ WRONG = [
     ({**CLIP, "floor": 0.1}, "floor belongs to radius='init'"),
     ({**CLIP, "radius": "init", "floor": 0}, "floor is 0.0"),
     ({**CLIP, "radius": "init", "on": "grad"}, "radius 'init' has a meaning on='weight' only, given on='grad'"),
-    ({**CLIP, "radius": "init", "center": "init"}, "radius 'init' around center 'init' is zero"),
+    ({**CLIP, "name": ""}, "name is '', but name must be a text of one line"),
+    ({**CLIP, "name": "two\nlines"}, "name must be a text of one line"),
+    ({**CLIP, "name": 3}, "name is 3"),
+    ({**CLIP, "name": "x" * 101}, "100 characters at most"),
     ({**CLIP, "radius": Relative(0.1)}, "a relative radius is for on='grad' or on='update'"),
     ({**CLIP, "params": []}, "an empty list of selectors"),
     ({**CLIP, "params": 3}, "3 selects no"),
@@ -206,6 +210,10 @@ def test_a_rule_is_a_value():
         (Rule(action="lmo", norm="spectral"), "lmo spectral/tensor"),
         (Rule(action="project", norm="orthogonal"), "project orthogonal/tensor = 1"),
         (named.spectral_cap("1.5*init"), "project spectral/matrix <= 1.5*init"),
+        (named.max_norm(3, "fc*"), "clip_norm l2/unit <= 3, params='fc*'"),
+        (named.max_norm(3, ["fc*", nn.Conv2d]), "clip_norm l2/unit <= 3, params=['fc*', Conv2d]"),
+        (named.max_norm(3, "fc*", name="trunk"), "trunk"),
+        (NAMED["orthogonal"](), "project orthogonal/matrix = 1"),
     ],
 )
 def test_labels(rule, label):

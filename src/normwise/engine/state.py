@@ -44,7 +44,7 @@ def saved_of(bound: BoundRule, kept: Mapping[str, Any], among: Callable[[str], b
     state = together(kept, state_of(bound, among))
     names = {m.name for m in bound.members if among is None or among(m.name)} | {name for known in state.values() for name in known}
     rule = {
-        "label": bound.rule.label(), "fields": bound.rule.described(), "params": sorted(names),
+        "label": bound.rule.summary(), "fields": bound.rule.described(), "params": sorted(names),
         "stored": [what for what in KEPT if state[what]], "found": _kinds(state["found"]),
     }  # fmt: skip
     return {"rule": json.dumps(rule, sort_keys=True), **state}
@@ -148,7 +148,7 @@ def _read(saved: Any) -> _Known:
 
 
 def _by_label(rules: Sequence[BoundRule], known: Sequence[_Known], among: Callable[[str], bool] | None) -> Matched:
-    labels, expected = [k.label for k in known], [b.rule.label() for b in rules]
+    labels, expected = [k.label for k in known], [b.rule.summary() for b in rules]
     if labels != expected:
         raise PolicyError(f"the state belongs to the rules {labels}, but this control has {expected}.")
     for b, k in zip(rules, known, strict=True):

@@ -59,7 +59,7 @@ def select(entries: Iterable[Entry], params: Selector, exclude: Selector | None 
     excluded = set() if exclude is None else _union(exclude, listed, "exclude")
     found = [entry for entry in listed if id(entry) in wanted - excluded]
     if not found:
-        raise PolicyError(f"exclude={_shown(exclude)} leaves nothing of what params={_shown(params)} matches. {_inventory(listed)}")
+        raise PolicyError(f"exclude={shown(exclude)} leaves nothing of what params={shown(params)} matches. {_inventory(listed)}")
     return found
 
 
@@ -110,7 +110,7 @@ def _judged(predicate: Predicate, entry: Entry) -> bool:
     try:
         return bool(predicate(entry))
     except Exception as error:
-        raise PolicyError(f"the selector {_shown(predicate)} failed on {entry.name!r}: {type(error).__name__}: {error}.") from error
+        raise PolicyError(f"the selector {shown(predicate)} failed on {entry.name!r}: {type(error).__name__}: {error}.") from error
 
 
 def _from_text(text: str) -> Predicate:
@@ -155,7 +155,7 @@ def _written(one: Any) -> str:
         return f"re:{_with_flags(one)}"
     if isinstance(one, type):
         return f"class:{one.__module__}.{one.__qualname__}"
-    raise PolicyError(f"a predicate cannot be written to YAML: {_shown(one)}; use a glob, 're:...', 'role:...' or 'class:...'.")
+    raise PolicyError(f"a predicate cannot be written to YAML: {shown(one)}; use a glob, 're:...', 'role:...' or 'class:...'.")
 
 
 def _with_flags(pattern: re.Pattern[str]) -> str:
@@ -177,16 +177,17 @@ def _union(selector: Selector, entries: list[Entry], field: str) -> set[int]:
         predicate = _predicate(one, names)
         ids = {id(entry) for entry in entries if predicate(entry)}
         if not ids:
-            raise PolicyError(f"{field}={_shown(one)} matches no parameter.{_near(one, entries)} {_inventory(entries)}")
+            raise PolicyError(f"{field}={shown(one)} matches no parameter.{_near(one, entries)} {_inventory(entries)}")
         found |= ids
     if not found:
-        raise PolicyError(f"{field}={_shown(selector)} names nothing. {_inventory(entries)}")
+        raise PolicyError(f"{field}={shown(selector)} names nothing. {_inventory(entries)}")
     return found
 
 
-def _shown(selector: object) -> str:
+def shown(selector: object) -> str:
+    """A selector as its user wrote it, for messages."""
     if isinstance(selector, list | tuple):
-        return f"[{', '.join(map(_shown, selector))}]"
+        return f"[{', '.join(map(shown, selector))}]"
     return getattr(selector, "__qualname__", None) or repr(selector)
 
 

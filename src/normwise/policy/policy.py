@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -46,6 +47,9 @@ class Policy:
         self.rules: tuple[Rule, ...] = tuple(itertools.islice(_flat(rules, inherited), MOST_RULES + 1))
         if len(self.rules) > MOST_RULES:
             raise PolicyError(f"a policy holds {MOST_RULES} rules at most, given more: {_short(rules)}.")
+        names = [rule.name for rule in self.rules if rule.name is not None]
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise PolicyError(f"{names.count(twice[0])} rules have the name {twice[0]!r}: logs could not tell them apart. Rename one.")
         self.roles: dict[Any, str] = {**inherited[0], **_checked_roles(roles or {})}
         self.layouts: dict[Any, LayoutLike] = {**inherited[1], **_checked_layouts(layouts or {})}
 

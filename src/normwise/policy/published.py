@@ -1,27 +1,35 @@
 """The published methods: named rules that methods of recent years are made of, each a choice of parts with its source.
 
-They take the keywords ``exclude``, ``every``, ``start``, ``stop``, ``layout``, ``optional`` of a rule, as those of ``named`` do. w is one
-block, u what the optimizer adds to it, η the learning rate of its parameter group.
+They take the keywords ``name``, ``exclude``, ``every``, ``start``, ``stop``, ``layout``, ``optional`` of a rule, as those of ``named``
+do. w is one block, u what the optimizer adds to it, η the learning rate of its parameter group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Unpack
 
 from normwise.errors import PolicyError
 from normwise.norms import Orthogonal
 from normwise.parameters.selectors import Selector
 from normwise.policy import radii
-from normwise.policy.keywords import EVERYTHING, Common, on_matrices
+from normwise.policy.named import Common, named, part_of
 from normwise.policy.radii import Brake, Inflection, Init, Quantile, StepLength, ZScore
-from normwise.policy.rule import Rule
+from normwise.policy.rule import EVERYTHING, MATRICES, Rule
 from normwise.policy.rule_fields import NormLike, RadiusLike
 from normwise.policy.schedules import Varying
+
+
+def on_matrices(params: Selector | None, common: Common) -> Common:
+    """``common`` with ``params``, which default to :data:`MATRICES`; a model need not have all of these roles."""
+    if params is not None:
+        return {**common, "params": params}  # type: ignore[typeddict-unknown-key]
+    return {"optional": True, **common, "params": MATRICES}  # type: ignore[typeddict-unknown-key]
+
 
 # ------------------------------------------------------------------------------------------------- lengths of steps
 
 
+@named
 def hyperball(
     radius: RadiusLike = "init", params: Selector | None = None, *, per: str = "tensor", floor: float | None = None,
     **common: Unpack[Common],
@@ -44,11 +52,12 @@ def hyperball(
     shared: Any = {**on_matrices(params, common), "per": per}
     floors = floor if isinstance(sphere, Init) else None
     return [
-        Rule(action="normalize", on="update", radius=step, floor=floors, **shared),
-        Rule(action="normalize", on="weight", radius=sphere, floor=floor, **shared),
+        Rule(action="normalize", on="update", radius=step, floor=floors, **part_of(shared, "step")),
+        Rule(action="normalize", on="weight", radius=sphere, floor=floor, **part_of(shared, "weight")),
     ]
 
 
+@named
 def relative_update(
     scale: Varying = 1.0, params: Selector | None = None, *, norm: NormLike = "l2", per: str = "tensor", floor: float | None = None,
     **common: Unpack[Common],
@@ -66,6 +75,7 @@ def relative_update(
     return Rule(action="normalize", on="update", norm=norm, per=per, radius=StepLength("weight", scale), floor=floor, **shared)
 
 
+@named
 def radial_brake(
     keep: float = 0.5, params: Selector | None = None, *, norm: NormLike = "l2", per: str = "tensor", **common: Unpack[Common]
 ) -> Rule:
@@ -81,6 +91,7 @@ def radial_brake(
 # ------------------------------------------------------------------------------------------ bounds found in training
 
 
+@named
 def cpr(
     kappa: RadiusLike = Inflection(), params: Selector | None = None, *, mu: Varying = 1.0, per: str = "matrix",  # noqa: B008 - frozen
     **common: Unpack[Common],
@@ -106,6 +117,7 @@ def cpr(
     return Rule(params=params, action="cpr", per=per, radius=kappa, strength=mu, **common)
 
 
+@named
 def autoclip(
     percentile: float = 10.0, params: Selector | None = EVERYTHING, *, window: int = 10_000, norm: NormLike = "l2", per: str = "global",
     on: str = "grad", **common: Unpack[Common],
@@ -121,6 +133,7 @@ def autoclip(
     return Rule(params=params, action="clip_norm", norm=norm, per=per, on=on, radius=Quantile(percentile, window), **common)
 
 
+@named
 def zclip(
     z: float = 2.5, params: Selector | None = EVERYTHING, *, alpha: float = 0.97, warmup: int = 25, norm: NormLike = "l2",
     per: str = "global", on: str = "grad", **common: Unpack[Common],
@@ -138,8 +151,9 @@ def zclip(
 # --------------------------------------------------------------------------------------------------------- attention
 
 
+@named
 def qk_clip(
-    tau: Varying = 100.0, params: Selector | None = None, *, query: Selector | None = None, key: Selector | None = None,
+    tau: RadiusLike = 100.0, params: Selector | None = None, *, query: Selector | None = None, key: Selector | None = None,
     heads: int | tuple[int, int] | None = None, key_heads: int | None = None, **common: Unpack[Common],
 ) -> Rule:  # fmt: skip
     """Shrinks the queries and keys of attention heads whose largest logit exceeded tau: W_q, W_k ← √γ · W_q, √γ · W_k, γ = min(1, τ/max).
@@ -187,6 +201,7 @@ def _listed(selector: Selector | None) -> list[Any]:
 # ----------------------------------------------------------------------------------------------------- orthogonality
 
 
+@named
 def orthogonal(radius: Varying = 1.0, params: Selector | None = None, *, per: str = "matrix", **common: Unpack[Common]) -> Rule:
     """Makes each matrix orthogonal after the step: radius · UVᵀ, the nearest one whose singular values are all ``radius``.
 
@@ -197,6 +212,7 @@ def orthogonal(radius: Varying = 1.0, params: Selector | None = None, *, per: st
     return Rule(action="project", norm=Orthogonal(), per=per, radius=radius, **shared)
 
 
+@named
 def orthogonal_penalty(strength: Varying, params: Selector | None = None, *, per: str = "matrix", **common: Unpack[Common]) -> Rule:
     """Adds strength/4 · ‖WWᵀ − I‖_F² to the loss, on the shorter side: ``grad += strength * (WWᵀ − I)W`` before the step.
 
@@ -205,10 +221,3 @@ def orthogonal_penalty(strength: Varying, params: Selector | None = None, *, per
     """
     shared: Any = on_matrices(params, common)
     return Rule(action="penalty", norm=Orthogonal(), per=per, strength=strength, **shared)
-
-
-PUBLISHED: dict[str, Callable[..., Rule | list[Rule]]] = {
-    rule.__name__: rule
-    for rule in (hyperball, relative_update, radial_brake, cpr, autoclip, zclip, qk_clip, orthogonal, orthogonal_penalty)
-}
-"""The published methods by name."""

@@ -13,7 +13,7 @@ from normwise.errors import NormwiseError, PolicyError, nearest
 from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
 from normwise.parameters.attention_heads import Heads, convert_heads, heads_to_data, split_heads
 from normwise.parameters.layouts import PER, BlockView, Layout, block_view
-from normwise.parameters.selectors import Selector, matches, names_of, select
+from normwise.parameters.selectors import Selector, matches, names_of, select, shown
 from normwise.policy import radii, rule_fields, schedules
 from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
 
@@ -55,7 +55,9 @@ USES = {
 
 ON = ("weight", "grad", "update")
 PHASES = ("penalty", "gradient", "decay", "cpr", "update", "prox", "qk_clip", "weight")
-DEFAULT_PARAMS = "role:matrix"
+DEFAULT_PARAMS, EVERYTHING = "role:matrix", "role:all"
+MATRICES = ("role:hidden", "role:conv", "role:recurrent")
+"""What the matrix methods act on: no embeddings and heads, whose rows are not mixed by a layer."""
 WEIGHT_ONLY = ("min_radius", "rate", "center")
 VECTOR_PER = ("unit", "input", "element", "global")
 WHOLE, HOLD_MANY = ("global", "tensor"), tuple(per for per in PER if per not in ("global", "element"))
@@ -117,6 +119,8 @@ class Rule:
     layout: the axes of the matched parameters stated by hand, where the module's type does not tell them.
     optional: True lets a selector of a list, or the exclusion, match nothing, as long as the rule as a whole matches something.
 
+    name: what logs, tables and errors call the rule, unique in its policy; default what it does, such as ``clip_norm l2/unit <= 3``.
+
     Raises PolicyError, which says what is allowed, for whatever cannot mean anything.
     """
 
@@ -141,6 +145,7 @@ class Rule:
     exclude: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None)
     layout: Field[Layout | None, Layout | None] = Field(rule_fields.convert_layout, None)
     optional: Field[bool, bool] = Field(rule_fields.convert_flag, False)
+    name: Field[str | None, str | None] = Field(rule_fields.optional(rule_fields.convert_name), None)
 
     def __post_init__(self) -> None:
         rule_fields.word(self.action, "action", tuple(TARGETS))
@@ -202,9 +207,38 @@ class Rule:
         return block_view(self.axes(entry), per, self.norm.matrix, oriented=oriented, name=entry.name)
 
     def label(self) -> str:
-        """A short name for tables and messages: ``clip_norm l2/unit <= 3``."""
+        """What tables and messages call it: its name, or what it does and to which parameters, as ``params`` says it."""
+        usual = self.params in (None, EVERYTHING, MATRICES)    # by default, and so nothing that its user wrote
+        return self.name or self.summary() + ("" if usual else f", params={shown(self.params)}")
+
+    def summary(self) -> str:
+        """What it does, in short, whatever it is called: ``clip_norm l2/unit <= 3``."""
         target = "" if self.on == TARGETS[self.action][0] else f" {self.on}"
-        return " ".join(filter(None, (self.action + target, _norm_label(self), _amount_label(self))))
+        norm = f"half {rule_fields.norm_label(self.norm)}^2" if self.power == 2 else rule_fields.norm_label(self.norm)
+        if self.action in ("weight_decay", "qk_clip"):
+            norm = ""
+        elif self.action == "cpr":
+            norm = f"mean square/{self.per}"
+        elif isinstance(self.norm, Norm) or self.norm.matrix:
+            norm = f"{norm}/{self.per}"
+        return " ".join(filter(None, (self.action + target, norm, self._amount())))
+
+    def _amount(self) -> str:
+        around = " around init" if self.center == "init" else " around given weights" if self.center else ""
+        around += f" at rate {self.rate:g}" if self.rate != 1 else ""
+        around += f", rounding {self.rounding}" if self.rounding != "nearest" else ""
+        amount = schedules.label(self.radius)
+        if self.action in ("cpr", "qk_clip"):
+            rate = f" at rate {schedules.label(self.strength)}" if self.action == "cpr" else " on queries alone" if self.power == 2 else ""
+            return f"<= {amount}{rate}"
+        if self.strength is not None:
+            return f"x {schedules.label(self.strength)}{around}"
+        if self.radius is None:
+            return around.strip()
+        if self.min_radius is not None:
+            return f"in [{self.min_radius:g}, {amount}]{around}"
+        relation = "=" if self.action == "normalize" or isinstance(self.norm, Set) else "<="
+        return f"{relation} {amount}{around}"
 
     def __repr__(self) -> str:
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
@@ -216,8 +250,9 @@ class Rule:
         return {name: _written(name, value) for name, value in given.items() if value != _default(self, name)}
 
     def described(self) -> dict[str, str]:
-        """The fields that are not at their defaults, each as a text, to tell rules apart; what has no YAML form by its name."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        """The fields that are not at their defaults, each as a text, to tell rules apart, whatever they are called; what has no YAML form
+        by its name."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
         return {name: _text(name, value) for name, value in given.items() if value != _default(self, name)}
 
     @classmethod
@@ -344,8 +379,6 @@ def _check_radius(rule: Rule) -> None:
         raise FieldError(f"radius 'init' has a meaning on='weight' only, given on={rule.on!r}: use nw.radii.Relative(scale).", "radius")
     if isinstance(radius, radii.Relative) and rule.on == "weight":
         raise FieldError("a relative radius is for on='grad' or on='update'; for weights use 'init' or a multiple of it.", "radius")
-    if isinstance(radius, radii.Init) and rule.center == "init":
-        raise FieldError("radius 'init' around center 'init' is zero: give the radius as a number or a schedule.", "radius")
     if rule.floor is not None and not (isinstance(radius, radii.Init) or getattr(radius, "of", "number") != "number"):
         raise FieldError("floor belongs to radius='init' (or a multiple of it): leave it out.", "floor")
     if rule.min_radius is not None and schedules.is_number(radius) and rule.min_radius > radius:  # type: ignore[operator]
@@ -376,33 +409,3 @@ def _check_found(rule: Rule) -> None:
 def _check_window(rule: Rule) -> None:
     if rule.stop is not None and rule.stop <= rule.start:
         raise FieldError(f"stop {rule.stop} is not after start {rule.start}: the rule would never act. Give stop > start.", "stop")
-
-
-# ----------------------------------------------------------------------------------------------------------- labels
-
-
-def _norm_label(rule: Rule) -> str:
-    if rule.action in ("weight_decay", "qk_clip"):
-        return ""
-    if rule.action == "cpr":
-        return f"mean square/{rule.per}"
-    name = f"half {rule_fields.norm_label(rule.norm)}^2" if rule.power == 2 else rule_fields.norm_label(rule.norm)
-    return name if isinstance(rule.norm, Set) and not rule.norm.matrix else f"{name}/{rule.per}"
-
-
-def _amount_label(rule: Rule) -> str:
-    around = " around init" if rule.center == "init" else " around given weights" if rule.center else ""
-    around += f" at rate {rule.rate:g}" if rule.rate != 1 else ""
-    around += f", rounding {rule.rounding}" if rule.rounding != "nearest" else ""
-    if rule.action in ("cpr", "qk_clip"):
-        rate = f" at rate {schedules.label(rule.strength)}" if rule.action == "cpr" else " on queries alone" if rule.power == 2 else ""
-        return f"<= {schedules.label(rule.radius)}{rate}"
-    if rule.strength is not None:
-        return f"x {schedules.label(rule.strength)}{around}"
-    if rule.radius is None:
-        return around.strip()
-    amount = schedules.label(rule.radius)
-    if rule.min_radius is not None:
-        return f"in [{rule.min_radius:g}, {amount}]{around}"
-    relation = "=" if rule.action == "normalize" or isinstance(rule.norm, Set) else "<="
-    return f"{relation} {amount}{around}"

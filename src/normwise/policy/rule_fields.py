@@ -19,6 +19,7 @@ Given = TypeVar("Given")
 Kept = TypeVar("Kept")
 
 NormLike: TypeAlias = str | Norm | Set
+LONGEST_NAME = 100
 RadiusLike: TypeAlias = radii.Radius | str | None
 
 
@@ -254,6 +255,12 @@ def convert_power(value: Any) -> int:
 
 def steps(what: str, least: int) -> Callable[[Any], int]:
     return lambda value: schedules.count(value, what, least=least)
+
+
+def convert_name(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > LONGEST_NAME:
+        raise PolicyError(f"name is {value!r}, but name must be a text of one line, {LONGEST_NAME} characters at most.")
+    return value
 
 
 def convert_flag(value: Any) -> bool:

@@ -16,8 +16,7 @@ from normwise.errors import NormwiseError, PolicyError, nearest
 from normwise.parameters.layouts import Layout
 from normwise.parameters.selectors import selector_to_data
 from normwise.policy import radii, schedules
-from normwise.policy.keywords import Common
-from normwise.policy.named import NAMED
+from normwise.policy.named import NAMED, Common
 from normwise.policy.rule import Rule, read_field
 from normwise.policy.rule_fields import FieldError, layout_from_data, layout_to_data
 
@@ -297,16 +296,15 @@ def _arguments(make: Callable[..., Any], arguments: Any) -> dict[str, Any]:
         if name not in names:
             raise FieldError(f"{make.__name__} has no argument {name!r}.{nearest(name, names)}", name)
     given = schedules.arguments_by_name(names, arguments, make.__name__)
-    return {name: read_field(_FIELD_OF.get(name, name), value) for name, value in given.items()}
+    written = inspect.get_annotations(make)
+    fields = {name: name if name in Rule.__dataclass_fields__ else _FIELD_OF.get(written.get(name, ""), name) for name in given}
+    return {name: read_field(fields[name], value) for name, value in given.items()}
+
+
+_FIELD_OF = {"RadiusLike": "radius", "Varying": "strength", "Selector | None": "params", "NormLike": "norm"}
+"""Arguments of named rules that are no fields, by their annotations: each is read like the field that takes the same kind of value."""
 
 
 def _parameters(make: Callable[..., Any]) -> list[str]:
     own = [p.name for p in inspect.signature(make).parameters.values() if p.kind != p.VAR_KEYWORD]
     return [*own, *Common.__annotations__]
-
-
-_FIELD_OF = {
-    "value": "radius", "max": "radius", "max_norm": "radius", "l1": "strength", "l2": "strength", "clipping": "strength",
-    "scale": "strength", "mu": "strength", "tau": "radius", "kappa": "radius", "query": "params", "key": "params",
-}  # fmt: skip
-"""Arguments of named rules that are a field under another name, and read like it."""

@@ -159,7 +159,10 @@ class BoundRule:
     def _initial_norm(self, member: Member) -> Tensor:
         assert isinstance(self.norm, Norm)
         weight = member.now()
-        value = self._norms(member, weight if member.center is None else weight - member.center).to(wide(weight.device))
+        # From the initial weights every block has moved nothing yet: there a radius counts in the norms of the weights themselves.
+        if member.center is not None and self.rule.center != "init":
+            weight = weight - member.center
+        value = self._norms(member, weight).to(wide(weight.device))
         if self.flat:    # one block of all members: only a zero of all of them is one
             return value
         if self.rule.floor is not None:
