@@ -24,29 +24,31 @@ VERSION = 3  # of the tasks' code: one more whenever the same key would give ano
 class Recipe:
     """The choices that make a task of data.
 
-    name: of the task. size: ``"standard"`` or ``"tiny"``. metric: what runs are judged by. batch: samples a step.
-    model: gives a new model; torch's global generator decides its weights. bf16: run the model under
-    ``torch.autocast("cpu", torch.bfloat16)``, the logits and the loss in fp32.
+    name: of the task. tiny: whether the model is one that trains in seconds. metric: what runs are judged by. batch: samples a step.
+    steps: of a run of ordinary length, from which every study takes its own. model: gives a new model; torch's global generator decides
+    its weights. bf16: run the model under ``torch.autocast("cpu", torch.bfloat16)``, the logits and the loss in fp32.
     """
 
     name: str
-    size: str
+    tiny: bool
     metric: Literal["accuracy", "loss"]
     batch: int
+    steps: int
     model: Callable[[], nn.Module]
     bf16: bool = False
     variant: str = ""
 
     def key(self, data: str) -> str:
         """What decides a run, with the fingerprint of the data: ``"gpt-standard-bf16-1-0123456789abcdef"``."""
-        return "-".join(filter(None, (self.name, self.size, self.variant, "bf16" if self.bf16 else "fp32", str(VERSION), data)))
+        size, precision = "tiny" if self.tiny else "standard", "bf16" if self.bf16 else "fp32"
+        return "-".join(filter(None, (self.name, size, self.variant, precision, str(VERSION), data)))
 
 
 class Supervised(Task):
     """A task of cross-entropy: batches are (inputs, answers), logits have one axis more than the answers, the classes last."""
 
     def __init__(self, recipe: Recipe, samples: int, data_key: str) -> None:
-        self.name, self.metric, self.batch = recipe.name, recipe.metric, recipe.batch
+        self.name, self.metric, self.batch, self.steps = recipe.name, recipe.metric, recipe.batch, recipe.steps
         self.samples, self.key = samples, recipe.key(data_key)
         self.recipe = recipe
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Part", "Score", "Task"]
+__all__ = ["TASKS", "Batch", "Part", "Score", "Source", "Task", "task"]
 
 Batch = tuple[Tensor, ...]
 Part = Literal["train", "validation", "test"]
+Source = str | Path | None
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,15 @@ class Score:
 class Task(ABC):
     """A supervised task. Nothing here knows of optimizers or norms.
 
-    name: ``"cnn"``, ``"resnet"``, ``"lstm"`` or ``"gpt"``. metric: what runs are judged by, ``"accuracy"`` (higher is better) or
-    ``"loss"`` (lower is better). batch: samples a step, by default. samples: how many a pass over the training part has.
+    name: as it is registered. metric: what runs are judged by, ``"accuracy"`` (higher is better) or ``"loss"`` (lower is better).
+    batch: samples a step, by default. steps: of a run of ordinary length. samples: how many a pass over the training part has.
     key: a fingerprint of the data and of everything else that decides a run, for the store of finished runs.
     """
 
     name: str
     metric: Literal["accuracy", "loss"]
     batch: int
+    steps: int
     samples: int
     key: str
 
@@ -52,3 +55,22 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, part: Part) -> Score:
         """The score on a part, in evaluation mode; the model's mode is put back. The training part is sampled where it is large."""
+
+
+Build = TypeVar("Build", bound=Callable[..., Task])
+TASKS: dict[str, Callable[..., Task]] = {}
+"""Every supervised task by its name: ``build(source, tiny, **options)``. Filled by the modules of ``tasks.models``; see ``tasks.load``."""
+
+
+def task(name: str) -> Callable[[Build], Build]:
+    """Registers a task under this name, everywhere: ``race``, ``compare`` and ``prune`` find it.
+
+    What is registered builds the task from ``source`` (``--data``: a folder or file, ``hf:NAME`` for a Hugging Face data set, None for data
+    that need no download) and ``tiny`` (whether the model should train in seconds, in fp32, for tests); more arguments are its own options.
+    """
+
+    def registered(build: Build) -> Build:
+        TASKS[name] = build
+        return build
+
+    return registered

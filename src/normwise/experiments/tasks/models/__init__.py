@@ -1,1 +1,1 @@
-"""The networks of the tasks."""
+"""Networks. A module that registers a task (see ``tasks.task.task``) is all that a task needs."""

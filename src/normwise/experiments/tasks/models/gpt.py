@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normwise.errors import StudyError
+from normwise.experiments.tasks.supervised import Recipe
+from normwise.experiments.tasks.task import Source, task
+from normwise.experiments.tasks.text import TextTask, load_text
 
 EMBEDDING_STD = 0.02
 
@@ -93,3 +97,12 @@ class GPT(nn.Module):
         for block in self.blocks:
             for writer in (block.attention.out, block.down):  # type: ignore[union-attr]
                 writer.weight.div_(math.sqrt(2 * len(self.blocks)))  # type: ignore[union-attr,operator]
+
+
+@task("gpt")
+def gpt(source: Source, tiny: bool, qk_norm: bool = False) -> TextTask:
+    """Four transformer blocks of width 128, 0.82M parameters, on characters of CPython's reference text: batches of 16 × 128."""
+    text = load_text(source)
+    width, layers, heads, batch, context = (32, 2, 2, 8, 32) if tiny else (128, 4, 4, 16, 128)
+    model = partial(GPT, len(text.vocabulary), width, layers, heads, context, qk_norm)
+    return TextTask(Recipe("gpt", tiny, "loss", batch, 500, model, not tiny, "qknorm" if qk_norm else ""), text, context)

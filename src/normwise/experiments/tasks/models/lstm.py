@@ -7,6 +7,10 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from normwise.experiments.tasks.supervised import Recipe
+from normwise.experiments.tasks.task import Source, task
+from normwise.experiments.tasks.text import TextTask, load_text
+
 
 class CharLSTM(nn.Module):
     """Characters ``(n, length)`` to the next character's logits ``(n, length, vocabulary)``, from a state of zeros.
@@ -37,3 +41,12 @@ def has_bf16_lstm() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@task("lstm")
+def lstm(source: Source, tiny: bool) -> TextTask:
+    """Two LSTM layers of 256, 0.96M parameters, on characters of CPython's reference text: batches of 32 × 64."""
+    text = load_text(source)
+    width, hidden, batch, context = (16, 32, 8, 32) if tiny else (128, 256, 32, 64)
+    model = functools.partial(CharLSTM, len(text.vocabulary), width, hidden)
+    return TextTask(Recipe("lstm", tiny, "loss", batch, 600, model, bf16=not tiny), text, context)
