@@ -17,6 +17,7 @@ from normwise import cli
 from normwise.experiments.compare import compare, tables
 from normwise.experiments.compare.compare import BUDGETS, Budget
 from normwise.experiments.framework import job
+from normwise.experiments.tasks.data.readers import read_digits
 from normwise.policy.named import NAMED
 
 TINY = Budget(trials=9, epochs=1, batch=64, channels=(4, 4), train_most=128, marks=2, rounds=1)
@@ -105,16 +106,10 @@ def test_a_foreign_state_file_is_left_as_it_is(capsys: pytest.CaptureFixture[str
 
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    monkeypatch.setattr(compare, "load", _needs("sklearn"))
-    assert "pip install 'normwise[study]'" in sentence(capsys, "compare", "cnn", *FEW)
-
-
-def _needs(package: str) -> Any:
-    def load(*given: Any) -> Any:
-        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-
-    return load
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr(compare, "load", lambda *given: read_digits())
+    assert "reading the bundled digits needs sklearn, which cannot be found here: pip install 'normwise[study]'" in sentence(
+        capsys, "compare", "cnn", *FEW)
 
 
 def test_the_installed_command_exits_2_without_a_traceback() -> None:

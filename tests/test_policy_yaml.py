@@ -257,8 +257,8 @@ def test_words_mean_what_yaml_1_2_says(text, value):
 def test_without_pyyaml_the_error_says_what_to_install():
     code = (
         "import sys; sys.modules['yaml'] = None\n"
-        "from normwise.policy import Policy\nfrom normwise.errors import PolicyError\n"
-        "try: Policy.from_yaml('[]')\nexcept PolicyError as e: print(e)"
+        "from normwise.policy import Policy\nfrom normwise.errors import MissingExtraError\n"
+        "try: Policy.from_yaml('[]')\nexcept MissingExtraError as e: print(e)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'normwise[yaml]'" in out.stdout

@@ -18,9 +18,10 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 pytest.importorskip("jinja2")
 
-from normwise.errors import DataError, NormwiseError, StudyError
+from normwise import files
+from normwise.errors import DataError, MissingExtraError, NormwiseError, StudyError, need
 from normwise.experiments import report
-from normwise.experiments.report import charts, extra, page, scale, table, tidy, wording
+from normwise.experiments.report import charts, page, scale, table, tidy, wording
 
 DATA = Path(__file__).parent / "data"
 VOID = {"meta", "link", "br", "hr", "img", "input", "line", "circle", "rect", "path"}
@@ -152,7 +153,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(DataError, match=r"index\.html: No space left on device"):
-        extra.replace(old, b"new")
+        files.replace(old, b"new")
     assert old.read_text() == "old"
     assert list(tmp_path.iterdir()) == [old]
 
@@ -171,9 +172,9 @@ def test_results_without_cells_are_refused_before_anything_is_written(results: d
 
 
 def test_a_missing_package_is_named_with_the_extra_to_install() -> None:
-    with pytest.raises(extra.MissingExtra, match=r"needs no_such_package,.*pip install 'normwise\[report\]'") as caught:
-        extra.require("json", "no_such_package")
-    assert isinstance(caught.value, NormwiseError) and isinstance(caught.value, ImportError)
+    with pytest.raises(MissingExtraError, match=r"a report needs no_such_package, .*pip install 'normwise\[report\]'") as caught:
+        need("report", "json", "no_such_package", what="a report")
+    assert isinstance(caught.value, NormwiseError) and isinstance(caught.value, ModuleNotFoundError)
 
 
 # Self-contained and safe

@@ -22,6 +22,7 @@ from normwise.control import Control as Control
 from normwise.control import attach as attach
 from normwise.errors import DataError as DataError
 from normwise.errors import LayoutError as LayoutError
+from normwise.errors import MissingExtraError as MissingExtraError
 from normwise.errors import NonFiniteError as NonFiniteError
 from normwise.errors import NormError as NormError
 from normwise.errors import NormwiseError as NormwiseError
@@ -54,6 +55,6 @@ if not TYPE_CHECKING:    # for a type checker any name would exist, and the name
         raise AttributeError(f"module 'normwise' has no attribute {name!r}")
 
     __all__ = [
-        "Control", "DataError", "Layout", "LayoutError", "NonFiniteError", "NormError", "NormwiseError", "Policy",
+        "Control", "DataError", "Layout", "LayoutError", "MissingExtraError", "NonFiniteError", "NormError", "NormwiseError", "Policy",
         "PolicyError", "Rule", "StudyError", "attach", "clip_grad_norm_", "norms", "optim", "radii", "register_layout", "schedules", *NAMED,
     ]  # fmt: skip

@@ -19,8 +19,6 @@ from normwise.experiments.framework import interrupts
 from normwise.experiments.framework.printing import in_plain_characters, printed, tell
 
 _BROKEN, _BAD_INPUT, _NOT_DELIVERED = 1, 2, 3
-_EXTRAS = {"sklearn": "study", "rich": "study", "pyarrow": "study", "PIL": "study", "yaml": "yaml",
-           "altair": "report", "vl_convert": "report", "jinja2": "report", "torch_pruning": "prune"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,11 +57,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _sorry(str(error))
     except NormwiseError as error:
         return _sorry(" ".join(str(error).split("\n")), _NOT_DELIVERED if isinstance(error, OutputError) else _BAD_INPUT)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
-            raise
-        extra = _EXTRAS[error.name.partition(".")[0]]
-        return _sorry(f"This command needs the package {error.name}; install it with: pip install 'normwise[{extra}]'")
 
 
 def _sorry(message: str, status: int = _BAD_INPUT) -> int:

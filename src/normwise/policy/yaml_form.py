@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from normwise.errors import NormwiseError, PolicyError, nearest
+from normwise.errors import NormwiseError, PolicyError, nearest, need
 from normwise.parameters.layouts import Layout
 from normwise.parameters.selectors import selector_to_data
 from normwise.policy import radii, schedules
@@ -83,10 +83,9 @@ def plain_scalar(text: str) -> Any:
 
 
 def _yaml() -> ModuleType:
-    try:
-        import yaml
-    except ImportError as error:
-        raise PolicyError("policies as YAML need PyYAML: pip install 'normwise[yaml]'.") from error
+    need("yaml", "yaml", what="a policy as YAML")
+    import yaml
+
     return yaml
 
 

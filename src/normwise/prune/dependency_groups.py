@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from normwise.errors import MissingExtra
+from normwise.errors import need
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -65,7 +65,7 @@ class Group:
 def groups(model: nn.Module, example: Tensor) -> list[Group]:
     """Every group that a convolution or a linear layer writes. ``model``: in evaluation mode, all parameters with gradients.
 
-    Raises MissingExtra without torch-pruning.
+    Raises MissingExtraError without torch-pruning.
     """
     pruning = _library()
     with torch.enable_grad():
@@ -75,10 +75,9 @@ def groups(model: nn.Module, example: Tensor) -> list[Group]:
 
 
 def _library() -> Any:
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise MissingExtra("removing units needs torch-pruning: pip install 'normwise[prune]'.") from error
+    need("prune", "torch_pruning", what="removing units")
+    import torch_pruning
+
     return torch_pruning
 
 

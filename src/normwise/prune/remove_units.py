@@ -72,7 +72,7 @@ def shrink(model: M, example_input: Tensor, tolerance: float = 0.0) -> tuple[M, 
     training mode are kept, gradients are not. Layers that are called twice, tied, grouped or parametrized keep their units, and so do
     units behind anything that mixes channels (LayerNorm, attention, concatenation).
 
-    The surgery is torch-pruning's (Fang et al., DepGraph: Towards any structural pruning, 2023). Raises MissingExtra without it,
+    The surgery is torch-pruning's (Fang et al., DepGraph: Towards any structural pruning, 2023). Raises MissingExtraError without it,
     and StudyError where every unit of a layer is zero and the output no longer depends on the input. Beside a shortcut such a layer
     keeps one unit.
     """
@@ -94,7 +94,7 @@ def cut(model: M, example_input: Tensor, units: Mapping[str, Sequence[int]]) -> 
     """A copy of ``model`` without the given units, zero or not: ``units`` as in :attr:`Report.removed`.
 
     Gives a network of the smaller shape from other weights, such as fresh ones. Outputs change; nothing is moved into biases.
-    Raises MissingExtra without torch-pruning, StudyError for layers that no group of units begins with.
+    Raises MissingExtraError without torch-pruning, StudyError for layers that no group of units begins with.
     """
     small = _opened(model)
     found = {writer.name: group for group in groups(small, _probe(example_input)) for writer in group.writers if not group.obstacle}
@@ -112,7 +112,7 @@ def targets(model: nn.Module, example_input: Tensor) -> dict[str, int]:
     Of a layer that nothing normalises: its weight. Of a layer behind a BatchNorm: that norm's gain and shift instead. There the length
     of a filter has no meaning, since the BatchNorm takes it out again, and a gain of zero silences the channel (Liu et al., Learning
     efficient convolutional networks through network slimming, 2017); with the shift zero as well its constant is nothing, so that it can
-    go before a zero padding too. Raises MissingExtra without torch-pruning.
+    go before a zero padding too. Raises MissingExtraError without torch-pruning.
     """
     opened = _opened(model)
     names = {module: name for name, module in opened.named_modules()}

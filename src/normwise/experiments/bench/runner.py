@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from normwise.errors import StudyError, nearest
+from normwise.errors import StudyError, nearest, need
 from normwise.experiments.framework.printing import console, for_stream
 
 
@@ -65,6 +65,7 @@ def missed(bench: Any, measured: Mapping[str, Any]) -> list[str]:
 
 def show(measured: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Prints the rows as tables: rows with the same columns stand together."""
+    need("study", "rich", what="a table")
     from rich import box
     from rich.table import Table
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from normwise.errors import need
 from normwise.experiments.framework.printing import console, for_stream
 
 
@@ -46,6 +47,7 @@ class _Column:
 
 
 def _table(results: Mapping[str, Any], width: int, written: Callable[[str], str]) -> Any:
+    need("study", "rich", what="a table")
     from rich import box
     from rich.table import Table
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from normwise.errors import OutputError
+from normwise.errors import OutputError, need
 
 _PLAIN = {
     "±": "+-", "×": "x", "·": "*", "–": "-", "—": "-", "−": "-", "→": "->", "←": "<-", "≤": "<=", "≥": ">=", "≠": "!=", "≈": "~",
@@ -73,6 +73,7 @@ def in_plain_characters() -> Iterator[None]:
 
 def console(out: TextIO) -> Any:
     """rich's console, which does not end the process where a pipe is closed. A pipe has no width of its own: it is not cut to 80."""
+    need("study", "rich", what="this command")
     from rich.console import Console
 
     class _Ours(Console):

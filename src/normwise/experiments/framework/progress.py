@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from typing import TextIO
 
+from normwise.errors import need
 from normwise.experiments.framework import interrupts
 from normwise.experiments.framework.printing import console, tell
 
@@ -57,6 +58,7 @@ class Bar(Progress):
     """A live bar with the time that remains."""
 
     def __init__(self, stream: TextIO) -> None:
+        need("study", "rich", what="a live bar")
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 

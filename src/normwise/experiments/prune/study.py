@@ -72,7 +72,7 @@ def run(options: Options, progress: Progress | None = None, budget: Budget | Non
     below the full one. Then, with every reported seed: the full network; the same under the group lasso, shrunk; and a network of
     that smaller shape from fresh weights. All have the same steps, then the same fine-tuning. budget: in place of the named one.
     Raises StudyError and DataError for what cannot be run, before any run, StudyError, too, where another
-    study works on ``options.state``, and MissingExtra without torch-pruning.
+    study works on ``options.state``, and MissingExtraError without torch-pruning.
     """
     plan = budget or _budget(options)
     task = load_task(options.task, options.data, size=plan.size)

@@ -4,11 +4,10 @@ Needs the extra ``normwise[report]`` and says so when imported without it, so th
 the packages themselves are imported when a page is written.
 """
 
-from normwise.errors import MissingExtra
-from normwise.experiments.report.extra import require
+from normwise.errors import need
 from normwise.experiments.report.page import write
 from normwise.experiments.report.picture import picture
 
-__all__ = ["MissingExtra", "picture", "write"]
+__all__ = ["picture", "write"]
 
-require("altair", "vl_convert", "jinja2")
+need("report", "altair", "vl_convert", "jinja2", what="a report")

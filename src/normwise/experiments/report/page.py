@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from normwise.experiments.report import charts, table, tidy, wording
-from normwise.experiments.report.extra import replace
 from normwise.experiments.report.scale import fit
 from normwise.experiments.report.tidy import Cell, stat
+from normwise.files import replace
 
 REMARKS = ("on_edge", "fades_out", "breaches")  # what a reader should know before believing a cell
 HERE = Path(__file__).parent

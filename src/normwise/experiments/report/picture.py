@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from normwise.errors import DataError
 from normwise.experiments.report import tidy
 from normwise.experiments.report.charts import ACCURACY_TEXT
-from normwise.experiments.report.extra import replace
 from normwise.experiments.report.scale import ErrorScale, fit
 from normwise.experiments.report.tidy import BASELINE, Cell, Row, stat
+from normwise.files import replace
 
 if TYPE_CHECKING:
     import altair as alt

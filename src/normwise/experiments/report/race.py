@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from normwise.errors import DataError
 from normwise.experiments.race.tables import ranked
 from normwise.experiments.report import tidy
-from normwise.experiments.report.extra import replace
 from normwise.experiments.report.picture import INK, render, theme
 from normwise.experiments.report.tidy import Row
+from normwise.files import replace
 
 if TYPE_CHECKING:
     import altair as alt

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normwise.errors import DataError
+from normwise.errors import DataError, need
 from normwise.experiments.tasks.data.readers import MOST_BYTES, MOST_ROWS, MOST_TEXT, Images, Part, RawImages, Room, first_line
 from normwise.files import content
 
@@ -71,10 +71,9 @@ def read_text(source: str | Path, most: int = MOST_TEXT) -> str:
 
 def _splits(source: str | Path) -> dict[str, Any]:
     """The splits by name; a folder that ``save_to_disk`` wrote of one split alone is its train split."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{source} needs the library datasets; run: pip install 'normwise[datasets]'.") from None
+    need("datasets", "datasets", what=str(source))
+    import datasets
+
     name = name_of(source)
     try:
         saved = any((Path(name) / file).is_file() for file in _SAVED)

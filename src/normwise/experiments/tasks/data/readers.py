@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from normwise.errors import DataError
+from normwise.errors import DataError, need
 from normwise.experiments.tasks.data.cache import Arrays, cached
 from normwise.experiments.tasks.data.parquet_pages import unpacked_size
 from normwise.files import opened
@@ -67,6 +67,7 @@ class RawImages:
 
 def read_digits() -> RawImages:
     """scikit-learn's bundled digits: 1797 grey images of 8×8 with values 0..16, no test part, no network."""
+    need("study", "sklearn", what="reading the bundled digits")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -237,6 +238,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def _parquet_file(path: Path) -> Iterator[Any]:
     """The file, not read yet, with the right columns and its own account of itself within bounds."""
+    need("study", "pyarrow", "PIL", what="reading a parquet file")
     import pyarrow.parquet as pq
 
     with opened(path, "a parquet file") as plain:
