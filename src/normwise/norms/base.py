@@ -185,6 +185,15 @@ class Norm(ABC):
         check_blocks(self.name, self.matrix, x, radius)
 
 
+NORMS: dict[str, Norm] = {}
+"""Every norm by its name in a rule."""
+
+
+def register(*norms: Norm) -> None:
+    """Makes norms known by their names: in rules, in YAML, in messages, and to the tests of the laws."""
+    NORMS.update({norm.name: norm for norm in norms})
+
+
 class Set(ABC):
     """A set that is no norm ball, for ``action="project"``."""
 

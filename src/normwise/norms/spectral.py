@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, column, lifted
+from normwise.norms.base import Norm, Radius, column, lifted, register
 from normwise.norms.decompose import singular_values, svd
 from normwise.norms.reduce import compute_dtype, up, wide
 from normwise.norms.simplex import project_l1
@@ -111,3 +111,6 @@ class Nuclear(Norm):
         self.check(x, step)
         u, s, vh = svd_for(x)
         return _rebuild(u, (s - column(step, s)).clamp(min=0), vh, x)
+
+
+register(Spectral(), Nuclear())

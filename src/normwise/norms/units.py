@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, lifted, radial_factor, times
+from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, lifted, radial_factor, register, times
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs
 from normwise.norms.simplex import project_l1
 from normwise.norms.vector import one_hot_direction
@@ -102,3 +102,6 @@ def shrink_ratio(new: Tensor, old: Tensor) -> Tensor:
     if ratio.dtype == torch.float64:    # a unit of subnormal length, see ``beyond``
         ratio = torch.where((old > 0) & old.isfinite(), ratio.clamp(-torch.finfo(ratio.dtype).max, torch.finfo(ratio.dtype).max), ratio)
     return torch.where((old > 0) & ratio.isfinite(), ratio, 1.0)
+
+
+register(SumOfUnits(), MaxOfUnits(), SumOfUnits("inputs"), MaxOfUnits("inputs"))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, column
+from normwise.norms.base import Norm, Radius, column, register
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs, up
 from normwise.norms.simplex import clamp_symmetric, project_l1
 
@@ -85,3 +85,6 @@ def one_hot_direction(x: Tensor, radius: Radius) -> Tensor:
     k = work.abs().argmax(dim=1, keepdim=True)
     step = -column(radius, work) * work.gather(1, k).sign()
     return torch.zeros_like(work).scatter_(1, k, step).to(x.dtype)
+
+
+register(L1(), L2(), LInf())
