@@ -7,18 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import normwise
 from normwise import cli
 from normwise.experiments.compare import compare, tables
 from normwise.experiments.compare.compare import BUDGETS, Budget
 from normwise.experiments.framework import job
 from normwise.experiments.tasks.data.readers import read_digits
-from normwise.policy.named import NAMED
+from normwise.policy import NAMED, Policy
 
 TINY = Budget(trials=9, epochs=1, batch=64, channels=(4, 4), train_most=128, marks=2, rounds=1)
 FEW = ("--budget", "quick", "--strategies", "max_norm", "--optimizers", "adam", "--workers", "1")
@@ -196,6 +198,25 @@ def test_policies_lists_every_named_rule(capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["policies"]) == 0
     listed = [line.partition("(")[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == sorted(NAMED)
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_policies_explains_a_rule_with_an_example_that_is_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert cli.main(["policies", name]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"nw.{name}(") and str(NAMED[name].__doc__).strip().splitlines()[0] in printed
+    short, fields = (textwrap.dedent(part.split(":\n", 1)[1]) for part in printed.split("\n\n")[-2:])
+    assert Policy.from_yaml(short) == Policy.from_yaml(fields) and len(Policy.from_yaml(short)) >= 1
+
+
+def test_policies_of_an_unknown_name_lists_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown named rule 'max_nrm'. Did you mean 'max_norm'? Allowed: agc" in sentence(capsys, "policies", "max_nrm")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"normwise {normwise.__version__}\n"
 
 
 def test_policies_explains_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from normwise import __version__
 from normwise.errors import NormwiseError, OutputError
 from normwise.experiments.framework import interrupts
 from normwise.experiments.framework.printing import in_plain_characters, printed, tell
@@ -75,6 +76,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="normwise", description="Keep every norm in a PyTorch training run where you want it.")
+    parser.add_argument("--version", action="version", version=f"normwise {__version__}")
     parser.set_defaults(command=lambda given: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add_compare(commands)
@@ -257,15 +259,17 @@ def _bench(given: argparse.Namespace) -> int:
 
 
 def _add_policies(commands: Any) -> None:
-    parser = commands.add_parser("policies", help="list the named rules, or check and explain a policy's YAML file")
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE.yaml", help="a policy to check; without it the named rules")
+    parser = commands.add_parser("policies", help="list the named rules, explain one of them, or check a policy's YAML file")
+    parser.add_argument("what", nargs="?", metavar="RULE|FILE.yaml",
+                        help="a named rule to explain, or a policy to check; without it the list of all named rules")  # fmt: skip
     parser.set_defaults(command=_policies)
 
 
 def _policies(given: argparse.Namespace) -> int:
-    from normwise.policy.listing import explain_file, named_rules
+    from normwise.policy.listing import explain_file, explained, named_rules
 
-    text = named_rules() if given.file is None else explain_file(given.file)
+    is_file = given.what is not None and (Path(given.what).suffix or os.sep in given.what or os.path.lexists(given.what))
+    text = named_rules() if given.what is None else explain_file(Path(given.what)) if is_file else explained(given.what)
     interrupts.say(lambda: "Interrupted.")
     printed(lambda: print(text), "print them again")
     return 0
