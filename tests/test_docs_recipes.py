@@ -81,3 +81,29 @@ for _ in range(3):
 assert control.verify(), control.verify()
 assert 0 < len(control.verify().rules)
 """
+
+
+def test_the_recipe_for_a_task(copy: Copy) -> None:
+    """One file; the task is known by its name, its batches are decided by the seed, and a tiny model learns in a few dozen steps."""
+    (source,) = copy.follow("A task")
+    assert source.parts[:4] == ("src", "normwise", "experiments", "tasks")
+    copy.python("-c", USE_OF_A_TASK)
+
+
+USE_OF_A_TASK = """
+import torch
+from normwise.experiments.tasks.load import TASKS, load_task
+assert "mlp" in TASKS
+task = load_task("mlp", size="tiny")
+torch.manual_seed(0)
+model = task.build()
+optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+before = task.evaluate(model, "validation")
+for batch, again, _ in zip(task.batches(64, seed=1), task.batches(64, seed=1), range(80)):
+    assert all(map(torch.equal, batch, again))
+    optimizer.zero_grad()
+    task.loss(model, batch).backward()
+    optimizer.step()
+after = task.evaluate(model, "validation")
+assert after.loss < before.loss / 2 and after.accuracy > 0.8, (before, after)
+"""
