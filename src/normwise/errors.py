@@ -6,8 +6,8 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
+# Characters of a message: what is given may be a book, and its beginning and end tell which.
 LONGEST = 4000
-"""Characters of a message: what is given may be a book, and its beginning and end tell which."""
 
 
 class NormwiseError(Exception):

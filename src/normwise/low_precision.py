@@ -1,4 +1,4 @@
-"""Weights of fp16 and bf16 that move by less than half an ulp: what rounding to nearest loses is kept, by chance or by a carry.
+"""Weights of fp16 and bf16 that move by less than half an ulp: stochastic and compensated rounding keep what rounding to nearest loses.
 
 >>> wide = widened(weights, states)     # float32 copies, to which the step is applied
 >>> narrow_(weights, wide, states)      # rounded back; ``states`` come from memory(...), one a weight
@@ -19,18 +19,18 @@ ROUNDINGS = {
     "stochastic": "up or down by chance, right on average (Gupta et al., 2015); keeps one number of state a tensor",
     "compensated": "to the nearest, and what that lost is carried into the next step (Kahan; Zamirai et al., 2020); 2 bytes an entry",
 }
+# The names of what is remembered: an int64 scalar on the CPU; an int16 of the weight's shape.
 NOISE, CARRY = "noise", "carry"
-"""The names of what is remembered: an int64 scalar on the CPU; an int16 of the weight's shape."""
+# The carry counts in this part of an ulp, so that bf16 or fp16 and the carry are together as exact as float32; a carry kept in bf16, as
+# in the paper, would itself lose what is below 2⁻¹⁶ of the weight.
 UNITS = 65536
-"""The carry counts in this part of an ulp, so that bf16 or fp16 and the carry are together as exact as float32; a carry kept in bf16, as in
-the paper, would itself lose what is below 2⁻¹⁶ of the weight."""
 MASK = 2**63 - 1
 
 State = Mapping[str, Tensor]
 
 
 def memory(weight: Tensor, rounding: str, seed: int) -> dict[str, Tensor]:
-    """The state that ``rounding`` needs for one weight; nothing for "nearest", nor where the weight is fp32 or float64.
+    """The state that ``rounding`` needs for one weight; empty for "nearest", and for fp32 and float64 weights.
 
     seed: an integer; equal seeds give equal roundings. Give replicas of one weight the same, or they drift apart.
     """
@@ -64,9 +64,10 @@ def _wide(weight: Tensor, state: State) -> Tensor:
 def narrow_(
     weights: Sequence[Tensor], wide: Sequence[Tensor], states: Sequence[MutableMapping[str, Tensor]], parts: Sequence[int] = ()
 ) -> None:
-    """Writes what has become of the float32 copies into the weights, and remembers what the next step needs.
+    """Writes the float32 copies back into the weights, rounded, and remembers what the next step needs.
 
-    parts: where the weights are parts of larger ones, the number of each part: others take other random numbers, copies the same.
+    parts: where the weights are parts of larger ones, the number of each part: different parts draw different random numbers, copies the
+    same.
     """
     for k, (weight, exact, state) in enumerate(zip(weights, wide, states, strict=bool(states))):
         if NOISE in state:
@@ -74,12 +75,13 @@ def narrow_(
         elif CARRY in state:
             weight.copy_(exact)
             rounded = weight.float()
+            # In units of the rounded number's ulp: the next step finds the same ulp from the weight alone.
             lost = (exact - rounded).div_(ulp(rounded, weight.dtype)).mul_(UNITS).round_()
             state[CARRY].copy_(lost.nan_to_num_(0.0, 0.0, 0.0).clamp_(-UNITS // 2, UNITS // 2 - 1))
 
 
 def stochastic(exact: Tensor, dtype: torch.dtype, uniform: Tensor) -> Tensor:
-    """``exact`` (float32) rounded to one of its two neighbours in ``dtype``, the nearer the likelier: right on average.
+    """Rounds ``exact`` (float32) to one of its two neighbours in ``dtype``, the nearer one more likely: right on average.
 
     uniform: numbers of [0, 1), one an entry. Numbers of ``dtype`` stay as they are.
     """
@@ -92,6 +94,7 @@ def _uniform(like: Tensor, noise: Tensor, part: int) -> Tensor:
     """Numbers of [0, 1) from the state ``noise``, which moves on."""
     seed = _mixed(int(noise) ^ part) if part else int(noise)
     generator = torch.Generator(like.device).manual_seed(seed >> 31)    # the CPU's takes 32 bits
+    # Advanced by arithmetic, not by the generator: one integer in the checkpoint resumes it on any device.
     noise.fill_(_mixed(int(noise)))
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 

@@ -38,6 +38,7 @@ from normwise.errors import DataError
 from normwise.integrations.inert_pickle import Global, Made, NotInert, Pairs, read
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+# Every class and function that the metadata of torch 2.13 name: descriptions of tensors, none with an effect.
 ALLOWED = {
     "torch": {"Size", *_DTYPES},
     "torch.distributed.checkpoint.metadata": {
@@ -49,7 +50,6 @@ ALLOWED = {
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},    # their home in Python 3.13
 }  # fmt: skip
-"""Every class and function that the metadata of torch 2.13 name: descriptions of tensors, none with an effect."""
 _MOST_METADATA = 1 << 28    # bytes; a piece of a tensor takes about 150
 _MOST_PARTS, _MOST_DIMENSIONS, _MOST_COMPARISONS, _MOST_DEPTH = 5_000_000, 64, 20_000_000, 50
 _LARGEST = 2**63 - 1

@@ -1,6 +1,6 @@
-"""Which matrices of an attention are its queries, keys, values and output: told by the names of siblings, nothing else tells them apart.
+"""Which matrices of an attention are its queries, keys, values and output. Only the names of siblings tell them apart.
 
-A name alone says nothing: a layer counts where there are siblings for queries, keys and values, or one layer for all three.
+A name alone says nothing: a layer counts if there are siblings for queries, keys and values, or one layer for all three.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from torch import nn
 from normwise.parameters.names import ADAPTED, Site
 
 PARTS = ("q", "k", "v", "out", "qkv", "kv")
+# The two circuits of an attention, what it looks at and what it moves (Elhage et al., 2021), and all of it: `qkv`, q, k and v in one
+# tensor, and `kv` belong to both and are neither.
 CIRCUITS = {"qk": ("q", "k"), "ov": ("v", "out"), "all": PARTS}
-"""The two circuits of an attention, what it looks at and what it moves (Elhage et al., 2021), and all of it: ``qkv``, q, k and v in one
-tensor, and ``kv`` belong to both and are neither."""
 
+# `..._proj_weight` are the tensors that `nn.MultiheadAttention` holds itself.
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "q": ("q", "query", "q_proj", "query_proj", "to_q", "wq", "w_q", "q_lin", "q_linear", "linear_q", "Wq", "q_head", "q_attn",
           "projection_query", "q_b_proj", "q_proj_weight"),
@@ -31,28 +32,27 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "kv": ("kv", "to_kv", "wkv", "kv_linear"),
 }  # fmt: skip
-"""``..._proj_weight`` are the tensors that ``nn.MultiheadAttention`` holds itself."""
 FUSED_NAMES = _NAMES["qkv"] + _NAMES["kv"]
+# Names that count only where the layer's axes say that q, k and v are in it: Mamba's `in_proj` is no attention's.
 _AMBIGUOUS = ("in_proj",)
-"""Names that count only where the layer's axes say that q, k and v are in it: Mamba's ``in_proj`` is no attention's."""
+# What XLNet calls its bare (width, heads, d) tensors.
 _BARE = ("q", "k", "v", "o")
-"""What XLNet calls its bare (width, heads, d) tensors."""
 _SEPARATE = {"q", "k", "v"}
+# Siblings that tell an attention two of whose parts are one matrix, and what is left beside it: keys and values of multi-head latent
+# attention (DeepSeek-V2), queries and keys of the Reformer. The joint matrix has no part.
 _JOINT = {"kv_b_proj": {"q"}, "query_key": {"v"}}
-"""Siblings that tell an attention two of whose parts are one matrix, and what is left beside it: keys and values of multi-head latent
-attention (DeepSeek-V2), queries and keys of the Reformer. The joint matrix has no part."""
+# What a second set of names in one module ends with: the Longformer's.
 _SECOND = "_global"
-"""What a second set of names in one module ends with: the Longformer's."""
+# The path of a module -> the names of its layers -> their matrices.
 Layers = Mapping[str, Mapping[str, nn.Parameter]]
-"""The path of a module -> the names of its layers -> their matrices."""
 
 
 def find_attention(places: Iterable[Site], parts_of: Mapping[int, tuple[str, ...]] | None = None) -> dict[int, str]:
     """The part of every matrix of an attention, by the id of the parameter.
 
-    Found are ``nn.MultiheadAttention``, and modules whose children are called as in GPT-2, BERT, ViT, Llama, T5, diffusers or timm. The
+    Finds ``nn.MultiheadAttention``, and modules whose children have the names of GPT-2, BERT, ViT, Llama, T5, diffusers or timm. The
     output may lie in a container (``to_out.0`` of diffusers) or beside the module of the other three (``output.dense`` of BERT).
-    ``parts_of``: what the layouts say of layers that hold several matrices, by the id of the parameter.
+    parts_of: what the layouts say of layers that hold several matrices, by the id of the parameter.
     """
     layers = _layers(places)
     found: dict[int, str] = {}

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from normwise.errors import LayoutError, PolicyError
 from normwise.parameters.layouts import Layout
 
+# How many heads the outputs are; or (matrices, heads) where several matrices are stacked: `(3, 8)` for q, k and v of 8 heads each.
 Heads: TypeAlias = int | tuple[int, int]
-"""How many heads the outputs are; or (matrices, heads) where several matrices are stacked: ``(3, 8)`` for q, k and v of 8 heads each."""
 
 
 def convert_heads(value: Any) -> Heads | None:

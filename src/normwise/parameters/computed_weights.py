@@ -1,8 +1,8 @@
 """Weights that a module computes from other tensors: parametrizations, the hooks of torch.nn.utils, masks of pruning.
 
-A rule on weights means the weight that the module uses. For each kind of computation a `Way` tells which raw tensors it reads, how it
-computes, and which raw tensors would give another weight. Whether that works for what a rule does is tried when the rule is bound
-(``engine.effective``); nothing outside of this file asks what kind it is.
+A rule on weights means the weight that the module uses. For each kind of computation a `Way` says which raw tensors it reads, how it
+computes, and which raw tensors would give another weight. ``engine.computed_weights`` tries, when a rule is bound, whether that works for
+what the rule does; nothing outside of this file asks which kind it is.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from normwise.norms.reduce import HALF, may_branch, wide
 from normwise.parameters.layouts import is_known
 from normwise.parameters.names import Site
 
+# torch's parametrizations that no raw tensor can give another norm.
 _FIXED = {
     "_SpectralNorm": "spectral_norm divides by the largest singular value, which is 1 whatever the raw tensor is",
     "_Orthogonal": "an orthogonal parametrization fixes every singular value, and with them the norms",
 }
-"""torch's parametrizations that no raw tensor can give another norm."""
 _TWICE = "it is computed in two steps, one within the other"
 
 
@@ -236,7 +236,7 @@ def _weight_norm_margin(new: Tensor) -> float:
 def _magnitude_and_direction(g: Tensor, v: Tensor, old: Tensor, new: Tensor, dim: int) -> list[Tensor]:
     """g and v of weight normalisation, w = g·v/‖v‖ (Salimans & Kingma, 2016), for another w.
 
-    A vector that is only scaled needs another g and no other v. Elsewhere v takes the new direction at its old length, since that length
+    A vector that is only scaled gets another g and keeps its v. Otherwise v takes the new direction at its old length, since that length
     sets how fast v turns. A vector of zeros is g = 0: with v = 0 it would be 0/0.
     """
     work = wide(v.device)
@@ -351,8 +351,8 @@ def find_computed(places: Iterable[Site]) -> list[Computed]:
     return [_computed(way, list(homes.values()), tuple(names)) for way, homes, names in found.values()]
 
 
+# What tells one computed weight from others, what makes its way, where the module has it, and whether the place is a raw tensor of it.
 _At = tuple[object, Callable[[], Way], Site, bool]
-"""What tells one computed weight from others, what makes its way, where the module has it, and whether the place is a raw tensor of it."""
 
 
 def _in_parametrization(place: Site) -> _At | None:

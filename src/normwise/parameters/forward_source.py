@@ -17,10 +17,10 @@ from typing import ParamSpec, TypeVar
 
 from torch import nn
 
+# Methods of a tensor that change neither the order nor the number of its axes.
 KEPT = (
     "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach", "requires_grad_", "cuda", "cpu",
 )  # fmt: skip
-"""Methods of a tensor that change neither the order nor the number of its axes."""
 FLIPPED = ("t", "mT", "T", "transpose", "swapaxes")
 LINEAR = ("linear", "_linear", "_batched_linear")
 PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "grouped_mm", "_grouped_mm")
@@ -374,8 +374,8 @@ def splits(cls: type[nn.Module]) -> dict[str, frozenset[Split]]:
     return {name: frozenset(ways) for name, ways in found.items()}
 
 
+# Methods after which the outputs are still where they were.
 SAME = (*KEPT, "clamp", "clamp_", "unsqueeze")
-"""Methods after which the outputs are still where they were."""
 
 
 def _chain(node: ast.expr, held: dict[str, str]) -> tuple[str, list[tuple[str, ast.Call]]]:

@@ -26,13 +26,12 @@ LayoutLike: TypeAlias = "Layout | Callable[[nn.Module, str, nn.Parameter], Layou
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One parameter.
+    """One parameter; frozen and complex ones are listed too, see ``param.requires_grad`` and ``param.is_complex()``.
 
-    ``name`` is its first clean name and ``tied`` its others. ``module`` holds it as ``local_name``; ``owners`` are the modules of
-    all its names, and for a parametrized tensor also the module whose tensor it is. ``attention`` says what it is in an attention: ``"q"``,
+    ``name`` is its first clean name and ``tied`` its others. ``module`` holds it as ``local_name``. ``owners`` are the modules of all its
+    names, and for a parametrized tensor also the module whose tensor it is. ``attention`` says what it is in an attention: ``"q"``,
     ``"k"``, ``"v"``, ``"out"``, ``"qkv"``, ``"kv"``, or nothing. ``adapter`` is ``"A"`` or ``"B"`` of a low-rank product B·A (LoRA), or
-    nothing. Frozen and complex parameters are listed too: see ``param.requires_grad`` and
-    ``param.is_complex()``.
+    nothing.
     """
 
     name: str
@@ -74,21 +73,20 @@ class Entry:
 class Inventory:
     """The parameters of ``model`` in the order of ``named_parameters``; iterable, with a length.
 
-    Parameters
-    ----------
-    roles:
-        Selector -> role, to correct what was found: ``{"decoder.out.weight": "head", "experts.*": "hidden"}``. Later items win.
-        The selectors see the roles that were found.
-    layouts:
-        Selector -> `Layout` or a function that gives one, over what the modules' types say:
-        ``{"*.c_attn.weight": nw.Layout("iso", (64, 3, 64))}``. Later items win. A bare parameter whose axes are stated to be outputs and
-        inputs becomes "hidden", unless ``roles`` says otherwise.
-
     ``entries`` is the tuple of `Entry`, ``trainable`` those of them that are not frozen, ``by_name`` finds one by any of its clean names.
-    ``weights`` is what rules on weights are about: the same, but one entry for each weight that a module computes from other tensors
-    (parametrizations, masks) in the place of its raw tensors.
-    Raises PolicyError for a role that does not exist or a selector that matches nothing, LayoutError for a lazy parameter that has
-    no shape yet.
+    ``weights`` is what rules on weights act on: the same, but with one entry for each weight that a module computes from other tensors
+    (parametrizations, masks) instead of its raw tensors.
+
+    Args:
+        roles: selector -> role, to correct what was found: ``{"decoder.out.weight": "head", "experts.*": "hidden"}``. Later items win.
+            The selectors see the roles that were found.
+        layouts: selector -> `Layout`, or a function that gives one, over what the modules' types say: ``{"*.c_attn.weight":
+            nw.Layout("iso", (64, 3, 64))}``. Later items win. A bare parameter whose axes are stated to be outputs and inputs becomes
+            "hidden", unless ``roles`` says otherwise.
+
+    Raises:
+        PolicyError: a role that does not exist, or a selector that matches nothing.
+        LayoutError: a lazy parameter that has no shape yet.
     """
 
     def __init__(

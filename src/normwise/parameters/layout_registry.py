@@ -1,7 +1,8 @@
 """Axes that a module's type alone does not tell: several matrices in one layer, stacked experts, adapters. One registry, open to users.
 
-Asked in this order: what is registered for a class that holds the layer (`register_layout` with ``child=``); the module's own type; what
-the modules of transformers state of themselves (``is_transposed``); the source of the forward pass (`normwise.parameters.forward_source`).
+It asks in this order: what is registered for a class that holds the layer (`register_layout` with ``child=``); the module's own type;
+what the modules of transformers state about themselves (``is_transposed``); the source of the forward pass
+(`normwise.parameters.forward_source`).
 """
 
 from __future__ import annotations
@@ -155,6 +156,7 @@ def _gate_up(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
     return outputs_split(tensor, "s", (2,), GATE_UP)
 
 
+# The child's name, what its axes are, and the classes that hold it: read from each one's forward pass.
 _FUSED: tuple[tuple[str, Describe, str], ...] = (
     ("c_attn", stacked("c_attn"), "GPT2Attention DecisionTransformerGPT2Attention ImageGPTAttention "
      "transformers.models.openai.modeling_openai.Attention"),
@@ -178,7 +180,6 @@ _FUSED: tuple[tuple[str, Describe, str], ...] = (
     ("to_kv", stacked("to_kv", ("k", "v")), "GraniteSpeechConformerAttention EvollaSequenceCompressorAttention"),
     ("gate_up_proj", _gate_up, "Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmOcrTextMLP GlmImageTextMLP DiaMLP"),
 )  # fmt: skip
-"""The child's name, what its axes are, and the classes that hold it: read from each one's forward pass."""
 for _child, _describe, _classes in _FUSED:
     for _cls in _classes.split():
         register_layout(_cls, _describe, child=_child)
@@ -287,10 +288,10 @@ def _by_source(module: nn.Module, name: str, tensor: Tensor) -> Statement | None
     return None
 
 
+# How names end of what is a set of vectors, though a product with it (a score of each) looks like a layer's.
 _LOOKED_UP = re.compile(
     r"(^|_)(pos|positions?|embed|embeds|embeddings?|emb|tokens?|table|encodings?|latents?|prompts?|codebooks?|codevectors)$"
 )
-"""How names end of what is a set of vectors, though a product with it (a score of each) looks like a layer's."""
 
 
 def _lead(cls: type, name: str) -> str:
@@ -312,11 +313,11 @@ def _by_einsum(cls: type[nn.Module], name: str, tensor: Tensor) -> Statement | N
 
 # ------------------------------------------------------------------------------------------------------------- adapters
 
+# The names under which PEFT, kohya and diffusers keep the two matrices of a low-rank product B·A, B zero at the start.
 _ADAPTERS = {
     "A": ("lora_A", "lora_down", "lora_embedding_A"),
     "B": ("lora_B", "lora_up", "lora_embedding_B"),
 }
-"""The names under which PEFT, kohya and diffusers keep the two matrices of a low-rank product B·A, B zero at the start."""
 
 
 def adapter_of(place: Site) -> str:

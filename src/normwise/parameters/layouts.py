@@ -1,7 +1,7 @@
 """Parameter <-> batch of blocks: which axis of a tensor is what, told by the module's type and never guessed from the rank.
 
-A `Layout` gives each axis a letter; `block_view` turns a layout and a `per=` into a `BlockView`, which opens a tensor as
-a batch of blocks and writes the batch back.
+A `Layout` gives each axis a letter. `block_view` turns a layout and a `per=` into a `BlockView`, which opens a tensor as a batch of
+blocks and writes the batch back.
 """
 
 from __future__ import annotations
@@ -35,29 +35,23 @@ _STATED_AS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """The axes of a parameter, one letter each.
+    """The axes of a parameter, one letter each. Two layouts are equal whatever they call their parts.
 
-    Parameters
-    ----------
-    axes:
-        ``s`` stack (gate, q/k/v, group), ``e`` expert, ``h`` head on the output side, ``H`` head on the input side, ``o`` output
-        unit, ``i`` input unit, ``k`` kernel. ``o``, ``i`` and ``k`` may repeat: a kernel of 3x3 is ``kk``, the gain of a LayerNorm
-        over two dimensions ``oo`` (its unit is a pair of indices).
-    shape:
-        The size of each axis. The tensor's own dimensions are split, never merged: a ``(12, 8)`` weight of three stacked
-        matrices is ``Layout("soi", (3, 4, 8))``.
-    certain:
-        False where nobody stated the orientation: a bare parameter of two or more dimensions. `block_view` refuses to guess
-        then.
-    parts:
-        What the matrices along ``s`` are, one name each: ``("q", "k", "v")``, ``("gate", "up")``; empty where nobody said. A matrix
-        that is larger than its neighbours is cut into pieces of their size, which bear its name: ``("q", "q", "q", "q", "k", "v")``
-        where four query heads share one key head. Two layouts are equal whatever they call their parts.
-    owner:
-        The class that holds the parameter, for the error about a layout that nobody stated.
+    Args:
+        axes: ``s`` stack (gate, q/k/v, group), ``e`` expert, ``h`` head on the output side, ``H`` head on the input side, ``o`` output
+            unit, ``i`` input unit, ``k`` kernel. ``o``, ``i`` and ``k`` may repeat: a kernel of 3x3 is ``kk``, the gain of a LayerNorm
+            over two dimensions ``oo`` (its unit is a pair of indices).
+        shape: the size of each axis. The tensor's own dimensions are split, never merged: a ``(12, 8)`` weight of three stacked matrices
+            is ``Layout("soi", (3, 4, 8))``.
+        certain: False if nobody stated the orientation, as for a bare parameter of two or more dimensions; `block_view` then refuses to
+            guess.
+        parts: what the matrices along ``s`` are, one name each: ``("q", "k", "v")``, ``("gate", "up")``; empty if nobody said. A matrix
+            that is larger than its neighbours is cut into pieces of their size, which keep its name: ``("q", "q", "q", "q", "k", "v")``
+            where four query heads share one key head.
+        owner: the class that holds the parameter, for the error about a layout that nobody stated.
 
-    Raises LayoutError for an unknown letter, a repeated ``s``, ``e``, ``h`` or ``H``, a shape of another length, or as many parts as
-    there are not.
+    Raises:
+        LayoutError: an unknown letter, a repeated ``s``, ``e``, ``h`` or ``H``, a shape of another length, or another number of parts.
     """
 
     axes: str
@@ -98,6 +92,7 @@ class Layout:
 
 
 def _splits(fine: tuple[int, ...], coarse: tuple[int, ...]) -> bool:
+    # Of an empty tensor every split is right, and the products below would never end.
     if math.prod(fine) == 0 or math.prod(coarse) == 0:
         return math.prod(fine) == math.prod(coarse)
     pieces = iter([n for n in fine if n != 1])
@@ -125,28 +120,23 @@ class Registration:
 
 
 _REGISTERED: dict[type[nn.Module] | str, list[Registration]] = {}
+# Every `child` that some class is registered with: most paths are none, which is quickly told.
 _CHILDREN: set[str] = set()
-"""Every ``child`` that some class is registered with: most paths are none, which is quickly told."""
 
 
 def register_layout(cls: type[nn.Module] | str, layout: Describe, *, role: str | None = None, child: str = "") -> None:
-    """Teach normwise the axes of a module class; subclasses inherit.
+    """Teaches normwise the axes of a module class; subclasses inherit them.
 
-    Parameters
-    ----------
-    cls:
-        The class, or its name (``"GPT2Attention"``, or with its module ``"transformers.models.gpt2.modeling_gpt2.GPT2Attention"``)
-        where importing it is slow or impossible.
-    layout:
-        ``layout(module, name, tensor)`` gets the module, the parameter's own name (``"weight"``) and the tensor, and returns a
-        `Layout`, or None to leave the parameter to earlier registrations, then to base classes. The latest registration of a class
-        is asked first, so a built-in layout can be replaced.
-    role:
-        What parameters are for which ``layout`` returns a Layout with two or more letters; default: what is found otherwise, which for
-        a bare parameter is "other". Stacked experts are ``"hidden"``. Biases stay biases.
-    child:
-        The path of a submodule, such as ``"c_attn"``, where the parent decides what a plain Linear in it means: ``layout`` is asked for
-        that submodule's parameters, and still gets the module of class ``cls``, which knows its heads.
+    Args:
+        cls: the class, or its name (``"GPT2Attention"``, or with its module ``"transformers.models.gpt2.modeling_gpt2.GPT2Attention"``)
+            if importing it is slow or impossible.
+        layout: ``layout(module, name, tensor)`` gets the module, the parameter's own name (``"weight"``) and the tensor. It returns a
+            `Layout`, or None to leave the parameter to earlier registrations, then to base classes. The latest registration of a class is
+            asked first, so you can replace a built-in layout.
+        role: the role of parameters for which ``layout`` returns two or more letters; by default the role found otherwise, which for a
+            bare parameter is "other". Stacked experts are ``"hidden"``. Biases stay biases.
+        child: the path of a submodule, such as ``"c_attn"``, if the parent decides what a plain Linear in it means. ``layout`` is asked
+            for that submodule's parameters and still gets the module of class ``cls``, which knows its heads.
 
     >>> nw.register_layout(Experts, lambda m, name, t: nw.Layout("eoi", t.shape) if t.ndim == 3 else None, role="hidden")
     >>> nw.register_layout(Attention, lambda m, name, t: nw.Layout("so" + "i" * (t.ndim - 1), (3, m.width, *t.shape[1:])), child="qkv")
@@ -157,13 +147,14 @@ def register_layout(cls: type[nn.Module] | str, layout: Describe, *, role: str |
 
 
 def layout_of(module: nn.Module, name: str, tensor: Tensor, parent: nn.Module | None = None) -> Layout:
-    """The layout of ``module``'s parameter ``name``.
+    """The layout of ``module``'s parameter ``name``; an unknown parameter of two or more dimensions has ``certain=False``.
 
-    ``parent`` is the module that holds ``module``, where it is known: the heads of ``MultiheadAttention.out_proj`` and the
-    tensor behind a parametrization can be told only from there (for a parametrization it is the parametrized module).
-    An unknown parameter of two or more dimensions comes back with ``certain=False``.
+    Args:
+        parent: the module that holds ``module``, if known: only it tells the heads of ``MultiheadAttention.out_proj`` and the tensor
+            behind a parametrization (there it is the parametrized module).
 
-    Raises LayoutError for a lazy parameter that has no shape yet, and where a registered layout does not fit the tensor.
+    Raises:
+        LayoutError: a lazy parameter that has no shape yet, or a registered layout that does not fit the tensor.
     """
     if is_lazy(tensor):
         raise LayoutError(f"{name!r} of {type(module).__name__} has no shape yet; run one forward pass before using a policy.")
@@ -362,19 +353,15 @@ def block_view(
 ) -> BlockView:
     """The blocks of a parameter of this ``layout``.
 
-    Parameters
-    ----------
-    per:
-        One of `PER`. ``"global"`` gives the same one block as ``"tensor"``; whoever measures combines them.
-    matrix:
-        True for a norm of matrices: blocks are ``(m, n)``, outputs by inputs. False: blocks are vectors ``(n,)``.
-    oriented:
-        True for a norm that tells rows from columns (the norms of units), or a scale that does. A spectral norm does not care.
-    name:
-        How errors call the parameter.
+    Args:
+        per: one of `PER`. ``"global"`` gives the same single block as ``"tensor"``; the caller combines them.
+        matrix: True for a norm of matrices: blocks are ``(m, n)``, outputs by inputs. False: blocks are vectors ``(n,)``.
+        oriented: True for a norm or a scale that tells rows from columns, such as the norms of units. A spectral norm does not care.
+        name: how errors call the parameter.
 
-    Raises LayoutError for a matrix norm on vectors, for an axis that the parameter does not have, and where nobody stated the
-    orientation and the answer depends on it.
+    Raises:
+        LayoutError: a matrix norm on vectors, an axis that the parameter does not have, or an orientation that matters and that nobody
+            stated.
     """
     _check_per(per, matrix, name)
     _check_certain(layout, per, matrix, oriented, name)
@@ -426,11 +413,11 @@ def _check_certain(layout: Layout, per: str, matrix: bool, oriented: bool, name:
         )
 
 
+# How a tensor of so many dimensions may be applied, and what its axes are then; above, it is a kernel.
 _USES_OF = {
     2: (("oi", "F.linear(x, w), rows are outputs"), ("io", "x @ w, rows are inputs")),
     3: (("eoi", "F.linear(x, w[e]), a stack of experts"), ("eio", "x @ w[e]")),
 }
-"""How a tensor of so many dimensions may be applied, and what its axes are then; above, it is a kernel."""
 
 
 def _how_to_state(layout: Layout, name: str) -> str:

@@ -1,4 +1,5 @@
-"""Parameters under the names that a user knows, whatever wrapped the model; only walking the modules tells wrappers from users' own."""
+"""Parameters under the names that you know, whatever wrapped the model; only walking the modules tells wrappers from your own submodules.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+# What wrappers call the module that they wrap, and nobody a submodule: torch.compile, FSDP and fairscale's, activation checkpointing,
+# Lightning Fabric (twice: the module as it is run, and as the user made it).
 _MARKS = (
     "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module", "_original_module",
 )  # fmt: skip
-"""What wrappers call the module that they wrap, and nobody a submodule: torch.compile, FSDP and fairscale's, activation checkpointing,
-Lightning Fabric (twice: the module as it is run, and as the user made it)."""
+# The classes that call theirs so, by name, since they are of many packages: torch's and its averages, DeepSpeed, Megatron, SageMaker,
+# timm, Opacus. PEFT's `base_model.model.` is no such trace: its names are the model's own.
 _WRAPPERS = {
     "module": (
         "DistributedDataParallel", "DistributedDataParallelCPU", "DataParallel", "AveragedModel", "DeepSpeedEngine", "Float16Module",
@@ -20,15 +23,13 @@ _WRAPPERS = {
     ),
     "_module": ("AbstractGradSampleModule", "GradSampleModule"),
 }  # fmt: skip
-"""The classes that call theirs so, by name, since they are of many packages: torch's and its averages, DeepSpeed, Megatron, SageMaker,
-timm, Opacus. PEFT's ``base_model.model.`` is no such trace: its names are the model's own."""
 
 
 def clean_name(name: str) -> str:
     """``name`` without the traces of wrappers: for keys of a checkpoint, where there is no model to ask.
 
-    Drops the components that ``torch.compile``, FSDP, activation checkpointing and Fabric add anywhere, and ``module.`` at the front. A
-    user's own outermost submodule called ``module`` cannot be told from a wrapper here; `sites` tells them apart.
+    Drops the components that ``torch.compile``, FSDP, activation checkpointing and Fabric add anywhere, and ``module.`` at the front.
+    Your own outermost submodule called ``module`` looks like a wrapper here; `sites` tells them apart.
 
     >>> clean_name("module._orig_mod.blocks.0._checkpoint_wrapped_module.fc.weight")
     'blocks.0.fc.weight'
@@ -44,8 +45,8 @@ def is_wrapper(owner: nn.Module, child: str) -> bool:
     return child in _MARKS or any(cls.__name__ in _WRAPPERS.get(child, ()) for cls in type(owner).__mro__)
 
 
+# Names under which PEFT keeps the layer that an adapter, or a trained copy, takes the place of.
 ADAPTED = ("base_layer", "original_module")
-"""Names under which PEFT keeps the layer that an adapter, or a trained copy, takes the place of."""
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -75,8 +76,9 @@ class Site:
         return self.parents[-depth] if len(self.parents) >= depth else None
 
     def above(self) -> Iterator[tuple[nn.Module, str]]:
-        """The modules that hold the owner, innermost first, each with the owner's path in it. What adapters and parametrizations put in
-        between (``c_attn.base_layer``) is no part of a path."""
+        """The modules that hold the owner, innermost first, each with the owner's path in it, without what adapters and parametrizations
+        put in between (``c_attn.base_layer``).
+        """
         path: list[str] = []
         inner = len(self.parents) - (2 if isinstance(self.module, ParametrizationList) else 0)
         for parent, step in zip(reversed(self.parents[:inner]), reversed(self.steps[:inner]), strict=True):

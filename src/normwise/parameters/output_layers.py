@@ -1,4 +1,4 @@
-"""Which layers give a model's outputs: asked of the model, then read from its forward pass, then from usual names.
+"""Which layers give a model's outputs: asked of the model, then read from its forward pass, then told by usual names.
 
 A bare backbone has none: its last projection is a hidden matrix like the others.
 """
@@ -17,28 +17,27 @@ from normwise.parameters import forward_source
 from normwise.parameters.layout_registry import adapter_of
 from normwise.parameters.names import ADAPTED, Site, class_of, is_wrapper
 
+# What layers that give outputs are called. A name alone does not make one: it must stand outside of the blocks that the model repeats.
 USUAL = (
     "head", "lm_head", "classifier", "fc", "actor", "critic", "score", "qa_outputs", "seq_relationship", "output_projection", "fc_out",
     "cls_head", "value_head", "policy_head", "action_head", "v_head", "head_dist", "logits", "ctc_head", "to_logits", "classification_head",
     "regression_head", "prediction_head", "predictions", "decoder_pred", "bbox_predictor", "class_predictor", "bbox_embed", "class_embed",
     "span_classifier", "unembed", "unembedding", "embed_out", "out_head", "linear_head", "final_layer", "codebook_head", "proj_out",
 )  # fmt: skip
-"""What layers that give outputs are called. A name alone does not make one: it must stand outside of the blocks that the model repeats."""
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Heads:
     """The layers that give the model's outputs. ``of(place)`` says whether a parameter is the matrix of one.
 
-    In this order, first what the model itself says:
+    They are found in this order, first what the model itself says:
 
     1. what a Hugging Face model calls its output embeddings;
     2. nothing inside the ``base_model`` of a Hugging Face model: a bare model has no head;
     3. the layers whose results the forward pass returns and hands to no other layer (`forward_source.outputs`), through containers and the
        modules that they are made of;
-    4. where that cannot be read: the only Linear there is, or the last in order of registration, unless it sits in a class of block that
-       the model has several of; and what bears a usual name outside of such blocks. No further Linear where one shares its weight with
-       an embedding.
+    4. if that cannot be read: the only Linear there is, or the last in order of registration, unless it is in a class of block that the
+       model has several of; and what has a usual name outside of such blocks. No further Linear if one shares its weight with an embedding.
     """
 
     def __init__(self, model: nn.Module, places: list[Site]) -> None:

@@ -1,9 +1,9 @@
 """Regular expressions that end: whether one is found in a parameter's name, in a bounded number of steps.
 
 A policy's file may come from a stranger, and Python's ``re`` backtracks: ``(a+)+$`` takes longer than the universe on a name of fifty
-letters, and nothing can interrupt it but a signal. A selector only asks *whether* a pattern is found, and that needs no backtracking: all
-places where a part of the pattern can end are followed at once (Thompson, 1968), as the bits of one number. Names are short, so that each
-part of a pattern costs a few operations on a small integer.
+letters, and only a signal can interrupt it. A selector asks only *whether* a pattern is found, which needs no backtracking: all places
+where a part of the pattern can end are followed at once (Thompson, 1968), as the bits of one number. Names are short, so each part of a
+pattern costs a few operations on a small integer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from normwise.errors import PolicyError
 
+# Characters of a selector; a hundred describe any family of names.
 LONGEST = 1000
-"""Characters of a selector; a hundred describe any family of names."""
+# Parts of a pattern tried on one name, some hundredths of a second; a usual pattern takes a hundred.
 MOST_STEPS = 20_000
-"""Parts of a pattern tried on one name, some hundredths of a second; a usual pattern takes a hundred."""
 
 _parser: Any = import_module("re._parser")    # what ``re`` itself reads patterns with; named so since Python 3.11
 _CATEGORIES = {
@@ -34,8 +34,8 @@ _KNOWN = {*_SINGLE, "AT", "FAILURE", "BRANCH", "SUBPATTERN", "MAX_REPEAT", "MIN_
 def finder(pattern: str, flags: int = 0) -> Callable[[str], bool]:
     """Whether ``re.search(pattern, name, flags)`` finds something, as a function of the name.
 
-    Raises PolicyError for what is no regular expression, is longer than 1000 characters, or refers back to what another part matched, here;
-    and from the function where a name takes more than 20,000 steps.
+    Raises PolicyError here for a pattern that is broken, is longer than 1000 characters, or refers back to what another part matched; and
+    from the function if a name takes more than 20,000 steps.
     """
     shown = pattern if len(pattern) <= 100 else f"{pattern[:97]}..."
     if len(pattern) > LONGEST:

@@ -1,4 +1,4 @@
-"""What a parameter is in its model, from module types and tied storage; never from its shape alone, rarely from its name.
+"""What a parameter does in its model, from module types and tied storage; never from its shape alone, rarely from its name.
 
 ===========  ===================================================================================================
 hidden       the matrix of a Linear, Bilinear, attention projection, Hugging Face ``Conv1D``; stacked experts, routers
@@ -8,7 +8,7 @@ head         the layers that give the model's outputs, see `Heads`
 recurrent    the matrices of an RNN, LSTM, GRU or one of their cells
 bias         any bias
 gain         the scale of a normalisation, PReLU, a bare vector or scalar
-other        a bare parameter of two or more dimensions of which nothing says that it is a matrix: positions, tokens, tables
+other        a bare parameter of two or more dimensions that nothing shows to be a matrix: positions, tokens, tables
 ===========  ===================================================================================================
 """
 
@@ -41,7 +41,7 @@ _MATRICES: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
 
 
 def find_roles(model: nn.Module) -> dict[str, str]:
-    """The role of every parameter, by clean name; a tied parameter stands under its first name only.
+    """The role of every parameter, by clean name; a tied parameter is listed under its first name only.
 
     >>> find_roles(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8, 10)))
     {'0.weight': 'conv', '0.bias': 'bias', '2.weight': 'head', '2.bias': 'bias'}
@@ -64,14 +64,17 @@ def group_tied(places: Iterable[Site]) -> list[list[Site]]:
 
 
 def _identity(param: Tensor) -> object:
+    # Tensors without memory of their own all lie at address 0, and would seem tied to each other.
     if type(param) is not nn.Parameter or param.is_meta or param.numel() == 0 or param.layout != torch.strided:
         return id(param)
     return param.device, param.data_ptr(), param.dtype, tuple(param.shape), param.stride()
 
 
 def role_of(tied: list[Site], heads: Heads, stated: str | None = None) -> str:
-    """The role of the parameter registered at ``tied``. ``stated``: what its registration, or the forward pass, says of it; a bias, and a
-    table that serves as an embedding, stay that."""
+    """The role of the parameter registered at ``tied``.
+
+    stated: what its registration, or the forward pass, says of it; a bias, and a table that serves as an embedding, stay what they are.
+    """
     found = [_role(place) for place in tied]
     if "embedding" in found:
         return "embedding"
@@ -128,8 +131,9 @@ def normalises(model: nn.Module) -> bool:
 
 
 def is_normalisation(module: nn.Module) -> bool:
-    """One of torch's, or a module that holds nothing but vectors and whose forward pass divides by a root or calls a normalisation: by what
-    it does; where its source cannot be read by its name. A gain alone makes none: PReLU and a temperature have one as well."""
+    """One of torch's, or a module that holds nothing but vectors and whose forward pass divides by a root or calls a normalisation. If its
+    source cannot be read, its name decides. A gain alone is not enough: PReLU and a temperature have one as well.
+    """
     if isinstance(module, _NORMS):
         return True
     own = list(module.parameters())
@@ -154,6 +158,7 @@ def _is_vector(param: Tensor) -> bool:
 
 # ------------------------------------------------------------------------------------------------- what cannot be told
 
+# How the names of parameters end that are looked up or added, not multiplied by: positions, tokens, tables, decays of a state.
 _TABLES = re.compile(
     r"(pos|position|positional|positions|cls|class|mask|query|queries|register|registers|token|tokens|latent|latents|prompt|prompts|prefix|"
     r"probe|codebook|codebooks|codevectors|prototypes|table|tables|embedding|embeddings|embed|embeds|emb|encoding|anchors|memory|A_log|"
@@ -161,18 +166,17 @@ _TABLES = re.compile(
     r"reference_points|time_decay|time_first|state|states)(_?\d+)?$",
     re.IGNORECASE,
 )
-"""How the names of parameters end that are looked up or added, not multiplied by: positions, tokens, tables, decays of a state."""
 
 
 def may_be_matrix(name: str, param: Tensor) -> bool:
-    """Whether a parameter that nobody knows may be a matrix: two or more dimensions longer than 1, and no name of a table."""
+    """Whether an unknown parameter may be a matrix: two or more dimensions longer than 1, and no name of a table."""
     last = [step for step in name.split(".") if not step.isdigit()][-1:]
     words = last[0].removesuffix("_weight") if last else ""
     return sum(n > 1 for n in param.shape) >= 2 and not _TABLES.search(words)
 
 
 def refuse_placeholders(places: Iterable[Site]) -> None:
-    """PolicyError where a sharding engine holds the weights elsewhere, or flat: neither roles nor norms can be told from what is left."""
+    """PolicyError if a sharding engine holds the weights elsewhere, or flat: neither roles nor norms can be told from what is left."""
     gone = [place.name for place in places if _is_placeholder(place)]
     if gone:
         shown = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")

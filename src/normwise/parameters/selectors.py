@@ -1,4 +1,4 @@
-"""Which parameters a rule is about: globs, regular expressions, roles, parts of attentions, module classes, predicates, lists of these."""
+"""Which parameters a rule acts on: globs, regular expressions, roles, parts of attentions, module classes, predicates, lists of these."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ _LISTED = 30
 
 
 def matches(selector: Selector, entry: Entry, names: Collection[str] = ()) -> bool:
-    """Whether ``selector`` means this entry under any of its names; PolicyError for a selector that means nothing at all. ``names``: of all
-    parameters there are, so that a selector that is one of them is not read as a glob."""
+    """Whether ``selector`` means this entry under any of its names; PolicyError for a selector that means nothing at all.
+
+    names: those of all parameters, so that a selector that is one of them is not read as a glob.
+    """
     return any(_predicate(one, names)(entry) for one in _several(selector))
 
 
@@ -51,8 +53,8 @@ def names_of(entries: Iterable[Entry]) -> frozenset[str]:
 def select(entries: Iterable[Entry], params: Selector, exclude: Selector | None = None) -> list[Entry]:
     """The entries that ``params`` matches and ``exclude`` does not, in their own order.
 
-    Raises PolicyError, listing what there is, when nothing is left, or when one element of either matches nothing: a rule that
-    silently does less than it says is the mistake hardest to find.
+    Raises PolicyError, with a list of what there is, if nothing is left or one element of either matches nothing: a rule that silently
+    does less than it says is the hardest mistake to find.
     """
     listed = list(entries)
     wanted = _union(params, listed, "params")
@@ -109,6 +111,7 @@ def _predicate(one: Any, names: Collection[str] = ()) -> Predicate:
 def _judged(predicate: Predicate, entry: Entry) -> bool:
     try:
         return bool(predicate(entry))
+    # A predicate is the user's own code and may raise anything; the message says on which entry.
     except Exception as error:
         raise PolicyError(f"the selector {shown(predicate)} failed on {entry.name!r}: {type(error).__name__}: {error}.") from error
 

@@ -15,8 +15,8 @@ from normwise.norms.decompose import eigh, eigvalsh
 
 NEIGHBOURS = 3
 FEATURES = 32
+# Images of each side for precision and recall: their values depend on the number, so that it is the same everywhere.
 MANIFOLD = 1000
-"""Images of each side for precision and recall: their values depend on the number, so that it is the same everywhere."""
 _CHUNK = 500
 _PER_CLASS = 500
 

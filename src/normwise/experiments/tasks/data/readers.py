@@ -25,19 +25,19 @@ from normwise.files import opened
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _IDX_NAMES = {"train": ("train",), "test": ("t10k", "test")}
 _IDX_UBYTE = 0x08
+# Of all images of a source once they are decoded, one byte a pixel and channel. The largest sets in these formats are half of that; what
+# claims more is damaged, or made to fill a memory. `$NORMWISE_MOST_BYTES` allows more.
 MOST_BYTES = 1 << 30
-"""Of all images of a source once they are decoded, one byte a pixel and channel. The largest sets in these formats are half of that; what
-claims more is damaged, or made to fill a memory. ``$NORMWISE_MOST_BYTES`` allows more."""
+# Bytes or characters of a text; its numbers take eight times as much memory, as much as images may.
 MOST_TEXT = 1 << 27
-"""Bytes or characters of a text; its numbers take eight times as much memory, as much as images may."""
 _PIECE = 1 << 20
 MOST_ROWS, MOST_PIXELS = 10_000_000, 1 << 24
 _MOST_ENCODED = 1 << 26    # bytes of one encoded image, and of the rows that are taken from a file at a time
+# The formats that are read, by how a file of each begins. Pillow knows more, some of which start other programs (EPS: Ghostscript).
 _STARTS = {
     "PNG": (b"\x89PNG\r\n\x1a\n",), "JPEG": (b"\xff\xd8\xff",), "GIF": (b"GIF87a", b"GIF89a"), "BMP": (b"BM",), "WEBP": (b"RIFF",),
     "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "PPM": tuple(b"P%d" % n for n in range(1, 7)),
 }  # fmt: skip
-"""The formats that are read, by how a file of each begins. Pillow knows more, some of which start other programs (EPS: Ghostscript)."""
 _LAYOUT = "train*.parquet (and test*.parquet), or IDX files such as train-images-idx3-ubyte[.gz]"
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from normwise.errors import StudyError
 from normwise.experiments.tasks.data.splits import ImageData
 
+# Length of the generator's input.
 NOISE = 64
-"""Length of the generator's input."""
 SLOPE = 0.2
 _LEAST, _MOST = 8, 32
 _GENERATOR_STD = 0.02
