@@ -1,4 +1,4 @@
-"""What a zero unit still gives to its readers: a constant, which moves into their biases where that is exact."""
+"""What a zero unit still gives to its readers: a constant, which moves into their biases if that is exact."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def inputs(model: nn.Module, probe: Tensor, layers: Iterable[Layer]) -> dict[Lay
 def _constants(x: Tensor, axis: int) -> Tensor:
     columns = x.movedim(axis, -1).flatten(0, -2)
     low, high = columns.amin(0), columns.amax(0)
+    # The middle of the extremes: a mean over many places would add their rounding.
     middle = (low + high) / 2
     return torch.where(high - low <= _SAME * (1 + middle.abs()), middle, math.nan)
 

@@ -1,7 +1,7 @@
-"""Which units of a model can only go together: the groups of torch-pruning's dependency graph, in words of our own.
+"""Which units of a model can go only together: the groups of torch-pruning's dependency graph, in our own words.
 
-A *group* is one axis of channels or features with everything that has it: the layers that write it (their rows), the BatchNorms
-on it, the layers that read it (their columns). A shortcut adds two layers' outputs, so both write one group.
+A *group* is one axis of channels or features with everything that has it: the layers that write it (their rows), the BatchNorms on it,
+the layers that read it (their columns). A shortcut adds two layers' outputs, so both write one group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Removing units that are exactly zero: the smaller model computes what the full one computed, and by how much it differs is measured."""
+"""Removing units that are exactly zero: the smaller model computes what the full one computed, and the difference is measured."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ _PROBES = 16
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`shrink` did.
+    """What `shrink` did.
 
-    units: by layer that lost any, how many it had and has. removed: by the same layers, which, as indices in the full model; layers
-    joined by a shortcut have the same. kept: by layer, zero units that stayed, and why. whole: by layer that has no zero unit, how many
-    units it has and how far the nearest is from zero: the L2 norm of its weights, or its BatchNorm's gain. parameters: before and after.
-    difference: the largest difference of any output, in evaluation and float64, over the example input and over 16 samples of noise.
+    Attributes:
+        units: by layer that lost any, how many it had and has.
+        removed: by the same layers, which ones, as indices in the full model; layers joined by a shortcut have the same.
+        kept: by layer, zero units that stayed, and why.
+        whole: by layer without a zero unit, how many units it has and how far the nearest is from zero: the L2 norm of its weights, or
+            its BatchNorm's gain.
+        parameters: before and after.
+        difference: the largest difference of any output, in evaluation and float64, over the example input and 16 samples of noise.
     """
 
     units: dict[str, tuple[int, int]]
@@ -53,34 +57,39 @@ class Report:
 
 
 def shrink(model: M, example_input: Tensor, tolerance: float = 0.0) -> tuple[M, Report]:
-    """A smaller copy of ``model`` without its zero units, and what was done; ``model`` itself is not touched.
+    """Makes a smaller copy of ``model`` without its zero units; ``model`` itself is not touched.
 
-    A unit is an output channel of a convolution or an output feature of a linear layer. It goes where its row of weights is zero, or
-    the gain of the BatchNorm behind it, and also where nobody reads it: its columns in every layer that follows are zero. Removing
-    one can leave another unread, so it is repeated until nothing is left to remove. Units that a shortcut joins go only together,
+    A unit is an output channel of a convolution or an output feature of a linear layer. It is removed if its row of weights is zero,
+    or the gain of the BatchNorm behind it, or if nobody reads it: its columns in every layer that follows are zero. Removing one can
+    leave another unread, so this is repeated until nothing is left to remove. Units that a shortcut joins are removed only together,
     where each of them is zero. The model's outputs are never removed.
 
-    A zero unit still gives a constant: relu(bias), or relu(shift) behind a BatchNorm. It is measured in evaluation mode and moved
-    into the biases of the layers that read it, which is exact unless such a layer pads its input with zeros: there the constant is
-    missing at the border. Units with a constant other than zero before such a layer are kept, and reported; drive their bias or
-    shift to zero too (``nw.group_lasso(s, params="class:BatchNorm2d", per="unit")``), or below zero where a ReLU follows.
-
-    example_input: (n, …), as the model takes it; its values do not matter, its shape does. tolerance: rows and gains of at most this
-    L2 norm are first set to zero; the default 0 takes only exact zeros, which is what :func:`normwise.group_lasso` leaves.
+    A zero unit still outputs a constant: relu(bias), or relu(shift) behind a BatchNorm. It is measured in evaluation mode and moved
+    into the biases of the layers that read it. That is exact unless such a layer pads its input with zeros, since the constant is
+    missing at the border. Units with a constant other than zero before such a layer are kept, and reported; drive their bias or shift
+    to zero too (``nw.group_lasso(s, params="class:BatchNorm2d", per="unit")``), or below zero where a ReLU follows.
 
     The parameters are new ones: build the optimizer, and attach a policy, after shrinking. Dtypes, devices, ``requires_grad`` and the
     training mode are kept, gradients are not. Layers that are called twice, tied, grouped or parametrized keep their units, and so do
-    units behind anything that mixes channels (LayerNorm, attention, concatenation).
+    units behind anything that mixes channels (LayerNorm, attention, concatenation). torch-pruning does the surgery (Fang et al.,
+    DepGraph: Towards any structural pruning, 2023).
 
-    The surgery is torch-pruning's (Fang et al., DepGraph: Towards any structural pruning, 2023). Raises MissingExtraError without it,
-    and StudyError where every unit of a layer is zero and the output no longer depends on the input. Beside a shortcut such a layer
-    keeps one unit.
+    Args:
+        example_input: (n, …), as the model takes it; its shape matters, its values do not.
+        tolerance: rows and gains of at most this L2 norm are first set to zero. The default 0 takes only exact zeros, which is what
+            `normwise.group_lasso` leaves.
+
+    Raises:
+        MissingExtraError: torch-pruning is not installed.
+        StudyError: every unit of a layer is zero and the output no longer depends on the input. Beside a shortcut such a layer keeps one
+            unit.
     """
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise StudyError(f"tolerance is {tolerance!r}, but it is the largest L2 norm that counts as zero: a finite number >= 0.")
     small, probe = _opened(model), _probe(example_input)
     _set_to_zero(small, tolerance)
     left: dict[str, list[int]] = {}
+    # Each round may silence or orphan further units; it ends, since every round but the last removes one.
     while True:
         found = groups(small, probe)
         kept = _remove_once(small, probe, found, left)
@@ -91,10 +100,13 @@ def shrink(model: M, example_input: Tensor, tolerance: float = 0.0) -> tuple[M, 
 
 
 def cut(model: M, example_input: Tensor, units: Mapping[str, Sequence[int]]) -> M:
-    """A copy of ``model`` without the given units, zero or not: ``units`` as in :attr:`Report.removed`.
+    """Makes a copy of ``model`` without the given units, zero or not; outputs change, and nothing is moved into biases.
 
-    Gives a network of the smaller shape from other weights, such as fresh ones. Outputs change; nothing is moved into biases.
-    Raises MissingExtraError without torch-pruning, StudyError for layers that no group of units begins with.
+    It gives a network of the smaller shape from other weights, such as fresh ones. units: as in `Report.removed`.
+
+    Raises:
+        MissingExtraError: torch-pruning is not installed.
+        StudyError: a layer that no group of units begins with.
     """
     small = _opened(model)
     found = {writer.name: group for group in groups(small, _probe(example_input)) for writer in group.writers if not group.obstacle}
@@ -107,12 +119,12 @@ def cut(model: M, example_input: Tensor, units: Mapping[str, Sequence[int]]) -> 
 
 
 def targets(model: nn.Module, example_input: Tensor) -> dict[str, int]:
-    """The parameters on which a group lasso makes units removable, by name, each with how many numbers of it one unit has.
+    """Lists the parameters on which a group lasso makes units removable: name -> how many of its numbers one unit has.
 
-    Of a layer that nothing normalises: its weight. Of a layer behind a BatchNorm: that norm's gain and shift instead. There the length
-    of a filter has no meaning, since the BatchNorm takes it out again, and a gain of zero silences the channel (Liu et al., Learning
-    efficient convolutional networks through network slimming, 2017); with the shift zero as well its constant is nothing, so that it can
-    go before a zero padding too. Raises MissingExtraError without torch-pruning.
+    For a layer that nothing normalises this is its weight. For a layer before a BatchNorm it is that norm's gain and shift. There the
+    length of a filter has no meaning, since the BatchNorm divides it out, and a gain of zero silences the channel (Liu et al.,
+    Learning efficient convolutional networks through network slimming, 2017). With the shift zero as well its constant is zero, so
+    that it can go before a zero padding too. Raises MissingExtraError without torch-pruning.
     """
     opened = _opened(model)
     names = {module: name for name, module in opened.named_modules()}
@@ -216,6 +228,7 @@ def _probe(example: Tensor) -> Tensor:
         raise StudyError(f"example_input is {_described(example)}, but it must be one batch as the model takes it, (n, …).")
     if not example.is_floating_point():
         return example
+    # A fixed seed: the same model is always shrunk alike.
     noise = torch.randn((_PROBES, *example.shape[1:]), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return noise.to(example.device)
 
