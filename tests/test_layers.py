@@ -88,3 +88,19 @@ def test_importing_normwise_needs_torch_and_little_else():
     assert foreign <= {"torch", "numpy"}, f"import normwise brings {sorted(foreign)}"
     assert "torch.distributed.tensor" not in out, "importing DTensor costs 0.4 s"
     assert not [name for name in out if name.startswith(("normwise.experiments", "normwise.cli."))]
+
+
+KINDS_OF_PACK = {"Split", "SplitPack", "SplitFlat", "Loose", "Entries", "Flat"}
+ENGINE_SHARDED = {"engine/program.py", "control.py"}    # where a model without DTensors is spared what only DTensors need
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if "sharded" not in p.parts], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nobody_outside_of_the_wall_asks_whether_a_pack_is_sharded(path):
+    """`engine/sharded` makes packs of either kind, which have the same methods; who asks which one it is writes code for one of them."""
+    where, tree = str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"]
+    kinds = {"Flat"} if where == "parameters/forward_source.py" else KINDS_OF_PACK    # which has a Split of its own
+    asked = [node.lineno for call in calls for node in ast.walk(call.args[1]) if isinstance(node, ast.Name) and node.id in kinds]
+    asked += [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "sharded" and where not in ENGINE_SHARDED]
+    asked += [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "normwise.engine.sharded.pack"]
+    assert not asked, f"{where} asks in lines {asked}"

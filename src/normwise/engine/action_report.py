@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from normwise.engine.block_tensors import block_count
 from normwise.engine.program import Engine
 from normwise.engine.rules.base import BoundRule
 
@@ -74,7 +73,7 @@ def _acted(bound: BoundRule, steps: Sequence[int], silent: Mapping[int, str]) ->
     last = max((steps[k] for k in bound.optimizers), default=0) - 1
     if not note and last >= 0 and not rule.active(last):
         note = " (rested in the last step)"
-    blocks = sum(block_count(p) for p in bound.packs)
+    blocks = sum(p.count for p in bound.packs)
     return Acted(rule.label(), len(members), sum(m.param.numel() for m in members), blocks, rule.per, counted, note)
 
 

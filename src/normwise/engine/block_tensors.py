@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.pack import Flat, Pack
+from normwise.engine.pack import Pack
 from normwise.engine.sharded import here
 from normwise.engine.sharded.grouping import placed_like
 from normwise.engine.step import Turn
@@ -60,11 +60,6 @@ def recenter_(weights: list[Tensor], centers: list[Tensor], old: Sequence[Tensor
     added to the weight, would carry the rounding of an offset that may be many times the radius."""
     for weight, center, o, n in zip(weights, centers, old, new, strict=True):
         weight.copy_(torch.where(o == n, weight, center + n))
-
-
-def block_count(part: Pack) -> int:
-    """How many blocks a pack has."""
-    return 1 if isinstance(part, Flat) else part.view.count * len(part.members)
 
 
 def own_grads(params: Iterable[Tensor]) -> None:

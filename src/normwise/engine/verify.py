@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normwise.engine.block_tensors import block_count
 from normwise.engine.margins import hair, inside, least, subnormal
-from normwise.engine.pack import Flat, Member, Pack
+from normwise.engine.pack import Member, Pack
 from normwise.engine.program import Engine
 from normwise.engine.rules.base import BoundRule
-from normwise.engine.sharded.pack import Split
 from normwise.low_precision import ulp
 from normwise.norms import Norm, Set
 from normwise.parameters.inventory import Entry, Inventory
@@ -214,17 +212,17 @@ def _measure_all(acted: Sequence[tuple[BoundRule, Pack, int]], label: str, resul
     nearest: list[tuple[float, Largest]] = []
     for bound, part, step in acted:
         radius, exact = bound.radius(part, None, step), part.local([_exact(m) for m in part.members])
-        limit = torch.as_tensor(radius, dtype=torch.float64, device=exact[0].device).expand(block_count(part))
+        limit = torch.as_tensor(radius, dtype=torch.float64, device=exact[0].device).expand(part.count)
         value = _value(bound, part, exact, limit)
         excess = _excess(bound, part, value, limit)
         result.blocks += len(limit)
         result.zeros += int((value == 0).sum()) if _has_least(bound) else 0
         for i in torch.nonzero(~(excess <= 0)).flatten().tolist():
-            name, block = _where(part, i)
+            name, block = part.block(i)
             result.breaches.append(Breach(label, name, block, float(value[i]), float(limit[i]), float(excess[i])))
         if len(value):
             worst = int(torch.argmax(torch.nan_to_num(value - limit, nan=torch.inf)))
-            name, block = _where(part, worst)
+            name, block = part.block(worst)
             nearest.append((float((value - limit)[worst]), Largest(label, name, block, float(value[worst]), float(limit[worst]))))
     if nearest:
         result.largest.append(max(nearest, key=lambda one: one[0] if one[0] == one[0] else torch.inf)[1])
@@ -243,12 +241,8 @@ def _exact(member: Member) -> Tensor:
 def _value(bound: BoundRule, part: Pack, exact: list[Tensor], limit: Tensor) -> Tensor:
     """Each block's norm, or how far it is outside of a set; of split parameters by the owners of whole blocks, and known to every rank."""
     if isinstance(bound.norm, Set):
-        if isinstance(part, Split):
-            return part.whole(bound.norm.excess, exact, limit, agree=True)
-        return bound.norm.excess(part.gather(exact), limit)
-    if isinstance(part, Split):
-        return (part.measure(bound.norm, exact) if isinstance(part, Flat) else part.whole(bound.norm.measure, exact, agree=True)).double()
-    return bound.norm.measure(part.gather(exact)).double()
+        return part.whole(bound.norm.excess, exact, limit, agree=True)
+    return part.measure_whole(bound.norm, exact).double()
 
 
 def _excess(bound: BoundRule, part: Pack, value: Tensor, limit: Tensor) -> Tensor:
@@ -282,8 +276,3 @@ def _set_tolerance(limit: Tensor, dtype: torch.dtype) -> Tensor:
     """Orthogonality to rounding: entries of size ≤ radius rounded once, and the decomposition's own error."""
     return limit * torch.finfo(dtype).eps * 32
 
-
-def _where(part: Pack, index: int) -> tuple[str, int]:
-    if isinstance(part, Flat):
-        return "all together", 0
-    return part.members[index // part.view.count].name, index % part.view.count

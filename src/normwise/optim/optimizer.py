@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from normwise.engine.block_tensors import refuse_overlap
 from normwise.engine.optimizer_state import KEY, makes_state, waiting, with_part
-from normwise.engine.sharded.prefetch import align
+from normwise.engine.sharded.prefetch import align, run_stages
 from normwise.errors import PolicyError
 from normwise.low_precision import NOISE
 from normwise.optim.columns import DEFAULTS, Radius, Row, check_row, complete, refuse_unused
@@ -22,7 +22,7 @@ from normwise.optim.param_groups import Settled, settle
 from normwise.optim.plan import LAYOUTS, PARTS, WIDE_STATE, Plan, build, layouts, members, names_of, no_matrix
 from normwise.optim.routing import Routing, route
 from normwise.optim.routing_report import Receipt, little_covered
-from normwise.optim.step import Update, step_group, together
+from normwise.optim.step import STAGES, Update, step_group
 from normwise.parameters.inventory import LayoutLike
 from normwise.policy import Policy
 
@@ -135,7 +135,8 @@ class NormOptimizer(Optimizer):
         if not self._told:
             self._tell()
         on_update = self._update_rules()
-        together([one for group, plan in zip(self.param_groups, plans, strict=True) for one in step_group(plan, group, on_update)])
+        pairs = zip(self.param_groups, plans, strict=True)
+        run_stages((one for group, plan in pairs for one in step_group(plan, group, on_update)), STAGES)
         return loss
 
     @_disable_dynamo    # a compiled step compiles the arithmetic, not the bookkeeping

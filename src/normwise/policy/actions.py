@@ -81,8 +81,8 @@ def orthogonality_gradient(x: Tensor) -> Tensor:
 
 
 def orthogonality_value(x: Tensor) -> Tensor:
-    """Σ over the blocks of ¼‖xxᵀ − I‖_F², a scalar."""
-    return _gram_excess(up(x)).square().sum() / 4
+    """¼‖xxᵀ − I‖_F² of each block, ``(b,)``."""
+    return _gram_excess(up(x)).square().sum((1, 2)) / 4
 
 
 def _gram_excess(x: Tensor, of: Tensor | float = 1.0) -> Tensor:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from normwise.engine.block_tensors import starts_of, weights_of
-from normwise.engine.pack import Flat, Member, Pack
+from normwise.engine.pack import Member, Pack
 from normwise.engine.rules.base import BoundRule, _now
 from normwise.engine.rules.decay import SHRINKING, Shrinking
 from normwise.engine.rules.observations import OBSERVERS, State
 from normwise.engine.rules.tracked_cap import TrackedCap
 from normwise.engine.sharded import is_sharded
-from normwise.engine.sharded.pack import Split, SplitPack
 from normwise.engine.sharded.prefetch import Request
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError, nearest
@@ -103,7 +102,8 @@ class Braked(BoundRule):
 
     def before_begin(self, turn: Turn) -> list[Request]:
         assert isinstance(self.norm, Norm)
-        return [(p, self.norm, weights_of(p)) for p in self.packs if isinstance(p, Split) and turn.optimizer in p.optimizers]
+        norm, mine = self.norm, [p for p in self.packs if turn.optimizer in p.optimizers]
+        return [r for p in mine for r in p.requests(lambda part=p: [(norm, weights_of(part))])]    # type: ignore[misc]
 
     def begin(self, turn: Turn) -> None:
         """Measures the norms before the step."""
@@ -131,21 +131,15 @@ class Remembering(BoundRule):
         observer = OBSERVERS[type(rule.radius)] if type(rule.radius) in OBSERVERS else OBSERVERS[float]
         self.observe = observer.observe
         for part in self.packs:
-            for key, count, device in self._places(part):
+            for key, count, device in part.holders():
                 self.store[key] = observer.first(rule.radius, count, device)
 
-    @staticmethod
-    def _places(part: Pack) -> Iterable[tuple[str, int, torch.device]]:
-        if isinstance(part, Flat):
-            return [("all together", 1, part.params[0].device)]
-        return [(m.name, part.view.count, m.param.device) for m in part.members]
-
     def _recall(self, part: Pack) -> State:
-        states = [self.store[key] for key, _, _ in self._places(part)]
+        states = [self.store[key] for key, _, _ in part.holders()]
         return states[0] if len(states) == 1 else {name: torch.cat([s[name] for s in states]) for name in states[0]}
 
     def _keep(self, part: Pack, fresh: State, happened: Tensor | None) -> None:
-        places = self._places(part)
+        places = part.holders()
         for name, values in fresh.items():
             rows = torch.split(values, [count for _, count, _ in places])
             for (key, _, _), row in zip(places, rows, strict=True):
@@ -189,7 +183,7 @@ class Constrained(Remembering):
         super().__init__(rule, entries, owner, index)
         self._pending: dict[int, dict[int, tuple[Pack, State]]] = {}
 
-    def _to_measure(self, part: Split, turn: Turn) -> list[tuple[Norm, Sequence[Tensor]]]:
+    def _to_measure(self, part: Pack, turn: Turn) -> list[tuple[Norm, Sequence[Tensor]]]:
         return [(L2(), weights_of(part))]
 
     def _run_pack(self, part: Pack, turn: Turn) -> None:
@@ -318,9 +312,7 @@ class Heads(BoundRule):
         if reported is None:
             return
         tau = self.radius(reported, turn)
-        maxima = [self._reports.pop(m.name) for m in reported.members]
-        if isinstance(reported, SplitPack):
-            maxima = reported.largest(maxima)
+        maxima = reported.largest([self._reports.pop(m.name) for m in reported.members])
         shares = [clip_factor(logits, tau).sqrt() ** self.rule.power for logits in maxima]
         factor = torch.cat([self._over_stack(m, share) for m, share in zip(reported.members, shares, strict=True)])
         self._multiply(reported, weights_of(reported), factor, turn)
@@ -356,10 +348,4 @@ class OrthogonalPenalty(BoundRule):
         return part.split(actions.orthogonality_gradient(blocks) if len(blocks) else up(blocks))
 
     def _value(self, part: Pack) -> Tensor:
-        if isinstance(part, Split):
-            return part.whole(_each_orthogonality, weights_of(part), agree=True).sum()
-        return actions.orthogonality_value(part.gather(weights_of(part)))
-
-
-def _each_orthogonality(blocks: Tensor) -> Tensor:
-    return torch.stack([actions.orthogonality_value(block[None]) for block in blocks])
+        return part.whole(actions.orthogonality_value, weights_of(part), agree=True).sum()

@@ -23,7 +23,6 @@ from normwise.engine.computed_weights import margin_of, refuse_narrow
 from normwise.engine.margins import hair, inside, least, room, shy
 from normwise.engine.pack import Member, Pack, nothing_to_do
 from normwise.engine.sharded.grouping import check_split, lying_here, packs_of, placed_like
-from normwise.engine.sharded.pack import Split
 from normwise.engine.sharded.prefetch import Request
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError
@@ -58,7 +57,7 @@ class BoundRule:
         self.optimizers = frozenset[int]().union(*(p.optimizers for p in self.packs))
         self.computes = any(p.computed for p in self.packs)
         """Whether some of the weights are computed from other tensors."""
-        self._acted: dict[int, list[Tensor | tuple[Any, Tensor]]] = {}
+        self._acted: dict[int, list[tuple[Pack, Tensor]]] = {}
         self._inline_turn: Turn | None = None
         self._told = False
         self._early: list[Tensor] | None = []
@@ -234,10 +233,11 @@ class BoundRule:
         idle = not (turn.spanning or turn.optimizer in self.optimizers) or (self.timed() and not self.rule.active(turn.step()))
         if idle:
             return []
-        parts = [self._present(p, turn) for p in self.packs if p.sharded and (turn.spanning or turn.optimizer in p.optimizers)]
-        return [(p, norm, list(tensors)) for p in parts if isinstance(p, Split) for norm, tensors in self._to_measure(p, turn)]
+        mine = [p for p in self.packs if turn.spanning or turn.optimizer in p.optimizers]
+        present = [part for p in mine if (part := self._present(p, turn)) is not None]
+        return [r for p in present for r in p.requests(lambda part=p: self._to_measure(part, turn))]    # type: ignore[misc]
 
-    def _to_measure(self, part: Split, turn: Turn) -> list[tuple[Norm, Sequence[Tensor]]]:
+    def _to_measure(self, part: Pack, turn: Turn) -> list[tuple[Norm, Sequence[Tensor]]]:
         if not isinstance(self.norm, Norm):
             return []
         if self.phase in ("penalty", "prox"):
@@ -309,9 +309,7 @@ class BoundRule:
 
     def _pulls(self, part: Pack, offsets: list[Tensor]) -> list[Tensor]:
         assert isinstance(self.norm, Norm)
-        if isinstance(part, Split):
-            return part.penalty_gradient(self.norm, offsets, self.rule.power)
-        return part.split(actions.penalty_gradient(self.norm, part.gather(offsets), self.rule.power))
+        return part.penalty_gradient(self.norm, offsets, self.rule.power)
 
     def _on_gradients(self, part: Pack, turn: Turn) -> None:
         self._act(part, grads_of(part), self.radius(part, turn), turn)
@@ -350,10 +348,9 @@ class BoundRule:
         if self._is_radial():
             self._scale(part, tensors, radius, turn)
             return
-        if isinstance(part, Split):
-            part = part.form(self.rule.action, self.norm)
+        part = part.form(self.rule.action, self.norm)
         blocks = part.gather(tensors)
-        moved = self._transform(blocks, part.mine(radius)) if len(blocks) or not part.sharded else blocks
+        moved = self._transform(blocks, part.mine(radius)) if len(blocks) else blocks
         self._replace(part, tensors, blocks, moved, turn)
 
     def _replace(self, part: Pack, tensors: Sequence[Tensor], blocks: Tensor, moved: Tensor, turn: Turn) -> None:
@@ -362,11 +359,11 @@ class BoundRule:
             moved = torch.where(turn.happened.to(blocks.device) > 0, moved, blocks)
         acted = torch.where((moved != blocks).flatten(1).any(1), 0.0, 1.0)
         self._note(part, part.told(acted), turn)
-        if part.sharded or not nothing_to_do(acted):    # other ranks wait for what is owned here
+        if not (part.may_branch(acted) and nothing_to_do(acted)):
             part.write_(tensors, moved)
 
     def _note(self, part: Pack, acted: Tensor, turn: Turn) -> None:
-        self._acted[turn.optimizer].append((part, acted) if part.sharded else acted)
+        self._acted[turn.optimizer].append((part, acted))
 
     def _scale(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
         rule = self.rule
@@ -375,13 +372,13 @@ class BoundRule:
         only_clips = rule.action != "normalize" and rule.min_radius is None
         if self.watches:
             self._look_at(value, turn)
-        if only_clips and not part.sharded and may_branch(value) and bool((value <= radius).all()):
+        if only_clips and part.may_branch(value) and bool((value <= radius).all()):
             return
         self._look_for_nonfinite(value, turn)
         low = None if rule.min_radius is None else least(rule.min_radius, radius, self._hair(part))
         factor = actions.factor(rule.action, value, radius, low, rule.rate)
         self._multiply(part, tensors, factor, turn)
-        if part.coarsest == torch.float64 and not part.sharded and beyond(factor):
+        if part.coarsest == torch.float64 and part.may_branch(factor) and beyond(factor):
             self._scale(part, tensors, radius, turn)
 
     def _look_for_nonfinite(self, value: Tensor, turn: Turn) -> None:
@@ -455,8 +452,7 @@ class BoundRule:
 
     def violations(self) -> int:
         """How many blocks the rule had to change when it last ran, for each optimizer."""
-        noted = [a for acted in self._acted.values() for a in acted]
-        return sum(int(((a if isinstance(a, Tensor) else a[0].counted(a[1])) != 1).sum()) for a in noted)
+        return sum(int((part.counted(acted) != 1).sum()) for noted in self._acted.values() for part, acted in noted)
 
     def penalty(self, steps: Sequence[int]) -> float:
         """strength · Σ penalty of the present weights, each at the step of its own optimizer, of which ``steps`` has the counts; 0 for what
@@ -472,9 +468,7 @@ class BoundRule:
 
     def _value(self, part: Pack) -> Tensor:
         assert isinstance(self.norm, Norm)
-        offsets = offsets_of(part)
-        value = part.measure(self.norm, offsets, agree=True) if isinstance(part, Split) else self.norm.measure(part.gather(offsets))
-        return actions.penalty_value(value, self.rule.power)
+        return actions.penalty_value(part.measure(self.norm, offsets_of(part), agree=True), self.rule.power)
 
 
 def _within(rule: Rule, step: int) -> bool:

@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.block_tensors import block_count, recenter_, weights_of
+from normwise.engine.block_tensors import recenter_, weights_of
 from normwise.engine.pack import Pack
 from normwise.engine.rules.base import BoundRule
-from normwise.engine.sharded import local_states
-from normwise.engine.sharded.pack import Split, part_numbers
 from normwise.engine.step import Turn
 from normwise.low_precision import memory, narrow_, rounds, widened
 from normwise.norms import Norm, Radius
 from normwise.norms.reduce import may_branch
 from normwise.parameters.inventory import Entry
-from normwise.policy import Rule, actions
+from normwise.policy import Rule
 
 SHRINKING = ("weight_decay", "prox")
 
@@ -34,18 +32,16 @@ class Shrinking(BoundRule):
                 self.store[m.name] = needed
 
     def _run_pack(self, part: Pack, turn: Turn) -> None:
-        states = [self.store.get(m.name, {}) for m in part.members] if self.store else []
+        states: Sequence[dict[str, Any]] = [self.store.get(m.name, {}) for m in part.members] if self.store else []
         if rounds(states) and turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
             return    # what is remembered advances where the step happens
-        mine = weights_of(part)
-        if part.sharded:
-            states = local_states(states)
+        mine, states = weights_of(part), part.local_states(states)
         weights = widened(mine, states)
         if self.phase == "decay":
             self._decay(part, weights, turn)
         else:
             self._prox(part, weights, turn)
-        narrow_(mine, weights, states, part_numbers(part, states))
+        narrow_(mine, weights, states, part.noise_numbers(states))
 
     def _decay(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
         strength = self.strength(turn)
@@ -77,11 +73,8 @@ class Shrinking(BoundRule):
             step = step * turn.happened
         centers = part.local([m.center for m in part.members if m.center is not None])
         offsets = list(torch._foreach_sub(weights, centers)) if centers else weights
-        amount = step.expand(block_count(part)) if isinstance(step, Tensor) else step
-        if isinstance(part, Split):
-            moved = part.prox(self.norm, offsets, amount, self.rule.power)
-        else:
-            moved = part.split(actions.prox(self.norm, part.gather(offsets), amount, self.rule.power))
+        amount = step.expand(part.count) if isinstance(step, Tensor) else step
+        moved = part.prox(self.norm, offsets, amount, self.rule.power)
         if centers:
             recenter_(weights, centers, offsets, moved)
         else:

@@ -88,7 +88,7 @@ class TrackedCap(BoundRule):
         """Writes the matrices that were cut, where the step is taken."""
         count = part.view.count
         acted = torch.zeros(len(cut), device=tensors[0].device)
-        self._acted[turn.optimizer].append(acted if turn.happened is None else 1 - turn.happened.to(acted).expand(len(cut)))
+        self._note(part, acted if turn.happened is None else 1 - turn.happened.to(acted).expand(len(cut)), turn)
         for k in sorted({i // count for i in cut}):
             blocks = part.view.blocks(tensors[k])
             new = torch.stack([cut.get(k * count + i, block) for i, block in enumerate(blocks.unbind())])

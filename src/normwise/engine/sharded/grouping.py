@@ -10,7 +10,7 @@ from torch import Tensor
 from normwise.engine.pack import SCRATCH_BYTES, Member, Pack, pack
 from normwise.engine.sharded import is_sharded
 from normwise.engine.sharded.norms import simple
-from normwise.engine.sharded.pack import Loads, SplitFlat, SplitPack, acts_on_entries
+from normwise.engine.sharded.pack import Loads, Loose, SplitFlat, SplitPack, acts_on_entries
 from normwise.errors import PolicyError
 from normwise.norms import L1, L2
 from normwise.parameters.inventory import Entry
@@ -31,6 +31,11 @@ def packs_of(members: Sequence[Member], flat: bool, agree: bool = False) -> list
     loads: Loads = {}
     parts = [SplitPack(bucket, agree, loads) for group in _alike(split) for bucket in _buckets(group)]
     return [*(pack(plain, False) if plain else ()), *parts]
+
+
+def loose_pack(members: list[Member]) -> Pack:
+    """Members of any shapes, all DTensors or none, for steps that act on entries alone."""
+    return Loose(members) if is_sharded(members[0].param) else Pack(members)
 
 
 def lying_here(entries: Sequence[Entry], flat: bool) -> list[Entry]:

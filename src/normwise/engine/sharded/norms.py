@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normwise.engine.sharded import collectives, is_sharded
+from normwise.engine.sharded import collectives, here, is_sharded
 from normwise.engine.sharded.placement import Place
 from normwise.norms import L1, L2, LInf, Norm, Scaled, Set
 from normwise.norms.reduce import root_sum_squares, wide
@@ -78,6 +78,29 @@ def lengths(tensors: Sequence[Tensor]) -> list[Tensor]:
     shares = [_length(t) for t in tensors]
     complete(shares)
     return [s.total.reshape(()) for s in shares if s.total is not None]
+
+
+def over_all(tensors: Sequence[Tensor], measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """The norm of all numbers of some tensors together, of any shapes, devices and meshes, a scalar; one collective for each way to be
+    split.
+
+    measure: ``(b, n) -> (b,)``, a norm that of a vector is the norm of the norms of its parts. Complex numbers count by their moduli, since
+        the real and the imaginary part of one are no two entries.
+    """
+    places: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        place = Place.of(t) if is_sharded(t) else None
+        places.setdefault((place.mesh, place.dims) if place is not None else None, []).append(here(t))
+    norms = []
+    for key, parts in places.items():
+        device = parts[0].device
+        sizes = (t.abs() if t.is_complex() else t for t in parts)
+        found = [measure(s.reshape(1, -1)).to(device, wide(device)) for s in sizes if s.numel()]
+        value = measure(torch.cat(found)[None]) if found else torch.zeros(1, dtype=wide(device), device=device)
+        if key is not None and key[1]:
+            value = measure(collectives.all_rows(value, collectives.group_of(*key)).T.contiguous())
+        norms.append(value)
+    return measure(torch.cat(norms)[None])[0]
 
 
 def _length(t: Any) -> Share:

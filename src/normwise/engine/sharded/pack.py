@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,15 +35,9 @@ def acts_on_entries(action: str, norm: Norm | Set) -> bool:
     return action in ("project", "lmo") and isinstance(norm, LInf)
 
 
-def part_numbers(part: Pack, states: Sequence[Mapping[str, Any]]) -> list[int]:
-    """For random rounding the number of the part of each member that lies here; empty where nobody asks for it."""
-    return part.numbers if isinstance(part, Split) and any(NOISE in s for s in states) else []
-
-
 class Split(Pack):
     """What packs of DTensors have in common."""
 
-    sharded: ClassVar[bool] = True
     agree = False
     """Whether every rank must know the norms of blocks that lie on others."""
 
@@ -52,9 +46,13 @@ class Split(Pack):
         self._measured: dict[Norm, list[Tensor]] = {}
 
     @functools.cached_property
-    def numbers(self) -> list[int]:
-        """Of the part of each member that lies here, see ``Place.number``; 0 for members that are no DTensors."""
+    def _numbers(self) -> list[int]:
         return [Place.of(p).number if is_sharded(p) else 0 for p in self.params]
+
+    def noise_numbers(self, states: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Of the part of each member that lies here, see ``Place.number``, where some state asks for it; 0 for members that are no
+        DTensors."""
+        return self._numbers if any(NOISE in s for s in states) else []
 
     def _smaller(self, members: list[Member]) -> Split:
         raise NotImplementedError
@@ -70,6 +68,13 @@ class Split(Pack):
 
     def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [here(t) for t in tensors]
+
+    def local_states(self, states: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        return [{name: here(value) for name, value in s.items()} for s in states]
+
+    def may_branch(self, value: Tensor) -> bool:
+        """Never: the ranks would decide differently, and wait for each other."""
+        return False
 
     # ------------------------------------------------------------------------------------------------ norms
 
@@ -96,6 +101,12 @@ class Split(Pack):
         """``value(blocks, *given)``, one number a block, computed by the owners of whole blocks."""
         raise NotImplementedError
 
+    def measure_whole(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
+        return self.whole(norm.measure, tensors, agree=True)
+
+    def requests(self, norms: Callable[[], Iterable[tuple[Norm, Sequence[Tensor]]]]) -> list[tuple[Any, Norm, list[Tensor]]]:
+        return [(self, norm, list(tensors)) for norm, tensors in norms()]
+
     def expect(self, norm: Norm, value: Tensor) -> None:
         """Keeps a value that the next ``measure`` of that norm returns."""
         self._measured.setdefault(norm, []).append(value)
@@ -120,15 +131,12 @@ class Split(Pack):
         base = simple(norm, self.block_shape)
         if base is not None and isinstance(base[0], L2):
             if power == 2:
-                return self._scaled(tensors, 1 / (1 + self._each_block(step)))
+                steps = torch.as_tensor(step, dtype=torch.float64, device=self.params[0].device).expand(self.count)
+                return self._scaled(tensors, 1 / (1 + steps))
             return self._scaled(tensors, 1 - clip_factor(self.measure(L2(), tensors), step * base[1]))
         form: Any = Entries(self) if isinstance(norm, L1) else self
         blocks = form.gather(tensors)
         return form.split(actions.prox(norm, blocks, form.mine(step), power) if len(blocks) else blocks)
-
-    def _each_block(self, step: Radius) -> Tensor:
-        count = 1 if isinstance(self, Flat) else self.view.count * len(self.members)
-        return torch.as_tensor(step, dtype=torch.float64, device=self.params[0].device).expand(count)
 
     def penalty_gradient(self, norm: Norm, tensors: Sequence[Tensor], power: int) -> list[Tensor]:
         """As ``actions.penalty_gradient``, on tensors."""
@@ -155,8 +163,10 @@ class Split(Pack):
         blocks = self.gather(tensors)
         return self.split(of_blocks(blocks).to(tensors[0].dtype) if len(blocks) else blocks)
 
+    def normalized(self, norm: Norm, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self._scaled(tensors, radial_factor(self.measure(norm, tensors), 1.0))
+
     def norms_for(self, action: str, norm: Norm, power: int, tensors: list[Tensor]) -> list[tuple[Norm, Sequence[Tensor]]]:
-        """What ``prox`` or ``penalty_gradient`` will measure of the tensors."""
         base = simple(norm, self.block_shape)
         if base is None or isinstance(base[0], LInf) or (isinstance(base[0], L2) and power == 2):
             return []
@@ -170,7 +180,6 @@ class Split(Pack):
         return copies
 
     def counted(self, acted: Tensor) -> Tensor:
-        """What became of blocks, 1 where nothing did, on whichever rank they lie."""
         for mesh, dims in self.spans():
             acted = 1 - collectives.all_rows((acted != 1).double(), collectives.group_of(mesh, dims)).amax(0)
         return acted
@@ -214,6 +223,21 @@ class SplitPack(Split):
             self._rows = SplitPack([Member(m.name, m.param, _row_view(m.view), m.optimizer) for m in self.members], agree=True)
         return self._rows
 
+    def requests_of_rows(self, tensors: list[Tensor]) -> list[tuple[Any, Norm, list[Tensor]]]:
+        return [(self.rows(), L2(), tensors)]
+
+    def row_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        return (self.row_lengths(tensors).square() / self.view.block_shape[1]).view(self.count, -1)
+
+    def over_rows(self, tensors: Sequence[Tensor], divisor: Tensor) -> list[Tensor]:
+        return self.rows()._scaled(tensors, 1 / divisor.flatten())
+
+    def row_lengths(self, tensors: Sequence[Tensor]) -> Tensor:
+        return self.rows().measure(L2(), tensors)
+
+    def scale_rows_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
+        self.rows().scale_(tensors, factor)
+
     def spans(self) -> list[tuple[Any, tuple[int, ...]]]:
         return [(self.place.mesh, self.place.dims)] if self.place.dims else []
 
@@ -239,7 +263,7 @@ class SplitPack(Split):
     def spread(self, values: Tensor) -> Tensor:
         """One number for each owned block as one for each block of the pack, 0 for those of others."""
         device = self.params[0].device
-        every = torch.zeros(self.view.count * len(self.members), dtype=wide(device), device=device)
+        every = torch.zeros(self.count, dtype=wide(device), device=device)
         every[self.owners.owned.to(device)] = values.to(every)
         return every
 
@@ -292,6 +316,9 @@ class SplitFlat(Split, Flat):
     def _smaller(self, members: list[Member]) -> SplitFlat:
         return SplitFlat(members)
 
+    def measure_whole(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
+        return self.measure(norm, tensors)
+
     def spans(self) -> list[tuple[Any, tuple[int, ...]]]:
         return list({(p.mesh, p.dims): None for p in self.places.values() if p.dims})
 
@@ -331,7 +358,6 @@ class Entries:
     """The numbers of a pack on this rank as blocks of one each, for what acts on each by itself."""
 
     pack: Split
-    sharded: ClassVar[bool] = True
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """``(entries, 1)``."""
@@ -352,13 +378,16 @@ class Entries:
 
     def told(self, acted: Tensor) -> Tensor:
         """1 for each block of which nothing here changed."""
-        count = 1 if isinstance(self.pack, Flat) else self.pack.view.count * len(self.pack.members)
-        blocks = self.pack.each(torch.arange(count, device=acted.device))[acted != 1]
-        return torch.ones(count, dtype=acted.dtype, device=acted.device).index_fill(0, blocks, 0.0)
+        blocks = self.pack.each(torch.arange(self.pack.count, device=acted.device))[acted != 1]
+        return torch.ones(self.pack.count, dtype=acted.dtype, device=acted.device).index_fill(0, blocks, 0.0)
 
     def counted(self, acted: Tensor) -> Tensor:
         """See :meth:`Split.counted`."""
         return self.pack.counted(acted)
+
+    def may_branch(self, value: Tensor) -> bool:
+        """See :meth:`Split.may_branch`."""
+        return False
 
 
 def _row_view(view: BlockView) -> BlockView:

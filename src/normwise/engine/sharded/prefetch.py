@@ -65,6 +65,22 @@ def fulfil(requests: Sequence[Request]) -> None:
         part.expect(norm, part.finished(norm, shares))
 
 
+def run_stages(going: Iterable[Any], stages: Sequence[str]) -> None:
+    """Takes packs through the stages of a step. Of DTensors all go together, stage by stage: what a stage measures of all of them travels
+    in one collective a mesh. A plain pack is done before the next one begins, so that its scratch memory is free again."""
+    waiting = []
+    for one in going:
+        if isinstance(one.part, Split):
+            waiting.append(one)
+            continue
+        for stage in stages:
+            one.take(stage)
+    for stage in stages if waiting else ():
+        fulfil([request for one in waiting for request in one.asked(stage)])
+        for one in waiting:
+            one.take(stage)
+
+
 def forget(bounds: Sequence[Any]) -> None:
     """Drops what was measured and not used."""
     for bound in bounds:
