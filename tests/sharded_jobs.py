@@ -15,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import normwise as nw
 from normwise.engine.sharded.collectives import TRAFFIC
+from normwise.engine.sharded.pack import Split
 from normwise.engine.sharded.placement import Place
 from sharded_cases import Case, Net, _part_of, _place, cases, gradients, hold, net, placements, train
 
@@ -264,7 +265,8 @@ def radii() -> list[str]:
 def _too_many(collectives: int, optimizer: nw.optim.NormOptimizer) -> list[str]:
     """Two a bucket of whole blocks; and of all norms of all rows together one small one before the step and one after. NorMuon's second
     norm is of what its first has divided."""
-    split = [(optimizer.param_groups[key[0]], part) for key, plan in optimizer._plans.items() for part in plan.parts if part.pack.sharded]
+    parts = [(optimizer.param_groups[key[0]], part) for key, plan in optimizer._plans.items() for part in plan.parts]
+    split = [(group, part) for group, part in parts if isinstance(part.pack, Split)]
     buckets = sum(_acts_on_whole(group) for group, _ in split)
     meshes = len({p.device_mesh for _, part in split for p in part.pack.params})
     most = 2 * buckets + 2 * meshes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import normwise as nw
-from normwise.engine.margins import hair
+from normwise.engine.margins import relative_margin
 
 F64 = torch.float64
 SCALE = 2.0**10
@@ -550,7 +550,7 @@ def test_weights_at_rest_are_not_ground_down(dtype):
         for _ in range(100):
             control.optimizers[0].step()
         drift = (model.weight.detach().double() - first.double()).norm() / first.double().norm()
-        assert float(drift) <= 4 * hair(nw.norms.Spectral(), dtype, (16, 16))
+        assert float(drift) <= 4 * relative_margin(nw.norms.Spectral(), dtype, (16, 16))
 
 
 def test_a_small_decay_of_bf16_weights_is_not_promised_but_a_bound_is():

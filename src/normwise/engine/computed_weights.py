@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from normwise.engine.sharded import is_sharded
 from normwise.errors import PolicyError
-from normwise.norms import L1, Norm, Set
+from normwise.norms import Norm, Set
 from normwise.norms.reduce import HALF, up
 from normwise.parameters.layouts import BlockView
 from normwise.policy import Rule, actions
@@ -141,7 +141,7 @@ _Change = Callable[[Tensor, Callable[[], Tensor], torch.Generator], Tensor]
 def _changes(rule: Rule, member: Member) -> list[_Change]:
     """What the rule may do to a weight: (the weight, another weight of the same kind, random numbers) -> the changed weight."""
     norm, view = rule.norm, member.view
-    radial = rule.action in actions.RADIAL or (rule.action == "project" and norm.name in ("l2", "rms"))
+    radial = rule.action in actions.RADIAL or (rule.action == "project" and isinstance(norm, Norm) and norm.radial)
 
     def scaled(old: Tensor, other: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
         center = member.center if member.center is not None else torch.zeros_like(old)
@@ -168,7 +168,7 @@ def _changes(rule: Rule, member: Member) -> list[_Change]:
         if isinstance(norm, Set):
             return [transformed(lambda blocks: norm.project(blocks, 1.0))]
         return [transformed(lambda blocks: norm.project(blocks, (0.5 * norm.measure(blocks)).to(up(blocks).dtype)))]
-    if rule.action == "prox" and not (isinstance(norm, Norm) and norm.name == "l2" and rule.power == 2):
+    if rule.action == "prox" and rule.power != 2:    # half of the square of L2 scales
         return [transformed(lambda blocks, share=share: _thresholded(norm, blocks, share, rule.power)) for share in (0.3, 10.0)]    # type: ignore[misc]
     return [scaled]
 
@@ -176,7 +176,7 @@ def _changes(rule: Rule, member: Member) -> list[_Change]:
 def _thresholded(norm: Norm | Set, blocks: Tensor, share: float, power: int) -> Tensor:
     """The prox with a step that is a share of the one that makes everything zero."""
     assert isinstance(norm, Norm)
-    sizes = blocks.abs().flatten(1).amax(1) if isinstance(norm, L1) else norm.measure(blocks)
+    sizes = blocks.abs().flatten(1).amax(1) if norm.p == 1 else norm.measure(blocks)
     return actions.prox(norm, blocks, share * float(sizes.median()), power)
 
 

@@ -8,30 +8,22 @@ import torch
 from torch import Tensor
 
 from normwise.norms import Norm, Radius, Set
-from normwise.norms.forms import Scaled
 from normwise.norms.reduce import HALF, floor_to
 
 
-def hair(norm: Norm, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
+def relative_margin(norm: Norm, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
     """The relative distance to keep from the bound, for blocks of ``shape``; what the tests find at worst is about half of it.
 
-    fp32: 8 eps for L2 and LInf, 16 for sums, since sums of 128 numbers are taken in fp32, and a decomposition's error beside. fp16 and
-    bf16: 1 eps, twice the worst rounding; 2 for matrices, whose norms move more than their entries do. float64 is measured in float64,
-    which errs by a share of √n eps. Singular values that are zero come back as noise, which the nuclear norm adds up.
+    fp32: what the norm says of itself (``Norm.rounding``), and a decomposition's error beside. fp16 and bf16: 1 eps, twice the worst
+    rounding; 2 for matrices, whose norms move more than their entries do. float64 is measured in float64, which errs by a share of √n eps.
     """
-    eps, smaller = torch.finfo(dtype).eps, min(shape, default=1) if norm.matrix else 0
-    noise = math.sqrt(smaller) / 4 if _base(norm).name == "nuclear" else 0.0
+    eps = torch.finfo(dtype).eps
     if dtype == torch.float64:
-        return eps * (32 + math.sqrt(math.prod(shape)) + 16 * smaller)
+        return eps * (32 + math.sqrt(math.prod(shape)) + 16 * (min(shape, default=1) if norm.matrix else 0))
+    noise, in_fp32 = norm.decomposition_error(shape)
     if dtype in HALF:
         return eps * ((2 if norm.matrix else 1) + noise)
-    decomposed = math.sqrt(sum(shape)) if _base(norm).name in ("spectral", "nuclear") else 0.0
-    return eps * ((8 if norm.name in ("l2", "linf") else 16) + decomposed + noise)
-
-
-def _base(norm: Norm) -> Norm:
-    """The norm that a dimension-free form is a multiple of."""
-    return norm.base if isinstance(norm, Scaled) else norm
+    return eps * (norm.rounding + in_fp32 + noise)
 
 
 def inside(
@@ -47,7 +39,7 @@ def inside(
     if entrywise and not isinstance(center_norm, Tensor):
         return floor_to(radius, dtype)
     drift = (center_norm + radius) * (torch.finfo(dtype).eps / 2 if isinstance(center_norm, Tensor) else 0.0)
-    aimed = radius * (1 - hair(norm, dtype, shape)) - drift - subnormal(norm, dtype, shape)
+    aimed = radius * (1 - relative_margin(norm, dtype, shape)) - drift - subnormal(norm, dtype, shape)
     return aimed.clamp(min=0) if isinstance(aimed, Tensor) else max(aimed, 0.0)
 
 
@@ -59,10 +51,9 @@ def shy(radius: Radius, margin: float, center_norm: Radius = 0.0) -> Radius:
 
 def subnormal(norm: Norm, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
     """What rounding adds where entries are subnormal, as in fp16 those of a long block of norm 0.1 are: half a step of each entry."""
-    scale = norm.factor(torch.empty(1, *shape, device="meta")) if isinstance(norm, Scaled) else 1.0
-    n, least = math.prod(shape), min(shape)
-    over_l2 = {"l1": n, "nuclear": least, "sum_of_units": shape[0], "sum_of_inputs": shape[-1]}.get(_base(norm).name, 1)
-    return scale * math.sqrt(over_l2 * n) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    base, scale = norm.unscaled(shape)
+    info = torch.finfo(dtype)
+    return scale * math.sqrt(base.squared_over_l2(shape) * math.prod(shape)) * info.smallest_normal * info.eps / 2
 
 
 def room(low: float, radius: Radius, aimed: Radius, margin: float) -> Radius:

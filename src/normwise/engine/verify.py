@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normwise.engine.margins import hair, inside, least, subnormal
+from normwise.engine.margins import inside, least, relative_margin, subnormal
 from normwise.engine.pack import Member, Pack
 from normwise.engine.program import Engine
 from normwise.engine.rules.base import BoundRule
@@ -262,7 +262,7 @@ def _sphere_tolerance(bound: BoundRule, part: Pack, low: Tensor, limit: Tensor) 
     assert isinstance(bound.norm, Norm)
     dtype = part.coarsest
     aimed = torch.as_tensor(inside(limit, bound.norm, dtype, part.block_shape))
-    margin = hair(bound.norm, dtype, part.block_shape) + part.margin
+    margin = relative_margin(bound.norm, dtype, part.block_shape) + part.margin
     thin = (low >= limit) | (least(low, aimed, margin) <= low)
     norms = [m.center_norm for m in part.members if m.center_norm is not None]
     drift = (torch.cat(norms) + limit) * torch.finfo(dtype).eps / 2 if norms else 0.0

@@ -55,10 +55,14 @@ class Spectral(Norm):
 
     name: ClassVar[str] = "spectral"
     matrix: ClassVar[bool] = True
+    level: ClassVar[int | None] = 2
 
     @property
     def dual_norm(self) -> Norm:
         return Nuclear()
+
+    def decomposition_error(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        return 0.0, math.sqrt(sum(shape))
 
     def measure(self, x: Tensor) -> Tensor:
         if 0 in x.shape[1:]:
@@ -85,10 +89,17 @@ class Nuclear(Norm):
 
     name: ClassVar[str] = "nuclear"
     matrix: ClassVar[bool] = True
+    level: ClassVar[int | None] = 4
 
     @property
     def dual_norm(self) -> Norm:
         return Spectral()
+
+    def squared_over_l2(self, shape: tuple[int, ...]) -> float:
+        return min(shape)
+
+    def decomposition_error(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        return math.sqrt(min(shape, default=1)) / 4, math.sqrt(sum(shape))    # zero singular values come back as noise, which adds up
 
     def measure(self, x: Tensor) -> Tensor:
         return measured(x).sum(1)

@@ -40,6 +40,7 @@ class _Mixed(Norm):
 class MaxOfUnits(_Mixed):
     """The largest L2 norm of a unit, the 2→∞ operator norm ("max-norm"); over inputs, the 1→2 norm. Dual: SumOfUnits."""
 
+    level: ClassVar[int | None] = 1
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -70,6 +71,7 @@ class MaxOfUnits(_Mixed):
 class SumOfUnits(_Mixed):
     """The L2 norms of the units summed: the group lasso's norm (Yuan & Lin, 2006). Dual: MaxOfUnits."""
 
+    level: ClassVar[int | None] = 5
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -78,6 +80,9 @@ class SumOfUnits(_Mixed):
     @property
     def dual_norm(self) -> Norm:
         return MaxOfUnits(self.over)
+
+    def squared_over_l2(self, shape: tuple[int, ...]) -> float:
+        return shape[0 if self.over == "units" else -1]
 
     def measure(self, x: Tensor) -> Tensor:
         return sum_abs(self.lengths(x))

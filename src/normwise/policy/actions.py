@@ -56,7 +56,7 @@ def prox(norm: Norm, x: Tensor, step: Radius, power: int) -> Tensor:
 def penalty_gradient(norm: Norm, x: Tensor, power: int) -> Tensor:
     """A (sub)gradient of ‖x‖ (``power=1``) or of ½‖x‖² (``power=2``), in the compute dtype."""
     work = up(x)
-    if power == 2 and norm.name == "l2":
+    if power == 2 and norm.p == 2:
         return work
     direction = norm.subgradient(work)
     if power == 1:

@@ -349,11 +349,11 @@ def _check_norm(rule: Rule) -> None:
     if rule.norm.matrix and rule.per in VECTOR_PER:
         allowed = ", ".join(per for per in PER if per not in VECTOR_PER)
         raise FieldError(f"norm {label!r} is a norm of matrices, and per={rule.per!r} has none. Allowed per: {allowed}.", "per")
-    if rule.per == "global" and isinstance(rule.norm, Norm) and not rule_fields.is_entrywise(rule.norm):
+    if rule.per == "global" and isinstance(rule.norm, Norm) and rule.norm.p is None:
         raise FieldError(f"per='global' is defined for the norms l1, l2 and linf, given {label!r}.", "per")
     if rule.tolerance and not (isinstance(rule.norm, Spectral) and rule.on == "weight"):
         raise FieldError(f"tolerance is for projecting weights under the norm 'spectral', given {label!r} on={rule.on!r}.", "tolerance")
-    if rule.action == "prox" and rule.power == 2 and not isinstance(rule.norm, L2):
+    if rule.action == "prox" and rule.power == 2 and not (isinstance(rule.norm, Norm) and rule.norm.p == 2):
         raise FieldError(f"prox with power=2 is defined for norm l2, given {label!r}: use power=1, or a penalty.", "power")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normwise.errors import NormError, PolicyError, nearest
 from normwise.low_precision import ROUNDINGS
-from normwise.norms import FORMS, L1, L2, NORMS, SETS, Box, LInf, Norm, Set, get_norm
+from normwise.norms import FORMS, NORMS, SETS, Box, Norm, Set, get_norm
 from normwise.parameters import selectors
 from normwise.parameters.layouts import Layout
 from normwise.parameters.selectors import Selector
@@ -103,11 +103,6 @@ def norm_from_data(data: Any) -> Any:
     if set(given) != {"low", "high"} or not all(schedules.is_number(end) for end in given.values()):
         raise PolicyError(f"norm's box has {given!r}, but it needs two numbers: {{box: [low, high]}}.")
     return Box(*(schedules.as_float(given[end]) for end in ("low", "high")))
-
-
-def is_entrywise(norm: Norm | Set) -> bool:
-    """Whether norms of several parameters combine into one without looking at them again: what ``per="global"`` needs."""
-    return type(norm) in (L1, L2, LInf)
 
 
 # ---------------------------------------------------------------------------------------- selectors, centres, layouts

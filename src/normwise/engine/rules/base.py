@@ -20,13 +20,13 @@ from normwise.engine.block_tensors import (
     weights_of,
 )  # fmt: skip
 from normwise.engine.computed_weights import margin_of, refuse_narrow
-from normwise.engine.margins import hair, inside, least, room, shy
+from normwise.engine.margins import inside, least, relative_margin, room, shy
 from normwise.engine.pack import Member, Pack, nothing_to_do
 from normwise.engine.sharded.grouping import check_split, lying_here, packs_of, placed_like
 from normwise.engine.sharded.prefetch import Request
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError
-from normwise.norms import LInf, Norm, Radius, Set
+from normwise.norms import Norm, Radius, Set
 from normwise.norms.base import beyond
 from normwise.norms.reduce import may_branch, wide
 from normwise.parameters.inventory import Entry
@@ -331,7 +331,7 @@ class BoundRule:
         norms = [m.center_norm for m in part.members if m.center_norm is not None]
         if part.margin:
             radius = shy(radius, part.margin, torch.cat(norms) if norms else 0.0)
-        clamps = self.rule.action == "project" and isinstance(self.norm, LInf)
+        clamps = self.rule.action == "project" and self.norm.separable
         aimed = inside(radius, self.norm, part.coarsest, part.block_shape, torch.cat(norms) if norms else 0.0, clamps)
         return aimed if self.rule.min_radius is None else room(self.rule.min_radius, radius, aimed, self._hair(part))
 
@@ -426,7 +426,7 @@ class BoundRule:
 
     def _hair(self, part: Pack) -> float:
         assert isinstance(self.norm, Norm)
-        return hair(self.norm, part.coarsest, part.block_shape) + part.margin
+        return relative_margin(self.norm, part.coarsest, part.block_shape) + part.margin
 
     def _measurable(self, part: Pack, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Float64 copies of fp32 weights where a measure in fp32 tells too little: a sphere is to be met to two ulp, and singular values
@@ -438,7 +438,7 @@ class BoundRule:
 
     def _is_radial(self) -> bool:
         """Projection onto an L2 ball is radial too."""
-        return self.rule.action in actions.RADIAL or (self.rule.action == "project" and self.norm.name in ("l2", "rms"))
+        return self.rule.action in actions.RADIAL or (self.rule.action == "project" and isinstance(self.norm, Norm) and self.norm.radial)
 
     def _transform(self, blocks: Tensor, radius: Radius) -> Tensor:
         if self.rule.action == "lmo":

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from normwise.engine.sharded.block_exchange import dims_of_axes
-from normwise.engine.sharded.norms import Entrywise
 from normwise.engine.sharded.placement import Place
+from normwise.norms import Norm
 from normwise.norms.reduce import wide
 
 
@@ -45,7 +45,7 @@ class Pieces:
         """``(k, count)``, one number a block, as ``(k, ...)`` that broadcasts against the parts."""
         return values[:, self.ids.to(values.device)]
 
-    def measure(self, norm: Entrywise, tensors: Sequence[Tensor]) -> Tensor:
+    def measure(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
         """The norms of the parts of blocks that are here, ``(k · count,)``; 0 for others."""
         first, k = tensors[0], len(tensors)
         found = torch.zeros(k, self.count, dtype=wide(first.device), device=first.device)
@@ -54,7 +54,7 @@ class Pieces:
             self._measure(norm, stacked, self.ids.to(first.device), list(self.mixed), found)
         return found.view(-1)
 
-    def _measure(self, norm: Entrywise, stacked: Tensor, ids: Tensor, mixed: list[int], found: Tensor) -> None:
+    def _measure(self, norm: Norm, stacked: Tensor, ids: Tensor, mixed: list[int], found: Tensor) -> None:
         if mixed:
             self._by_block(norm, stacked, ids, mixed, found)
             return
@@ -63,7 +63,7 @@ class Pieces:
         rows = stacked.permute(order).reshape(stacked.shape[0] * math.prod(stacked.shape[d + 1] for d in batch), -1)
         found[:, ids.reshape(-1)] = norm.measure(rows).to(found.dtype).view(stacked.shape[0], -1)
 
-    def _by_block(self, norm: Entrywise, stacked: Tensor, ids: Tensor, mixed: list[int], found: Tensor) -> None:
+    def _by_block(self, norm: Norm, stacked: Tensor, ids: Tensor, mixed: list[int], found: Tensor) -> None:
         """A dimension of which a block has several indices: block by block."""
         d, coordinate = mixed[0], self.coordinates[mixed[0]]
         assert coordinate is not None

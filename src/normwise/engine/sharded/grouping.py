@@ -12,7 +12,6 @@ from normwise.engine.sharded import is_sharded
 from normwise.engine.sharded.norms import simple
 from normwise.engine.sharded.pack import Loads, Loose, SplitFlat, SplitPack, acts_on_entries
 from normwise.errors import PolicyError
-from normwise.norms import L1, L2
 from normwise.parameters.inventory import Entry
 from normwise.policy import Rule
 
@@ -90,8 +89,8 @@ def _is_separable(rule: Rule) -> bool:
     if rule.action in ("clip_norm", "normalize", "cpr", "weight_decay"):
         return True
     if rule.action in ("prox", "penalty"):
-        return base is not None and isinstance(base[0], L1 | L2)
-    return acts_on_entries(rule.action, rule.norm) or (base is not None and isinstance(base[0], L2))
+        return base is not None and base[0].p in (1, 2)
+    return acts_on_entries(rule.action, rule.norm) or (base is not None and base[0].p == 2)
 
 
 def placed_like(whole: Tensor, like: Tensor) -> Tensor:

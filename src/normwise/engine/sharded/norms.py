@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,26 +12,24 @@ from torch import Tensor
 
 from normwise.engine.sharded import collectives, here, is_sharded
 from normwise.engine.sharded.placement import Place
-from normwise.norms import L1, L2, LInf, Norm, Scaled, Set
+from normwise.norms import L2, Norm, Set
 from normwise.norms.reduce import root_sum_squares, wide
 
-Entrywise = L1 | L2 | LInf
 
-
-def simple(norm: Norm | Set, block_shape: tuple[int, ...]) -> tuple[Entrywise, float] | None:
+def simple(norm: Norm | Set, block_shape: tuple[int, ...]) -> tuple[Norm, float] | None:
     """``norm`` as a multiple of L1, L2 or LInf of a block's entries, whose norm is that of the norms of its parts; None for others."""
-    if isinstance(norm, L1 | L2 | LInf):
-        return norm, 1.0
-    if isinstance(norm, Scaled) and isinstance(norm.base, L1 | L2 | LInf):
-        return norm.base, norm.factor(torch.empty(0, *block_shape))
-    return None
+    if isinstance(norm, Set):
+        return None
+    base, factor = norm.unscaled(block_shape)
+    return None if base.p is None else (base, factor)
 
 
 @dataclass(eq=False)
 class Share:
     """What this rank knows of some norms: ``parts``, of its part of each block, over the mesh dimensions ``dims``."""
 
-    norm: Entrywise
+    norm: Norm
+    """One with an exponent ``p``."""
     parts: Tensor
     mesh: Any
     dims: tuple[int, ...]
@@ -57,20 +56,20 @@ def _complete_mesh(shares: list[Share]) -> None:
     group = collectives.group_of(shares[0].mesh, dims)
     parts = [s.parts if s.place.leads(dims) else torch.zeros_like(s.parts) for s in shares]
     sizes = [len(p) for p in parts]
-    if all(isinstance(s.norm, L1) or (isinstance(s.norm, L2) and not s.precise) for s in shares):
-        squared = [p.square() if isinstance(s.norm, L2) else p for s, p in zip(shares, parts, strict=True)]
+    if all(s.norm.p == 1 or (s.norm.p == 2 and not s.precise) for s in shares):
+        squared = [p.square() if s.norm.p == 2 else p for s, p in zip(shares, parts, strict=True)]
         for s, total in zip(shares, torch.split(collectives.all_sum(torch.cat(squared), group), sizes), strict=True):
-            s.total = total.sqrt() if isinstance(s.norm, L2) else total
+            s.total = total.sqrt() if s.norm.p == 2 else total
         return
     for s, rows in zip(shares, torch.split(collectives.all_rows(torch.cat(parts), group), sizes, dim=1), strict=True):
         s.total = over_ranks(s.norm, rows)
 
 
-def over_ranks(norm: Entrywise, rows: Tensor) -> Tensor:
+def over_ranks(norm: Norm, rows: Tensor) -> Tensor:
     """``(ranks, n) -> (n,)``: the norm of the norms of the parts."""
-    if isinstance(norm, L1):
+    if norm.p == 1:
         return rows.sum(0)
-    return rows.amax(0) if isinstance(norm, LInf) else root_sum_squares(rows.T.contiguous())
+    return rows.amax(0) if norm.p == math.inf else root_sum_squares(rows.T.contiguous())
 
 
 def lengths(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,10 +15,10 @@ from normwise.engine.pack import Flat, Member, Pack, scale_tensors_
 from normwise.engine.sharded import collectives, here, is_sharded
 from normwise.engine.sharded.block_exchange import Owners
 from normwise.engine.sharded.block_parts import Pieces
-from normwise.engine.sharded.norms import Entrywise, Share, complete, simple
+from normwise.engine.sharded.norms import Share, complete, simple
 from normwise.engine.sharded.placement import Place
 from normwise.low_precision import NOISE
-from normwise.norms import L1, L2, LInf, Norm, Radius, Set
+from normwise.norms import L2, Norm, Radius, Set
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.reduce import compute_dtype, wide
 from normwise.parameters.layouts import BlockView
@@ -30,9 +30,7 @@ Loads = dict[Any, list[float]]
 
 def acts_on_entries(action: str, norm: Norm | Set) -> bool:
     """Whether the action changes every number by itself, so that nothing must be sent."""
-    if isinstance(norm, Set):
-        return not norm.matrix
-    return action in ("project", "lmo") and isinstance(norm, LInf)
+    return action in ("project", "lmo") and norm.separable
 
 
 class Split(Pack):
@@ -129,12 +127,12 @@ class Split(Pack):
     def prox(self, norm: Norm, tensors: Sequence[Tensor], step: Radius, power: int) -> list[Tensor]:
         """As ``actions.prox``, on tensors: of L1 and L2 without any whole block."""
         base = simple(norm, self.block_shape)
-        if base is not None and isinstance(base[0], L2):
+        if base is not None and base[0].p == 2:
             if power == 2:
                 steps = torch.as_tensor(step, dtype=torch.float64, device=self.params[0].device).expand(self.count)
                 return self._scaled(tensors, 1 / (1 + steps))
             return self._scaled(tensors, 1 - clip_factor(self.measure(L2(), tensors), step * base[1]))
-        form: Any = Entries(self) if isinstance(norm, L1) else self
+        form: Any = Entries(self) if norm.p == 1 else self
         blocks = form.gather(tensors)
         return form.split(actions.prox(norm, blocks, form.mine(step), power) if len(blocks) else blocks)
 
@@ -142,10 +140,10 @@ class Split(Pack):
         """As ``actions.penalty_gradient``, on tensors."""
         base = simple(norm, self.block_shape)
         wider = [t.to(compute_dtype(t.dtype)) for t in tensors]
-        if base is None or isinstance(base[0], LInf):
+        if base is None or base[0].p == math.inf:
             blocks = self.gather(wider)
             return self.split(actions.penalty_gradient(norm, blocks, power) if len(blocks) else blocks)
-        if isinstance(base[0], L1):
+        if base[0].p == 1:
             signs = [t.sign() * base[1] for t in wider]
             return signs if power == 1 else self._scaled(signs, self.measure(norm, tensors))
         if power == 2:
@@ -156,9 +154,9 @@ class Split(Pack):
     def steepest(self, norm: Norm, tensors: Sequence[Tensor], of_blocks: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """−lmo(x, 1) of every block: signs and directions without whole blocks, others by ``of_blocks`` at their owners."""
         base = simple(norm, self.block_shape)
-        if base is not None and isinstance(base[0], LInf):
+        if base is not None and base[0].p == math.inf:
             return [t.sign() / base[1] for t in tensors]
-        if base is not None and isinstance(base[0], L2):
+        if base is not None and base[0].p == 2:
             return self._scaled(tensors, radial_factor(self.measure(L2(), tensors), 1 / base[1]))
         blocks = self.gather(tensors)
         return self.split(of_blocks(blocks).to(tensors[0].dtype) if len(blocks) else blocks)
@@ -168,11 +166,11 @@ class Split(Pack):
 
     def norms_for(self, action: str, norm: Norm, power: int, tensors: list[Tensor]) -> list[tuple[Norm, Sequence[Tensor]]]:
         base = simple(norm, self.block_shape)
-        if base is None or isinstance(base[0], LInf) or (isinstance(base[0], L2) and power == 2):
+        if base is None or base[0].p == math.inf or (base[0].p == 2 and power == 2):
             return []
         if action == "prox":
-            return [(L2(), tensors)] if isinstance(base[0], L2) else []
-        return [(norm, tensors)] if isinstance(base[0], L2) or power == 2 else []
+            return [(L2(), tensors)] if base[0].p == 2 else []
+        return [(norm, tensors)] if base[0].p == 2 or power == 2 else []
 
     def _scaled(self, tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
         copies = [t.clone() for t in tensors]
@@ -336,7 +334,7 @@ class SplitFlat(Split, Flat):
                 places[key] = place
         return [self._share(base[0], parts, places.get(key) if key else None) for key, parts in alike.items()]
 
-    def _share(self, norm: Entrywise, parts: list[Tensor], place: Place | None) -> Share:
+    def _share(self, norm: Norm, parts: list[Tensor], place: Place | None) -> Share:
         device = parts[0].device
         values = [norm.measure(t.reshape(1, -1)).to(device, wide(device)) for t in parts if t.numel()]
         value = norm.measure(torch.cat(values)[None]) if values else torch.zeros(1, dtype=wide(device), device=device)
