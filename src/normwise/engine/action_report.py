@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from normwise.engine.program import Engine
 from normwise.engine.rules.base import BoundRule
+from normwise.reports import Loggable, unique
 
 COUNTED = ("gradient", "cpr", "update", "qk_clip", "weight")
 """Phases whose rules know how many blocks they changed."""
@@ -38,9 +40,10 @@ _PLURALS = {"matrix": "matrices", "entry": "entries"}
 
 
 @dataclass(frozen=True)
-class Receipt:
+class Receipt(Loggable):
     """Print it, or read ``rules`` and ``untouched`` (names), or log ``flat()``."""
 
+    prefix: ClassVar[str] = "rules/"
     steps: int
     rules: list[Acted] = field(default_factory=list)
     untouched: list[str] = field(default_factory=list)
@@ -52,9 +55,10 @@ class Receipt:
         untouched = [e.name for e in engine.inventory if id(e.param) not in touched]
         return cls(max(steps), [_acted(b, steps, silent) for b in engine.rules], untouched)
 
-    def flat(self, prefix: str = "rules/") -> dict[str, float]:
-        """For loggers: the share of blocks that each rule changed in the last step."""
-        return {f"{prefix}{r.rule}": r.changed / r.blocks for r in self.rules if r.changed is not None and r.blocks}
+    def numbers(self) -> dict[str, float]:
+        """The share of blocks that each rule changed in the last step."""
+        labelled = zip(unique(r.rule for r in self.rules), self.rules, strict=True)
+        return {label: r.changed / r.blocks for label, r in labelled if r.changed is not None and r.blocks}
 
     def __str__(self) -> str:
         head = f"after {_count(self.steps, 'step')}:" if self.steps else "no step yet, so that no rule has acted:"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from normwise.engine.rules.base import BoundRule
 from normwise.low_precision import ulp
 from normwise.norms import Norm, Set
 from normwise.parameters.inventory import Entry, Inventory
+from normwise.reports import Loggable, table, unique
 
 SPHERE_ULP = 2
 """How many ulp of the weights' dtype a norm may be away from its sphere."""
@@ -57,17 +59,15 @@ class Largest:
     value: float
     bound: float
 
-    def __str__(self) -> str:
-        return f"{self.rule}: largest {self.value:.9g}, bound {self.bound:.9g} ({self.parameter}[block {self.block}])"
-
 
 @dataclass
-class Verification:
+class Verification(Loggable):
     """What :meth:`Control.verify` found. True in a condition where bounds were measured and every one holds.
 
     False where a bound is broken, where a rule never ran on something that it should bound, and where nothing could be measured at all.
     """
 
+    prefix: ClassVar[str] = "verify/"
     breaches: list[Breach] = field(default_factory=list)
     blocks: int = 0
     """How many blocks were measured."""
@@ -98,11 +98,20 @@ class Verification:
     def __bool__(self) -> bool:
         return self.ok
 
+    def numbers(self) -> dict[str, float]:
+        """Whether all is well, how many blocks were measured and are broken, and for each rule its largest value and that one's bound."""
+        counts: dict[str, float] = {"ok": self.ok, "blocks": self.blocks, "broken": len(self.breaches), "never_ran": len(self.never_ran)}
+        for label, one in zip(unique(one.rule for one in self.largest), self.largest, strict=True):
+            counts |= {f"{label}/largest": one.value, f"{label}/bound": one.bound}
+        return counts
+
     def __str__(self) -> str:
         shown = [f"  {b}" for b in self.breaches[:SHOWN]]
         if len(self.breaches) > SHOWN:
             shown.append(f"  and {len(self.breaches) - SHOWN} more")
-        shown += [f"  {one}" for one in self.largest]
+        if self.largest:
+            rows = [(one.rule, f"{one.value:.9g}", f"{one.bound:.9g}", f"{one.parameter}[block {one.block}]") for one in self.largest]
+            shown += [f"  {line}" for line in table(("rule", "largest", "bound", "where"), rows, right=(1, 2)).splitlines()]
         shown += [f"  never ran: {one}" for one in self.never_ran]
         shown += [f"  not enforced now: {one}" for one in self.not_enforced]
         shown += [f"  not checked: {one}" for one in self.unchecked]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from normwise.engine.action_report import Receipt as RuleReceipt
 from normwise.norms import Norm, get_norm
 from normwise.optim.columns import needs_matrices
+from normwise.reports import Loggable
 
 if TYPE_CHECKING:
     from normwise.optim.optimizer import NormOptimizer
@@ -32,12 +33,14 @@ class Stepped:
 
 
 @dataclass(frozen=True)
-class Receipt:
+class Receipt(Loggable):
     """Print it, or read ``groups``, ``covered`` (the share of the weights of two or more dimensions under a matrix method; None where no
     row is one) and ``rules``."""
 
+    prefix: ClassVar[str] = "steps/"
     groups: list[Stepped]
-    numbers: int
+    size: int
+    """How many numbers all groups hold."""
     covered: float | None
     rules: RuleReceipt | None = None
 
@@ -50,8 +53,13 @@ class Receipt:
         numbers = sum(g.numbers for g in groups)
         return cls(groups, numbers, _covered(optimizer), None if control is None else control.receipt())
 
+    def numbers(self) -> dict[str, float]:
+        """Each row's share of the parameters, the share of ``covered``, and the numbers of the rules."""
+        shares = {f"share/{g.row}": g.numbers / max(self.size, 1) for g in self.groups}
+        return {**shares, **({} if self.covered is None else {"covered": self.covered}), **(self.rules.flat() if self.rules else {})}
+
     def __str__(self) -> str:
-        lines = [_line(g, self.numbers) for g in self.groups]
+        lines = [_line(g, self.size) for g in self.groups]
         idle = [name for g in self.groups for name in g.idle]
         if idle:
             lines.append(f"not stepped yet, without a gradient: {len(idle)} ({', '.join(idle[:5])}{', ...' if len(idle) > 5 else ''})")

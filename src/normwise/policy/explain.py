@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from normwise.parameters.inventory import Entry, Inventory
 from normwise.policy.policy import Policy
 from normwise.policy.rule import Rule
+from normwise.reports import Loggable, table, unique
 
 HEADER = ("parameter", "shape", "role", "axes", "rule: blocks")
 
@@ -28,22 +30,33 @@ class Row:
     tied: tuple[str, ...] = ()
     how: str = ""
     part_of: tuple[str, ...] = ()
+    frozen: bool = False
+    """Whether nothing trains it, so that no rule acts on it until it is unfrozen."""
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of ``HEADER``."""
         name = f"{self.name} (= {', '.join(self.tied)})" if self.tied else self.name
         name = f"{name} (by {self.how})" if self.how else f"  {name}" if self.part_of else name
+        name = f"{name} (frozen)" if self.frozen else name
         shape = "x".join(map(str, self.shape)) or "scalar"
         touched = ", ".join(f"{rule}: {blocks}" for rule, blocks in self.blocks.items())
         return name, shape, self.role, self.axes, touched or "-"
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Loggable):
     """The table; ``print`` it, or read ``rows``, ``rules`` (their labels) and ``untouched`` (names)."""
 
+    prefix: ClassVar[str] = "policy/"
     rules: tuple[str, ...]
     rows: tuple[Row, ...]
+
+    def numbers(self) -> dict[str, float]:
+        """How many parameters there are, how many no rule touches, how many are frozen, and how many each rule touches."""
+        whole = [row for row in self.rows if not row.part_of]
+        counts = {"parameters": len(whole), "untouched": len(self.untouched), "frozen": sum(row.frozen for row in whole)}
+        touched = {label: sum(number in row.blocks for row in self.rows) for number, label in enumerate(unique(self.rules), 1)}
+        return {**counts, **{f"touched/{label}": n for label, n in touched.items()}}
 
     @property
     def untouched(self) -> tuple[str, ...]:
@@ -53,7 +66,7 @@ class Explanation:
 
     def __str__(self) -> str:
         rules = [f"rule {number}: {label}" for number, label in enumerate(self.rules, 1)]
-        return "\n".join([*rules, *_aligned([HEADER, *(row.cells() for row in self.rows)]), self._summary()])
+        return "\n".join([*rules, table(HEADER, [row.cells() for row in self.rows]), self._summary()])
 
     def _summary(self) -> str:
         left = self.untouched
@@ -99,9 +112,5 @@ def _row(entry: Entry, blocks: dict[int, str]) -> Row:
     sure = "" if entry.layout.certain else " ?"
     how = entry.computed.way.how if entry.computed else ""
     part_of = () if entry.computed else entry.aliases
-    return Row(entry.name, tuple(entry.shape), entry.role, f"{entry.layout}{sure}", blocks, tuple(entry.tied), how, part_of)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    axes, frozen = f"{entry.layout}{sure}", not entry.trained
+    return Row(entry.name, tuple(entry.shape), entry.role, axes, blocks, tuple(entry.tied), how, part_of, frozen)

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normwise.errors import StudyError
 from normwise.prune import constant_units
 from normwise.prune.dependency_groups import LAYERS, Group, Layer, groups
+from normwise.reports import Loggable
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -23,7 +24,7 @@ _PROBES = 16
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Loggable):
     """What `shrink` did.
 
     Attributes:
@@ -36,6 +37,7 @@ class Report:
         difference: the largest difference of any output, in evaluation and float64, over the example input and 16 samples of noise.
     """
 
+    prefix: ClassVar[str] = "shrink/"
     units: dict[str, tuple[int, int]]
     removed: dict[str, tuple[int, ...]]
     kept: dict[str, str]
@@ -47,6 +49,12 @@ class Report:
     def exact(self) -> bool:
         """Whether the outputs are equal to 1e-6."""
         return self.difference < _EXACT
+
+    def numbers(self) -> dict[str, float]:
+        """Parameters before and after, the largest difference of any output, and each layer's units that are left."""
+        before, after = self.parameters
+        units = {f"units/{name}": left for name, (_, left) in self.units.items()}
+        return {"parameters/before": before, "parameters/after": after, "difference": self.difference, **units}
 
     def __str__(self) -> str:
         before, after = self.parameters
