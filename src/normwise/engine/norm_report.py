@@ -220,7 +220,7 @@ def _radii_of(bound: BoundRule, part: Any, step: int) -> list[tuple[str, Tensor]
         return [(n, bound.store[n]["kappa"]) for n in names]
     values = torch.as_tensor(bound.radius(part, None, step))
     if values.ndim and len(values) == sum(m.view.count for m in members):
-        return list(zip([m.name for m in members], values.split([m.view.count for m in members]), strict=True))
+        return list(zip([m.name for m in members], torch.split(values, [m.view.count for m in members]), strict=True))
     return [(m.name, values.reshape(-1)) for m in members]
 
 
@@ -239,7 +239,7 @@ class Zeros(Loggable):
         weights = _weights(inventory.weights, held)
         entries = {}
         for name, w in weights.items():
-            count = (_real(w) == 0).sum()
+            count: Any = (_real(w) == 0).sum()
             entries[name] = float(count.full_tensor() if is_sharded(w) else count) / max(w.numel(), 1)
         units = {name: (int((norms == 0).sum()), len(norms)) for name, norms in _unit_norms(inventory, owner).items()}
         return cls(entries, units)
