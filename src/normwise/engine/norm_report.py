@@ -218,7 +218,8 @@ def _radii_of(bound: BoundRule, part: Any, step: int) -> list[tuple[str, Tensor]
         return [(n, torch.stack([h[:c].quantile(share) for h, c in zip(past, count, strict=True)])) for n, past, count in seen]
     if isinstance(radius, Inflection | WarmStart):
         return [(n, bound.store[n]["kappa"]) for n in names]
-    values = torch.as_tensor(bound.radius(part, None, step))
+    held = bound.radius(part, None, step)
+    values = held if isinstance(held, Tensor) else torch.tensor(held, dtype=torch.float64)
     if values.ndim and len(values) == sum(m.view.count for m in members):
         return list(zip([m.name for m in members], torch.split(values, [m.view.count for m in members]), strict=True))
     return [(m.name, values.reshape(-1)) for m in members]

@@ -81,7 +81,8 @@ def explain(policy: Policy, model: nn.Module) -> Explanation:
     inventory = Inventory(model, policy.roles, policy.layouts)
     touched = [{id(e) for e in rule.targets(inventory.entries if rule.phase == "gradient" else inventory.weights)} for rule in policy]
     rows = [_row(entry, _blocks(policy, touched, entry)) for entry in _listed(inventory)]
-    return Explanation(tuple(rule.label() for rule in policy), tuple(rows))
+    labels = tuple(f"{rule.name}: {rule.summary()}" if rule.name else rule.label() for rule in policy)
+    return Explanation(labels, tuple(rows))
 
 
 def _listed(inventory: Inventory) -> list[Entry]:
