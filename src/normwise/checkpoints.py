@@ -51,9 +51,7 @@ def save(state: Any, path: str | os.PathLike[str], refuse_nonfinite: bool | Iter
         try:
             torch.save(state, file)
         except RuntimeError as error:    # torch stumbles over its half file, and hides what the disk said
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _refuse_nonfinite(state: Any, path: Any, among: list[str] | None) -> None:
@@ -75,9 +73,8 @@ def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, Mapping):
         # The control's own states, told by their keys; they may stand anywhere within the user's.
         ours = {"radius", "center", "found"} <= value.keys() or {"version", "steps", "rules"} <= value.keys()
-        for key, inner in value.items():
-            if not (ours and str(key).startswith("found")):
-                yield from _tensors(inner, f"{path}.{key}" if path else str(key))
+        for key in (key for key in value if not (ours and str(key).startswith("found"))):
+            yield from _tensors(value[key], f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):
             yield from _tensors(inner, f"{path}[{i}]")

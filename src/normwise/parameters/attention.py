@@ -73,13 +73,12 @@ def find_attention(places: Iterable[Site], parts_of: Mapping[int, tuple[str, ...
 def _parts(named: Mapping[str, nn.Parameter], parts_of: Mapping[int, tuple[str, ...]]) -> dict[str, nn.Parameter]:
     """Part -> matrix of one module: by the layers' names, and for a fused one by what its layout says is in it."""
     parts: dict[str, nn.Parameter] = {}
-    for part, names in _NAMES.items():
-        for name in (n for n in names if n in named):
-            inside = set(parts_of.get(id(named[name]), ()))
-            if name in FUSED_NAMES and inside & _SEPARATE:
-                parts["qkv" if "q" in inside else "kv"] = named[name]
-            elif name not in _AMBIGUOUS:
-                parts[part] = named[name]
+    for part, name in ((part, name) for part, names in _NAMES.items() for name in names if name in named):
+        inside = set(parts_of.get(id(named[name]), ()))
+        if name in FUSED_NAMES and inside & _SEPARATE:
+            parts["qkv" if "q" in inside else "kv"] = named[name]
+        elif name not in _AMBIGUOUS:
+            parts[part] = named[name]
     return parts
 
 

@@ -24,7 +24,7 @@ def _pairs(path: str, parent: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         number = "".join(filter(str.isdigit, name))
         numbered = [c for c in children if number and "".join(filter(str.isdigit, c[0])) == number] if not name.isdigit() else []
-        for other, norm in (*children[i + 1 : i + 2], *numbered):
-            if isinstance(norm, _BatchNorm) and norm.num_features == channels:
-                yield layer, f"{path}.{other}".lstrip(".")
-                break
+        near = (*children[i + 1 : i + 2], *numbered)
+        fits = [other for other, norm in near if isinstance(norm, _BatchNorm) and norm.num_features == channels]
+        if fits:
+            yield layer, f"{path}.{fits[0]}".lstrip(".")

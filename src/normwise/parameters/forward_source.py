@@ -43,9 +43,8 @@ def functions(cls: type) -> tuple[ast.FunctionDef, ...]:
     for base in cls.__mro__:
         if (base.__module__ or "").partition(".")[0] in ("torch", "builtins"):
             break
-        for name, member in vars(base).items():
-            if isinstance(member, FunctionType) and name not in found:
-                found[name] = _tree(inspect.unwrap(member))
+        own = {name: member for name, member in vars(base).items() if isinstance(member, FunctionType) and name not in found}
+        found |= {name: _tree(inspect.unwrap(member)) for name, member in own.items()}
         if "forward" in vars(base):
             break
     return tuple(tree for tree in found.values() if tree is not None)
@@ -81,12 +80,10 @@ def uses(cls: type[nn.Module]) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {}
     for function in functions(cls):
         names = _aliases(function)
-        for node in ast.walk(function):
-            for weight, use in _products(node):
-                name, indexed, flipped = _attribute(weight, names)
-                if name:
-                    found.setdefault(name, set()).add(f"{'[]' * indexed}{_flip(use) if flipped else use}")
-    return {name: frozenset(all_) for name, all_ in found.items()}
+        for weight, use in (product for node in ast.walk(function) for product in _products(node)):
+            name, indexed, flipped = _attribute(weight, names)
+            found.setdefault(name, set()).add(f"{'[]' * indexed}{_flip(use) if flipped else use}")
+    return {name: frozenset(all_) for name, all_ in found.items() if name}
 
 
 def _products(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
@@ -152,10 +149,9 @@ def contractions(cls: type[nn.Module]) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {}
     for function in functions(cls):
         names = _aliases(function)
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "einsum":
-                for name, axes in _einsum(node, names):
-                    found.setdefault(name, set()).add(axes)
+        calls = [n for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "einsum"]
+        for name, axes in (one for call in calls for one in _einsum(call, names)):
+            found.setdefault(name, set()).add(axes)
     return {name: frozenset(all_) for name, all_ in found.items()}
 
 
@@ -362,15 +358,13 @@ def splits(cls: type[nn.Module]) -> dict[str, frozenset[Split]]:
     for node in sorted(statements, key=lambda n: n.lineno):
         targets = node.targets[0] if isinstance(node, ast.Assign) else None
         count = len(targets.elts) if isinstance(targets, ast.Tuple) else 0
-        for call in ast.walk(node):
-            if isinstance(call, ast.Call) and (one := _split(call, count, held)) is not None:
-                found.setdefault(one[0], set()).add(one[1])
+        for child, way in filter(None, (_split(call, count, held) for call in ast.walk(node) if isinstance(call, ast.Call))):
+            found.setdefault(child, set()).add(way)
         for name in (n.id for n in ast.walk(targets) if isinstance(n, ast.Name)) if targets is not None else ():
             held.pop(name, None)
-        if isinstance(targets, ast.Name) and node.value is not None:
-            child, methods = _chain(node.value, held)
-            if child and all(method in SAME for method, _ in methods):
-                held[targets.id] = child
+        child, methods = _chain(node.value, held) if isinstance(targets, ast.Name) and node.value is not None else ("", [])
+        if isinstance(targets, ast.Name) and child and all(method in SAME for method, _ in methods):
+            held[targets.id] = child
     return {name: frozenset(ways) for name, ways in found.items()}
 
 

@@ -182,14 +182,13 @@ def _relaid(entries: Sequence[Entry], layouts: Mapping[Any, LayoutLike]) -> dict
 
     together = list({id(e): e for e in entries}.values())
     given: dict[int, Layout] = {}
-    for selector, layout in layouts.items():
-        for e in select(together, selector):
-            stated = layout if isinstance(layout, Layout) else layout(e.module, e.local_name, e.param)
-            if stated is None:
-                continue
-            if not isinstance(stated, Layout):
-                raise PolicyError(f"layouts={{{selector!r}: ...}} gave {stated!r} for {e.name!r}: it must be an nw.Layout, or None.")
-            given[id(e)] = stated.check(e.shape, e.name)
+    for pattern, layout, e in ((one, layout, e) for one, layout in layouts.items() for e in select(together, one)):
+        stated = layout if isinstance(layout, Layout) else layout(e.module, e.local_name, e.param)
+        if stated is None:
+            continue
+        if not isinstance(stated, Layout):
+            raise PolicyError(f"layouts={{{pattern!r}: ...}} gave {stated!r} for {e.name!r}: it must be an nw.Layout, or None.")
+        given[id(e)] = stated.check(e.shape, e.name)
     return {
         id(e): replace(e, layout=given[id(e)], role=_relaid_role(e, given[id(e)])) if id(e) in given else e for e in together
     }  # fmt: skip

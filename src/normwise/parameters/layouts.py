@@ -175,12 +175,11 @@ def registered(module: nn.Module, name: str, tensor: Tensor, child: str = "") ->
     of its submodule ``child``."""
     if child and child not in _CHILDREN:
         return None
-    for cls in type(module).__mro__:
-        for key in (cls, cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
-            for known in _REGISTERED.get(key, ()):
-                if known.child == child and (layout := known.describe(module, name, tensor)) is not None:
-                    where = f"{child}.{name}" if child else name
-                    return layout.check(tensor.shape, f"{type(module).__name__}.{where}"), known.role
+    keys = (key for cls in type(module).__mro__ for key in (cls, cls.__name__, f"{cls.__module__}.{cls.__qualname__}"))
+    for known in (one for key in keys for one in _REGISTERED.get(key, ())):
+        if known.child == child and (layout := known.describe(module, name, tensor)) is not None:
+            where = f"{child}.{name}" if child else name
+            return layout.check(tensor.shape, f"{type(module).__name__}.{where}"), known.role
     return None
 
 

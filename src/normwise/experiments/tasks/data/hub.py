@@ -57,15 +57,14 @@ def read_text(source: str | Path, most: int = MOST_TEXT) -> str:
     """The rows of the one string column, joined by line ends, of train, validation and test in this order; ``most`` characters at most."""
     splits = _splits(source)
     known = [name for name in _SPLITS if name in splits] or list(splits)
+    columns = {name: _column(source, splits[name], "text", _is_text) for name in known}
     rows: list[str] = []
     size = 0
-    for name in known:
-        column = _column(source, splits[name], "text", _is_text)
-        for batch in splits[name].select_columns([column]).iter(_ROWS_AT_ONCE):
-            rows += (row for row in batch[column] if row)
-            size += sum(len(row) + 1 for row in batch[column] if row)
-            if size > most:
-                raise DataError(f"{name_of(source)}: expected a text of {most} characters at most, found more.")
+    for batch in (b[columns[name]] for name in known for b in splits[name].select_columns([columns[name]]).iter(_ROWS_AT_ONCE)):
+        rows += (row for row in batch if row)
+        size += sum(len(row) + 1 for row in batch if row)
+        if size > most:
+            raise DataError(f"{name_of(source)}: expected a text of {most} characters at most, found more.")
     return "\n".join(rows)
 
 

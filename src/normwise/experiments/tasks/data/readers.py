@@ -184,16 +184,20 @@ def _decoded(shards: list[Path], room: Room) -> Arrays:
         with _parquet_file(shard) as table:
             rows += table.metadata.num_rows
     images, labels, encoded = Images(shards[0], rows, room), [np.empty(0, np.int64)], 0
+    for shard, row, cell, label in _cells(shards):
+        encoded += len(cell["bytes"] or b"") if cell else 0
+        if encoded > most:
+            raise DataError(f"{shard}: expected encoded images of at most {most} bytes in all, found more.")
+        if label is not None:
+            labels.append(label)
+        images.add(shard, row, cell)
+    return images.finished(), np.concatenate(labels)
+
+
+def _cells(shards: list[Path]) -> Iterator[tuple[Path, int, Any, Any]]:
     for shard in shards:
         with _parquet_file(shard) as table:
-            for row, (cell, label) in enumerate(_rows(shard, table)):
-                encoded += len(cell["bytes"] or b"") if cell else 0
-                if encoded > most:
-                    raise DataError(f"{shard}: expected encoded images of at most {most} bytes in all, found more.")
-                if label is not None:
-                    labels.append(label)
-                images.add(shard, row, cell)
-    return images.finished(), np.concatenate(labels)
+            yield from ((shard, row, *found) for row, found in enumerate(_rows(shard, table)))
 
 
 def _rows(path: Path, table: Any) -> Iterator[tuple[Any, NDArray[np.int64] | None]]:
@@ -213,12 +217,10 @@ def _rows(path: Path, table: Any) -> Iterator[tuple[Any, NDArray[np.int64] | Non
 def _rows_at_once(table: Any) -> int:
     """So many that they cannot take much memory together. A file may hold one image and say that a million rows have it: only without
     such encodings rows take no more than the file says."""
-    told, largest = table.metadata, 0
-    for group in range(told.num_row_groups):
-        for column in range(told.num_columns):
-            chunk = told.row_group(group).column(column)
-            if not set(chunk.encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}:
-                largest = max(largest, chunk.total_uncompressed_size)
+    told = table.metadata
+    chunks = [told.row_group(group).column(column) for group in range(told.num_row_groups) for column in range(told.num_columns)]
+    unsure = [c.total_uncompressed_size for c in chunks if not set(c.encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}]
+    largest = max(unsure, default=0)
     return min(1024, max(1, _MOST_ENCODED // largest)) if largest else 256
 
 
@@ -251,13 +253,11 @@ def _parquet_file(path: Path) -> Iterator[Any]:
 
 def _check_pages(plain: BinaryIO, told: Any) -> None:
     """ValueError where the pages that are read unpack to more than the file's account says."""
-    for group in range(told.num_row_groups):
-        chunks = [told.row_group(group).column(column) for column in range(told.num_columns)]
-        for chunk in chunks:
-            if chunk.path_in_schema in ("image.bytes", "label"):
-                size = unpacked_size(plain, chunk)
-                if size > chunk.total_uncompressed_size:
-                    raise ValueError(f"its pages unpack to {size} bytes, and it says {chunk.total_uncompressed_size}")
+    chunks = [told.row_group(group).column(column) for group in range(told.num_row_groups) for column in range(told.num_columns)]
+    for chunk in (chunk for chunk in chunks if chunk.path_in_schema in ("image.bytes", "label")):
+        size = unpacked_size(plain, chunk)
+        if size > chunk.total_uncompressed_size:
+            raise ValueError(f"its pages unpack to {size} bytes, and it says {chunk.total_uncompressed_size}")
 
 
 def _check_account(path: Path, told: Any, schema: Any) -> None:
