@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
 from normwise.parameters.inventory import Entry, Inventory
-from normwise.policy.policy import Policy
 from normwise.policy.rule import Rule
 from normwise.reports import Loggable, table, unique
+
+if TYPE_CHECKING:
+    from normwise.policy.policy import Policy
 
 HEADER = ("parameter", "shape", "role", "axes", "rule: blocks")
 
