@@ -2,8 +2,8 @@
 
 Raw results lie in ``docs/results/``: ``cnn-digits.json`` and ``cnn-mnist.json`` by ``normwise compare cnn --json``, each of their single
 runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``other-TASK.runs.jsonl`` by
-``normwise race TASK --contenders auto --state``, on bundled data; ``gan.json`` by
-``normwise race gan --json``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table stands between ``<!-- NAME -->`` and
+``normwise race TASK --only auto --state``, on bundled data; ``gan.json`` by
+``normwise gan --json``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table stands between ``<!-- NAME -->`` and
 ``<!-- end NAME -->``.
 """
 
@@ -157,21 +157,14 @@ def setting(results: dict[str, Any]) -> str:
 
 def bench(measured: dict[str, Any]) -> str:
     """Rows of one benchmark, those with the same columns together."""
-    tables = []
-    for columns in dict.fromkeys(tuple(row) for row in measured["rows"]):
-        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        lines += ["| " + " | ".join(_text(row[c]) for c in columns) + " |" for row in measured["rows"] if tuple(row) == columns]
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    from normwise.experiments.framework.printing import markdown
 
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return markdown(measured["rows"])
 
 
 def smaller(results: dict[str, Any]) -> str:
     """What ``normwise prune`` found: the setting, the networks, the strengths that were tried."""
-    from normwise.experiments.prune.job import networks, trial
+    from normwise.experiments.prune.tables import networks, trial
 
     plan, machine, timing = results["protocol"], results["machine"], results["timing"]
     said = (

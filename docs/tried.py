@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import normwise as nw
-from normwise.experiments.framework.lock import locked
-from normwise.experiments.framework.store import Store
-from normwise.experiments.race.contenders import AS_IT_IS, CONTENDERS, Built, Contender
+from normwise.experiments.catalog import AS_IT_IS, CONTENDERS, Built, Contender
+from normwise.experiments.framework.driver import Plan
+from normwise.experiments.framework.progress import on_stderr
+from normwise.experiments.framework.store import MAYBE, NUMBER, Form
+from normwise.experiments.framework.study import Options, opened
 from normwise.experiments.race.protocol import STEPS
 from normwise.experiments.race.run import RaceRun, train
 from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.task import Task
 from normwise.norms.linalg import polar
 
 RESULTS = Path(__file__).parent / "results" / "tried.runs.jsonl"
@@ -198,6 +203,49 @@ def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
     return label, build, base | chosen
 
 
+@dataclass(frozen=True)
+class TriedRun:
+    """A variant with a seed. task: its name. key: its fingerprint. share: of the task's horizon."""
+
+    task: str
+    key: str
+    variant: str
+    share: float
+    seed: int
+    form: ClassVar[Form] = {"result": MAYBE, "seconds": NUMBER}
+
+    @property
+    def samples(self) -> int:
+        return round(STEPS[self.task] * self.share)
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "tried", **asdict(self)}
+
+    def told(self, result: dict[str, Any]) -> str:
+        return f"{self.task} {self.variant} {self.seed}: {result}"
+
+    def train(self, task: Task) -> dict[str, Any]:
+        return one(task, self.variant, self.samples * task.batch, self.seed)
+
+
+def one(task: Task, name: str, samples: int, seed: int) -> dict[str, Any]:
+    """One variant's run; its result and seconds."""
+    _, build, chosen = VARIANTS[name] if name in VARIANTS else on_tuned(task.name, name)
+    contender = f"tried {name}"    # for the time of this run; some variants are contenders by their plain name
+    CONTENDERS[contender] = Contender(name, "", (), lambda model, numbers: build(model))
+    numbers = {axis.name: axis.value(0) for axis in AS_IT_IS} | chosen
+    try:
+        result = train(RaceRun(task.key, contender, tuple(numbers.items()), samples, seed, False, 1, torch.__version__), task)
+    finally:
+        del CONTENDERS[contender]
+    return {"result": result["result"], "seconds": result["seconds"]}
+
+
+def plan(runs: list[TriedRun]) -> Plan:
+    """All of them at once: nothing depends on what comes out."""
+    return (yield runs)
+
+
 def main() -> None:
     """Runs what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -206,31 +254,20 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *ON_TUNED], metavar="NAME")
     parser.add_argument("--share", type=float, default=0.36)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--executor", help="dask://HOST:PORT; its workers need this folder on their PYTHONPATH")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    with locked(RESULTS):
-        task, store = load_task(given.task, given.data), Store(RESULTS)
-        for seed in range(2000, 2000 + given.seeds):
-            for name in given.variants:
-                wanted = {"kind": "tried", "task": given.task, "key": task.key, "variant": name, "share": given.share, "seed": seed}
-                if store.get(wanted) is None:
-                    store.add(wanted, one(task, name, round(STEPS[given.task] * given.share) * task.batch, seed))
-                    print(given.task, name, seed, store.get(wanted), flush=True)
-
-
-def one(task: Any, name: str, samples: int, seed: int) -> dict[str, Any]:
-    """One variant's run; its result and seconds."""
-    _, build, chosen = VARIANTS[name] if name in VARIANTS else on_tuned(task.name, name)
-    contender = f"tried {name}"    # for the time of this run; some variants are contenders by their plain name
-    CONTENDERS[contender] = Contender(name, "", (), lambda model, numbers: build(model))
-    numbers = {axis.name: axis.value(0) for axis in AS_IT_IS} | chosen
-    run = RaceRun(task.key, contender, tuple(numbers.items()), samples, seed, False, 1, torch.__version__)
-    try:
-        result = train(run, task)
-    finally:
-        del CONTENDERS[contender]
-    return {"result": result["result"], "seconds": result["seconds"]}
+    options = Options(given.task, given.data, workers=given.workers, executor=given.executor, state=RESULTS)
+    with opened(options, on_stderr()) as driver:
+        setup = partial(load_task, given.task, given.data)
+        task = setup()
+        driver.on(task, setup)
+        runs = [TriedRun(given.task, task.key, name, given.share, 2000 + k) for k in range(given.seeds) for name in given.variants]
+        driver.start(len(runs))
+        driver.run({"tried": plan(runs)})
 
 
 if __name__ == "__main__":
-    main()
+    import tried  # by its own name, so that workers find the runs
+
+    tried.main()

@@ -16,9 +16,9 @@ from normwise.experiments.tasks.fidelity import train_judge
 
 COMMANDS = {
     "compare": "compare cnn --budget quick --strategies l2 --optimizers adam --seeds 2 --workers 2",
-    "race": "race lstm --tiny --budget quick --contenders muon --seeds 2 --workers 2",
-    "gan": "race gan --budget quick --contenders clip_value --seeds 2 --workers 2",
-    "prune": "prune cnn --budget quick --seeds 2",
+    "race": "race lstm --tiny --budget quick --only muon --seeds 2 --workers 2",
+    "gan": "gan --budget quick --only clip_value --seeds 2 --workers 2",
+    "prune": "prune cnn --budget quick --seeds 2 --workers 2",
 }
 
 

@@ -18,7 +18,7 @@ import normwise
 from normwise import cli
 from normwise.experiments.compare import compare, tables
 from normwise.experiments.compare.compare import BUDGETS, Budget
-from normwise.experiments.framework import job
+from normwise.experiments.framework import study as job
 from normwise.experiments.tasks.data.readers import read_digits
 from normwise.policy import NAMED, Policy
 
@@ -131,7 +131,7 @@ def test_compare_writes_its_files_and_says_what_is_wrong_with_the_baseline(
     results = json.loads(target.read_text())
     assert {cell["strategy"] for cell in results["cells"]} == {"nothing", "max_norm"}
     assert (tmp_path / "page" / "index.html").read_text().lstrip().lower().startswith("<!doctype html>")
-    assert target.with_suffix(".state.jsonl").exists()
+    assert target.with_suffix(".runs.jsonl").exists()
     out, err = capsys.readouterr()
     for word in ("nothing", "max-norm", "test %", str(target), "index.html"):
         assert word in out
@@ -147,7 +147,7 @@ def fake(breaches: list[str], defects: list[str]) -> dict[str, Any]:
 def test_a_broken_bound_or_an_untrained_baseline_is_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], breaches: list[str], defects: list[str], status: int
 ) -> None:
-    monkeypatch.setattr(job, "compare", lambda *given: fake(breaches, defects))
+    monkeypatch.setattr("normwise.experiments.compare.job.compare", lambda *given: fake(breaches, defects))
     monkeypatch.setattr(tables, "show", lambda *given: None)
     assert cli.main(["compare", "cnn"]) == status
     assert capsys.readouterr().err.splitlines() == defects + breaches

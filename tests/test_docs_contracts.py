@@ -18,8 +18,8 @@ from torch import nn
 import normwise as nw
 from normwise import cli, files
 from normwise.errors import DataError, NormwiseError, OutputError, PolicyError
-from normwise.experiments.gan import results
-from normwise.experiments.gan.strategies import STRATEGIES
+from normwise.experiments.catalog import GAN_STRATEGIES as STRATEGIES
+from normwise.experiments.gan import tables as results
 from normwise.experiments.tasks.data import readers
 from normwise.norms import FORMS, NORMS, SETS
 from normwise.parameters.regex import LONGEST

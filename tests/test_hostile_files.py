@@ -28,17 +28,18 @@ import normwise as nw
 from normwise import checkpoints, cli, files
 from normwise.errors import DataError, OutputError
 from normwise.experiments.bench import control
+from normwise.experiments.compare import job as compare_job
 from normwise.experiments.compare import trial
 from normwise.experiments.compare.cells import Cell, Loop
-from normwise.experiments.framework import job
 from normwise.experiments.framework import store as store_module
+from normwise.experiments.framework import study as job
 from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.store import Store, fits, key_of
+from normwise.experiments.gan import run as gan_trial
 from normwise.experiments.gan import study as gan_module
-from normwise.experiments.gan import trial as gan_trial
 from normwise.experiments.prune import run as prune_run
 from normwise.experiments.prune import study as prune_module
-from normwise.experiments.race import job as race_job
+from normwise.experiments.race import study as race_job
 from normwise.experiments.race.run import RaceRun
 from normwise.experiments.race.study import replay
 from normwise.experiments.tasks.data import hub, parquet_pages, readers
@@ -152,7 +153,7 @@ def test_a_result_that_lacks_what_the_study_reads_is_run_again(result: dict[str,
 
 def test_every_committed_result_has_the_form_that_its_study_asks_for() -> None:
     """Otherwise a study would do its own finished runs again."""
-    makers: dict[str, Any] = {"run": trial.Run, "gan": gan_trial.Run, "race": RaceRun, "prune": prune_run.Run}
+    makers: dict[str, Any] = {"run": trial.Run, "gan": gan_trial.GanRun, "race": RaceRun, "prune": prune_run.PruneRun}
     seen: dict[str, int] = {}
     for path in sorted((ROOT / "docs" / "results").glob("*.runs.jsonl")):
         store = Store(path)
@@ -528,11 +529,11 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def worked(*given: Any, **named: Any) -> Any:
         raise AssertionError("the work began")
 
-    for module, name in ((job, "compare"), (race_job, "race"), (gan_module, "run"), (prune_module, "run"), (control, "run")):
+    for module, name in ((compare_job, "compare"), (race_job, "race"), (gan_module, "study"), (prune_module, "study"), (control, "run")):
         monkeypatch.setattr(module, name, worked)
 
 
-COMMANDS: list[list[str]] = [["compare", "cnn"], ["race", "cnn"], ["race", "gan"], ["prune", "cnn"], ["bench", "control"]]
+COMMANDS: list[list[str]] = [["compare", "cnn"], ["race", "cnn"], ["gan"], ["prune", "cnn"], ["bench", "control"]]
 
 
 @pytest.mark.parametrize("place", ODD)

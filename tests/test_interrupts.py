@@ -27,15 +27,14 @@ from normwise import cli
 from normwise.errors import DataError, StudyError
 from normwise.experiments.bench import control
 from normwise.experiments.compare import compare
-from normwise.experiments.framework import interrupts, job
+from normwise.experiments.compare import job as compare_job
+from normwise.experiments.framework import interrupts
 from normwise.experiments.framework import pool as pool_module
+from normwise.experiments.framework import study as job
 from normwise.experiments.framework.lock import locked
 from normwise.experiments.framework.pool import pool
-from normwise.experiments.gan import job as gan_job
 from normwise.experiments.gan import study as gan
-from normwise.experiments.prune import job as prune_job
 from normwise.experiments.prune import study as prune
-from normwise.experiments.race import job as race_job
 from normwise.experiments.race import study as race_module
 from strike_command import COMMANDS
 
@@ -181,7 +180,7 @@ def test_ctrl_c_keeps_the_runs_under_way_and_ctrl_c_again_does_not(tmp_path: Pat
     os.killpg(process.pid, signal.SIGINT)
     status, out, err = ended(process)
     assert (status, out) == (130, "")
-    assert err.splitlines()[-1] == f"Interrupted: finished runs are in {state}; the same command goes on from there."
+    assert err.splitlines()[-1] == f"Interrupted: finished runs are in {state}; the same command resumes there."
     assert err.count("Interrupted") == 1 and len(lines_of(state)) == len({line["key"] for line in lines_of(state)}) >= 1
     assert "Stopping" not in err or len(lines_of(state)) >= 2, "what was under way is there"
 
@@ -189,7 +188,7 @@ def test_ctrl_c_keeps_the_runs_under_way_and_ctrl_c_again_does_not(tmp_path: Pat
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_study_of_one_process_ends_in_the_middle_of_a_run(number: signal.Signals, tmp_path: Path) -> None:
     state = tmp_path / "state.jsonl"
-    process = started(SCRIPT, *COMMANDS["prune"].split(), "--state", state, SLOWLY="1")
+    process = started(SCRIPT, *COMMANDS["prune"].split(), "--workers", "1", "--state", state, SLOWLY="1")
     wait_for(lambda: process.poll() is not None or (tmp_path / ".state.jsonl.lock").exists())
     time.sleep(0.2)
     for _ in range(2):
@@ -343,9 +342,9 @@ def found() -> dict[str, Any]:
         strike_command.shorten(patch.setattr)
         return {
             "compare": compare.compare(compare.Options(budget="quick", strategies=["l2"], optimizers=["adam"], seeds=2)),
-            "race": race_module.race(race_module.Options("lstm", budget="quick", contenders=[], seeds=1, size="tiny")),
-            "race gan": gan.run(gan.Options(budget="quick", strategies=("clip_value",), seeds=1)),
-            "prune": prune.run(prune.Options(budget="quick", seeds=1)),
+            "race": race_module.race(job.Options("lstm", budget="quick", only=[], seeds=1, size="tiny")),
+            "gan": gan.study(job.Options("gan", budget="quick", only=("clip_value",), seeds=1)),
+            "prune": prune.study(job.Options(budget="quick", seeds=1)),
             "bench": {"bench": "control", "rows": [{"case": "‖W‖ ≤ 3 µs ± ², é 字", "ms": 1.0}]},
         }
 
@@ -353,14 +352,14 @@ def found() -> dict[str, Any]:
 @pytest.fixture
 def worked(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every study has these results at once."""
-    monkeypatch.setattr(job, "compare", lambda *given: found["compare"])
-    monkeypatch.setattr(race_job, "race", lambda *given: found["race"])
-    monkeypatch.setattr(gan_job.gan, "run", lambda *given: found["race gan"])
-    monkeypatch.setattr(prune_job.prune, "run", lambda *given: found["prune"])
+    monkeypatch.setattr(compare_job, "compare", lambda *given: found["compare"])
+    monkeypatch.setattr(race_module, "race", lambda *given: found["race"])
+    monkeypatch.setattr(gan, "study", lambda *given: found["gan"])
+    monkeypatch.setattr(prune, "study", lambda *given: found["prune"])
     monkeypatch.setattr(control, "run", lambda: found["bench"])
 
 
-STUDIES = {"compare": "compare cnn", "race": "race lstm", "race gan": "race gan", "prune": "prune cnn", "bench": "bench control"}
+STUDIES = {"compare": "compare cnn", "race": "race lstm", "gan": "gan", "prune": "prune cnn", "bench": "bench control"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -450,10 +449,10 @@ def test_progress_that_nobody_takes_is_no_error(monkeypatch: pytest.MonkeyPatch)
 def test_a_second_study_on_a_file_of_runs_is_refused_before_its_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    for module in (compare, gan, prune, race_module):
+    for module in (compare, job):
         monkeypatch.setattr(module, "Store", lambda *given: pytest.fail("the study began"))
     target = tmp_path / "out.json"
-    state = target.with_suffix(".state.jsonl" if name == "compare" else ".runs.jsonl")
+    state = target.with_suffix(".runs.jsonl")
     state.touch()    # a link that leads nowhere is refused for that
     link = tmp_path / "link.jsonl"
     link.symlink_to(state.name)
@@ -549,8 +548,8 @@ def timeless(value: Any) -> Any:
 def struck(name: str, state: Path, target: Path, rng: random.Random) -> str:
     """One start, one strike at a random moment of a random stage; what it was, or "finished"."""
     process = started(SCRIPT, *COMMANDS[name].split(), "--state", state, "--json", target)
-    stage = rng.choice(["import", "start", "work", "work"] if name != "prune" else ["import", "work", "work"])
-    deaths = ["worker dies"] * 2 if name != "prune" and stage != "import" else []
+    stage = rng.choice(["import", "start", "work", "work"])
+    deaths = ["worker dies"] * 2 if stage != "import" else []
     kind = rng.choice(["kill", "Ctrl-C", "Ctrl-C three times", "SIGTERM", *deaths])
     before = len(lines_of_any(state))
     ready = {

@@ -1120,8 +1120,9 @@ def test_shrinks_report_tells_what_stayed_and_how_far_from_zero_it_is():
 
 def test_a_task_that_the_race_has_no_horizon_for_is_one_sentence(monkeypatch):
     from normwise.errors import StudyError
+    from normwise.experiments.framework.study import Options
     from normwise.experiments.race import protocol
-    from normwise.experiments.race.study import Options, race
+    from normwise.experiments.race.study import race
 
     monkeypatch.delitem(protocol.STEPS, "lstm")
     with pytest.raises(StudyError, match=r"first horizon.*'lstm'.*Allowed: cnn"):

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise import cli
+from normwise.experiments.catalog import CONTENDERS
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.framework.progress import Progress
-from normwise.experiments.race import protocol, step_cost
-from normwise.experiments.race.contenders import CONTENDERS
-from normwise.experiments.race.initial_weights import prepare
+from normwise.experiments.framework.study import Options
+from normwise.experiments.framework.timing import WARM_UP
+from normwise.experiments.race import protocol
+from normwise.experiments.race import run as race_run
 from normwise.experiments.race.run import RaceRun, batch_of, lane, share_of_rate, train
-from normwise.experiments.race.study import Options, race, replay
+from normwise.experiments.race.study import race, replay
+from normwise.experiments.tasks.initial_weights import prepare
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.models.lstm import CharLSTM
 from normwise.experiments.tasks.task import Task
@@ -258,7 +261,7 @@ def test_step_times_are_interleaved_and_in_the_order_of_the_runs(cnn: Task, monk
     def fake(run: RaceRun, task: Task, steps: int) -> SimpleNamespace:
         def step() -> None:
             turns.append(run.contender)
-            slow = 100 if len(turns) <= 4 * 3 * step_cost.WARM_UP else 1
+            slow = 100 if len(turns) <= 4 * 3 * WARM_UP else 1
             clock[0] += slow * {"adamw": 0.002, "muon": 0.005, "sgd": 0.001}[run.contender]
 
         return SimpleNamespace(step=step)
@@ -266,11 +269,11 @@ def test_step_times_are_interleaved_and_in_the_order_of_the_runs(cnn: Task, monk
     names = ["adamw", "muon", "sgd"]
     runs = [run_of(name, cnn, 5) for name in names]
     with monkeypatch.context() as patch:
-        patch.setattr(step_cost, "lane", fake)
+        patch.setattr(race_run, "lane", fake)
         patch.setattr("normwise.experiments.framework.timing.time.perf_counter", lambda: clock[0])
-        assert step_cost.step_times(runs, cnn, 2) == pytest.approx([2.0, 5.0, 1.0]), "the slow first bursts are warm-up"
-    assert turns == [name for _ in range(step_cost.WARM_UP + 2) for name in names for _ in range(step_cost.BURST)]
-    real = step_cost.step_times(runs, cnn, 1)
+        assert race_run.step_times(runs, cnn, 2) == pytest.approx([2.0, 5.0, 1.0]), "the slow first bursts are warm-up"
+    assert turns == [name for _ in range(WARM_UP + 2) for name in names for _ in range(race_run.BURST)]
+    real = race_run.step_times(runs, cnn, 1)
     assert len(real) == 3 and all(0 < ms < 1000 for ms in real)
 
 
@@ -318,7 +321,7 @@ def test_real_runs_come_out_the_same_cut_off_or_with_two_workers(micro: None, tm
                 raise KeyboardInterrupt
 
     def options(**changed: Any) -> Options:
-        return Options(**({"task": "lstm", "budget": "quick", "size": "tiny", "seeds": 1, "contenders": []} | changed))
+        return Options(**({"task": "lstm", "budget": "quick", "size": "tiny", "seeds": 1, "only": []} | changed))
 
     whole = timeless(race(options(state=tmp_path / "whole.jsonl")))
     cut = tmp_path / "cut.jsonl"
@@ -334,7 +337,7 @@ def test_real_runs_come_out_the_same_cut_off_or_with_two_workers(micro: None, tm
     [
         ("race", "name a TASK to race, or the finished runs to look at with --state FILE"),
         ("race cn", "There is no task 'cn'. Did you mean 'cnn'?"),
-        ("race cnn --contenders muom", "There is no contender 'muom'. Did you mean 'muon'?"),
+        ("race cnn --only muom", "There is no contender 'muom'. Did you mean 'muon'?"),
         ("race cnn --budget quik", "There is no budget 'quik'. Did you mean 'quick'?"),
         ("race cnn --seeds 0", "'0' is not a whole number >= 1"),
         ("race cnn --workers two", "'two' is not a whole number >= 1"),

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add_compare(commands)
     _add_race(commands)
+    _add_gan(commands)
     _add_prune(commands)
     _add_bench(commands)
     _add_policies(commands)
@@ -122,13 +123,14 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
     parser.add_argument("--state", type=Path, metavar="FILE",
-                        help="finished runs, to go on from (default: state.jsonl beside --json, else in --report)")  # fmt: skip
+                        help="finished runs, to resume from (default: beside --json or in --report, else in this folder)")  # fmt: skip
     parser.set_defaults(command=_compare)
 
 
 def _compare(given: argparse.Namespace) -> int:
     from normwise.experiments.compare.compare import Options
-    from normwise.experiments.framework.job import Outputs, run
+    from normwise.experiments.compare.job import run
+    from normwise.experiments.framework.study import Outputs
 
     options = Options(
         given.task, given.data, given.budget, given.strategies, given.optimizers, given.seeds, given.workers, given.state
@@ -154,83 +156,99 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- race
+# ------------------------------------------------------------------------------------------------------ race, gan, prune
+
+
+def _add_study(parser: argparse.ArgumentParser, *, budgets: str, seeds: str, only: str | None = None, data: str) -> None:
+    """The options of every study."""
+    parser.add_argument("--data", metavar="DIR", help=data)
+    parser.add_argument("--budget", default="standard", metavar="NAME", help=budgets)
+    if only is not None:
+        parser.add_argument("--only", type=_names, metavar="A,B", help=only)
+    parser.add_argument("--seeds", type=_whole, metavar="N", help=seeds)
+    parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
+    parser.add_argument("--executor", metavar="URL", help="a cluster in their place: dask://HOST:PORT, a Dask scheduler's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--state", type=Path, metavar="FILE",
+                        help="finished runs, to resume from (default: NAME.runs.jsonl beside --json, else in this folder)")  # fmt: skip
+
+
+def _options(given: argparse.Namespace, task: str, **more: Any) -> Any:
+    """What was asked for, and where its results go."""
+    from normwise.experiments.framework.study import Options, Outputs
+
+    only = getattr(given, "only", None)
+    options = Options(task, given.data, given.budget, only, given.seeds, given.workers, given.state, given.executor, **more)
+    return options, Outputs(given.json, getattr(given, "report", None))
 
 
 def _add_race(commands: Any) -> None:
     parser = commands.add_parser(
         "race", help="how much sooner than the tuned baseline each contender reaches its result",
         description="Tunes every contender with the same number of trials and finds the shortest horizon at which it reaches what the "
-        "tuned baseline reaches at its end (docs/race.md is the protocol). Started again, it goes on where it was. Without TASK it "
+        "tuned baseline reaches at its end (docs/race.md is the protocol). Started again, it resumes where it stopped. Without TASK it "
         "prints what the finished runs in --state say.",
     )  # fmt: skip
-    parser.add_argument("task", metavar="TASK", nargs="?", help="cnn, resnet, lstm, gpt, or gan (a study of its own: docs/gan.md)")
-    parser.add_argument("--data", metavar="DIR", help="images (cnn, resnet, gan) or text (lstm, gpt), or hf:NAME; default: bundled data")
-    parser.add_argument("--budget", default="standard", metavar="NAME",
-                        help="quick (0.2 core-hours or less), standard (default; 3 at most) or long (about 20; gan 50)")  # fmt: skip
-    parser.add_argument("--contenders", type=_names, metavar="A,B",
-                        help="only these beside the baselines (adamw and sgd; of gan, its strategies: nothing)")  # fmt: skip
-    parser.add_argument("--seeds", type=_whole, metavar="N", help="reported seeds (default: the budget's)")
-    parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="finished runs, to go on from (default: beside --json)")
+    parser.add_argument("task", metavar="TASK", nargs="?", help="cnn, resnet, lstm or gpt")
+    _add_study(
+        parser, budgets="quick (0.2 core-hours or less), standard (default; 3 at most) or long (about 20)",
+        only="only these contenders, beside the baselines (adamw and sgd)", seeds="reported seeds (default: the budget's)",
+        data="images (cnn, resnet) or text (lstm, gpt), or hf:NAME; default: bundled data",
+    )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
     parser.set_defaults(command=_race)
 
 
 def _race(given: argparse.Namespace) -> int:
-    from normwise.experiments.race import job
-    from normwise.experiments.race.study import Options
+    from normwise.experiments.race.study import look, run
 
+    options, outputs = _options(given, given.task or "", size="tiny" if given.tiny else "standard")
     if given.task is None:
         if given.state is None:
             raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
-        job.look(given.state, given.json)
-        return 0
-    if given.task == "gan":
-        if given.tiny:
-            raise _UsageError("--tiny is not for gan; --budget quick is its smallest. See normwise race --help.")
-        return _race_gan(given)
-    size = "tiny" if given.tiny else "standard"
-    job.run(
-        Options(given.task, given.data, given.budget, given.contenders, given.seeds, given.workers, given.state, size), given.json
-    )
-    return 0
+        return 0 if look(given.state, outputs) else _BROKEN
+    return 0 if run(options, outputs) else _BROKEN
 
 
-def _race_gan(given: argparse.Namespace) -> int:
-    from normwise.experiments.gan.job import run
-    from normwise.experiments.gan.study import Options
+def _add_gan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "gan", help="which norm keeps a GAN in balance: strategies and losses, each tuned equally, judged by what is drawn",
+        description="Trains a small DCGAN under every strategy and loss, each tuned with the same number of trials, and judges what it "
+        "draws (docs/gan.md is the protocol). Started again, it resumes where it stopped.",
+    )  # fmt: skip
+    _add_study(
+        parser, budgets="quick (two minutes), standard (default; 2.7 core-hours) or long (50)",
+        seeds="reported seeds of each cell (default 5)",
+        only="only these strategies and losses, beside the baseline 'nothing'", data="images, or hf:NAME; default: scikit-learn's digits",
+    )  # fmt: skip
+    parser.set_defaults(command=_gan)
 
-    options = Options(given.data, given.budget, given.contenders, None, given.seeds or 5, given.workers, given.state)
-    return 0 if run(options, given.json) else _BROKEN
 
+def _gan(given: argparse.Namespace) -> int:
+    from normwise.experiments.gan.study import run
 
-# --------------------------------------------------------------------------------------------------------------- prune
+    return 0 if run(*_options(given, "gan")) else _BROKEN
 
 
 def _add_prune(commands: Any) -> None:
     parser = commands.add_parser(
         "prune", help="train under the group lasso, remove the zero units for good, and measure the smaller network",
         description="Trains TASK with and without the group lasso, removes the units that became zero for good, and measures accuracy, "
-        "size, training step and inference of the smaller network against the full one. Started again, it goes on where it was.",
+        "size, training step and inference of the smaller network against the full one. Started again, it resumes where it stopped.",
     )  # fmt: skip
     parser.add_argument("task", metavar="TASK", help="cnn or resnet")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="parquet or IDX files (default: scikit-learn's digits)")
-    parser.add_argument("--budget", default="standard", metavar="NAME", help="quick, standard (default) or long")
-    parser.add_argument("--seeds", type=_whole, default=3, metavar="N", help="reported runs of each network (default 3)")
+    _add_study(
+        parser, budgets="quick, standard (default) or long", seeds="reported runs of each network (default 3)",
+        data="parquet or IDX files (default: scikit-learn's digits)",
+    )  # fmt: skip
     parser.add_argument("--hold", action="store_true", help="under the lasso each weight keeps its norm, so that units go one by one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="finished runs, to go on from (default: beside --json)")
     parser.set_defaults(command=_prune)
 
 
 def _prune(given: argparse.Namespace) -> int:
-    from normwise.experiments.prune.job import run
-    from normwise.experiments.prune.study import Options
+    from normwise.experiments.prune.study import run
 
-    run(Options(given.task, given.data, given.budget, given.seeds, given.state, given.hold), given.json)
-    return 0
+    return 0 if run(*_options(given, given.task, hold=given.hold)) else _BROKEN
 
 
 # --------------------------------------------------------------------------------------------------- bench and policies
@@ -248,7 +266,7 @@ def _add_bench(commands: Any) -> None:
 
 def _bench(given: argparse.Namespace) -> int:
     from normwise.experiments.bench import runner
-    from normwise.experiments.framework.job import deliver
+    from normwise.experiments.framework.study import deliver
 
     if given.name is None:
         printed(lambda: print(runner.listing()), "the same command lists them again")

@@ -1,19 +1,50 @@
-"""Runs plans side by side on several workers, each run kept as it ends."""
+"""Plans and what drives them.
+
+A *plan* is a generator: it yields the runs that it needs next, receives their results in the same order, and returns what it found. What it
+asks for depends on results alone, so that neither an interruption, nor the number of workers, nor where they are changes anything. A
+*driver* runs any number of plans side by side on an executor, and keeps each result as it comes.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
-from normwise.experiments.framework.pool import STOPPING, call, finished, still_running, working
+from normwise.experiments.framework.elsewhere import Elsewhere, opened
+from normwise.experiments.framework.pool import STOPPING, call, finished, open_pool, still_running, working
 from normwise.experiments.framework.progress import Progress
-from normwise.experiments.framework.store import Store
-from normwise.experiments.race.plans import Plan, Result
-from normwise.experiments.race.run import RaceRun
+from normwise.experiments.framework.store import Form, Store, key_of
+
+Result = dict[str, Any]
+
+
+class Run(Protocol):
+    """Everything that decides a result, and can be pickled."""
+
+    @property
+    def form(self) -> Form:
+        """What a kept result must look like."""
+
+    @property
+    def samples(self) -> int:
+        """What the run costs, in training samples."""
+
+    def settings(self) -> dict[str, Any]:
+        """As plain data: the key of the run, and its line in the file of finished runs."""
+
+    def told(self, result: Result) -> str:
+        """Run and result in a few words, for the progress."""
+
+    def train(self, context: Any, /) -> Result:
+        """Trains on what the study was set up with. Plain data; seeds whatever it draws."""
+
+
+Plan: TypeAlias = "Generator[list[Any], list[Result], Any]"
+"""Yields runs, gets their results, returns what it found."""
 
 
 @dataclass(eq=False)
@@ -22,37 +53,45 @@ class _Going:
 
     name: str
     plan: Plan
-    runs: list[RaceRun] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     results: dict[int, Result] = field(default_factory=dict)
     begun: bool = False
 
     @property
     def complete(self) -> bool:
-        """Whether no run is waited for."""
         return len(self.results) == len(self.runs)
-
-    def next(self) -> None:
-        """Tells the plan the results and asks for its next runs; StopIteration with what it found."""
-        told = [self.results[k] for k in range(len(self.runs))] if self.begun else None
-        self.runs, self.results, self.begun = self.plan.send(told), {}, True    # type: ignore[arg-type]
 
 
 class Driver:
-    """Drives plans until all have returned. open_pool: the workers; capacity: how many runs are handed out at once.
+    """Drives plans until all have returned.
 
-    Progress is told in samples, those of runs that were kept from before included; how many lie ahead depends on what comes out.
+    Args:
+        store: what was finished before is taken from here; what is finished now is kept here.
+        progress: is told of every run. Where a study knows how many there will be (``total``), kept ones are counted too.
+        workers: processes on this machine; 1 trains in this one.
+        executor: in their place, see ``elsewhere.opened``.
     """
 
-    def __init__(
-        self, store: Store, progress: Progress, open_pool: Callable[[], AbstractContextManager[Executor]], capacity: int
-    ) -> None:
-        self.store, self.progress, self.open_pool, self.capacity = store, progress, open_pool, capacity
+    def __init__(self, store: Store, progress: Progress, workers: int = 1, executor: Executor | str | None = None) -> None:
+        self.store, self.progress, self.workers, self.elsewhere = store, progress, workers, executor
+        self.total: int | None = None
+        self.context: Any = None
+        self.setup: Callable[[], Any] = dict
         self.queue: deque[tuple[_Going, int]] = deque()
         self.pending: dict[Future[Result], tuple[_Going, int]] = {}
         self.stack = ExitStack()
         self.executor: Executor | None = None
         self.found: dict[str, Any] = {}
-        self.seen: set[RaceRun] = set()
+        self.seen: dict[str, int] = {}
+
+    def on(self, context: Any, setup: Callable[[], Any]) -> None:
+        """What runs are trained on: ``context`` in this process; any other one makes its own by ``setup``, which is pickled."""
+        self.context, self.setup = context, setup
+
+    def start(self, total: int | None) -> None:
+        """Progress from here on: of so many runs, or of a number that depends on what comes out."""
+        self.total = total
+        self.progress.start(total)
 
     def run(self, plans: Mapping[str, Plan]) -> dict[str, Any]:
         """What each plan returned. On Ctrl-C the runs under way are finished and kept, then KeyboardInterrupt goes on."""
@@ -63,22 +102,29 @@ class Driver:
             self._work()
         return self.found
 
+    def measured(self, settings: Mapping[str, Any], form: Form, measure: Callable[[], Result], note: str) -> Result | None:
+        """What was kept under ``settings``, or measured now, in this process: times are comparable only on one machine, in turns."""
+        kept = self.store.get(settings, form)
+        if kept is None:
+            self.progress.note(note)
+            kept = measure()
+            self.store.add(settings, kept)
+        return kept
+
     def close(self) -> None:
         """The workers' end."""
         self.stack.close()
 
-    def _workers(self) -> Executor:
-        """Opened with the first run that is not kept, and for all plans: a process takes seconds to start."""
-        if self.executor is None:
-            self.executor = self.stack.enter_context(self.open_pool())
-        return self.executor
+    # ----------------------------------------------------------------------------------------------------- the loop
 
     def _work(self) -> None:
-        executor = self._workers()
-        with working(executor):
+        if self.executor is None:    # with the first run that is not kept, and for all plans: a process takes seconds to start
+            workers = opened(self.elsewhere, self.setup) if self.elsewhere else open_pool(self.workers, self.setup, self.context)
+            self.executor = self.stack.enter_context(workers)
+        with working(self.executor):
             try:
                 while self.queue or self.pending:
-                    self._hand_out(executor)
+                    self._hand_out(self.executor)
                     self._collect()
             except KeyboardInterrupt:
                 with suppress(BrokenExecutor):
@@ -86,7 +132,10 @@ class Driver:
                 raise
 
     def _hand_out(self, executor: Executor) -> None:
-        while self.queue and len(self.pending) < self.capacity:
+        # One more than there are workers, so that none waits for this process, and few enough for Ctrl-C to be quick.
+        slots = executor.slots() if isinstance(executor, Elsewhere) else self.workers
+        capacity = 1 if self.workers == 1 and not self.elsewhere else slots + 1
+        while self.queue and len(self.pending) < capacity:
             going, k = self.queue.popleft()
             self.pending[executor.submit(call, going.runs[k])] = going, k
 
@@ -95,9 +144,10 @@ class Driver:
             (going, k), result = self.pending[future], future.result()
             self.store.add(going.runs[k].settings(), result)
             del self.pending[future]
-            self.seen.add(going.runs[k])
-            self.progress.advance(f"{sum(run.samples for run in self.seen)} samples in all; {_said(going.runs[k], result)}")
-            self._take(going, k, result)
+            self._tell(going.runs[k], result)
+            going.results[k] = result
+            if going.complete:
+                self._advance(going)
 
     def _finish_pending(self) -> None:
         self.queue.clear()
@@ -107,44 +157,35 @@ class Driver:
         while self.pending:
             self._collect()
 
-    def _take(self, going: _Going, k: int, result: Result) -> None:
-        going.results[k] = result
-        if going.complete:
-            self._advance(going)
-
     def _advance(self, going: _Going) -> None:
         """Sends results to the plan until it asks for a run that is not kept."""
-        try:
-            while going.complete:
-                going.next()
-                self._take_kept(going)
-        except StopIteration as stop:
-            self.found[going.name] = stop.value
-            return
+        while going.complete:
+            told = [going.results[k] for k in range(len(going.runs))] if going.begun else None
+            try:
+                going.runs, going.results, going.begun = going.plan.send(told), {}, True    # type: ignore[arg-type]
+            except StopIteration as stop:
+                self.found[going.name] = stop.value
+                return
+            for k, run in enumerate(going.runs):
+                if (kept := self.store.get(run.settings(), run.form)) is not None:
+                    going.results[k] = kept
+                    self._tell(run, kept, fresh=False)
         self.queue.extend((going, k) for k in range(len(going.runs)) if k not in going.results)
 
-    def _take_kept(self, going: _Going) -> None:
-        for k, run in enumerate(going.runs):
-            kept = self.store.get(run.settings(), run.form)
-            if kept is not None:
-                self.seen.add(run)
-                going.results[k] = kept
-
-
-def _said(run: RaceRun, result: Result) -> str:
-    value = result["result"]
-    return f"{run.contender} {run.samples} samples, seed {run.seed}: {'diverged' if value is None else f'{value:.4f}'}"
+    def _tell(self, run: Run, result: Result, fresh: bool = True) -> None:
+        self.seen[key_of(run.settings())] = run.samples
+        if fresh or self.total is not None:
+            self.progress.advance(f"{sum(self.seen.values())} samples in all; {run.told(result)}")
 
 
 class Replay(Driver):
-    """Looks at kept runs only: a plan that needs another one stays without a result."""
+    """Looks at kept runs only: a plan that needs another one stays without a result, a time that was not measured is None."""
 
     def __init__(self, store: Store) -> None:
-        super().__init__(store, Progress(), _nowhere, 0)
+        super().__init__(store, Progress())
+
+    def measured(self, settings: Mapping[str, Any], form: Form, measure: Callable[[], Result], note: str) -> Result | None:
+        return self.store.get(settings, form)
 
     def _work(self) -> None:
         self.queue.clear()
-
-
-def _nowhere() -> AbstractContextManager[Executor]:
-    raise RuntimeError("a replay trains nothing")

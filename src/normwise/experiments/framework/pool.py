@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -214,10 +214,11 @@ def _portable(error: Exception) -> Exception:
 
 
 @contextmanager
-def open_pool(workers: int, setup: Callable[[], Any]) -> Iterator[Executor]:
-    """An executor of ``call(run)``. setup: gives what runs are trained on, once in every process; it is pickled."""
+def open_pool(workers: int, setup: Callable[[], Any], context: Any = None) -> Iterator[Executor]:
+    """An executor of ``call(run)``. setup: gives what runs are trained on, once in every process; it is pickled. context: the same, for
+    this process, where it is there already."""
     if workers == 1:
-        _start(setup)
+        _start(setup if context is None else lambda: context)
         yield Here()
         return
     executor = Workers(workers, setup)
@@ -248,7 +249,14 @@ def working(executor: Executor) -> Iterator[None]:
         else:
             with interrupts.finishing():
                 yield
-    except BrokenProcessPool:
+    except Exception as error:
+        if isinstance(error, CancelledError) or type(error).__module__.startswith("distributed"):
+            raise StudyError(
+                f"The cluster gave a run up ({type(error).__name__}: {str(error)[:200]}); finished runs are kept. "
+                "Start the same command again when it has workers."
+            ) from None
+        if not isinstance(error, BrokenExecutor):
+            raise
         raise StudyError(
             "A worker process was killed from outside, perhaps for want of memory; finished runs are kept. "
             "Start the same command again, with a smaller --workers if it is memory."

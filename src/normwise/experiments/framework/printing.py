@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import os
 import sys
+import textwrap
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -81,6 +82,73 @@ def console(out: TextIO) -> Any:
             raise BrokenPipeError
 
     return _Ours(file=out, width=None if out.isatty() else _WIDE_ENOUGH, highlight=False)
+
+
+NARROW = 80    # columns that every terminal has
+_CELL = 44
+
+
+def show_table(rows: Sequence[Mapping[str, Any]], out: TextIO) -> None:
+    """Prints rows by column; those with the same columns stand together. What is wider than the terminal, or than 80 columns of a file or a
+    pipe, goes on below, in further blocks that repeat the first column, so that nothing is cut off."""
+    width = console(out).width if out.isatty() else NARROW
+    for columns in dict.fromkeys(tuple(row) for row in rows):
+        lines = [[column, *(cell_text(row[column]) for row in rows if tuple(row) == columns)] for column in columns]
+        _show_blocks([_column([for_stream(text, out) for text in texts]) for texts in lines], width, out)
+
+
+def cell_text(value: Any) -> str:
+    """A number to four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same rows for a page; those with the same columns stand together."""
+    tables = []
+    for columns in dict.fromkeys(tuple(row) for row in rows):
+        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(map(cell_text, row.values())) + " |" for row in rows if tuple(row) == columns]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+_Column = tuple[list[str], list[list[str]]]    # lines of the head, lines of each cell: all equally wide
+
+
+def _column(texts: list[str]) -> _Column:
+    head, *cells = texts
+    broken = [textwrap.wrap(cell, _CELL) or [""] for cell in cells]
+    widest = max((len(line) for cell in broken for line in cell), default=0)
+    over = textwrap.wrap(head, max(widest, 12)) or [""]
+    width = max(widest, *map(len, over))
+    # Figures are read by their last digits: a column of them stands to the right.
+    right = all(any(c.isdigit() for c in cell[:2]) or cell in ("-", "", "missed") for cell in cells)
+    put = str.rjust if right else str.ljust
+    return [put(line, width) for line in over], [[put(line, width) for line in cell] for cell in broken]
+
+
+def _show_blocks(columns: list[_Column], width: int, out: TextIO) -> None:
+    first, rest = columns[0], columns[1:]
+    while True:
+        used, block = len(first[0][0]), [first]
+        while rest and (len(block) == 1 or used + 2 + len(rest[0][0][0]) <= width):
+            used += 2 + len(rest[0][0][0])
+            block.append(rest.pop(0))
+        heads = max(len(head) for head, _ in block)
+        lines = [[*[""] * (heads - len(head)), *head] for head, _ in block]
+        print(*_across(lines), "-" * used, sep="\n", file=out)
+        for k in range(len(first[1])):
+            print(*_across([cells[k] for _, cells in block]), sep="\n", file=out)
+        print(file=out)
+        if not rest:
+            return
+
+
+def _across(cells: list[list[str]]) -> list[str]:
+    """Lines of cells that stand side by side."""
+    deep, wide = max(map(len, cells)), [len(cell[-1]) for cell in cells]
+    rows = ([cell[k] if k < len(cell) else "" for cell in cells] for k in range(deep))
+    return ["  ".join(text.ljust(w) for text, w in zip(row, wide, strict=True)) for row in rows]
 
 
 def tell(message: str, stream: TextIO | None = None) -> None:

@@ -13,8 +13,8 @@ from normwise.errors import DataError, OutputError
 from normwise.files import NOTHING, append_to, content, what_is
 
 Record = dict[str, Any]
-Form: TypeAlias = "type | tuple[type, ...] | list[Form] | Mapping[str, Form]"
-"""What a value must be: of a type, of one of several, a list of just these, or a dictionary that has these names among others."""
+Form: TypeAlias = "type | tuple[Form, ...] | list[Form] | Mapping[str, Form]"
+"""What a value must be: of a type, of one of several forms, a list of just these, or a dictionary that has these names among others."""
 
 NUMBER: tuple[type, ...] = (int, float)
 MAYBE: tuple[type, ...] = (int, float, type(None))    # what is not finite is kept as None
@@ -97,8 +97,9 @@ def fits(value: Any, form: Form) -> bool:
         return isinstance(value, Mapping) and all(name in value and fits(value[name], part) for name, part in form.items())
     if isinstance(form, list):
         return isinstance(value, list) and len(value) == len(form) and all(map(fits, value, form))
-    types = form if isinstance(form, tuple) else (form,)
-    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    return isinstance(value, form) and (form is bool or not isinstance(value, bool))
 
 
 def _write(file: BinaryIO, line: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -30,3 +31,8 @@ def seconds_each(step: Callable[[T], object], given: Iterable[T]) -> float:
     for one in ready:
         step(one)
     return (time.perf_counter() - started) / len(ready)
+
+
+def milliseconds(bursts: Sequence[Callable[[], float]], rounds: int) -> list[float]:
+    """Of bursts that give seconds: the median over rounds."""
+    return [1e3 * statistics.median(seconds) for seconds in in_turn(bursts, rounds)]

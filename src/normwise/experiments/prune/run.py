@@ -27,7 +27,7 @@ _OTHER_BATCHES = 1_000_000  # added to the seed: fine-tuning sees other orders a
 
 
 @dataclass(frozen=True)
-class Run:
+class PruneRun:
     """Everything that decides a run. strength: of the group lasso, 0 for none. units: removed before training, as ``cut`` takes them,
     so that a network of the smaller shape starts from fresh weights. full: whether the test part is measured. hold: see ``rules``."""
 
@@ -48,12 +48,28 @@ class Run:
         return settings if self.hold else {name: value for name, value in settings.items() if name != "hold"}
 
     @property
+    def samples(self) -> int:
+        """Steps, the unit of this study's progress."""
+        return self.steps + self.fine_tuning
+
+    def told(self, result: Mapping[str, Any]) -> str:
+        """In a few words."""
+        found = "failed" if "failed" in result else f"{100 * result['fine_tuned']['validation']:.1f}%"
+        return f"rate {self.lr:g}, strength {self.strength:g}, seed {self.seed}: {found}"
+
+    def train(self, task: Task) -> dict[str, Any]:
+        """Trains, shrinks and measures, see :func:`execute`."""
+        return execute(self, task)
+
+    @property
     def form(self) -> Form:
-        """What a kept result must hold that did not fail."""
+        """What a kept result must hold: why it failed, or what it came to."""
         names = ("validation", "validation_loss", *(("test",) if self.full else ()))
         scores: Form = dict.fromkeys(names, NUMBER)
         form: dict[str, Form] = {"trained": scores, "fine_tuned": scores, "parameters": int, "multiplications": int}
-        return form | {"before": scores, "removed": dict, "kept": dict, "units": dict, "difference": NUMBER} if self.strength else form
+        if self.strength:
+            form |= {"before": scores, "removed": dict, "kept": dict, "units": dict, "difference": NUMBER}
+        return {"failed": str}, form
 
 
 def example(task: Task) -> Tensor:
@@ -81,7 +97,7 @@ def rules(model: nn.Module, given: Tensor, strength: float, start: int = 0, hold
     return [*lasso, nw.unit_norm(nw.radii.Init(1.0), params=weights, per="tensor", start=start)]
 
 
-def execute(run: Run, task: Task) -> dict[str, Any]:
+def execute(run: PruneRun, task: Task) -> dict[str, Any]:
     """Trains and measures; plain numbers only.
 
     Gives ``trained`` and ``fine_tuned``, each with accuracy on validation and, for a full run, test part; ``parameters``,
@@ -119,7 +135,7 @@ def size_of(model: nn.Module, given: Tensor) -> dict[str, int]:
     return {"parameters": sum(p.numel() for p in model.parameters()), "multiplications": sum(counted)}
 
 
-def _first_phase(run: Run, task: Task, model: nn.Module, given: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+def _first_phase(run: PruneRun, task: Task, model: nn.Module, given: Tensor) -> tuple[nn.Module, dict[str, Any]]:
     if not run.strength:
         _train(task, model, run.lr, run.steps, run.seed)
         return model, {}

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TextIO
 
 from normwise.errors import StudyError, nearest
-from normwise.experiments.compare.results import machine
-from normwise.experiments.compare.tables import spread
-from normwise.experiments.framework.lock import locked
-from normwise.experiments.framework.pool import one_thread
-from normwise.experiments.framework.progress import Progress
-from normwise.experiments.framework.store import NUMBER, Form, Store
-from normwise.experiments.prune import step_cost
-from normwise.experiments.prune.run import FINE_TUNING_RATE, LASSO_AFTER, MOMENTUM, Run, execute
+from normwise.experiments.framework.driver import Driver, Plan
+from normwise.experiments.framework.figures import spread
+from normwise.experiments.framework.printing import show_table
+from normwise.experiments.framework.progress import Progress, on_stderr
+from normwise.experiments.framework.provenance import machine, versions
+from normwise.experiments.framework.store import NUMBER, Form
+from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, deliver, opened
+from normwise.experiments.prune import step_cost, tables
+from normwise.experiments.prune.run import FINE_TUNING_RATE, LASSO_AFTER, MOMENTUM, PruneRun
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.task import Task
 
-TUNING_SEED = 1000  # none of the seeds that are reported
 ALLOWED_LOSS = 0.01  # of validation accuracy, for the smaller network to count as good enough
 RATES = (0.01, 0.03, 0.1, 0.3)
 STRENGTHS = {"cnn": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "resnet": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
@@ -35,12 +35,13 @@ _PROTOCOL = 1  # one more whenever equal settings would give another run
 
 @dataclass(frozen=True)
 class Budget:
-    """steps: of training. fine_tuning: steps after it. rounds: of the timing. size: of the task's model."""
+    """steps: of training. fine_tuning: steps after it. rounds: of the timing. size: of the task's model. seeds: reported."""
 
     steps: int
     fine_tuning: int
     rounds: int
     size: str = "standard"
+    seeds: int = 3
 
 
 BUDGETS: dict[str, dict[str, Budget]] = {
@@ -51,142 +52,138 @@ BUDGETS: dict[str, dict[str, Budget]] = {
 """By task; what each takes is in docs/pruning.md."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to run. task: cnn or resnet. data: a folder of images, None for scikit-learn's digits. state: the file of finished runs,
-    kept in memory only for None. seeds: reported runs of each network. hold: whether weights under the lasso keep their layer's norm."""
-
-    task: str = "cnn"
-    data: Path | str | None = None
-    budget: str = "standard"
-    seeds: int = 3
-    state: Path | None = None
-    hold: bool = False
+Make = Callable[..., PruneRun]
+"""lr, strength, seed, full, units -> run."""
 
 
-def run(options: Options, progress: Progress | None = None, budget: Budget | None = None) -> dict[str, Any]:
+def run(options: Options, outputs: Outputs) -> bool:
+    """The command: runs the study, prints its tables, writes the outputs."""
+    state = options.state or outputs.default_state(f"prune-{options.task}")
+    return deliver(lambda state: study(replace(options, state=state), on_stderr()), show, outputs.json, state, outputs.report)
+
+
+def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Prints what came of it, the networks side by side, every strength that was tried, and how exact the surgery was."""
+    out = stream or sys.stdout
+    where = f"{results['task']} on {results['data']}: learning rate {results['lr']:.3g}, strength {results['strength']:.3g}"
+    print(tables.verdict(results), where, sep="\n", end="\n\n", file=out)
+    show_table(tables.networks(results), out)
+    show_table([tables.trial(line) for line in results["strengths"]], out)
+    print(f"Removing the units changed no output by more than {results['summary']['difference']:.1e} (in float64).", file=out)
+
+
+def study(options: Options, progress: Progress | None = None, budget: Budget | None = None) -> dict[str, Any]:
     """Tunes, trains, shrinks, measures; gives results as plain data.
 
     With a seed of its own the learning rate of the full network is chosen by validation accuracy, then the strength of the group
     lasso: the one that leaves the fewest parameters among those whose smaller network, fine-tuned, is at most a percentage point
     below the full one. Then, with every reported seed: the full network; the same under the group lasso, shrunk; and a network of
-    that smaller shape from fresh weights. All have the same steps, then the same fine-tuning. budget: in place of the named one.
-    Raises StudyError and DataError for what cannot be run, before any run, StudyError, too, where another
-    study works on ``options.state``, and MissingExtraError without torch-pruning.
+    that smaller shape from fresh weights. All have the same steps, then the same fine-tuning.
+
+    Args:
+        options: ``hold`` says whether weights under the lasso keep their layer's norm.
+        budget: in place of the named one.
+
+    Raises:
+        StudyError, DataError: for what cannot be run, before any run; StudyError, too, where another study works on ``options.state``.
+        MissingExtraError: without torch-pruning.
     """
-    plan = budget or _budget(options)
-    task = load_task(options.task, options.data, size=plan.size)
-    told = progress or Progress()
-    with locked(options.state, told.note):
-        study = _Study(options, plan, task, Store(options.state), told)
-        try:
-            with one_thread():
-                return study.run()
-        finally:
-            told.stop()
-
-
-def _budget(options: Options) -> Budget:
-    if options.budget not in BUDGETS:
-        raise StudyError(f"Budget {options.budget!r} is not known.{nearest(options.budget, BUDGETS)}")
+    options.check(BUDGETS)
     if options.task not in BUDGETS[options.budget]:
         raise StudyError(f"Task {options.task!r} cannot be pruned.{nearest(options.task, BUDGETS[options.budget])}")
-    if options.seeds < 1:
-        raise StudyError(f"seeds is {options.seeds}, but must be a whole number >= 1.")
-    return BUDGETS[options.budget][options.task]
-
-
-class _Study:
-    def __init__(self, options: Options, plan: Budget, task: Task, store: Store, progress: Progress) -> None:
-        self.options, self.plan, self.task, self.store, self.progress = options, plan, task, store, progress
-
-    def run(self) -> dict[str, Any]:
-        if self.store.note:
-            self.progress.note(self.store.note)
-        self.progress.start(len(RATES) + len(STRENGTHS[self.options.task]) + len(BETWEEN) + 3 * self.options.seeds)
-        rates = self.rates()
-        lr = max(rates, key=lambda rate: _rank(rates[rate]))
-        strengths = self.strengths(lr, rates[lr])
-        strength = chosen(strengths, rates[lr])
-        seeds = [self.seed(seed, lr, strength) for seed in range(self.options.seeds)]
-        self.progress.note("Measuring times, full and smaller networks in turn.")
+    plan = budget or BUDGETS[options.budget][options.task]
+    plan = replace(plan, seeds=options.seeds or plan.seeds)
+    with opened(options, progress) as driver:
+        setup = partial(load_task, options.task, options.data, size=plan.size)
+        task = setup()
+        driver.on(task, setup)
+        driver.start(None)
+        make = maker(task, plan, options.hold)
+        lr, strength, rates, strengths = driver.run({"tuning": tuned(make, options.task)})["tuning"]
+        found = driver.run({str(seed): one_seed(make, seed, lr, strength) for seed in range(plan.seeds)})
+        seeds = [found[str(seed)] for seed in range(plan.seeds)]
+        protocol = {
+            **asdict(plan), "tuning_seed": TUNING_SEED, "batch": task.batch, "allowed_loss": ALLOWED_LOSS, "momentum": MOMENTUM,
+            "fine_tuning_rate": FINE_TUNING_RATE, "lasso_after": LASSO_AFTER, "hold": options.hold,
+        }  # fmt: skip
         return {
-            "task": self.task.name, "data": Path(self.options.data).name if self.options.data else "digits", "key": self.task.key,
-            "machine": machine(), "budget": self.options.budget, "lr": lr, "strength": strength, "protocol": self.protocol(),
-            "rates": [_line("lr", rate, found) for rate, found in sorted(rates.items())],
+            "task": task.name, "data": Path(options.data).name if options.data else "digits", "key": task.key,
+            "machine": machine(), "budget": options.budget, "lr": lr, "strength": strength, "protocol": protocol,
+            "test_images": getattr(task, "test_images", None), "rates": [_line("lr", rate, found) for rate, found in sorted(rates.items())],
             "strengths": [_line("strength", s, found) for s, found in sorted(strengths.items())],
-            "seeds": seeds, "summary": summary(seeds), "timing": self.timing(seeds),
+            "seeds": seeds, "summary": summary(seeds), "timing": _timing(driver, task, plan, options.hold, seeds),
         }  # fmt: skip
 
-    def rates(self) -> dict[float, dict[str, Any]]:
-        """The full network at each rate; while the best is at an end of them, one more beyond it, three at most."""
-        found = {rate: self.trial(rate, 0.0) for rate in RATES}
-        for _ in range(_WIDENINGS):
-            best = max(found, key=lambda rate: _rank(found[rate]))
-            beyond = {min(found): best / _STEP, max(found): best * _STEP}.get(best)
-            if beyond is None:
-                break
-            found[beyond] = self.trial(beyond, 0.0)
-        return found
 
-    def strengths(self, lr: float, full: Mapping[str, Any]) -> dict[float, dict[str, Any]]:
-        """The smaller network at each strength of the grid; beyond it, three times at most, while the strongest is the choice; and at
-        some between the choice and the next."""
-        found = {strength: self.trial(lr, strength) for strength in STRENGTHS[self.options.task]}
-        for _ in range(_WIDENINGS):
-            best = chosen(found, full)
-            if best < max(found):
-                break
-            found[best * _STEP] = self.trial(lr, best * _STEP)
-        best = chosen(found, full)
-        return found | {times * best: self.trial(lr, times * best) for times in BETWEEN}
+def maker(task: Task, plan: Budget, hold: bool) -> Make:
+    """The runs of a study."""
 
-    def trial(self, lr: float, strength: float) -> dict[str, Any]:
-        return self.result(self.make(lr, strength, TUNING_SEED, full=False))
+    def make(lr: float, strength: float, seed: int, full: bool = True, units: Mapping[str, list[int]] | None = None) -> PruneRun:
+        held = hold and strength > 0    # a run without a lasso is the same run
+        return PruneRun(
+            task.key, plan.steps, plan.fine_tuning, lr, strength, seed, full, dict(units or {}), versions(str(_PROTOCOL)), held
+        )
 
-    def seed(self, seed: int, lr: float, strength: float) -> dict[str, Any]:
-        full = self.result(self.make(lr, 0.0, seed))
-        smaller = self.result(self.make(lr, strength, seed))
-        if "failed" in full or "failed" in smaller:
-            raise StudyError(f"seed {seed}: {full.get('failed') or smaller['failed']}")
-        fresh = self.result(self.make(lr, 0.0, seed, units=smaller["removed"]))
-        return {"seed": seed, "full": full, "smaller": smaller, "fresh": fresh}
+    return make
 
-    def make(self, lr: float, strength: float, seed: int, full: bool = True, units: Mapping[str, list[int]] | None = None) -> Run:
-        from normwise import __version__
 
-        versions = f"{__version__}+{_PROTOCOL}", torch.__version__
-        hold = self.options.hold and strength > 0    # a run without a lasso is the same run
-        return Run(self.task.key, self.plan.steps, self.plan.fine_tuning, lr, strength, seed, full, dict(units or {}), versions, hold)
+# ----------------------------------------------------------------------------------------------------------- the plans
 
-    def result(self, wanted: Run) -> dict[str, Any]:
-        """From the file of finished runs, or run now and kept there."""
-        kept = self.store.get(wanted.settings(), {"failed": str}) or self.store.get(wanted.settings(), wanted.form)
-        if kept is None:
-            kept = execute(wanted, self.task)
-            self.store.add(wanted.settings(), kept)
-        self.progress.advance(f"rate {wanted.lr:g}, strength {wanted.strength:g}, seed {wanted.seed}")
-        return kept
 
-    def timing(self, seeds: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        shapes = [seed["smaller"]["removed"] for seed in seeds]
-        settings = {"kind": "prune timing", "task": self.task.key, "shapes": shapes, "rounds": self.plan.rounds}
-        settings |= {"hold": True} if self.options.hold else {}
-        times: Form = dict.fromkeys(step_cost.KINDS, NUMBER)
-        form: Form = {"full": times, "smaller": [times] * len(shapes), "ratio": [times] * len(shapes)}
-        kept = self.store.get(settings, form)
-        if kept is None:
-            kept = step_cost.measure(self.task, shapes, self.plan.rounds, self.options.hold)
-            self.store.add(settings, kept)
-        return kept
+def tuned(make: Make, task: str) -> Plan:
+    """Rate and strength, with what led there. While the best rate is at an end of those tried, there is one more beyond it, three at
+    most; so it is while the strongest lasso is the choice, and then some are tried between the choice and the next."""
+    rates = yield from _tried(RATES, lambda rate: make(rate, 0.0, TUNING_SEED, False))
+    for _ in range(_WIDENINGS):
+        best = max(rates, key=lambda rate: _rank(rates[rate]))
+        beyond = {min(rates): best / _STEP, max(rates): best * _STEP}.get(best)
+        if beyond is None:
+            break
+        rates |= yield from _tried([beyond], lambda rate: make(rate, 0.0, TUNING_SEED, False))
+    lr = max(rates, key=lambda rate: _rank(rates[rate]))
 
-    def protocol(self) -> dict[str, Any]:
-        """How the numbers came about, for the reader of the JSON."""
-        return {
-            **asdict(self.plan), "seeds": self.options.seeds, "tuning_seed": TUNING_SEED, "batch": self.task.batch,
-            "allowed_loss": ALLOWED_LOSS, "momentum": MOMENTUM, "fine_tuning_rate": FINE_TUNING_RATE, "lasso_after": LASSO_AFTER,
-            "hold": self.options.hold,
-        }  # fmt: skip
+    def under(strength: float) -> PruneRun:
+        return make(lr, strength, TUNING_SEED, False)
+
+    strengths = yield from _tried(STRENGTHS[task], under)
+    for _ in range(_WIDENINGS):
+        best = chosen(strengths, rates[lr])
+        if best < max(strengths):
+            break
+        strengths |= yield from _tried([best * _STEP], under)
+    best = chosen(strengths, rates[lr])
+    strengths |= yield from _tried([times * best for times in BETWEEN], under)
+    return lr, chosen(strengths, rates[lr]), rates, strengths
+
+
+def _tried(numbers: Iterable[float], make: Callable[[float], PruneRun]) -> Plan:
+    """Results by number."""
+    tried = list(numbers)
+    results = yield [make(number) for number in tried]
+    return dict(zip(tried, results, strict=True))
+
+
+def one_seed(make: Make, seed: int, lr: float, strength: float) -> Plan:
+    """The three networks of one seed."""
+    full, smaller = yield [make(lr, 0.0, seed), make(lr, strength, seed)]
+    if "failed" in full or "failed" in smaller:
+        raise StudyError(f"seed {seed}: {full.get('failed') or smaller['failed']}")
+    [fresh] = yield [make(lr, 0.0, seed, units=smaller["removed"])]
+    return {"seed": seed, "full": full, "smaller": smaller, "fresh": fresh}
+
+
+# --------------------------------------------------------------------------------------------------------- the results
+
+
+def _timing(driver: Driver, task: Task, plan: Budget, hold: bool, seeds: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    shapes = [seed["smaller"]["removed"] for seed in seeds]
+    settings = {"kind": "prune timing", "task": task.key, "shapes": shapes, "rounds": plan.rounds}
+    times: Form = dict.fromkeys(step_cost.KINDS, NUMBER)
+    form: Form = {"full": times, "smaller": [times] * len(shapes), "ratio": [times] * len(shapes)}
+    return driver.measured(
+        settings | ({"hold": True} if hold else {}), form, lambda: step_cost.measure(task, shapes, plan.rounds, hold),
+        "Measuring times, full and smaller networks in turn.",
+    )  # fmt: skip
 
 
 def chosen(strengths: Mapping[float, Mapping[str, Any]], full: Mapping[str, Any]) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from normwise.errors import StudyError, nearest
+from normwise.experiments.framework.study import TUNING_SEED
 
 PROTOCOL = 1
 """Changes when a change of the code or of the rules would give a run other numbers; kept runs of another protocol are not used."""
-TUNING_SEED, LADDER_SEED = 1000, 1001
+LADDER_SEED = TUNING_SEED + 1
 RUNGS, RATIO = 17, 0.87
 SATURATED = 0.02
 ROBUST_AT = (0.1, 0.316, 3.16, 10.0)
@@ -33,13 +34,6 @@ BUDGETS = {
     "standard": Budget(12, 5, 0, 1.0, ("muon", "normuon", "muonh", "scion", "ridge", "ridge_small", "ridge_roles", "auto"), 20),
     "long": Budget(24, 8, 2, 1.0, None, 40),
 }
-
-
-def budget(name: str) -> Budget:
-    """StudyError for a name that is not known."""
-    if name not in BUDGETS:
-        raise StudyError(f"There is no budget {name!r}.{nearest(name, BUDGETS)}")
-    return BUDGETS[name]
 
 
 def first_horizon(task: str, batch: int, scale: float) -> int:

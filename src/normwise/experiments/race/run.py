@@ -6,20 +6,23 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.framework.figures import finite
 from normwise.experiments.framework.lattice import Value
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form
-from normwise.experiments.race.contenders import CONTENDERS
-from normwise.experiments.race.initial_weights import prepare
+from normwise.experiments.framework.timing import WARM_UP, milliseconds, seconds_each
+from normwise.experiments.tasks.initial_weights import prepare
 from normwise.experiments.tasks.task import Batch, Part, Score, Task
 
-WARM_UP = 0.05
+WARMING = 0.05
+BURST = 4
 RECENT, SPIKE = 32, 5.0
 PARTS: tuple[Part, Part] = ("test", "train")
 
@@ -48,6 +51,11 @@ class RaceRun:
         trial: dict[str, Form] = {"result": MAYBE, "loss": MAYBE, "accuracy": NUMBER, "steps": int, "seconds": NUMBER, "diverged": bool}
         part: Form = {"loss": MAYBE, "accuracy": NUMBER}
         return trial | dict.fromkeys(PARTS, part) | {"sparsity": NUMBER, "breaches": list} if self.full else trial
+
+    def told(self, result: Mapping[str, Any]) -> str:
+        """In a few words."""
+        value = result["result"]
+        return f"{self.contender} {self.samples} samples, seed {self.seed}: {'diverged' if value is None else f'{value:.4f}'}"
 
     def train(self, task: Task) -> dict[str, Any]:
         """Trains and measures, see :func:`train`."""
@@ -100,7 +108,7 @@ def batch_of(numbers: Mapping[str, Value], batch: int) -> int:
 
 def share_of_rate(step: int, steps: int, family: str) -> float:
     """The rate as a share of its peak: a linear warm-up, then ``"linear"`` to zero, or ``"hold"`` until half of the run and then linear."""
-    warm = max(1, round(WARM_UP * steps))
+    warm = max(1, round(WARMING * steps))
     if step < warm:
         return (step + 1) / warm
     start = warm if family == "linear" else max(warm, steps // 2)
@@ -126,7 +134,7 @@ def train(run: RaceRun, task: Task) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     score = Score(math.inf, 0.0) if diverged else task.evaluate(going.model, "validation")
     result = {
-        "result": _finite(getattr(score, task.metric)), "loss": _finite(score.loss), "accuracy": score.accuracy, "steps": steps,
+        "result": finite(getattr(score, task.metric)), "loss": finite(score.loss), "accuracy": score.accuracy, "steps": steps,
         "seconds": round(seconds, 2), "diverged": diverged or not math.isfinite(score.loss), "spikes": spikes,
     }  # fmt: skip
     return result | _reported(going, task, diverged) if run.full else result
@@ -146,10 +154,15 @@ def _reported(going: Lane, task: Task, diverged: bool) -> dict[str, Any]:
     zeros = sum(int((p == 0).sum()) for p in weights)
     breaches = [] if going.control is None or diverged else [str(b) for b in going.control.verify().breaches]
     return {
-        **{name: {"loss": _finite(s.loss), "accuracy": s.accuracy} for name, s in parts.items()},
+        **{name: {"loss": finite(s.loss), "accuracy": s.accuracy} for name, s in parts.items()},
         "sparsity": zeros / sum(p.numel() for p in weights), "breaches": breaches,
     }  # fmt: skip
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def step_times(runs: Sequence[RaceRun], task: Task, rounds: int) -> list[float]:
+    """Milliseconds a step of each run: all take turns in bursts of four steps; medians over ``rounds`` bursts after two to warm up."""
+
+    def burst(going: Lane) -> Callable[[], float]:
+        return lambda: seconds_each(lambda _: going.step(), range(BURST))
+
+    return milliseconds([burst(lane(run, task, BURST * (rounds + WARM_UP))) for run in runs], rounds)

@@ -1,47 +1,32 @@
-"""``normwise race TASK``: the whole protocol of docs/race.md, from the options to the results."""
+"""``normwise race TASK``: the whole protocol of docs/race.md, from the options to the table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from normwise.errors import DataError, StudyError
-from normwise.experiments.compare.results import machine
+from normwise.experiments.catalog import BASELINES, CONTENDERS, racing
+from normwise.experiments.framework import figures
 from normwise.experiments.framework.driver import Driver, Replay
-from normwise.experiments.framework.lock import locked
-from normwise.experiments.framework.pool import open_pool
-from normwise.experiments.framework.progress import Progress
+from normwise.experiments.framework.figures import finite
+from normwise.experiments.framework.printing import show_table
+from normwise.experiments.framework.progress import Progress, on_stderr
+from normwise.experiments.framework.provenance import data_name, machine
 from normwise.experiments.framework.store import NUMBER, Form, Store, fits
-from normwise.experiments.race import figures, plans
-from normwise.experiments.race.contenders import BASELINES, CONTENDERS, chosen
-from normwise.experiments.race.protocol import PROTOCOL, SATURATED, STEPS, TUNING_SEED, budget, first_horizon, rung
-from normwise.experiments.race.run import RaceRun, batch_of
-from normwise.experiments.race.step_cost import step_times
+from normwise.experiments.framework.study import MOST_SEEDS, Options, Outputs, deliver, opened
+from normwise.experiments.race import plan as plans
+from normwise.experiments.race import tables
+from normwise.experiments.race.protocol import BUDGETS, PROTOCOL, STEPS, first_horizon, rung
+from normwise.experiments.race.run import RaceRun, batch_of, step_times
 from normwise.experiments.tasks.load import load_task
-
-_MOST_SEEDS = 1000    # that a kept race may claim
-
-
-@dataclass(frozen=True)
-class Options:
-    """task: a name of ``load_task``. data: its ``--data``. budget: ``quick``, ``standard`` or ``long``. contenders: beside the
-    baselines; None for the budget's. seeds: that are reported; None for the budget's. state: the file of finished runs.
-    size: ``"tiny"`` for tests."""
-
-    task: str
-    data: Path | str | None = None
-    budget: str = "standard"
-    contenders: list[str] | None = None
-    seeds: int | None = None
-    workers: int = 1
-    state: Path | None = None
-    size: str = "standard"
 
 
 @dataclass(frozen=True)
@@ -60,36 +45,45 @@ class Facts:
         return {"kind": "race facts", "protocol": PROTOCOL, **asdict(self), "contenders": list(self.contenders)}
 
 
+def run(options: Options, outputs: Outputs) -> bool:
+    """The command: races, prints the table, writes the outputs."""
+    state = options.state or outputs.default_state(f"race-{options.task}")
+    return deliver(lambda state: race(replace(options, state=state), on_stderr()), show, outputs.json, state, outputs.report)
+
+
+def look(state: Path, outputs: Outputs) -> bool:
+    """The command without a task: prints what the finished runs in ``state`` say, without training anything."""
+    return deliver(lambda _: replay(state, on_stderr()), show, outputs.json, None, outputs.report, keeps=False)
+
+
+def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Prints who won, the target, and how long each contender needed for it."""
+    out = stream or sys.stdout
+    print(*filter(None, (tables.verdict(results), tables.title(results))), sep="\n", end="\n\n", file=out)
+    show_table(tables.rows(results), out)
+    if results["unfinished"]:
+        print(f"Not finished: {', '.join(results['unfinished'])}.", file=out)
+
+
 def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
-    """Runs the race, or goes on with it; plain data for the table, the JSON file and docs/results.md.
+    """Runs the race, or resumes it; plain data for the table, the JSON file and docs/results.md.
 
     Raises StudyError and DataError for options and data that cannot be used, before anything is trained; StudyError, too, where
     another race works on ``options.state``.
     """
-    plan = budget(options.budget)
-    names = chosen(options.contenders if options.contenders is not None else plan.contenders)
-    if options.workers < 1 or (options.seeds is not None and options.seeds < 1):
-        raise StudyError(f"workers and seeds must be whole numbers >= 1, given {options.workers} and {options.seeds}.")
-    told = progress or Progress()
-    with locked(options.state, told.note):
-        task = load_task(options.task, options.data, size=options.size)
-        first_horizon(options.task, task.batch, plan.scale)    # a task that the protocol does not know is refused before any work
-        store = Store(options.state)
-        seeds = options.seeds or plan.seeds
-        facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names))
-        about = {"machine": machine(), "data": _data_name(options.data)}
-        store.add(facts.settings(), about)
+    options.check(BUDGETS)
+    plan = BUDGETS[options.budget]
+    names = racing(options.only if options.only is not None else plan.contenders)
+    with opened(options, progress) as driver:
         setup = partial(load_task, options.task, options.data, size=options.size)
-        capacity = 1 if options.workers == 1 else options.workers + 1
-        driver = Driver(store, told, partial(open_pool, options.workers, setup), capacity)
-        told.start(None)
-        if store.note:
-            told.note(store.note)
-        try:
-            return _Race(facts, driver, partial(step_times, task=task)).run() | about
-        finally:
-            driver.close()
-            told.stop()
+        task = setup()
+        first_horizon(options.task, task.batch, plan.scale)    # a task that the protocol does not know is refused before any work
+        facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, options.seeds or plan.seeds, tuple(names))
+        about = {"machine": machine(), "data": data_name(options.data)}
+        driver.store.add(facts.settings(), about)
+        driver.on(task, setup)
+        driver.start(None)
+        return _Race(facts, driver, partial(step_times, task=task)).run() | about
 
 
 def replay(state: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -107,7 +101,8 @@ def replay(state: Path, progress: Progress | None = None) -> dict[str, Any]:
         progress.note(store.note)
     known = {name: settings[name] for name in Facts.__dataclass_fields__}
     facts = Facts(**{**known, "contenders": tuple(settings["contenders"])})
-    return _Race(facts, Replay(store), None, result["machine"]["torch"]).run() | {"machine": result["machine"], "data": result.get("data")}
+    about = {"machine": result["machine"], "data": result.get("data")}
+    return _Race(facts, Replay(store), step_times, result["machine"]["torch"]).run() | about
 
 
 def _is_a_race(settings: dict[str, Any], result: dict[str, Any]) -> bool:
@@ -117,19 +112,19 @@ def _is_a_race(settings: dict[str, Any], result: dict[str, Any]) -> bool:
     return (
         fits(settings, form) and fits(result, found) and settings.get("protocol") == PROTOCOL and settings["name"] in STEPS
         and all(isinstance(name, str) and name in CONTENDERS for name in settings["contenders"])
-        and settings["batch"] > 0 and 0 < settings["seeds"] <= _MOST_SEEDS
+        and settings["batch"] > 0 and 0 < settings["seeds"] <= MOST_SEEDS
     )  # fmt: skip
 
 
 class _Race:
-    """times: measures the steps of some runs; None where only what was kept is looked at. version: the torch of the runs."""
+    """times: measures the steps of some runs. version: the torch of the runs."""
 
     def __init__(
-        self, facts: Facts, driver: Driver, times: Callable[..., list[float]] | None, version: str | None = None
+        self, facts: Facts, driver: Driver, times: Callable[..., list[float]], version: str | None = None
     ) -> None:
         self.facts, self.driver, self.measure, self.seeds = facts, driver, times, facts.seeds
         self.version = version or torch.__version__
-        self.plan, self.store, self.progress = budget(facts.budget), driver.store, driver.progress
+        self.plan, self.progress = BUDGETS[facts.budget], driver.progress
         self.accuracy = facts.metric == "accuracy"
 
     def run(self) -> dict[str, Any]:
@@ -176,13 +171,12 @@ class _Race:
     def _horizon(self) -> dict[str, Any] | None:
         """H in samples, doubled while that pays and the budget allows."""
         samples = first_horizon(self.facts.name, self.facts.batch, self.plan.scale)
-        middle = CONTENDERS["adamw"].numbers([0] * len(CONTENDERS["adamw"].axes))
         rules = plans.Rules(self._make, self.accuracy, samples)
-        seen = self.driver.run({"horizon": _doubling(rules, middle, samples, self.plan.doublings)}).get("horizon")
+        seen = self.driver.run({"horizon": plans.doubling(rules, CONTENDERS["adamw"].middle, samples, self.plan.doublings)}).get("horizon")
         if seen is None:
             return None
-        told = [[of, _plain(result)] for of, result in seen]
-        return {"samples": seen[-2][0], "results": told, "saturated": not _pays(seen[-2][1], seen[-1][1], self.accuracy)}
+        told = [[of, finite(result)] for of, result in seen]
+        return {"samples": seen[-2][0], "results": told, "saturated": not plans.pays(seen[-2][1], seen[-1][1], self.accuracy)}
 
     def _tune(self, rules: plans.Rules, names: list[str]) -> dict[str, Any]:
         most = self.plan.trials * sum(self._tuning_horizon(rules, n) for n in names)
@@ -202,15 +196,11 @@ class _Race:
         """Milliseconds a step by contender, from a kept measurement where there is one."""
         runs = [self._make(name, n, rules.horizon, 0, False) for name, n in numbers.items()]
         settings = {"kind": "race timing", "rounds": self.plan.rounds, "runs": [run.settings() for run in runs]}
-        kept = self.store.get(settings, {"step_ms": [NUMBER] * len(runs)})
-        if kept is None and self.measure is None:
-            return {}
-        if kept is None:
-            assert self.measure is not None
-            self.progress.note("Measuring step times, all contenders in turn.")
-            kept = {"step_ms": self.measure(runs, rounds=self.plan.rounds)}
-            self.store.add(settings, kept)
-        return dict(zip(numbers, kept["step_ms"], strict=True))
+        kept = self.driver.measured(
+            settings, {"step_ms": [NUMBER] * len(runs)},
+            lambda: {"step_ms": self.measure(runs, rounds=self.plan.rounds)}, "Measuring step times, all contenders in turn.",
+        )  # fmt: skip
+        return dict(zip(numbers, kept["step_ms"], strict=True)) if kept else {}
 
     # --------------------------------------------------------------------------------------------------- details
 
@@ -241,35 +231,11 @@ class _Race:
             "name": name, "label": CONTENDERS[name].label, "about": CONTENDERS[name].about,
             "baseline": name in BASELINES, "sets_target": climbed is None, "tuned": tuned,
             "batch": batch, "step_ms": ms, "ms_a_sample": None if ms is None else ms / batch,
-            "share": _plain(figures.median(shares)), "low": _plain(low), "high": _plain(high),
-            "missed": sum(math.isinf(s) for s in shares), "shares": [_plain(s) for s in shares],
+            "share": finite(figures.median(shares)), "low": finite(low), "high": finite(high),
+            "missed": sum(math.isinf(s) for s in shares), "shares": [finite(s) for s in shares],
             "at_horizon": [r["result"] for r in finals or []], "ends": ends,
             "ladder": _at_horizons(rules, climbed, finals or []),
         }  # fmt: skip
-
-
-def _data_name(data: Path | str | None) -> str:
-    """What may stand in a table: never where a folder lies."""
-    if data is None:
-        return "bundled data"
-    return str(data) if str(data).startswith("hf:") else Path(data).name
-
-
-def _doubling(rules: plans.Rules, middle: dict[str, Any], samples: int, doublings: int) -> plans.Plan:
-    """(samples, result) of the horizons tried: the last but one is H, the last shows what one more doubling would have given."""
-    seen: list[tuple[int, float]] = []
-    for k in range(doublings + 2):
-        [result] = yield [rules.make("adamw", middle, samples << k, TUNING_SEED, False)]
-        seen.append((samples << k, rules.score(result) * (1 if rules.accuracy else -1)))
-        if k and not _pays(seen[-2][1], seen[-1][1], rules.accuracy):
-            break
-    return seen
-
-
-def _pays(before: float, after: float, accuracy: bool) -> bool:
-    """Whether a doubling took more than 2% of the loss, or of the error, away."""
-    old, new = (1 - before, 1 - after) if accuracy else (before, after)
-    return new < (1 - SATURATED) * old
 
 
 def _share(rules: plans.Rules, k: int | None) -> float:
@@ -289,6 +255,3 @@ def _at_horizons(rules: plans.Rules, climbed: list[Any] | None, finals: list[Any
     seen |= {(c["seed"], k): run for c in climbed or [] for k, run in c["tried"].items()}
     return [{"seed": seed, "share": _share(rules, k), "result": seen[seed, k]["result"]} for seed, k in sorted(seen)]
 
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from normwise.experiments.race.figures import geometric_mean
+from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, geometric_mean
+from normwise.experiments.framework.printing import markdown
+from normwise.experiments.framework.provenance import where
 
 SUPERVISED = ("cnn", "resnet", "lstm", "gpt")
 Results = Mapping[str, Any]
@@ -23,6 +25,28 @@ def title(results: Results) -> str:
         f"{results['race']}: the target is a validation {results['metric']} of {results['target']:.4f}, the median over {seeds} seeds of "
         f"{results['leader']} at {horizon['samples']} samples ({horizon['steps']} steps of the task's batch; {end})."
     )
+
+
+def verdict(results: Results) -> str:
+    """Who is soonest, and whether that may be said: only of those whose intervals do not overlap. Empty where nothing can be said yet."""
+    racing = [line for line in _ranked(results) if not line["sets_target"] and line["share"] is not None]
+    if results["target"] is None or not results["contenders"]:
+        return ""
+    if not racing:
+        return f"Nobody reaches what {results['leader']} reaches."
+    first, *others = racing
+    low, high = interval = _interval(first)
+    said = f"{first['label']} needs {share(first)} of the samples that {results['leader']} needs"
+    if low <= 1.0 <= high:
+        return f"{said}: {NO_DIFFERENCE}, since the interval holds 1."
+    alike = [line["label"] for line in others if not differ(interval, _interval(line))]
+    if not alike:
+        return f"{said}, the fewest."
+    return f"{said}, the fewest. {NO_DIFFERENCE.capitalize()} between it and {', '.join(alike)}: their intervals overlap."
+
+
+def _interval(line: Results) -> tuple[float, float]:
+    return tuple(math.inf if end is None else end for end in (line["low"], line["high"]))    # type: ignore[return-value]
 
 
 def rows(results: Results) -> list[Row]:
@@ -50,7 +74,7 @@ def page(results: Results) -> str:
     """One task: the target, what every contender needed for it and gives beside that, its tuned numbers, and where it was measured."""
     parts = [title(results)]
     if results["contenders"]:
-        parts += [_markdown(_full(results)), _doubled(results), "Tuned numbers, to use as they are:", _markdown(_numbers(results))]
+        parts += [markdown(_full(results)), _doubled(results), "Tuned numbers, to use as they are:", markdown(_numbers(results))]
     return "\n\n".join([*parts, *_left(results), _where(results)])
 
 
@@ -63,7 +87,7 @@ def summary(results: Mapping[str, Results]) -> str:
         "Below 1 is sooner, above 1 later; missed: half of the seeds or more did not get there at all; "
         "-: not measured, and the means then have no value."
     ]
-    return "\n\n".join([*said, *([_markdown(table)] if table else []), _unfinished(known)])
+    return "\n\n".join([*said, *([markdown(table)] if table else []), _unfinished(known)])
 
 
 def _summed(name: str, results: Mapping[str, Results]) -> Row:
@@ -102,12 +126,12 @@ def _left(results: Results) -> list[str]:
 
 def _where(results: Results) -> str:
     """Task, machine, versions, seeds and budget in one sentence."""
-    machine, protocol, seeds = results["machine"], results["protocol"], results["protocol"]["seeds"]
+    protocol, seeds = results["protocol"], results["protocol"]["seeds"]
     data = f" on {results['data']}" if results["data"] else ""
     return (
         f"Task `{results['task']}`{data}, protocol {protocol['number']}, budget {results['budget']}: "
         f"{protocol['trials']} trials a contender, reported seeds 0 to {seeds - 1}; "
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}, {machine['date'][:10]}."
+        f"{where(results['machine'])}."
     )
 
 
@@ -140,11 +164,6 @@ def _numbers(results: Results) -> list[Row]:
 
 def _short(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
-
-
-def _markdown(table: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in table)])
 
 
 # ------------------------------------------------------------------------------------------------------------------ cells

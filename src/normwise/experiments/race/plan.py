@@ -5,17 +5,17 @@ Finished runs alone decide what comes next, so that neither an interruption nor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from normwise.experiments.framework.lattice import Point, best, on_edge, propose
-from normwise.experiments.race.contenders import CONTENDERS
-from normwise.experiments.race.protocol import LADDER_SEED, ROBUST_AT, RUNGS, TUNING_SEED, rung
+from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.framework.driver import Plan, Result
+from normwise.experiments.framework.lattice import best, compass, edges, search
+from normwise.experiments.framework.study import TUNING_SEED
+from normwise.experiments.race.protocol import LADDER_SEED, ROBUST_AT, RUNGS, SATURATED, rung
 from normwise.experiments.race.run import RaceRun
 
-Result = dict[str, Any]
-Plan = Generator[list[RaceRun], list[Result], Any]
 Make = Callable[[str, dict[str, Any], int, int, bool], RaceRun]
 """contender, numbers, samples, seed, full -> run."""
 
@@ -39,15 +39,33 @@ class Rules:
         return self.score(result) >= (self.target if self.accuracy else -self.target)
 
 
+def doubling(rules: Rules, middle: dict[str, Any], samples: int, doublings: int) -> Plan:
+    """(samples, result) of the horizons tried: the last but one is H, the last shows what one more doubling would have given."""
+    seen: list[tuple[int, float]] = []
+    for k in range(doublings + 2):
+        [result] = yield [rules.make("adamw", middle, samples << k, TUNING_SEED, False)]
+        seen.append((samples << k, rules.score(result) * (1 if rules.accuracy else -1)))
+        if k and not pays(seen[-2][1], seen[-1][1], rules.accuracy):
+            break
+    return seen
+
+
+def pays(before: float, after: float, accuracy: bool) -> bool:
+    """Whether a doubling took more than 2% of the loss, or of the error, away."""
+    old, new = (1 - before, 1 - after) if accuracy else (before, after)
+    return new < (1 - SATURATED) * old
+
+
 def tune(rules: Rules, name: str, samples: int, trials: int) -> Plan:
     """The tuned numbers, with the trials that led there."""
-    contender, scores, results = CONTENDERS[name], dict[Point, float](), dict[Point, Result]()
-    while (point := propose(contender.axes, scores, trials)) is not None:
-        [result] = yield [rules.make(name, contender.numbers(point), samples, TUNING_SEED, False)]
-        scores[point], results[point] = rules.score(result), result
+    contender = CONTENDERS[name]
+    scores, results = yield from search(
+        compass, contender.axes, trials, lambda numbers: rules.make(name, numbers, samples, TUNING_SEED, False), rules.score
+    )
     chosen = best(scores)
+    at_end = len(scores) > 1 and any(axis == 0 for axis, _ in edges(scores, chosen))    # of a single trial nothing is said
     return {
-        "numbers": contender.numbers(chosen), "on_edge": on_edge(scores), "trials": len(scores), "result": results[chosen]["result"],
+        "numbers": contender.numbers(chosen), "on_edge": at_end, "trials": len(scores), "result": results[chosen]["result"],
         "tried": [{**contender.numbers(p), "result": r["result"]} for p, r in results.items()],
     }  # fmt: skip
 

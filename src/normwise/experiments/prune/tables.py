@@ -1,32 +1,31 @@
-"""The command ``normwise prune`` from its options to its table and its file: outputs are checked before any work, written after it."""
+"""What ``normwise prune`` found, in words and as rows of tables."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from normwise.experiments.bench.runner import show as show_rows
-from normwise.experiments.framework.job import deliver
-from normwise.experiments.framework.progress import on_stderr
-from normwise.experiments.prune import study
+from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, share_interval
 
 
-def run(options: study.Options, json: Path | None = None) -> None:
-    """Runs the study, prints its tables, writes the results to ``json``; finished runs stand beside it unless ``state`` says where."""
-    deliver(lambda state: study.run(replace(options, state=state), on_stderr()), show, json, options.state)
+def verdict(results: Mapping[str, Any]) -> str:
+    """How much smaller, and whether it is better or worse: only where the intervals of the test accuracies do not overlap."""
+    full, smaller = (results["summary"][name] for name in ("full", "smaller"))
+    sizes = f"The smaller network has {100 * smaller['parameters'] / full['parameters']:.0f}% of the parameters"
+    count = results.get("test_images")
+    if count is None:    # of results that were kept before this was noted
+        return f"{sizes}."
+    one, other = (share_interval(network["fine_tuned"]["values"], count) for network in (smaller, full))
+    low, high = (f"{100 * network['fine_tuned']['mean']:.1f}%" for network in (smaller, full))
+    about = f"{sizes} and, fine-tuned, is right on {low} of {count} test images, the full one on {high}"
+    if not differ(one, other):
+        return f"{about}: {NO_DIFFERENCE}, since the intervals {_ends(one)} and {_ends(other)} overlap."
+    return f"{about}; the intervals {_ends(one)} and {_ends(other)} do not overlap."
 
 
-def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
-    """Prints every strength that was tried, the networks side by side, and how exact the surgery was."""
-    out = stream or sys.stdout
-    print(f"{results['task']} on {results['data']}: learning rate {results['lr']:.3g}, strength {results['strength']:.3g}", file=out)
-    show_rows({"rows": [trial(line) for line in results["strengths"]]}, out)
-    show_rows({"rows": networks(results)}, out)
-    print(f"Removing the units changed no output by more than {results['summary']['difference']:.1e} (in float64).", file=out)
+def _ends(interval: tuple[float, float]) -> str:
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
 def trial(line: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from normwise.norms.linalg import polar
 from normwise.parameters.inventory import Inventory
 from normwise.parameters.layouts import block_view
 
-ROLES = ("hidden", "conv", "recurrent")
+_TURNED = ("hidden", "conv", "recurrent")
 KINDS = ("own", "orthogonal")
 
 
@@ -22,7 +22,7 @@ def prepare(model: nn.Module, kind: str) -> None:
     if kind == "own":
         return
     for entry in Inventory(model).entries:
-        if entry.role in ROLES:
+        if entry.role in _TURNED:
             view = block_view(entry.layout, "matrix", True, name=entry.name)
             blocks = view.blocks(entry.param.detach()).double()
             factor = polar(blocks, "exact")

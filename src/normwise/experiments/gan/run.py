@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normwise.experiments.catalog import GAN_STRATEGIES
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form
-from normwise.experiments.gan.strategies import STRATEGIES
+from normwise.experiments.framework.timing import milliseconds, seconds_each
 from normwise.experiments.tasks.data.splits import ImageData
 from normwise.experiments.tasks.fidelity import Fidelity, Judge
 from normwise.experiments.tasks.models.dcgan import LOSSES, NOISE, Discriminator, Generator, Loss, brightest, scaled
@@ -26,6 +27,7 @@ _JUDGED_NOISE = 20_000
 _NOISE, _BETWEEN = 10_000, 30_000
 """Added to a run's seed."""
 _CHUNK = 250
+_BURST = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class JudgedData(ImageData):
 
 
 @dataclass(frozen=True)
-class Run:
+class GanRun:
     """Everything that decides a run's outcome; two equal runs give equal numbers on one machine.
 
     steps: of both sides, one of the discriminator then one of the generator. batch: real images a step. width: of both networks.
@@ -74,20 +76,30 @@ class Run:
             "distance": MAYBE, "diverged": bool, "steps": int, "samples": int, "seconds": NUMBER, "breaches": list, "curve": curve,
         }  # fmt: skip
 
+    @property
+    def samples(self) -> int:
+        """Real images shown, at most."""
+        return self.steps * self.batch
+
+    def told(self, result: Mapping[str, Any]) -> str:
+        """In a few words."""
+        found = "diverged" if result["diverged"] else f"distance {result['distance']:.3f}"
+        return f"{self.strategy} with the loss {self.loss}: {found}"
+
     def train(self, data: JudgedData, /) -> dict[str, Any]:
-        """What :func:`train` does: how a worker of ``study.pool`` does this run."""
+        """Trains and judges, see :func:`train`."""
         return train(self, data)
 
 
 class Training:
     """Both networks on their way: what a step needs, built from a run."""
 
-    def __init__(self, run: Run, data: ImageData) -> None:
+    def __init__(self, run: GanRun, data: ImageData) -> None:
         torch.manual_seed(run.seed)
         self.generator = Generator(data.shape, run.width)
         self.discriminator = Discriminator(data.shape, run.width)
         self.loss: Loss = LOSSES[run.loss]
-        self.strategy, self.strength = STRATEGIES[run.strategy], run.strengths.get("penalty", 0.0)
+        self.strategy, self.strength = GAN_STRATEGIES[run.strategy], run.strengths.get("penalty", 0.0)
         self.strategy.wrap(self.discriminator)
         # Strategies are compared step by step: their noise must not depend on what one of them draws itself, nor repeat the weights'.
         self.noise, self.between = (torch.Generator().manual_seed(run.seed + offset) for offset in (_NOISE, _BETWEEN))
@@ -96,7 +108,7 @@ class Training:
         )
         self.controls = self._attached(run)
 
-    def _attached(self, run: Run) -> list[Any]:
+    def _attached(self, run: GanRun) -> list[Any]:
         import normwise as nw
 
         sides = (
@@ -138,7 +150,7 @@ class Training:
         return images
 
 
-def batches(run: Run, data: ImageData) -> Iterator[Tensor]:
+def batches(run: GanRun, data: ImageData) -> Iterator[Tensor]:
     """Real images in [-1, 1] without end: every epoch in its own order, which depends on the seed alone; a short last batch is left
     out."""
     size, top = min(run.batch, len(data.train)), brightest(data)
@@ -153,13 +165,13 @@ def _rows(seed: int, samples: int, size: int) -> Iterator[NDArray[np.int64]]:
         yield from whole.reshape(-1, size)
 
 
-def marks_of(run: Run) -> list[int]:
+def marks_of(run: GanRun) -> list[int]:
     """The steps after which a run is judged: evenly spread, the last at the end; a trial is judged at its last three only."""
     marks = sorted({max(1, round(run.steps * (mark + 1) / run.marks)) for mark in range(run.marks)})
     return marks if run.full else marks[-_LAST:]
 
 
-def train(run: Run, data: JudgedData) -> dict[str, Any]:
+def train(run: GanRun, data: JudgedData) -> dict[str, Any]:
     """Trains and judges. Plain numbers only, None in place of those that are not finite.
 
     Gives ``distance``, the mean over the last three marks so that one lucky moment decides nothing, ``diverged``, ``steps``,
@@ -190,3 +202,13 @@ def _note(curve: dict[str, list[Any]], step: int, samples: int, found: Fidelity,
     line = (step, samples, found.distance, found.precision, found.recall, collapsed)
     for values, value in zip(curve.values(), line, strict=True):
         values.append(value)
+
+
+def step_times(runs: Sequence[GanRun], data: JudgedData, rounds: int) -> list[float]:
+    """Milliseconds a step of each run: medians over ``rounds`` rounds, in which every run has a burst of steps in turn."""
+
+    def burst(run: GanRun) -> Callable[[], float]:
+        training, images = Training(run, data), batches(run, data)
+        return lambda: seconds_each(training.step, itertools.islice(images, _BURST))
+
+    return milliseconds([burst(run) for run in runs], rounds)
