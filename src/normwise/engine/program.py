@@ -22,8 +22,8 @@ from normwise.engine.sharded.prefetch import align, fulfil, run_all
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError
 from normwise.norms.reduce import may_branch
-from normwise.parameters.batch_norm import before_batch_norm
 from normwise.parameters.inventory import Entry, Inventory
+from normwise.parameters.roles import before_batch_norm
 from normwise.policy import Policy, Rule
 from normwise.policy.conflicts import check
 from normwise.policy.schedules import at

@@ -101,8 +101,8 @@ class Inventory:
         found = tuple(_entry(tied, told, heads, attention, computed) for tied, told in grouped)
         weights = _weights(found, computed, heads) if computed else found
         relaid = _relaid((*found, *weights), layouts or {})
-        found, weights = (tuple(relaid[id(e)] for e in entries) for entries in (found, weights))
-        self.entries, self.weights = _override(found, weights, roles or {})
+        said = _with_roles(list(relaid.values()), roles or {})
+        self.entries, self.weights = (tuple(said[id(relaid[id(e)])] for e in entries) for entries in (found, weights))
         self.trainable = tuple(entry for entry in self.entries if entry.param.requires_grad)
         self.by_name = {name: entry for entry in (*self.weights, *self.entries) for name in (entry.name, *entry.tied)}
 
@@ -165,51 +165,42 @@ def _computed_entry(computed: Computed, entries: tuple[Entry, ...], heads: Heads
 
 def _statement(tied: list[Site]) -> Statement:
     """The first whose layout is certain: a bare parameter tied to a Linear's weight has the Linear's axes."""
-    told = [_statement_at(place) for place in tied]
+    told = []
+    for place in tied:
+        try:
+            told.append(statement(place))
+        except LayoutError as error:
+            raise LayoutError(f"{place.name!r}: {error}") from error
     return next((one for one in told if one.layout.certain), told[0])
-
-
-def _statement_at(place: Site) -> Statement:
-    try:
-        return statement(place)
-    except LayoutError as error:
-        raise LayoutError(f"{place.name!r}: {error}") from error
 
 
 def _relaid(entries: Sequence[Entry], layouts: Mapping[Any, LayoutLike]) -> dict[int, Entry]:
     """The entries by their ids, with the axes that the user states by name."""
     from normwise.parameters.selectors import select
 
-    together = list({id(e): e for e in entries}.values())
-    given: dict[int, Layout] = {}
-    for pattern, layout, e in ((one, layout, e) for one, layout in layouts.items() for e in select(together, one)):
+    said = {id(e): e for e in entries}
+    together = list(said.values())
+    for selector, layout, e in ((one, layout, e) for one, layout in layouts.items() for e in select(together, one)):
         stated = layout if isinstance(layout, Layout) else layout(e.module, e.local_name, e.param)
         if stated is None:
             continue
         if not isinstance(stated, Layout):
-            raise PolicyError(f"layouts={{{pattern!r}: ...}} gave {stated!r} for {e.name!r}: it must be an nw.Layout, or None.")
-        given[id(e)] = stated.check(e.shape, e.name)
-    return {
-        id(e): replace(e, layout=given[id(e)], role=_relaid_role(e, given[id(e)])) if id(e) in given else e for e in together
-    }  # fmt: skip
+            raise PolicyError(f"layouts={{{selector!r}: ...}} gave {stated!r} for {e.name!r}: it must be an nw.Layout, or None.")
+        # A bare parameter that the user calls a matrix, of outputs and inputs, is a hidden one.
+        matrix = bool(set(stated.axes) & set(ROWS)) and bool(set(stated.axes) & set("iH"))
+        role = "hidden" if e.role == "other" and matrix else e.role
+        said[id(e)] = replace(e, layout=stated.check(e.shape, e.name), role=role)
+    return said
 
 
-def _relaid_role(entry: Entry, layout: Layout) -> str:
-    """A bare parameter that the user calls a matrix, of outputs and inputs, is a hidden one."""
-    matrix = bool(set(layout.axes) & set(ROWS)) and bool(set(layout.axes) & set("iH"))
-    return "hidden" if entry.role == "other" and matrix else entry.role
-
-
-def _override(
-    entries: tuple[Entry, ...], weights: tuple[Entry, ...], roles: Mapping[Any, str]
-) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+def _with_roles(entries: Sequence[Entry], roles: Mapping[Any, str]) -> dict[int, Entry]:
+    """The entries by their ids, with the roles that the user states by name."""
     from normwise.parameters.selectors import select
 
-    given: dict[int, str] = {}
-    together = list({id(entry): entry for entry in (*entries, *weights)}.values())
+    said = {id(e): e for e in entries}
+    together = list(said.values())
     for selector, role in roles.items():
         if role not in ROLES:
             raise PolicyError(f"Role {role!r} for {selector!r} is unknown.{nearest(str(role), ROLES)}")
-        given |= {id(entry): role for entry in select(together, selector)}
-    said = {id(entry): replace(entry, role=given[id(entry)]) if id(entry) in given else entry for entry in together}
-    return tuple(said[id(entry)] for entry in entries), tuple(said[id(entry)] for entry in weights)
+        said |= {id(e): replace(e, role=role) for e in select(together, selector)}
+    return said

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,8 @@ def layout_of(module: nn.Module, name: str, tensor: Tensor, parent: nn.Module | 
     if isinstance(module, ParametrizationList):
         return _parametrized(module, tensor, parent) or _unsure(tensor, owner if parent is None else type(parent).__name__)
     plain = plain_name(name)
-    return _attention_output(module, plain, tensor, parent) or _registered(module, plain, tensor) or _bare(tensor, owner)
+    bare = _unsure(tensor, owner) if tensor.ndim >= 2 else Layout("o", tuple(tensor.shape) or (1,))
+    return _attention_output(module, plain, tensor, parent) or _registered(module, plain, tensor) or bare
 
 
 def is_known(module: nn.Module) -> bool:
@@ -193,18 +194,9 @@ def _registered(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
     return found[0] if found is not None else _hugging_face_conv1d(module, name, tensor)
 
 
-def _bare(tensor: Tensor, owner: str = "") -> Layout:
-    return _unsure(tensor, owner) if tensor.ndim >= 2 else Layout("o", tuple(tensor.shape) or (1,))
-
-
 def _unsure(tensor: Tensor, owner: str = "") -> Layout:
     shape = tuple(tensor.shape) or (1,)
     return Layout(("oi" + "k" * len(shape))[: len(shape)], shape, certain=False, owner=owner)
-
-
-def _flat(tensor: Tensor) -> Layout:
-    shape = tuple(tensor.shape) or (1,)
-    return Layout("o" * len(shape), shape)
 
 
 QKV = ("q", "k", "v")
@@ -219,19 +211,9 @@ def _dense(axes: str, tensor: Tensor, *lead: int, parts: tuple[str, ...] = ()) -
     return Layout(axes, (*lead, tensor.shape[0] // outer, *tensor.shape[1:]), parts=parts)
 
 
-def _linear(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
-    axes = {"weight": "oi", "bias": "o"}.get(name)
-    return _dense(axes, tensor) if axes else None
-
-
-def _bilinear(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
-    """Linear in the products of its two inputs, so that an input unit is a pair."""
-    return _dense("oii", tensor) if name == "weight" else None
-
-
-def _embedding(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
-    """The unit is one token's vector, so that an embedding and a head tied to it mean the same."""
-    return _dense("oi", tensor) if name == "weight" else None
+def _by_name(**axes: str) -> Describe:
+    """Of a class whose tensors are what their names say."""
+    return lambda module, name, tensor: _dense(axes[name], tensor) if name in axes else None
 
 
 def _convolution(module: Any, name: str, tensor: Tensor) -> Layout | None:
@@ -272,7 +254,8 @@ def _attention_output(module: nn.Module, name: str, tensor: Tensor, parent: nn.M
 
 
 def _gain(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
-    return _flat(tensor) if name in ("weight", "bias") else None
+    shape = tuple(tensor.shape) or (1,)
+    return Layout("o" * len(shape), shape) if name in ("weight", "bias") else None
 
 
 def _hugging_face_conv1d(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
@@ -291,9 +274,11 @@ def _parametrized(owner: ParametrizationList, tensor: Tensor, parent: nn.Module 
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
 _TYPES: tuple[tuple[Describe, tuple[type[nn.Module], ...]], ...] = (
-    (_linear, (nn.Linear,)),
-    (_bilinear, (nn.Bilinear,)),
-    (_embedding, (nn.Embedding, nn.EmbeddingBag)),
+    (_by_name(weight="oi", bias="o"), (nn.Linear,)),
+    # Linear in the products of its two inputs, so that an input unit is a pair.
+    (_by_name(weight="oii"), (nn.Bilinear,)),
+    # The unit is one token's vector, so that an embedding and a head tied to it mean the same.
+    (_by_name(weight="oi"), (nn.Embedding, nn.EmbeddingBag)),
     (_convolution, (nn.modules.conv._ConvNd,)),
     (_recurrent, (nn.RNNBase, nn.RNNCellBase)),
     (_attention, (nn.MultiheadAttention,)),
@@ -365,17 +350,12 @@ def block_view(
     _check_per(per, matrix, name)
     _check_certain(layout, per, matrix, oriented, name)
     _check_axes(layout, per, name)
-    batch, block = _part(layout, range(len(layout.axes)), _batch_letters(layout, per))
+    letters = _BATCH[per] if per != "head" else "seh" if "h" in layout.axes else "seH"
+    batch, block = _part(layout, range(len(layout.axes)), letters)
     parts = _rows_and_columns(layout, block, name) if matrix else [block]
     sizes = [math.prod(layout.shape[axis] for axis in part) for part in (batch, *parts)]
     order = (*batch, *(axis for part in parts for axis in part))
     return BlockView(layout.shape, order, len(batch), tuple(sizes[1:]), sizes[0], layout.size("k"))
-
-
-def _batch_letters(layout: Layout, per: str) -> str:
-    if per == "head":
-        return "seh" if "h" in layout.axes else "seH"
-    return _BATCH[per]
 
 
 def _part(layout: Layout, axes: Sequence[int], letters: str) -> tuple[list[int], list[int]]:
@@ -439,6 +419,31 @@ def _check_axes(layout: Layout, per: str, name: str) -> None:
         return
     state = f" If it has, state it: {_STATED_AS[per]} in the rule, or nw.register_layout(cls, ...)." if per in _STATED_AS else ""
     raise LayoutError(f"{name!r} (axes {layout}) has no {per} axis for per={per!r}; leave it out with exclude=.{state}")
+
+
+# ----------------------------------------------------------------------------------------------------------- attention heads
+
+# How many heads the outputs are; or (matrices, heads) where several matrices are stacked: `(3, 8)` for q, k and v of 8 heads each.
+Heads: TypeAlias = int | tuple[int, int]
+
+
+def split_heads(layout: Layout, heads: Heads, name: str) -> Layout:
+    """``layout`` with its output axis split into (stack,) heads and the rest; one that has its heads already must have as many.
+
+    LayoutError where there is no single output axis or its size is no multiple.
+    """
+    stack, number = heads if isinstance(heads, tuple) else (1, heads)
+    if "h" in layout.axes:
+        if (layout.size("s"), layout.size("h")) != (stack if isinstance(heads, tuple) else layout.size("s"), number):
+            raise LayoutError(f"{name!r} has the axes {layout}, but the rule states heads={heads}: leave heads out.")
+        return layout
+    lead = (stack, number) if isinstance(heads, tuple) else (number,)
+    at = layout.axes.find("o")
+    if layout.axes.count("o") != 1 or "s" in layout.axes or layout.shape[at] % math.prod(lead):
+        raise LayoutError(f"the outputs of {name!r} (axes {layout}) are no heads={heads}: state them as layout=nw.Layout('hoi', ...).")
+    axes = layout.axes[:at] + "sh"[2 - len(lead) :] + layout.axes[at:]
+    rest = layout.shape[at] // math.prod(lead)
+    return replace(layout, axes=axes, shape=(*layout.shape[:at], *lead, rest, *layout.shape[at + 1 :]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- memory

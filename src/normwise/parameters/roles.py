@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -198,3 +198,24 @@ def _is_placeholder(place: Site) -> bool:
     module, name = place.home
     matrix = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd) and name == "weight" and module is place.module
     return matrix and param.ndim == 1 and param.requires_grad
+
+
+def before_batch_norm(model: nn.Module) -> dict[nn.Module, str]:
+    """Each layer whose output a BatchNorm rescales, with that one's name: there the length of a unit's weights means nothing, and shrinking
+    it removes no unit. It is the next sibling with as many channels, or the one with the same number in its name (``conv2`` and ``bn2``).
+    """
+    return {layer: name for path, parent in model.named_modules() for layer, name in _before_batch_norm(path, parent)}
+
+
+def _before_batch_norm(path: str, parent: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    children = [(name, child) for name, child in parent._modules.items() if child is not None]
+    for i, (name, layer) in enumerate(children):
+        if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+            continue
+        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        number = "" if name.isdigit() else "".join(filter(str.isdigit, name))
+        numbered = [c for c in children if number and "".join(filter(str.isdigit, c[0])) == number]
+        near = (*children[i + 1 : i + 2], *numbered)
+        fits = [other for other, norm in near if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.num_features == channels]
+        if fits:
+            yield layer, f"{path}.{fits[0]}".lstrip(".")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from normwise.errors import NormwiseError, PolicyError, nearest
 from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
-from normwise.parameters.attention_heads import Heads, convert_heads, heads_to_data, split_heads
-from normwise.parameters.layouts import PER, BlockView, Layout, block_view
+from normwise.parameters.layouts import PER, BlockView, Heads, Layout, block_view, split_heads
 from normwise.parameters.selectors import Selector, matches, names_of, select, shown
 from normwise.policy import radii, rule_fields, schedules
 from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
@@ -63,6 +62,7 @@ VECTOR_PER = ("unit", "input", "element", "global")
 WHOLE, HOLD_MANY = ("global", "tensor"), tuple(per for per in PER if per not in ("global", "element"))
 NOT_GLOBAL = tuple(per for per in PER if per != "global")    # an optimizer's groups have each their η, one vector has none
 
+SELECTOR = (rule_fields.selector_to_data, rule_fields.selector_from_data)
 _T = TypeVar("_T", bound=type[Any])
 
 
@@ -124,16 +124,20 @@ class Rule:
     Raises PolicyError, which says what is allowed, for whatever cannot mean anything.
     """
 
-    params: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None)
+    params: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None, *SELECTOR)
     action: str
-    norm: Field[NormLike, Norm | Set] = Field(rule_fields.convert_norm, "l2")
+    norm: Field[NormLike, Norm | Set] = Field(rule_fields.convert_norm, "l2", rule_fields.norm_to_data, rule_fields.norm_from_data)
     per: str = "tensor"
     on: str | None = None
-    radius: Field[RadiusLike, radii.Radius | None] = Field(rule_fields.optional(radii.radius), None)
-    strength: Field[schedules.Varying | None, schedules.Varying | None] = Field(rule_fields.optional(rule_fields.convert_strength), None)
+    radius: Field[RadiusLike, radii.Radius | None] = Field(
+        rule_fields.optional(radii.radius), None, schedules.to_data, functools.partial(radii.from_data, what="radius")
+    )
+    strength: Field[schedules.Varying | None, schedules.Varying | None] = Field(
+        rule_fields.optional(rule_fields.convert_strength), None, schedules.to_data, functools.partial(radii.from_data, what="strength")
+    )
     power: Field[int, int] = Field(rule_fields.convert_power, 1)
-    heads: Field[Heads | list[int] | None, Heads | None] = Field(convert_heads, None)
-    center: Field[CenterLike, Center] = Field(rule_fields.convert_center, None)
+    heads: Field[Heads | list[int] | None, Heads | None] = Field(rule_fields.convert_heads, None, rule_fields.heads_to_data)
+    center: Field[CenterLike, Center] = Field(rule_fields.convert_center, None, rule_fields.center_to_data)
     floor: Field[float | None, float | None] = Field(rule_fields.optional(rule_fields.positive("floor")), None)
     min_radius: Field[float | None, float | None] = Field(rule_fields.optional(rule_fields.positive("min_radius")), None)
     tolerance: Field[float, float] = Field(rule_fields.convert_tolerance, 0.0)
@@ -142,8 +146,10 @@ class Rule:
     every: Field[int, int] = Field(rule_fields.steps("every", 1), 1)
     start: Field[int, int] = Field(rule_fields.steps("start", 0), 0)
     stop: Field[int | None, int | None] = Field(rule_fields.optional(rule_fields.steps("stop", 1)), None)
-    exclude: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None)
-    layout: Field[Layout | None, Layout | None] = Field(rule_fields.convert_layout, None)
+    exclude: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None, *SELECTOR)
+    layout: Field[Layout | None, Layout | None] = Field(
+        rule_fields.convert_layout, None, rule_fields.layout_to_data, rule_fields.layout_from_data
+    )
     optional: Field[bool, bool] = Field(rule_fields.convert_flag, False)
     name: Field[str | None, str | None] = Field(rule_fields.optional(rule_fields.convert_name), None)
 
@@ -266,28 +272,11 @@ class Rule:
 
 # ------------------------------------------------------------------------------------------------------- plain data
 
-_WRITE: dict[str, Callable[[Any], Any]] = {
-    "params": rule_fields.selector_to_data,
-    "exclude": rule_fields.selector_to_data,
-    "norm": rule_fields.norm_to_data,
-    "radius": schedules.to_data,
-    "strength": schedules.to_data,
-    "center": rule_fields.center_to_data,
-    "layout": rule_fields.layout_to_data,
-    "heads": heads_to_data,
-}
-_READ: dict[str, Callable[[Any], Any]] = {
-    "params": rule_fields.selector_from_data,
-    "exclude": rule_fields.selector_from_data,
-    "norm": rule_fields.norm_from_data,
-    "radius": functools.partial(radii.from_data, what="radius"),
-    "strength": functools.partial(radii.from_data, what="strength"),
-    "layout": rule_fields.layout_from_data,
-}
+_FIELDS: dict[str, Any] = {name: vars(Rule)[name] for name in Rule.__dataclass_fields__ if isinstance(vars(Rule).get(name), Field)}
 
 
 def _written(name: str, value: Any) -> Any:
-    return _about(name, _WRITE.get(name, lambda plain: plain), value)
+    return _about(name, _FIELDS[name].to_data, value) if name in _FIELDS else value
 
 
 def _text(name: str, value: Any) -> str:
@@ -299,7 +288,7 @@ def _text(name: str, value: Any) -> str:
 
 def read_field(name: str, value: Any) -> Any:
     """What the field ``name`` is in a rule, from its YAML form."""
-    return _about(name, _READ.get(name, lambda plain: plain), value)
+    return _about(name, _FIELDS[name].from_data, value) if name in _FIELDS else value
 
 
 def _about(name: str, convert: Callable[[Any], Any], value: Any) -> Any:

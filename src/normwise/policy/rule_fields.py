@@ -11,7 +11,7 @@ from normwise.errors import NormError, PolicyError, nearest
 from normwise.low_precision import ROUNDINGS
 from normwise.norms import FORMS, NORMS, SETS, Box, Norm, Set, get_norm
 from normwise.parameters import selectors
-from normwise.parameters.layouts import Layout
+from normwise.parameters.layouts import Heads, Layout
 from normwise.parameters.selectors import Selector
 from normwise.policy import radii, schedules
 
@@ -31,11 +31,20 @@ class FieldError(PolicyError):
         self.field = field
 
 
-class Field(Generic[Given, Kept]):
-    """A dataclass field that is converted and checked when it is set, so that a rule holds one form of each value."""
+def _same(value: Any) -> Any:
+    return value
 
-    def __init__(self, convert: Callable[[Any], Kept], default: Given) -> None:
-        self.convert, self.default = convert, default
+
+class Field(Generic[Given, Kept]):
+    """A dataclass field that is converted and checked when it is set, so that a rule holds one form of each value.
+
+    ``to_data`` gives its plain form in YAML, ``from_data`` takes that back; without them the value is plain.
+    """
+
+    def __init__(
+        self, convert: Callable[[Any], Kept], default: Given, to_data: Callable[[Any], Any] = _same, from_data: Callable[[Any], Any] = _same
+    ) -> None:
+        self.convert, self.default, self.to_data, self.from_data = convert, default, to_data, from_data
 
     def __set_name__(self, owner: type[Any], name: str) -> None:
         self.name = name
@@ -256,6 +265,21 @@ def convert_name(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > LONGEST_NAME:
         raise PolicyError(f"name is {value!r}, but name must be a text of one line, {LONGEST_NAME} characters at most.")
     return value
+
+
+def heads_to_data(heads: Heads | None) -> Any:
+    """A number or a list of two."""
+    return list(heads) if isinstance(heads, tuple) else heads
+
+
+def convert_heads(value: Any) -> Heads | None:
+    """None, a number of heads, or (stacked matrices, heads); a list becomes a tuple."""
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    if value is None:
+        return None
+    if not all(type(n) is int and n >= 1 for n in listed) or (isinstance(value, list | tuple) and len(listed) != 2):
+        raise PolicyError(f"heads is {value!r}, but heads must be a whole number >= 1, or two of them: (stacked matrices, heads).")
+    return (listed[0], listed[1]) if len(listed) == 2 else int(listed[0])
 
 
 def convert_flag(value: Any) -> bool:
