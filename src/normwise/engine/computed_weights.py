@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from normwise.parameters.computed_weights import Way
     from normwise.parameters.inventory import Entry
 
+# How far, relatively, a weight may be from what was assigned; beyond it an inverse is none, not one that rounds.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""How far, relatively, a weight may be from what was assigned; beyond it an inverse is none, not one that rounds."""
 INSTEAD = "Exclude it (exclude=), use a penalty, which needs no inverse, or remove the parametrization"
 
 

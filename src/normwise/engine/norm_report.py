@@ -25,8 +25,8 @@ from normwise.policy.radii import Brake, Inflection, Quantile, Relative, StepLen
 from normwise.reports import Loggable, table, unique
 
 KINDS = ("weight", "weight_before", "grad", "grad_before", "update")
+# Parameters that are printed.
 SHOWN = 40
-"""Parameters that are printed."""
 
 
 class NormLog:

@@ -13,11 +13,11 @@ from normwise.engine.rules.base import BoundRule
 from normwise.errors import PolicyError
 
 Saved = dict[str, Any]
+# What is stored of each parameter at attach; `found` is what a rule finds in training.
 KEPT = ("radius", "center")
-"""What is stored of each parameter at attach; ``found`` is what a rule finds in training."""
+# The fields without which what is stored means something else: rules that differ in one of them are two rules. Of the others (a radius, a
+# strength, a schedule, a window of steps) the present value is the one that counts.
 MEANING = ("action", "on", "norm", "per", "heads", "layout", "center")
-"""The fields without which what is stored means something else: rules that differ in one of them are two rules. Of the others (a radius, a
-strength, a schedule, a window of steps) the present value is the one that counts."""
 SELECTION = ("params", "exclude")
 
 

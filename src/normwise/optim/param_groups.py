@@ -8,8 +8,8 @@ from torch import Tensor
 
 from normwise.optim.columns import DEFAULTS, Row, as_plain, check_row, has_momentum, set_nesterov
 
+# What a group had when it was last settled: direction, momentum, betas, velocity.
 Settled = tuple[Any, ...]
-"""What a group had when it was last settled: direction, momentum, betas, velocity."""
 
 
 def settle(group: Row, last: Settled | None, name: str) -> Settled:

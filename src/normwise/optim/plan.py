@@ -24,12 +24,12 @@ Group = Mapping[str, Any]
 State = dict[str, Any]
 States = MutableMapping[Tensor, State]
 
+# The group's key that keeps the axes of its parameters, as plain data, in their order.
 LAYOUTS = "layouts"
-"""The group's key that keeps the axes of its parameters, as plain data, in their order."""
 PARTS = ("direction", "act", "norm", "per", "scale", "hold", "rounding")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# State in a dtype of its own; torch's `load_state_dict` would round it to the parameter's.
 WIDE_STATE = ("radius", "row_squares", CARRY, NOISE)
-"""State in a dtype of its own; torch's ``load_state_dict`` would round it to the parameter's."""
 
 
 @dataclass(eq=False)

@@ -16,8 +16,8 @@ from normwise.reports import Loggable
 if TYPE_CHECKING:
     from normwise.optim.optimizer import NormOptimizer
 
+# The share of the weights of two or more dimensions below which a matrix method is told to have little to do.
 HALF = 0.5
-"""The share of the weights of two or more dimensions below which a matrix method is told to have little to do."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from normwise.norms.linalg.checks import peak
 from normwise.norms.reduce import may_branch, up
 
 LARGE = 1e10    # entries from here on are multiplied at unit scale: three of them leave fp32's range
+# Actions that only scale a block: they need its norm, never its entries.
 RADIAL = ("clip_norm", "normalize")
-"""Actions that only scale a block: they need its norm, never its entries."""
 
 
 def wanted_norm(action: str, value: Tensor, radius: Radius, min_radius: Radius | None = None, rate: float = 1.0) -> Tensor:

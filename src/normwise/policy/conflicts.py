@@ -18,6 +18,7 @@ from normwise.policy.rule import Rule
 from normwise.policy.rule_fields import norm_label
 from normwise.policy.schedules import Constant, is_number
 
+# The kinds of block that a block of each kind lies within. (A unit need not lie within a head: heads may split the inputs.)
 _WITHIN = {
     "element": ("element", "unit", "input", "head", "matrix", "expert", "tensor", "global"),
     "unit": ("unit", "matrix", "expert", "tensor", "global"),
@@ -28,10 +29,9 @@ _WITHIN = {
     "tensor": ("tensor", "global"),
     "global": ("global",),
 }
-"""The kinds of block that a block of each kind lies within. (A unit need not lie within a head: heads may split the inputs.)"""
 
+# Radii this close are the same number, written or rounded differently.
 SLACK = 1e-6
-"""Radii this close are the same number, written or rounded differently."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from normwise.policy.explain import Explanation
 
 PolicyLike: TypeAlias = Union["Policy", Rule, Iterable["PolicyLike"]]
+# Far above any policy; what is beyond them loops or never ends.
 MOST_NESTING, MOST_RULES = 16, 10_000
-"""Far above any policy; what is beyond them loops or never ends."""
 
 
 class Policy:

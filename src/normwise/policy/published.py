@@ -190,8 +190,8 @@ def _fused(params: Selector | None, key: Selector | None, key_heads: int | None,
     return {"optional": True, **common, "params": "class:MultiheadAttention", "exclude": exclude}
 
 
+# Of `nn.MultiheadAttention` what is neither query nor key.
 ATTENTION_VALUES = ("*v_proj_weight", "*bias_v")
-"""Of ``nn.MultiheadAttention`` what is neither query nor key."""
 
 
 def _listed(selector: Selector | None) -> list[Any]:

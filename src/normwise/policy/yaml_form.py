@@ -21,9 +21,9 @@ from normwise.policy.rule import Rule, read_field
 from normwise.policy.rule_fields import FieldError, layout_from_data, layout_to_data
 
 KEYS = ("rules", "roles", "layouts")
+# Far above any policy; a file beyond them was not written by hand, or loops or explodes through its aliases. All are checked before the
+# text is parsed, or while it is: the parser reads about 300 KB a second.
 MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_RULES = 1 << 18, 20_000, 24, 1000
-"""Far above any policy; a file beyond them was not written by hand, or loops or explodes through its aliases. All are checked before the
-text is parsed, or while it is: the parser reads about 300 KB a second."""
 
 _WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -35,8 +35,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
 
 
+# Rules, roles by selector, layouts by selector.
 Stated = tuple[list[Rule], dict[str, str], dict[str, Any]]
-"""Rules, roles by selector, layouts by selector."""
 
 
 def read(text: str, source: str = "the policy") -> Stated:
@@ -300,8 +300,8 @@ def _arguments(make: Callable[..., Any], arguments: Any) -> dict[str, Any]:
     return {name: read_field(fields[name], value) for name, value in given.items()}
 
 
+# Arguments of named rules that are no fields, by their annotations: each is read like the field that takes the same kind of value.
 _FIELD_OF = {"RadiusLike": "radius", "Varying": "strength", "Selector | None": "params", "NormLike": "norm"}
-"""Arguments of named rules that are no fields, by their annotations: each is read like the field that takes the same kind of value."""
 
 
 def _parameters(make: Callable[..., Any]) -> list[str]:

@@ -25,8 +25,8 @@ class Pieces:
         alone = [math.prod(shape[a] for a in range(len(shape)) if homes[a] == d and a not in batch) for d in range(len(place.shape))]
         self.mixed = [d for d, n in enumerate(alone) if self.coordinates[d] is not None and n > 1]
         split = {place.placements[i].dim % len(place.shape) for i in place.dims}
+        # Whether any block lies on more than one rank.
         self.cut = any(alone[d] > 1 and not _even(place, d, self._block_of(d, shape, batch, homes)) for d in split)
-        """Whether any block lies on more than one rank."""
         self.ids = self._ids()
 
     @staticmethod

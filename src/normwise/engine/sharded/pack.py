@@ -24,8 +24,8 @@ from normwise.norms.reduce import compute_dtype, wide
 from normwise.parameters.layouts import BlockView
 from normwise.policy import actions
 
+# What the owners of whole blocks have been given so far, by mesh.
 Loads = dict[Any, list[float]]
-"""What the owners of whole blocks have been given so far, by mesh."""
 
 
 def acts_on_entries(action: str, norm: Norm | Set) -> bool:

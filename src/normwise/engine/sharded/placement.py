@@ -13,8 +13,8 @@ from torch import Tensor
 from normwise.engine.sharded import collectives
 from normwise.errors import PolicyError
 
+# For each dimension of a parameter the indices that a rank holds; it holds their cross product.
 Indices = tuple[Tensor, ...]
-"""For each dimension of a parameter the indices that a rank holds; it holds their cross product."""
 
 
 @dataclass(frozen=True)

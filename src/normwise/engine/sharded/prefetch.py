@@ -14,8 +14,8 @@ from normwise.engine.sharded.pack import Split
 from normwise.errors import PolicyError
 from normwise.norms import Norm
 
+# A pack, a norm, and the tensors whose blocks are to be measured.
 Request = tuple[Any, Norm, list[Tensor]]
-"""A pack, a norm, and the tensors whose blocks are to be measured."""
 
 
 @_disable_dynamo

@@ -28,8 +28,8 @@ INTERRUPTED = 128 + signal.SIGINT
 """The exit status after Ctrl-C, 130. After SIGTERM it is 143 and after SIGHUP 129, by the same rule of shells."""
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Seconds within which Ctrl-C pressed again means the same.
 _ONE_PRESS = 1.0
-"""Seconds within which Ctrl-C pressed again means the same."""
 
 
 def _at_first() -> str:
