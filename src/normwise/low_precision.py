@@ -92,6 +92,7 @@ def stochastic(exact: Tensor, dtype: torch.dtype, uniform: Tensor) -> Tensor:
 @_disable_dynamo    # a generator has no place in a graph
 def _uniform(like: Tensor, noise: Tensor, part: int) -> Tensor:
     """Numbers of [0, 1) from the state ``noise``, which moves on."""
+    # Parts of one tensor must not round alike, copies of one part must.
     seed = _mixed(int(noise) ^ part) if part else int(noise)
     generator = torch.Generator(like.device).manual_seed(seed >> 31)    # the CPU's takes 32 bits
     # Advanced by arithmetic, not by the generator: one integer in the checkpoint resumes it on any device.
@@ -109,5 +110,6 @@ def _mixed(state: int) -> int:
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbouring numbers of ``dtype`` around each value."""
+    # frexp gives a mantissa in [0.5, 1), hence the 1 less in the exponent.
     spacing = torch.ldexp(torch.full_like(value, torch.finfo(dtype).eps), torch.frexp(value).exponent - 1)
     return spacing.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)

@@ -70,6 +70,7 @@ def carry_over(bound: BoundRule, kept: Mapping[str, Any]) -> None:
     """Gives a rule what is known of each parameter, by name, where it fits; of the others it keeps what it has."""
     own = state_of(bound)
     for what in KEPT:
+        # A tensor of another shape is another parameter under an old name, and starts anew.
         own[what] |= {name: t for name, t in kept[what].items() if name in own[what] and own[what][name].shape == t.shape}
     own["found"] |= {name: t for name, t in kept["found"].items() if name in own["found"] and _fits(bound, own["found"][name], t)}
     bound.restore(own)
@@ -141,6 +142,7 @@ def _read(saved: Any) -> _Known:
     except (TypeError, ValueError, KeyError) as error:
         raise PolicyError(f"the state does not say which rule it is of ({_short(saved['rule'])}).") from error
     lists = (told.params, told.stored, told.found)
+    # A 0 among them fails the test below: any part that is no list is damage.
     texts = [told.label, *(t for each in lists for t in each)] if all(isinstance(each, list) for each in lists) else [0]
     if not all(isinstance(t, str) for t in texts) or not _named(told.fields, lambda value: isinstance(value, str)):
         raise PolicyError(f"the state does not say which rule it is of ({_short(saved['rule'])}).")
@@ -161,6 +163,7 @@ def _by_label(rules: Sequence[BoundRule], known: Sequence[_Known], among: Callab
 def _partners(rules: Sequence[dict[str, str]], known: Sequence[dict[str, str]]) -> list[int | None]:
     """For each rule the place of the saved one that is most like it, in order."""
     found: list[int | None] = [None] * len(rules)
+    # Equal rules first, then those that act on the same parameters, then those that only mean the same.
     for fields in (None, (*MEANING, *SELECTION), MEANING):
         left = [i for i in range(len(known)) if i not in found]
         for r, rule in enumerate(rules):

@@ -58,6 +58,7 @@ def find_attention(places: Iterable[Site], parts_of: Mapping[int, tuple[str, ...
     found: dict[int, str] = {}
     for path, named in layers.items():
         second = {name.removesuffix(_SECOND): param for name, param in named.items() if name.endswith(_SECOND)}
+        # The Longformer has two attentions in one module; the second would hide behind the first.
         if second.keys() >= {"query", "key", "value"}:
             found |= {id(param): part for part, param in _parts(second, {}).items()}
         parts = _parts(named, parts_of or {})

@@ -138,6 +138,7 @@ def _why_fixed(layer: Any) -> str:
 @contextmanager
 def _resting(module: nn.Module) -> Iterator[None]:
     """In evaluation mode, so that looking at a weight takes no step of a power iteration and draws no noise."""
+    # Spectral norm takes a power iteration in each forward pass in training mode, which would change its state.
     awake = [m for m in module.modules() if m.training]
     for m in awake:
         m.training = False
@@ -246,6 +247,7 @@ def _magnitude_and_direction(g: Tensor, v: Tensor, old: Tensor, new: Tensor, dim
     info = torch.finfo(v.dtype)    # each entry rounded once; a norm of the difference would pass over a single entry that was cut
     rounded = ((rows[2] - ratio * rows[1]).abs() <= info.eps * rows[2].abs() + info.tiny * info.eps).all(1, keepdim=True)
     same = (rows[2] == rows[1]).all(1, keepdim=True) | ~(now.isfinite() & (length > 0) & length.isfinite())
+    # Told by every entry: a vector that only changed its length keeps its direction bit for bit.
     scaled = (now == 0) | ((was > 0) & rounded)
     turned = torch.where(same | scaled, rows[0], rows[2] * (length / now)).to(v.dtype)
     kept = torch.linalg.vector_norm(turned.to(work), dim=1, keepdim=True)
@@ -326,6 +328,7 @@ class Computed:
         wanted = [p for p in self.trained if p.grad is not None]
         with torch.enable_grad():
             weight = self.way.forward(*self.way.parts())
+        # Through the module's own graph, so that a penalty on the weight is exact whatever computes it.
         grads = torch.autograd.grad(weight, wanted, pull.to(weight.dtype), allow_unused=True) if wanted else ()
         for p, grad in zip(wanted, grads, strict=True):
             if grad is not None and p.grad is not None:

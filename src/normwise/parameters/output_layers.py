@@ -45,6 +45,7 @@ class Heads:
         core = _core(model)
         matrices = [place for place in places if _may_be_head(place)]
         self.ids = {id(head) for module in model.modules() if (head := _layer(_output_embeddings(module))) is not None}
+        # It is a head that computes the loss too, so nothing returns its layers' results.
         for loss in (m for m in model.modules() if isinstance(m, nn.AdaptiveLogSoftmaxWithLoss)):
             self.ids |= {id(loss.head), *(id(cast(nn.Sequential, tail)[-1]) for tail in loss.tail)}
         bare = {id(base) for module in core.modules() if (base := _base(module)) is not None}
@@ -96,6 +97,7 @@ def _within(place: Site, modules: set[int]) -> bool:
 
 def _core(model: nn.Module) -> nn.Module:
     """The model within what only wraps it: data parallelism, a compiler, PEFT."""
+    # Wrappers within wrappers; a model that holds itself would never end.
     for _ in range(16):
         inner = next((child for name, child in model.named_children() if is_wrapper(model, name)), None)
         of_peft = any((cls.__module__ or "").startswith("peft.") for cls in class_of(model).__mro__)

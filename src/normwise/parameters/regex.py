@@ -74,6 +74,7 @@ class _Search:
     def __init__(self, shown: str, name: str, flags: int) -> None:
         self.shown, self.name, self.flags, self.steps = shown, name, flags, 0
         self.everywhere = (1 << (len(name) + 1)) - 1
+        # Each part is asked once for each letter of the name, however often a repetition comes back to it.
         self.fitting: dict[tuple[str, Any, int], int] = {}
 
     def found(self, tree: Any) -> bool:
@@ -109,6 +110,7 @@ class _Search:
             least, most, tree = value
             return self.repeated(least, most, tree, places, flags)
         direction, tree = value
+        # A look-behind has one width, which was checked, so it can be matched forwards from its beginning.
         back = tree.getwidth()[0] if direction < 0 else 0
         held = 0
         for p in _bits(places):

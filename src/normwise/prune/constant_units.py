@@ -23,6 +23,7 @@ def inputs(model: nn.Module, probe: Tensor, layers: Iterable[Layer]) -> dict[Lay
     def keep(layer: Any, given: tuple[Tensor, ...]) -> None:
         values[layer] = _constants(given[0], -1 if isinstance(layer, nn.Linear) else 1)
 
+    # Measured where it is read: whatever lies between, a pooling or a padding, has then acted on it.
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     model(probe)
     for hook in hooks:

@@ -68,6 +68,7 @@ def groups(model: nn.Module, example: Tensor) -> list[Group]:
     Raises MissingExtraError without torch-pruning.
     """
     pruning = _library()
+    # torch-pruning follows the backward graph.
     with torch.enable_grad():
         graph = pruning.DependencyGraph().build_dependency(model, (example,), verbose=False)
     unfit, names = _unfit(model, example), {module: name for name, module in model.named_modules()}

@@ -39,6 +39,7 @@ def lead_of(view: BlockView, shape: tuple[int, ...]) -> Lead:
     homes = dims_of_axes(view.shape, shape)
     first = view.order[0]
     run = [first]
+    # Only an axis that begins its dimension may be merged with the next: else the merged one would have gaps.
     begins = first == 0 or homes[first - 1] != homes[first]
     while begins and len(run) < view.batch and view.order[len(run)] == run[-1] + 1 and homes[run[-1] + 1] == homes[first]:
         run.append(run[-1] + 1)
@@ -53,6 +54,7 @@ def dims_of_axes(fine: tuple[int, ...], shape: tuple[int, ...]) -> list[int]:
     """For each axis of a split shape the tensor dimension that it is a part of."""
     homes, dim, left = [], 0, shape[0] if shape else 1
     for size in fine:
+        # An axis of size 1 belongs to the dimension at hand: it splits nothing.
         while size > 1 and left == 1 and dim < len(shape) - 1:
             dim, left = dim + 1, shape[dim + 1]
         homes.append(dim)
@@ -122,6 +124,7 @@ class Owners:
         lead = self.lead
         if lead.dim is None:
             return [0]
+        # A place counts as whole only if this rank has every index of it, in each of the dimensions.
         counts = torch.bincount(self._coordinate(held[lead.dim]), minlength=lead.size)
         return torch.nonzero(counts * lead.size == self.place.shape[lead.dim]).flatten().tolist() if lead.size else []
 
@@ -138,6 +141,7 @@ class Owners:
     def _handed_out(self, loads: dict[Any, list[float]], cost: float) -> list[Slab]:
         ranks, size = len(self.peers), self.lead.size
         load = loads.setdefault((self.place.mesh, self.place.dims), [0.0] * ranks)
+        # Always to the rank with the least work so far; the loads are kept over packs, or rank 0 would begin each of them.
         heap = [(carried, r) for r, carried in enumerate(load)]
         heapq.heapify(heap)
         quota = [0] * ranks
@@ -146,6 +150,7 @@ class Owners:
             heapq.heapreplace(heap, (least + cost, r))
             quota[r] += 1
             load[r] += cost
+        # Each rank gets neighbouring blocks, so that few slabs are sent and most are views.
         return list(self._runs(quota, size))
 
     def _runs(self, quota: list[int], size: int) -> Any:
@@ -219,6 +224,7 @@ class Owners:
                 _put_(into[p.slab.member], p.local, wholes[p.slab])
             return
         sent = [_cut(wholes[p.slab], p.within).reshape(-1) for row in self.take for p in row]
+        # The empty tensor gives a dtype to a rank that owns nothing and must still take part.
         got = collectives.exchange(torch.cat([blocks.new_empty(0), *sent]), self._taken(), self._given(), self._group())
         for p, numbers in zip(self.give, torch.split(got, [p.numel for p in self.give]), strict=True):
             _put_(into[p.slab.member], p.local, numbers.view(p.shape))
@@ -262,6 +268,7 @@ def _put_(t: Tensor, indices: Indices, numbers: Tensor) -> None:
         for d, wanted in enumerate(indices):
             t = t.narrow(d, int(wanted[0]), len(wanted))
         t.copy_(numbers)
+    # Indices with gaps, as strided splits leave them; a part may also be empty.
     elif numbers.numel():
         t[torch.meshgrid(*(i.to(t.device) for i in indices), indexing="ij")] = numbers.to(t.dtype)
 

@@ -57,6 +57,7 @@ def group_of(mesh: Any, dims: tuple[int, ...]) -> Any:
     """The process group of the ranks that differ from this one in the mesh dimensions ``dims`` alone. Made once; every rank must ask."""
     if len(dims) == 1:
         return mesh.get_group(dims[0])
+    # Making a group takes a collective of its own; the world's is there already.
     if math.prod(mesh.size(d) for d in dims) == dist.get_world_size():
         return dist.group.WORLD
     key = (mesh, dims)
@@ -82,6 +83,7 @@ def all_agree(yes: bool, mesh: Any) -> bool:
     """Whether every rank of the mesh says yes."""
     if mesh.get_coordinate() is None or mesh.size() == 1:
         return yes
+    # Counted as a sum of refusals: it is exact for any number of ranks.
     no = torch.tensor([0.0 if yes else 1.0], device=mesh.device_type)
     return not bool(all_sum(no, group_of(mesh, tuple(range(mesh.ndim)))))
 
@@ -99,6 +101,7 @@ def texts_if_different(text: str, mesh: Any) -> list[str]:
     if mesh.get_coordinate() is None or mesh.size() == 1:
         return []
     group, coded = group_of(mesh, tuple(range(mesh.ndim))), text.encode()
+    # Seven bytes fit an int64. The texts themselves travel only if a digest differs, which ends in an error.
     digest = int.from_bytes(hashlib.sha256(coded).digest()[:7], "big")
     seen = all_rows(torch.tensor([digest, len(coded)], device=mesh.device_type), group)
     if bool((seen == seen[0]).all()):

@@ -57,6 +57,7 @@ class Place:
         """Of the part that lies here: from 1 on, the same for copies; 0 for a parameter that is whole here, or not here at all."""
         if self.here is None or not self.dims:
             return 0
+        # Mixed radix over the mesh dimensions that split it: copies along the others get the same number.
         index = 0
         for d in self.dims:
             index = index * self.mesh.size(d) + self.here[d]
@@ -65,6 +66,7 @@ class Place:
     def indices(self, coordinate: tuple[int, ...]) -> Indices:
         """What the rank at ``coordinate`` holds. A strided split (FSDP over tensor parallelism) happens after the plain ones."""
         held = [torch.arange(n) for n in self.shape]
+        # The order matters: FSDP over tensor parallelism cuts rows that the inner split has cut before.
         for i in sorted(self.dims, key=lambda i: (1, -i) if hasattr(self.placements[i], "split_factor") else (0, i)):
             dim = self.placements[i].dim % len(self.shape)
             held[dim] = _piece(held[dim], self.mesh.size(i), coordinate[i])

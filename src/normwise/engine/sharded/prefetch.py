@@ -38,6 +38,7 @@ def run_all(bounds: Sequence[Any], turn: Any) -> None:
             wave = _wave(bounds, i, known)
             fulfil([request for j in wave for request in bounds[j].ahead(turn)])
             known.update(wave)
+        # What was measured ahead is used here; a rule that an earlier one has made stale measures again.
         bound.run(turn)
     forget(bounds)
 
@@ -60,6 +61,7 @@ def fulfil(requests: Sequence[Request]) -> None:
         shares = part.shares(norm, tensors)
         if shares is not None:
             pending.append((part, norm, shares))
+    # One collective for all of them; apart, each norm would cost a round trip.
     complete([s for _, _, shares in pending for s in shares])
     for part, norm, shares in pending:
         part.expect(norm, part.finished(norm, shares))
