@@ -32,13 +32,14 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 """Every action with the targets it has a meaning for; the first is its default."""
 
+# The one number that an action cannot do without.
 NEEDS = {
     "penalty": "strength", "weight_decay": "strength", "prox": "strength",
     "clip_norm": "radius", "project": "radius", "normalize": "radius", "lmo": None,
     "cpr": "radius", "qk_clip": "radius",
 }  # fmt: skip
-"""The one number that an action cannot do without."""
 
+# The fields that an action reads, beside those that every action reads. Any other given one is an error, not ignored.
 USES = {
     "penalty": {"strength", "norm", "per", "heads", "power", "center"},
     "weight_decay": {"strength", "center", "rounding"},
@@ -50,13 +51,12 @@ USES = {
     "cpr": {"radius", "strength", "per", "heads", "floor"},
     "qk_clip": {"radius", "heads", "power"},
 }
-"""The fields that an action reads, beside those that every action reads. Any other given one is an error, not ignored."""
 
 ON = ("weight", "grad", "update")
 PHASES = ("penalty", "gradient", "decay", "cpr", "update", "prox", "qk_clip", "weight")
 DEFAULT_PARAMS, EVERYTHING = "role:matrix", "role:all"
+# What the matrix methods act on: no embeddings and heads, whose rows are not mixed by a layer.
 MATRICES = ("role:hidden", "role:conv", "role:recurrent")
-"""What the matrix methods act on: no embeddings and heads, whose rows are not mixed by a layer."""
 WEIGHT_ONLY = ("min_radius", "rate", "center")
 VECTOR_PER = ("unit", "input", "element", "global")
 WHOLE, HOLD_MANY = ("global", "tensor"), tuple(per for per in PER if per not in ("global", "element"))

@@ -43,8 +43,8 @@ class Run(Protocol):
         """Trains on what the study was set up with. Plain data; seeds whatever it draws."""
 
 
+# Yields runs, gets their results, returns what it found.
 Plan: TypeAlias = "Generator[list[Any], list[Result], Any]"
-"""Yields runs, gets their results, returns what it found."""
 
 
 @dataclass(eq=False)

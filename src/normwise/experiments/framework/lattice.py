@@ -16,8 +16,8 @@ from typing import Any
 
 Point = tuple[float, ...]
 Value = float | str
+# By point; higher is better. Any order will do: a number, or a tuple that ranks failed runs last.
 Scores = Mapping[Point, Any]
-"""By point; higher is better. Any order will do: a number, or a tuple that ranks failed runs last."""
 
 _OFFSETS = (-1.0, 0.0, 1.0)
 _ONE_AXIS = tuple(step / 2 for step in range(-4, 5))
@@ -53,8 +53,8 @@ class Axis:
         return bool(self.ratio) or 0 <= self.centre + position < len(self.values)
 
 
+# axes, scores of the finished trials, trials -> the next points, none at the end.
 Walk = Callable[[Sequence[Axis], Scores, int], list[Point]]
-"""axes, scores of the finished trials, trials -> the next points, none at the end."""
 
 
 def values(axes: Sequence[Axis], point: Point) -> dict[str, Any]:

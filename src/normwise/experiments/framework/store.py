@@ -13,13 +13,13 @@ from normwise.errors import DataError, OutputError
 from normwise.files import NOTHING, append_to, content, what_is
 
 Record = dict[str, Any]
+# What a value must be: of a type, of one of several forms, a list of just these, or a dictionary that has these names among others.
 Form: TypeAlias = "type | tuple[Form, ...] | list[Form] | Mapping[str, Form]"
-"""What a value must be: of a type, of one of several forms, a list of just these, or a dictionary that has these names among others."""
 
 NUMBER: tuple[type, ...] = (int, float)
 MAYBE: tuple[type, ...] = (int, float, type(None))    # what is not finite is kept as None
+# Of a file of finished runs: the largest of ours has a few million.
 MOST_BYTES = 1 << 28
-"""Of a file of finished runs: the largest of ours has a few million."""
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

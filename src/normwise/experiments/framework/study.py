@@ -28,8 +28,8 @@ from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.store import Store
 from normwise.files import check_file, check_folder
 
+# Every choice is made with this seed, or with those right after it; reported seeds count from 0, so no choice was made on their luck.
 TUNING_SEED = 1000
-"""Every choice is made with this seed, or with those right after it; reported seeds count from 0, so no choice was made on their luck."""
 MOST_SEEDS = 1000
 
 

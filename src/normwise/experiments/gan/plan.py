@@ -14,8 +14,8 @@ from normwise.experiments.framework.study import TUNING_SEED
 from normwise.experiments.gan.run import GanRun
 
 AGAIN_SEED = TUNING_SEED + 1
+# strategy, loss, numbers, seed, full -> run.
 Make = Callable[[str, str, Mapping[str, float], int, bool], GanRun]
-"""strategy, loss, numbers, seed, full -> run."""
 
 
 @dataclass(frozen=True)

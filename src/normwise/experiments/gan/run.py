@@ -22,10 +22,10 @@ from normwise.experiments.tasks.fidelity import Fidelity, Judge
 from normwise.experiments.tasks.models.dcgan import LOSSES, NOISE, Discriminator, Generator, Loss, brightest, scaled
 
 _LAST = 3
+# Seed of the noise that is judged: one and the same in every run, and none that is trained on.
 _JUDGED_NOISE = 20_000
-"""Seed of the noise that is judged: one and the same in every run, and none that is trained on."""
+# Added to a run's seed.
 _NOISE, _BETWEEN = 10_000, 30_000
-"""Added to a run's seed."""
 _CHUNK = 250
 _BURST = 3
 

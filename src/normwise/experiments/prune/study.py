@@ -25,8 +25,8 @@ from normwise.experiments.tasks.task import Task
 
 ALLOWED_LOSS = 0.01  # of validation accuracy, for the smaller network to count as good enough
 RATES = (0.01, 0.03, 0.1, 0.3)
+# Half decades. A gain starts at 1 and a filter of the article's network near 0.1 to 0.6, and each step takes rate · strength away.
 STRENGTHS = {"cnn": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "resnet": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
-"""Half decades. A gain starts at 1 and a filter of the article's network near 0.1 to 0.6, and each step takes rate · strength away."""
 BETWEEN = (1.5, 2.0)  # times the best of those: where the accuracy breaks off, half a decade is a long way
 _STEP = 10**0.5
 _WIDENINGS = 3
@@ -44,16 +44,16 @@ class Budget:
     seeds: int = 3
 
 
+# By task; what each takes is in docs/pruning.md.
 BUDGETS: dict[str, dict[str, Budget]] = {
     "quick": {"cnn": Budget(600, 200, 20), "resnet": Budget(200, 100, 10)},
     "standard": {"cnn": Budget(1000, 500, 40), "resnet": Budget(600, 300, 20)},
     "long": {"cnn": Budget(4000, 2000, 100), "resnet": Budget(3000, 1500, 40)},
 }
-"""By task; what each takes is in docs/pruning.md."""
 
 
+# lr, strength, seed, full, units -> run.
 Make = Callable[..., PruneRun]
-"""lr, strength, seed, full, units -> run."""
 
 
 def run(options: Options, outputs: Outputs) -> bool:

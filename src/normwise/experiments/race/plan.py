@@ -16,8 +16,8 @@ from normwise.experiments.framework.study import TUNING_SEED
 from normwise.experiments.race.protocol import LADDER_SEED, ROBUST_AT, RUNGS, SATURATED, rung
 from normwise.experiments.race.run import RaceRun
 
+# contender, numbers, samples, seed, full -> run.
 Make = Callable[[str, dict[str, Any], int, int, bool], RaceRun]
-"""contender, numbers, samples, seed, full -> run."""
 
 
 @dataclass(frozen=True)
