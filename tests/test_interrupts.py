@@ -296,7 +296,7 @@ def test_a_study_whose_worker_dies_at_the_start_says_so(name: str, tmp_path: Pat
 
 
 def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
-    code = "from normwise.experiments import pool\nimport time\np = pool.Workers(1, dict)\np.submit(print, 1).result()\n" \
+    code = "from normwise.experiments.framework import pool\nimport time\np = pool.Workers(1, dict)\np.submit(print, 1).result()\n" \
            "print('up', flush=True)\np.submit(time.sleep, 600)\ntime.sleep(600)"
     process = started("-c", code)
     assert process.stdout is not None and process.stdout.readline() == "up\n", "what a worker prints goes elsewhere"
