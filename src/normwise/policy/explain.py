@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -82,26 +81,22 @@ def explain(policy: Policy, model: nn.Module) -> Explanation:
     """See :meth:`Policy.explain`."""
     inventory = Inventory(model, policy.roles, policy.layouts)
     touched = [{id(e) for e in rule.targets(inventory.entries if rule.phase == "gradient" else inventory.weights)} for rule in policy]
-    rows = [_row(entry, _blocks(policy, touched, entry)) for entry in _listed(inventory)]
+    listed: dict[int, Entry] = {}
+    for entry in inventory.weights:    # below a computed weight its raw tensors, which have the gradients
+        raw = [e for e in inventory.entries if {e.name, *e.tied} & set(entry.aliases)] if entry.computed else []
+        listed |= {id(e): e for e in (entry, *raw)}
+    rows = []
+    for entry in listed.values():
+        numbered = enumerate(zip(policy, touched, strict=True), 1)
+        blocks = {number: _blocks_of(rule, entry) for number, (rule, ids) in numbered if id(entry) in ids}
+        how, part_of = (entry.computed.way.how, ()) if entry.computed else ("", entry.aliases)
+        axes = f"{entry.layout}{'' if entry.layout.certain else ' ?'}"
+        rows.append(Row(entry.name, tuple(entry.shape), entry.role, axes, blocks, tuple(entry.tied), how, part_of, not entry.trained))
     labels = tuple(f"{rule.name}: {rule.summary()}" if rule.name else rule.label() for rule in policy)
     return Explanation(labels, tuple(rows))
 
 
-def _listed(inventory: Inventory) -> list[Entry]:
-    """Every weight, and below one that is computed the raw tensors, which have the gradients."""
-    listed: dict[int, Entry] = {}
-    for entry in inventory.weights:
-        raw = [e for e in inventory.entries if {e.name, *e.tied} & set(entry.aliases)] if entry.computed else []
-        listed |= {id(e): e for e in (entry, *raw)}
-    return list(listed.values())
-
-
-def _blocks(policy: Policy, touched: Sequence[set[int]], entry: Entry) -> dict[int, str]:
-    numbered = enumerate(zip(policy, touched, strict=True), 1)
-    return {number: _seen(rule, entry) for number, (rule, ids) in numbered if id(entry) in ids}
-
-
-def _seen(rule: Rule, entry: Entry) -> str:
+def _blocks_of(rule: Rule, entry: Entry) -> str:
     """``10 of 84``, ``1 of 10x84``: how many blocks of which shape; a part of a global block has no number of its own."""
     if entry.computed is not None and entry.computed.refusal and rule.phase != "penalty":
         return f"refused ({entry.computed.way.how})"
@@ -109,11 +104,3 @@ def _seen(rule: Rule, entry: Entry) -> str:
         return "all"
     view = rule.view(entry)
     return "global" if rule.per == "global" else f"{view.count} of {'x'.join(map(str, view.block_shape))}"
-
-
-def _row(entry: Entry, blocks: dict[int, str]) -> Row:
-    sure = "" if entry.layout.certain else " ?"
-    how = entry.computed.way.how if entry.computed else ""
-    part_of = () if entry.computed else entry.aliases
-    axes, frozen = f"{entry.layout}{sure}", not entry.trained
-    return Row(entry.name, tuple(entry.shape), entry.role, axes, blocks, tuple(entry.tied), how, part_of, frozen)

@@ -44,8 +44,10 @@ def hyperball(
     Two rules: the update is normalised, then the weight. By default hidden, convolutional and recurrent matrices, each parameter as one
     vector (``per="tensor"``); ``floor`` is the radius of a weight that starts at zero, which otherwise is an error.
 
-    Raises PolicyError when attached to a parameter whose group has a ``weight_decay``: it would turn the step instead of shortening the
-    weight. Off normwise's own optimizers it keeps a copy of these weights during the step.
+    Outside normwise's own optimizers it keeps a copy of these weights during the step.
+
+    Raises:
+        PolicyError: when attached to a parameter whose group has a ``weight_decay``, which would turn the step, not shorten the weight.
     """
     sphere = radii.radius(radius)
     step = StepLength("init", sphere.scale) if isinstance(sphere, Init) else StepLength("number", sphere)  # type: ignore[arg-type]
@@ -68,8 +70,10 @@ def relative_update(
     A step of zero stays zero. A weight that is zero when attached could never move, which is an error unless ``floor`` is given: then
     max(‖w‖, floor) counts. Weights grow by about η²/2 of their norm a step: :func:`hyperball` keeps them, or :func:`radial_brake`.
 
-    By default hidden, convolutional and recurrent matrices. Raises PolicyError when attached to a parameter whose group has a
-    ``weight_decay``, which would be measured as a part of the step; the rule ``weight_decay`` acts before it and may stand beside.
+    By default hidden, convolutional and recurrent matrices. The rule ``weight_decay`` acts before it and may stand beside it.
+
+    Raises:
+        PolicyError: when attached to a parameter whose group has a ``weight_decay``, which would be measured as a part of the step.
     """
     shared: Any = on_matrices(params, common)
     return Rule(action="normalize", on="update", norm=norm, per=per, radius=StepLength("weight", scale), floor=floor, **shared)
@@ -105,12 +109,14 @@ def cpr(
     division, its authors' code has it, and without it μ = 1 overshoots on any matrix of ordinary size. As in the paper λ and the gradient
     are those at w_t, so the term is applied before the optimizer's step, and no copy is needed.
 
-    kappa: :class:`~normwise.radii.Inflection` (default; Kappa-IP), :class:`~normwise.radii.WarmStart` (Kappa-WS), a number (Kappa-K, a
-        mean square), or ``"init"`` and multiples ``"k*init"``: k · R(w₀) (Kappa-kI₀).
-    mu: default 1, the paper's; it found 0.01 to 10 alike. Weights whose mean square is near 1 need less: beyond λ = 1/2 w would flip.
-    params: default all weights but embeddings; never biases and gains.
-
     It stands in the place of weight decay: set the optimizer's own to 0, or both act. λ and κ are in the control's state.
+
+    Args:
+        kappa: `nw.radii.Inflection` (default; Kappa-IP), `nw.radii.WarmStart` (Kappa-WS), a number (Kappa-K, a mean square), or ``"init"``
+            and multiples ``"k*init"``: k · R(w₀) (Kappa-kI₀).
+        params: default all weights but embeddings; never biases and gains.
+        mu: default 1, the paper's; it found 0.01 to 10 alike. Weights whose mean square is near 1 need less: beyond λ = 1/2 w would flip.
+        per: the blocks; default each matrix that the module applies.
     """
     if params is None and "exclude" not in common:
         common = {"optional": True, **common, "exclude": "role:embedding"}

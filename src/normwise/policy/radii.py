@@ -74,9 +74,10 @@ class RadiusRule(Plain):
 class StepLength(RadiusRule):
     """A radius for an update: ``scale · η · length``, η the learning rate of the parameter's group at that step.
 
-    of: ``"init"``: the norm that the weight block had when attached (Hyperball); ``"weight"``: the one before the step (the learning rate
-        is then the relative change); ``"number"``: 1, so that ``scale`` itself is the length.
-    scale: a number > 0 or a schedule; default 1.
+    Args:
+        of: ``"init"``: the norm that the weight block had when attached (Hyperball); ``"weight"``: the one before the step (the learning
+            rate is then the relative change); ``"number"``: 1, so that ``scale`` itself is the length.
+        scale: a number > 0 or a schedule; default 1.
     """
 
     of: str = "init"
@@ -113,8 +114,9 @@ class Brake(RadiusRule):
 class Quantile(RadiusRule):
     """A radius for gradients and updates: the ``percentile`` of the norms of the last ``window`` steps, this one's among them.
 
-    percentile: in [0, 100], default 10; between two norms it is interpolated, as ``numpy.percentile`` does.
-    window: how many steps are remembered; default 10000, within which it is the whole history (the paper's). Kept in the checkpoint.
+    Args:
+        percentile: in [0, 100], default 10; between two norms it is interpolated, as ``numpy.percentile`` does.
+        window: how many steps are remembered; default 10000, within which it is the whole history (the paper's). Kept in the checkpoint.
     """
 
     percentile: float = 10.0

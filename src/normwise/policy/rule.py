@@ -91,37 +91,38 @@ def _check_names(given: Mapping[Any, Any]) -> None:
 @_names_its_fields
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One thing to do to some parameters, at every step. Checked when it is made; bound to a model by ``nw.attach``.
+    """One thing to do to some parameters, at every step. Checked when it is made, bound to a model by ``nw.attach``.
 
-    params, exclude: selectors of parameters: a glob on the clean name (``"fc*"``), ``"re:..."``, ``"role:..."``,
-        ``"class:..."``, a module class, a function of the entry, or a list of those. Default: ``"role:matrix"``, since norms
-        of biases and gains mean something else than norms of weights.
-    action: "penalty", "weight_decay", "prox", "clip_norm", "project", "normalize" or "lmo"; or one that a single method is made of, "cpr"
-        (see ``nw.cpr``) and "qk_clip" (see ``nw.qk_clip``).
-    norm: a name (``"l2"``, the default, ``"spectral"``, ...), or an object of ``normwise.norms``: a norm, or for "project" a set.
-    per: the block that the norm is measured on: "tensor" (default), "matrix", "unit", "input", "head", "expert", "element"
-        or "global" (all matched parameters as one vector).
-    on: "weight", "grad" or "update"; the default is the action's first meaning (weights; gradients for "lmo").
-    radius: for clip_norm, project, normalize: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``nw.radii.Relative(scale)``, or one
-        of ``nw.radii`` that is found in training. For cpr the bound on the mean square, for qk_clip that on the logits.
-    strength: for penalty, weight_decay, prox: a number >= 0 or a schedule. For cpr the rate of its multiplier, default 1.
-    power: 1 penalises the norm, 2 half of its square; default 1. For qk_clip: 1 scales queries and keys by √γ, 2 queries alone by γ.
-    heads: how many attention heads the outputs of a plain Linear are, where its type does not tell; ``(3, heads)`` for q, k, v stacked.
-    center: None (zero), ``"init"`` (the weights when attached) or weights by name: the norm of the difference is meant.
-    floor: the radius that ``radius="init"`` gives a block that starts at (or nearer to) zero; without it a zero block is an error.
-    min_radius: for clip_norm on weights: shorter blocks are stretched to it.
-    tolerance: for projecting weights under the spectral norm: the share of the radius by which σ₁ may exceed it for the sake of speed;
-        default 0, exact. From 0.01 on, singular vectors are followed from step to step instead of decomposing.
-    rate: the share of the way to the wanted norm that is gone at each step; default 1, all of it (Keras's MinMaxNorm).
-    rounding: of fp16 and bf16 weights after weight_decay and prox: "nearest", which loses what is below half an ulp, "stochastic", or
-        "compensated", which carries it over; see ``normwise.low_precision``.
-    every, start, stop: acts on steps ``start, start + every, ...`` below ``stop``; by default on all.
-    layout: the axes of the matched parameters stated by hand, where the module's type does not tell them.
-    optional: True lets a selector of a list, or the exclusion, match nothing, as long as the rule as a whole matches something.
+    Args:
+        params, exclude: selectors of parameters: a glob on the clean name (``"fc*"``), ``"re:..."``, ``"role:..."``,
+            ``"class:..."``, a module class, a function of the entry, or a list of those. Default: ``"role:matrix"``, since norms
+            of biases and gains mean something else than norms of weights.
+        action: "penalty", "weight_decay", "prox", "clip_norm", "project", "normalize" or "lmo"; or one that a single method is made of,
+            "cpr" (see ``nw.cpr``) and "qk_clip" (see ``nw.qk_clip``).
+        norm: a name (``"l2"``, the default, ``"spectral"``, ...), or an object of ``normwise.norms``: a norm, or for "project" a set.
+        per: the block that the norm is measured on: "tensor" (default), "matrix", "unit", "input", "head", "expert", "element"
+            or "global" (all matched parameters as one vector).
+        on: "weight", "grad" or "update"; the default is the action's first meaning (weights; gradients for "lmo").
+        radius: for clip_norm, project, normalize: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``nw.radii.Relative(scale)``, or
+            one of ``nw.radii`` that is found in training. For cpr the bound on the mean square, for qk_clip that on the logits.
+        strength: for penalty, weight_decay, prox: a number >= 0 or a schedule. For cpr the rate of its multiplier, default 1.
+        power: 1 penalises the norm, 2 half of its square; default 1. For qk_clip: 1 scales queries and keys by √γ, 2 queries alone by γ.
+        heads: how many attention heads the outputs of a plain Linear are, where its type does not tell; ``(3, heads)`` for q, k, v stacked.
+        center: None (zero), ``"init"`` (the weights when attached) or weights by name: the norm of the difference is meant.
+        floor: the radius that ``radius="init"`` gives a block that starts at (or nearer to) zero; without it a zero block is an error.
+        min_radius: for clip_norm on weights: shorter blocks are stretched to it.
+        tolerance: for projecting weights under the spectral norm: the share of the radius by which σ₁ may exceed it for the sake of speed;
+            default 0, exact. From 0.01 on, singular vectors are followed from step to step instead of decomposing.
+        rate: the share of the way to the wanted norm that is gone at each step; default 1, all of it (Keras's MinMaxNorm).
+        rounding: of fp16 and bf16 weights after weight_decay and prox: "nearest", which loses what is below half an ulp, "stochastic", or
+            "compensated", which carries it over; see ``normwise.low_precision``.
+        every, start, stop: acts on steps ``start, start + every, ...`` below ``stop``; by default on all.
+        layout: the axes of the matched parameters stated by hand, where the module's type does not tell them.
+        optional: True lets a selector of a list, or the exclusion, match nothing, as long as the rule as a whole matches something.
+        name: what logs, tables and errors call the rule, unique in its policy; default what it does, such as ``clip_norm l2/unit <= 3``.
 
-    name: what logs, tables and errors call the rule, unique in its policy; default what it does, such as ``clip_norm l2/unit <= 3``.
-
-    Raises PolicyError, which says what is allowed, for whatever cannot mean anything.
+    Raises:
+        PolicyError: whatever cannot mean anything; the message says what is allowed.
     """
 
     params: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None, *SELECTOR)

@@ -34,7 +34,8 @@ def number(value: object, what: str, *, zero: bool = False) -> float:
         raise PolicyError(f"{what} is {value!r}, but {what} must be {allowed}.")
     given = as_float(value)
     if not math.isfinite(given) or given < 0 or (given == 0 and not zero):
-        raise PolicyError(f"{what} is {given}, but {what} must be {allowed}.{_hint(given, what)}")
+        hint = f" To set no bound, leave the rule out of the policy ({what} is required)." if given == math.inf else ""
+        raise PolicyError(f"{what} is {given}, but {what} must be {allowed}.{hint}")
     return given
 
 
@@ -43,10 +44,6 @@ def as_float(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-
-
-def _hint(given: float, what: str) -> str:
-    return f" To set no bound, leave the rule out of the policy ({what} is required)." if given == math.inf else ""
 
 
 def count(value: object, what: str, *, least: int) -> int:
