@@ -20,7 +20,7 @@ from torch import nn
 import normwise as nw
 from normwise.norms import FORMS, NORMS, SETS
 from normwise.policy import NAMED, Policy, Rule, radii
-from normwise.policy.rule import NEEDS, TARGETS
+from normwise.policy.rule import ACTIONS
 
 Data = list[Any]
 HUGE = "9" * 400
@@ -29,6 +29,8 @@ HUGE = "9" * 400
 
 SELECTORS = ["*.weight", "role:matrix", "role:all", "fc.*", "re:fc|conv", "class:Linear", ["conv.weight", "fc.weight"], "role:hidden"]
 RADII = [3, 0.5, 1e-3, "init", "1.5*init", {"linear": [3, 1, 10]}, {"cosine": {"start": 2, "end": 1, "steps": 5}}, {"constant": 1}]
+TARGETS = {name: action.targets for name, action in ACTIONS.items()}
+NEEDS = {name: action.needs for name, action in ACTIONS.items()}
 NORM_NAMES = [*NORMS, *FORMS, *SETS]
 NAMED_DATA: list[Any] = [
     {"max_norm": 3}, {"max_norm": {"radius": "init", "params": "*.weight"}}, {"l1_penalty": 1e-4}, {"l2_penalty": {"strength": 0.1}},

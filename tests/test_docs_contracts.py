@@ -25,7 +25,7 @@ from normwise.norms import FORMS, NORMS, SETS
 from normwise.parameters.regex import LONGEST
 from normwise.policy import listing, yaml_form
 from normwise.policy.named import NAMED
-from normwise.policy.rule import ON, TARGETS, Rule
+from normwise.policy.rule import ACTIONS, ON, Rule
 from normwise.policy.rule_fields import ROUNDINGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +54,7 @@ def test_every_field_of_a_rule_is_in_the_table_and_no_other() -> None:
 
 
 def test_the_table_names_every_action_target_norm_block_and_rounding() -> None:
-    assert quoted(FIELDS["action"][1]) == set(TARGETS)
+    assert quoted(FIELDS["action"][1]) == set(ACTIONS)
     assert quoted(FIELDS["on"][1]) == set(ON)
     assert quoted(FIELDS["norm"][1]) - {"project"} == {*NORMS, *FORMS, *SETS}
     assert set(nw.policy.rule.PER) <= quoted(FIELDS["per"][1])
@@ -70,7 +70,7 @@ def test_the_defaults_in_the_table_are_the_rules() -> None:
         )
     assert (FIELDS["power"][2], FIELDS["rate"][2][0], FIELDS["tolerance"][2][0]) == ("1", "1", "0")
     assert nw.l1_penalty(0.1).power == 1 and rule.rate == 1 and not nw.spectral_cap(1.0).tolerance
-    for action, targets in TARGETS.items():
+    for action, targets in ((name, action.targets) for name, action in ACTIONS.items()):
         needed = {"cpr": {"radius": 1.0}, "qk_clip": {"radius": 100.0, "heads": 2}, "lmo": {}}.get(action)
         given = needed if needed is not None else {"radius": 1.0} if action in FIELDS["radius"][2] else {"strength": 1.0}
         made = Rule(action=action, **given)
@@ -79,8 +79,8 @@ def test_the_defaults_in_the_table_are_the_rules() -> None:
 
 @pytest.mark.parametrize("field", ["radius", "strength"])
 def test_the_table_says_which_actions_need_a_number(field: str) -> None:
-    needing = {action for action, needed in nw.policy.rule.NEEDS.items() if needed == field}
-    assert {action for action in TARGETS if re.search(rf"\b{action}\b", FIELDS[field][2].split(";")[0])} == needing
+    needing = {name for name, action in ACTIONS.items() if action.needs == field}
+    assert {action for action in ACTIONS if re.search(rf"\b{action}\b", FIELDS[field][2].split(";")[0])} == needing
 
 
 def test_every_named_rule_is_in_the_table_with_its_arguments() -> None:

@@ -15,7 +15,7 @@ from normwise.parameters.inventory import Inventory
 from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Rule, named
 from normwise.policy.radii import Init, Relative
-from normwise.policy.rule import NEEDS, ON, PHASES, TARGETS, USES
+from normwise.policy.rule import ACTIONS, ON, PHASES
 from normwise.policy.schedules import Linear
 
 PUBLISHED = {name: make for name, make in NAMED.items() if make.__module__ == "normwise.policy.published"}
@@ -31,6 +31,8 @@ MEANINGS = {
     ("normalize", "weight"): "weight", ("normalize", "grad"): "gradient", ("normalize", "update"): "update",
     ("lmo", "grad"): "gradient", ("lmo", "update"): "update", ("cpr", "weight"): "cpr", ("qk_clip", "weight"): "qk_clip",
 }  # fmt: skip
+TARGETS = {name: action.targets for name, action in ACTIONS.items()}
+NEEDS = {name: action.needs for name, action in ACTIONS.items()}
 PAIRS = [(action, on) for action in TARGETS for on in ON]
 
 
@@ -48,7 +50,7 @@ class Net(nn.Module):
 
 
 def test_the_table_of_meanings_is_complete():
-    assert len(PAIRS) == 27 and {a for a, _ in MEANINGS} == set(TARGETS) == set(NEEDS) == set(USES)
+    assert len(PAIRS) == 27 and {a for a, _ in MEANINGS} == set(ACTIONS)
     assert set(MEANINGS.values()) == set(PHASES)
 
 
@@ -88,11 +90,11 @@ GOOD = {
 @pytest.mark.parametrize("action", TARGETS)
 def test_a_field_that_an_action_would_ignore_is_refused(action, field):
     given = {**needed(action), field: GOOD[field]}
-    if field == "floor" and field in USES[action]:
+    if field == "floor" and field in ACTIONS[action].uses:
         given["radius"] = "init"
     if (action, field) == ("prox", "power"):
         given["norm"] = "l2"
-    if field in USES[action]:
+    if field in ACTIONS[action].uses:
         assert getattr(Rule(action=action, **given), field) is not None
         return
     with pytest.raises(PolicyError, match=f"action '{action}' does not use {field}: leave it out. It uses "):

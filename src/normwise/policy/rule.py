@@ -19,38 +19,39 @@ from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, N
 if TYPE_CHECKING:
     from normwise.parameters.inventory import Entry
 
-TARGETS: dict[str, tuple[str, ...]] = {
-    "penalty": ("weight",),
-    "weight_decay": ("weight",),
-    "prox": ("weight",),
-    "clip_norm": ("weight", "grad", "update"),
-    "project": ("weight", "grad", "update"),
-    "normalize": ("weight", "grad", "update"),
-    "lmo": ("grad", "update"),
-    "cpr": ("weight",),
-    "qk_clip": ("weight",),
-}
-"""Every action with the targets it has a meaning for; the first is its default."""
 
-# The one number that an action cannot do without.
-NEEDS = {
-    "penalty": "strength", "weight_decay": "strength", "prox": "strength",
-    "clip_norm": "radius", "project": "radius", "normalize": "radius", "lmo": None,
-    "cpr": "radius", "qk_clip": "radius",
-}  # fmt: skip
+@dataclass(frozen=True)
+class Action:
+    """What a rule of this action may say. Which class runs it, ``engine.rules`` says."""
 
-# The fields that an action reads, beside those that every action reads. Any other given one is an error, not ignored.
-USES = {
-    "penalty": {"strength", "norm", "per", "heads", "power", "center"},
-    "weight_decay": {"strength", "center", "rounding"},
-    "prox": {"strength", "norm", "per", "heads", "power", "center", "rounding"},
-    "clip_norm": {"radius", "norm", "per", "heads", "min_radius", "rate", "floor", "center"},
-    "project": {"radius", "norm", "per", "heads", "floor", "center", "tolerance"},
-    "normalize": {"radius", "norm", "per", "heads", "rate", "floor", "center"},
-    "lmo": {"norm", "per", "heads"},
-    "cpr": {"radius", "strength", "per", "heads", "floor"},
-    "qk_clip": {"radius", "heads", "power"},
-}
+    targets: tuple[str, ...]
+    """What it has a meaning for, of "weight", "grad" and "update"; the first is its default."""
+    needs: str | None
+    """The one number that it cannot do without: "radius", "strength" or none."""
+    uses: frozenset[str]
+    """The fields that it reads, beside those that every action reads. Any other given one is an error, not ignored."""
+    phase: str | None = None
+    """When in a step it acts, one of `PHASES`; None for the phase of what it acts on."""
+
+
+ACTIONS: dict[str, Action] = {}
+"""Every action by its name in a rule."""
+
+
+def register_action(name: str, targets: str, needs: str | None, uses: str, phase: str | None = None) -> None:
+    """Makes an action known by its name; ``targets`` and ``uses`` are lists of words."""
+    ACTIONS[name] = Action(tuple(targets.split()), needs, frozenset(uses.split()), phase)
+
+
+register_action("penalty", "weight", "strength", "strength norm per heads power center", "penalty")
+register_action("weight_decay", "weight", "strength", "strength center rounding", "decay")
+register_action("prox", "weight", "strength", "strength norm per heads power center rounding", "prox")
+register_action("clip_norm", "weight grad update", "radius", "radius norm per heads min_radius rate floor center")
+register_action("project", "weight grad update", "radius", "radius norm per heads floor center tolerance")
+register_action("normalize", "weight grad update", "radius", "radius norm per heads rate floor center")
+register_action("lmo", "grad update", None, "norm per heads")
+register_action("cpr", "weight", "radius", "radius strength per heads floor", "cpr")
+register_action("qk_clip", "weight", "radius", "radius heads power", "qk_clip")
 
 ON = ("weight", "grad", "update")
 PHASES = ("penalty", "gradient", "decay", "cpr", "update", "prox", "qk_clip", "weight")
@@ -85,7 +86,7 @@ def _check_names(given: Mapping[Any, Any]) -> None:
         if name not in known:
             raise FieldError(f"unknown field {name!r} of a rule.{nearest(str(name), known)}", str(name))
     if "action" not in given:
-        raise FieldError(f"a rule needs an action.{nearest('', TARGETS)}")
+        raise FieldError(f"a rule needs an action.{nearest('', ACTIONS)}")
 
 
 @_names_its_fields
@@ -155,7 +156,7 @@ class Rule:
     name: Field[str | None, str | None] = Field(rule_fields.optional(rule_fields.convert_name), None)
 
     def __post_init__(self) -> None:
-        rule_fields.word(self.action, "action", tuple(TARGETS))
+        rule_fields.word(self.action, "action", tuple(ACTIONS))
         rule_fields.word(self.per, "per", PER)
         self._resolve()
         for check in (_check_target, _check_uses, _check_needs, _check_norm, _check_radius, _check_found, _check_window):
@@ -164,7 +165,7 @@ class Rule:
     def _resolve(self) -> None:
         """Fills in the defaults that depend on other fields."""
         if self.on is None:
-            object.__setattr__(self, "on", TARGETS[self.action][0])
+            object.__setattr__(self, "on", ACTIONS[self.action].targets[0])
         if self.action == "project" and isinstance(self.norm, Set) and self.norm.needs_radius and self.radius is None:
             object.__setattr__(self, "radius", 1.0)
         if self.action == "cpr" and self.strength is None:
@@ -173,8 +174,7 @@ class Rule:
     @property
     def phase(self) -> str:
         """When in a step it acts: "penalty", "gradient", "decay", "cpr", "update", "prox", "qk_clip" or "weight"."""
-        early = {"penalty": "penalty", "weight_decay": "decay", "cpr": "cpr", "prox": "prox", "qk_clip": "qk_clip"}
-        return early.get(self.action) or {"grad": "gradient", "update": "update"}.get(str(self.on), "weight")
+        return ACTIONS[self.action].phase or {"grad": "gradient", "update": "update"}.get(str(self.on), "weight")
 
     def active(self, step: int) -> bool:
         """Whether it acts at ``step``, counted from 0 when attached."""
@@ -220,7 +220,7 @@ class Rule:
 
     def summary(self) -> str:
         """What it does, in short, whatever it is called: ``clip_norm l2/unit <= 3``."""
-        target = "" if self.on == TARGETS[self.action][0] else f" {self.on}"
+        target = "" if self.on == ACTIONS[self.action].targets[0] else f" {self.on}"
         norm = f"half {rule_fields.norm_label(self.norm)}^2" if self.power == 2 else rule_fields.norm_label(self.norm)
         if self.action in ("weight_decay", "qk_clip"):
             norm = ""
@@ -300,7 +300,7 @@ def _about(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _default(rule: Rule, name: str) -> Any:
-    fixed = {"action": None, "on": TARGETS[rule.action][0], "norm": L2(), "per": "tensor"}
+    fixed = {"action": None, "on": ACTIONS[rule.action].targets[0], "norm": L2(), "per": "tensor"}
     return fixed[name] if name in fixed else getattr(Rule, name)
 
 
@@ -309,16 +309,16 @@ def _default(rule: Rule, name: str) -> Any:
 
 def _check_target(rule: Rule) -> None:
     rule_fields.word(rule.on, "on", ON)
-    allowed = TARGETS[rule.action]
+    allowed = ACTIONS[rule.action].targets
     if rule.on not in allowed:
         raise FieldError(f"action {rule.action!r} has no meaning on={rule.on!r}. Allowed for it: {', '.join(allowed)}.", "on")
 
 
 def _check_uses(rule: Rule) -> None:
-    optional = set().union(*USES.values())
-    for name in sorted(optional - USES[rule.action]):
+    optional = set[str]().union(*(action.uses for action in ACTIONS.values()))
+    for name in sorted(optional - ACTIONS[rule.action].uses):
         if getattr(rule, name) != _default(rule, name):
-            known = ", ".join(sorted(USES[rule.action]))
+            known = ", ".join(sorted(ACTIONS[rule.action].uses))
             raise FieldError(f"action {rule.action!r} does not use {name}: leave it out. It uses {known}.", name)
     for name in WEIGHT_ONLY:
         if rule.on != "weight" and getattr(rule, name) != _default(rule, name):
@@ -326,7 +326,7 @@ def _check_uses(rule: Rule) -> None:
 
 
 def _check_needs(rule: Rule) -> None:
-    needed = NEEDS[rule.action]
+    needed = ACTIONS[rule.action].needs
     if needed and getattr(rule, needed) is None and (isinstance(rule.norm, Norm) or needed == "strength"):
         example = "a number > 0, a schedule or 'init'" if needed == "radius" else "a number >= 0 or a schedule"
         raise FieldError(f"action {rule.action!r} needs {needed}=: {example}.", needed)
