@@ -112,7 +112,7 @@ def one_bad_rank() -> list[str]:
 
 
 def reports() -> list[str]:
-    """control.norms() on split parameters, replicated ones counted once."""
+    """control.norms(), its largest units and control.zeros() on split parameters, replicated ones counted once."""
     faults = []
     for name, place in PLACES(dist.get_world_size()).items():
         case = Case("norms", lambda: [nw.clip_grad_norm(1.0)])
@@ -124,6 +124,11 @@ def reports() -> list[str]:
         for kind, total in theirs.total.items():
             if abs(mine.total[kind] - total) > 1e-6 * total:
                 faults.append(f"{name} {kind}: {mine.total[kind]} instead of {total}")
+        ours, others = split.norms(largest=True).largest, whole.norms(largest=True).largest
+        faults += [f"{name}: largest unit of {w} {ours.get(w)} instead of {unit}" for w, unit in others.items()
+                   if w not in ours or ours[w][1] != unit[1] or abs(ours[w][0] - unit[0]) > 1e-6 * unit[0]]
+        if split.zeros() != whole.zeros():
+            faults.append(f"{name}: zeros {split.zeros()} instead of {whole.zeros()}")
     return faults
 
 
