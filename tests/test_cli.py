@@ -16,24 +16,25 @@ import pytest
 
 import normwise
 from normwise import cli
-from normwise.experiments.compare import compare, tables
-from normwise.experiments.compare.compare import BUDGETS, Budget
+from normwise.experiments.compare import study as compare_study
+from normwise.experiments.compare.study import BUDGETS, Budget
+from normwise.experiments.framework import driver
 from normwise.experiments.framework import study as job
 from normwise.experiments.tasks.data.readers import read_digits
 from normwise.policy import NAMED, Policy
 
-TINY = Budget(trials=9, epochs=1, batch=64, channels=(4, 4), train_most=128, marks=2, rounds=1)
-FEW = ("--budget", "quick", "--strategies", "max_norm", "--optimizers", "adam", "--workers", "1")
+TINY = Budget(trials=9, scale=0.003, marks=2, rounds=1)
+FEW = ("--budget", "quick", "--only", "max_norm,adam", "--workers", "1")
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BUDGETS, "quick", (TINY, TINY))
+    monkeypatch.setitem(BUDGETS, "quick", TINY)
 
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "pool", lambda *given: pytest.fail("runs were started"))
+    monkeypatch.setattr(driver, "open_pool", lambda *given: pytest.fail("runs were started"))
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -53,10 +54,10 @@ def sentence(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     [
         ("compare", "the following arguments are required: TASK"),
         ("compair cnn", "invalid choice"),
-        ("compare cn", "Task 'cn' is not known. Did you mean 'cnn'?"),
-        ("compare cnn --budget long-ish", "Budget 'long-ish' is not known."),
-        ("compare cnn --strategies max-norm", "strategy 'max-norm' is not known. Did you mean 'max_norm'?"),
-        ("compare cnn --optimizers ,", "No optimizer was given"),
+        ("compare cn", "There is no task 'cn'. Did you mean 'cnn'?"),
+        ("compare cnn --budget long-ish", "There is no budget 'long-ish'."),
+        ("compare cnn --only max-norm", "strategy or optimizer 'max-norm' is not known. Did you mean 'max_norm'?"),
+        ("compare cnn --only ,", "No strategy or optimizer was given"),
         ("compare cnn --seeds 0", "'0' is not a whole number >= 1"),
         ("compare cnn --seeds three", "'three' is not a whole number >= 1"),
         ("compare cnn --workers -2", "'-2' is not a whole number >= 1"),
@@ -109,7 +110,7 @@ def test_a_foreign_state_file_is_left_as_it_is(capsys: pytest.CaptureFixture[str
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr(compare, "load", lambda *given: read_digits())
+    monkeypatch.setattr(compare_study, "load_task", lambda *given, **named: read_digits())
     assert "reading the bundled digits needs sklearn, which cannot be found here: pip install 'normwise[study]'" in sentence(
         capsys, "compare", "cnn", *FEW)
 
@@ -117,7 +118,7 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_the_installed_command_exits_2_without_a_traceback() -> None:
     done = subprocess.run([sys.executable, "-m", "normwise", "compare", "nothing"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "normwise: Task 'nothing' is not known. Allowed: cnn.\n"
+    assert done.stderr == "normwise: There is no task 'nothing'. Allowed: cnn, gpt, lstm, resnet.\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -147,8 +148,8 @@ def fake(breaches: list[str], defects: list[str]) -> dict[str, Any]:
 def test_a_broken_bound_or_an_untrained_baseline_is_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], breaches: list[str], defects: list[str], status: int
 ) -> None:
-    monkeypatch.setattr("normwise.experiments.compare.job.compare", lambda *given: fake(breaches, defects))
-    monkeypatch.setattr(tables, "show", lambda *given: None)
+    monkeypatch.setattr(compare_study, "compare", lambda *given: fake(breaches, defects))
+    monkeypatch.setattr(compare_study, "show", lambda *given: None)
     assert cli.main(["compare", "cnn"]) == status
     assert capsys.readouterr().err.splitlines() == defects + breaches
 
@@ -167,7 +168,7 @@ def test_the_json_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_ctrl_c_keeps_the_finished_runs_and_the_same_command_goes_on(tmp_path: Path) -> None:
     state = tmp_path / "state.jsonl"
-    command = [sys.executable, "-m", "normwise", "compare", "cnn", "--budget", "quick", "--strategies", "l2", "--optimizers", "adam",
+    command = [sys.executable, "-m", "normwise", "compare", "cnn", "--budget", "quick", "--only", "l2,adam",
                "--workers", "2", "--state", str(state)]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: state.exists() and state.stat().st_size > 0)

@@ -22,7 +22,7 @@ import torch
 import fuzz_data as fuzz
 from normwise import cli
 from normwise.errors import DataError, NormwiseError, StudyError
-from normwise.experiments.compare import compare
+from normwise.experiments.compare import study as compare
 from normwise.experiments.framework.store import Store
 from normwise.experiments.prune import study as prune_module
 from normwise.experiments.race import study as race_module
@@ -80,7 +80,7 @@ def only_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(module, name, read)
 
-    ending(compare, "load")
+    ending(compare, "load_task")
     ending(prune_module, "load_task")
     ending(race_module, "load_task")
 

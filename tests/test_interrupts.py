@@ -26,8 +26,7 @@ import strike_command
 from normwise import cli
 from normwise.errors import DataError, StudyError
 from normwise.experiments.bench import control
-from normwise.experiments.compare import compare
-from normwise.experiments.compare import job as compare_job
+from normwise.experiments.compare import study as compare
 from normwise.experiments.framework import interrupts
 from normwise.experiments.framework import pool as pool_module
 from normwise.experiments.framework import study as job
@@ -341,7 +340,7 @@ def found() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, pool_module.one_thread():
         strike_command.shorten(patch.setattr)
         return {
-            "compare": compare.compare(compare.Options(budget="quick", strategies=["l2"], optimizers=["adam"], seeds=2)),
+            "compare": compare.compare(compare.Options(budget="quick", only=["l2", "adam"], seeds=2)),
             "race": race_module.race(job.Options("lstm", budget="quick", only=[], seeds=1, size="tiny")),
             "gan": gan.study(job.Options("gan", budget="quick", only=("clip_value",), seeds=1)),
             "prune": prune.study(job.Options(budget="quick", seeds=1)),
@@ -352,7 +351,7 @@ def found() -> dict[str, Any]:
 @pytest.fixture
 def worked(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every study has these results at once."""
-    monkeypatch.setattr(compare_job, "compare", lambda *given: found["compare"])
+    monkeypatch.setattr(compare, "compare", lambda *given: found["compare"])
     monkeypatch.setattr(race_module, "race", lambda *given: found["race"])
     monkeypatch.setattr(gan, "study", lambda *given: found["gan"])
     monkeypatch.setattr(prune, "study", lambda *given: found["prune"])
@@ -449,7 +448,7 @@ def test_progress_that_nobody_takes_is_no_error(monkeypatch: pytest.MonkeyPatch)
 def test_a_second_study_on_a_file_of_runs_is_refused_before_its_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    for module in (compare, job):
+    for module in (job,):
         monkeypatch.setattr(module, "Store", lambda *given: pytest.fail("the study began"))
     target = tmp_path / "out.json"
     state = target.with_suffix(".runs.jsonl")

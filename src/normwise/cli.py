@@ -96,46 +96,28 @@ def _help(parser: argparse.ArgumentParser) -> int:
 # ------------------------------------------------------------------------------------------------------------- compare
 
 
-_STRATEGIES = (
-    "these, beside 'nothing', which is always among them (default: the article's l2, l1, clip_value, clip_tensor_norm, normalise, "
-    "max_norm, spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm); published methods: hyperball, "
-    "relative_update, radial_brake, cpr, autoclip, zclip, orthogonal, orthogonal_penalty; all: every one"
-)
-_OPTIMIZERS = (
-    "these (default: gd, momentum, adam); presets of normwise.optim: normalized_sgd, signum, lion, lars, lamb, muon, normuon, scion, "
-    "adamh, muonh; all: every one"
-)
-
-
 def _add_compare(commands: Any) -> None:
     parser = commands.add_parser(
-        "compare", help="train a task under every strategy and optimizer, each tuned equally, and report on test images",
+        "compare", help="train a task under every strategy and optimizer, each tuned equally, and report on test data",
         description="Trains TASK under every strategy and optimizer, each tuned with the same number of trials on validation "
-        "images, and reports on test images. Started again, it goes on where it was.",
+        "data, and reports on test data (docs/compare.md is the protocol). Started again, it resumes where it stopped.",
     )  # fmt: skip
-    parser.add_argument("task", metavar="TASK", help="cnn: the article's convolutional network")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="parquet or IDX files (default: scikit-learn's digits)")
-    parser.add_argument("--budget", default="standard", metavar="NAME", help="quick, standard (default) or long")
-    parser.add_argument("--strategies", type=_names, metavar="A,B", help=_STRATEGIES)
-    parser.add_argument("--optimizers", type=_names, metavar="A,B", help=_OPTIMIZERS)
-    parser.add_argument("--seeds", type=_whole, default=3, metavar="N", help="reported runs of each cell (default 3)")
-    parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
-    parser.add_argument("--state", type=Path, metavar="FILE",
-                        help="finished runs, to resume from (default: beside --json or in --report, else in this folder)")  # fmt: skip
+    parser.add_argument("task", metavar="TASK", help="cnn (the article's network), resnet, lstm or gpt")
+    _add_study(
+        parser, budgets="quick, standard (default) or long", seeds="reported runs of each cell (default 3)",
+        only="only these, beside the baseline 'nothing'; strategies: l2, l1, clip_value, clip_tensor_norm, normalise, max_norm, "
+        "spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm (the article's, the default); hyperball, "
+        "relative_update, radial_brake, cpr, autoclip, zclip, orthogonal, orthogonal_penalty; optimizers: gd, momentum, adam (default); "
+        "normalized_sgd, signum, lion, lars, lamb, muon, normuon, scion, adamh, muonh; all: every one",
+        data="images (cnn, resnet) or text (lstm, gpt), or hf:NAME; default: bundled data",
+    )  # fmt: skip
     parser.set_defaults(command=_compare)
 
 
 def _compare(given: argparse.Namespace) -> int:
-    from normwise.experiments.compare.compare import Options
-    from normwise.experiments.compare.job import run
-    from normwise.experiments.framework.study import Outputs
+    from normwise.experiments.compare.study import run
 
-    options = Options(
-        given.task, given.data, given.budget, given.strategies, given.optimizers, given.seeds, given.workers, given.state
-    )
-    return 0 if run(options, Outputs(given.json, given.report)) else _BROKEN
+    return 0 if run(*_options(given, given.task)) else _BROKEN
 
 
 def _names(text: str) -> list[str]:
@@ -169,6 +151,7 @@ def _add_study(parser: argparse.ArgumentParser, *, budgets: str, seeds: str, onl
     parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
     parser.add_argument("--executor", metavar="URL", help="a cluster in their place: dask://HOST:PORT, a Dask scheduler's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
     parser.add_argument("--state", type=Path, metavar="FILE",
                         help="finished runs, to resume from (default: NAME.runs.jsonl beside --json, else in this folder)")  # fmt: skip
 
@@ -179,7 +162,7 @@ def _options(given: argparse.Namespace, task: str, **more: Any) -> Any:
 
     only = getattr(given, "only", None)
     options = Options(task, given.data, given.budget, only, given.seeds, given.workers, given.state, given.executor, **more)
-    return options, Outputs(given.json, getattr(given, "report", None))
+    return options, Outputs(given.json, given.report)
 
 
 def _add_race(commands: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise.errors import StudyError
-from normwise.experiments.compare.trial import share_of_lr
+from normwise.experiments.compare.run import share_of_lr
 from normwise.experiments.framework.store import NUMBER, Form
 from normwise.experiments.tasks.task import Task
 from normwise.prune import cut, shrink, targets

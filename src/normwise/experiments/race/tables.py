@@ -74,7 +74,7 @@ def page(results: Results) -> str:
     """One task: the target, what every contender needed for it and gives beside that, its tuned numbers, and where it was measured."""
     parts = [title(results)]
     if results["contenders"]:
-        parts += [markdown(_full(results)), _doubled(results), "Tuned numbers, to use as they are:", markdown(_numbers(results))]
+        parts += [markdown(_full(results)), _doubled(results), "Tuned numbers, to use as they are:", markdown(numbers(results))]
     return "\n\n".join([*parts, *_left(results), _where(results)])
 
 
@@ -150,7 +150,7 @@ def _beside(line: Results) -> Row:
     return {"zero weights, %": number(None if zeros is None else 100 * zeros, 1), "bounds broken": str(broken)}
 
 
-def _numbers(results: Results) -> list[Row]:
+def numbers(results: Results) -> list[Row]:
     return [
         {
             "contender": line["label"], "trials": str(line["tuned"]["trials"]),

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from normwise.experiments.catalog import BASELINE
 from normwise.experiments.report import tidy
 from normwise.experiments.report.scale import ErrorScale, fit
-from normwise.experiments.report.tidy import BASELINE, Cell, Look, Row, stat
+from normwise.experiments.report.tidy import Cell, Look, Row, stat
 
 if TYPE_CHECKING:
     import altair as alt

@@ -1,4 +1,4 @@
-"""The page: text from words and tables, charts from Vega-Lite, everything in one file that needs no network."""
+"""The page of a study: text from words and tables, charts from Vega-Lite, everything in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normwise.experiments.report import charts, table, tidy, wording
+from normwise.experiments.catalog import BASELINE
+from normwise.experiments.compare import tables
+from normwise.experiments.compare.tables import MISSING
+from normwise.experiments.report import charts, studies, table, tidy, wording
 from normwise.experiments.report.scale import fit
 from normwise.experiments.report.tidy import Cell, stat
 from normwise.files import replace
@@ -34,20 +37,19 @@ class Sheet:
 def write(results: dict[str, Any], folder: str | Path) -> Path:
     """Writes ``index.html`` and ``results.json`` into ``folder`` (made if need be) and returns the page's path.
 
-    The page opens without a network: styles, scripts and data are inside, and a content policy in it forbids fetching.
+    The page opens without a network: styles, pictures, scripts and data are inside, and a content policy in it forbids fetching.
     Both files appear whole or not at all. Values that are not finite are null in ``results.json``.
 
     Args:
-        results: what ``normwise compare --json`` writes: ``task``, ``data``, ``machine``, ``budget``, ``protocol``,
-            ``cells``, ``baseline_defects``. Anything but ``cells`` may be missing; the page then shows a dash.
+        results: what a study writes with ``--json``: of ``compare``, ``race``, ``gan`` or ``prune``, told by its keys. Of a comparison
+            anything but ``cells`` may be missing; the page then shows a dash.
         folder: where to write.
 
     Raises:
-        StudyError: results without a cell.
+        StudyError: results of no study, or a comparison without a cell.
         DataError: a folder that cannot be written.
     """
     clean: dict[str, Any] = tidy.finite(results)
-    tidy.cells(clean)
     html = render(clean)
     target = Path(folder)
     replace(target / "results.json", json.dumps(clean, allow_nan=False, indent=1).encode())
@@ -62,23 +64,27 @@ def render(results: dict[str, Any]) -> str:
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     style = Markup((HERE / "page.css").read_text(encoding="utf-8"))
-    return environment.get_template("page.html").render(**context(results), style=style, vega=Markup(_vega()))
+    own = next((study for kind, study in studies.PAGES.items() if studies.is_of(kind, results)), None)
+    if own is not None:
+        told = {name: getattr(own(results), name) for name in studies.Page.__dataclass_fields__}
+        return environment.get_template("page.html").render(**told, **_protocol(results["protocol"]), style=style)
+    return environment.get_template("compare.html").render(**context(results), style=style, vega=Markup(_vega()))
 
 
 def context(results: dict[str, Any]) -> dict[str, Any]:
-    """What the template prints."""
+    """What the template of a comparison prints."""
     found = tidy.cells(results)
     data = results.get("data") or {}
-    digits = 2 if (data.get("test") or 0) >= 2000 else 1  # one test image in 360 is 0.3 points, in 10,000 0.01
-    verdicts = wording.verdicts(found)
+    digits = tables.digits_of(results)
     return {
-        "headline": wording.headline(verdicts, str(data.get("name") or "this data"), digits),
-        "verdicts": [(one, wording.explained(one, digits)) for one in verdicts],
-        "task": str(results.get("task") or "compare"),
+        "headline": tables.headline(results),
+        "verdicts": [studies.Said(tables.explained(one, digits), one.kind, one.optimizer) for one in tables.verdicts(results)],
+        "task": f"compare {results.get('task') or ''}".strip(),
         "about": about(results),
-        "defects": [wording.describe(defect) for defect in results.get("baseline_defects") or []],
+        "warning": "A baseline is weaker than it should be, so that gains over it mean little.",
+        "warnings": [wording.describe(defect) for defect in results.get("baseline_defects") or []],
         "columns": [column.name for column in table.columns_of(found)],
-        "groups": _groups(found, data.get("test"), digits),
+        "groups": _groups(found, data.get("test"), digits, results.get("metric") or "accuracy"),
         "sheets": [_sheet(index, cell, digits) for index, cell in enumerate(found)],
         **_protocol(results.get("protocol") or {}),
         **_figures(found, data),
@@ -90,7 +96,7 @@ def about(results: dict[str, Any]) -> list[tuple[str, str]]:
     data, machine = results.get("data") or {}, results.get("machine") or {}
     parts = [f"{wording.plain(data[part])} {part}" for part in ("train", "validation", "test") if data.get(part) is not None]
     shape = "×".join(map(str, data.get("shape") or []))
-    facts = [str(data.get("name") or wording.MISSING), shape, f"{wording.plain(data.get('classes'))} classes", *parts]
+    facts = [str(data.get("name") or MISSING), shape, f"{wording.plain(data.get('classes'))} classes", *parts]
     # A version is text that looks like words already; a key in front of it says what it is a version of.
     box = [str(value) if key == "cpu" else f"{wording.words(key)} {wording.describe(value)}" for key, value in machine.items()]
     return [("Data", _joined(facts)), ("Machine", _joined(box)), ("Budget", wording.describe(results.get("budget")))]
@@ -117,19 +123,19 @@ def _items(value: Any) -> list[str]:
 
 
 def _joined(parts: Sequence[str]) -> str:
-    return " · ".join(part for part in parts if part) or wording.MISSING
+    return " · ".join(part for part in parts if part) or MISSING
 
 
-def _groups(found: Sequence[Cell], samples: Any, digits: int) -> list[tuple[str, str, list[table.Line]]]:
+def _groups(found: Sequence[Cell], samples: Any, digits: int, metric: str) -> list[tuple[str, str, list[table.Line]]]:
     """Each optimizer's key, its name and its rows."""
     means = [(stat(cell, "test_accuracy"), stat(cell, "test_accuracy", "std") or 0.0) for cell in found]
     scale = fit((mean + sign * std for mean, std in means if mean is not None for sign in (-1, 0, 1)), samples).around(
-        [stat(cell, "test_accuracy") for cell in found if cell["strategy"] == tidy.BASELINE])
+        [stat(cell, "test_accuracy") for cell in found if cell["strategy"] == BASELINE])
     columns = table.columns_of(found)
     groups: dict[str, list[tuple[int, Cell]]] = {}
     for index, cell in enumerate(found):
         groups.setdefault(cell["optimizer"], []).append((index, cell))
-    return [(key, tidy.optimizer(group[0][1]), table.lines(group, columns, scale, digits)) for key, group in groups.items()]
+    return [(key, tables.optimizer(group[0][1]), table.lines(group, columns, scale, digits, metric)) for key, group in groups.items()]
 
 
 def _figures(found: Sequence[Cell], data: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +153,7 @@ def _figures(found: Sequence[Cell], data: dict[str, Any]) -> dict[str, Any]:
 
 def _sheet(index: int, cell: Cell, digits: int) -> Sheet:
     facts = [("About", str(cell["about"]))] if cell.get("about") else []
-    facts += [("Chosen", table.setting(cell) or wording.MISSING), ("Trials", wording.plain(cell.get("trials")))]
+    facts += [("Chosen", table.setting(cell) or MISSING), ("Trials", wording.plain(cell.get("trials")))]
     facts += [(wording.words(key).capitalize(), wording.describe(cell[key])) for key in REMARKS if cell.get(key)]
     for title, key in (("Test", "test_accuracy"), ("Validation", "validation_accuracy"), ("Training", "train_accuracy")):
         facts.append((f"{title} accuracy, %", _seeds(cell, key, digits)))
@@ -155,7 +161,7 @@ def _sheet(index: int, cell: Cell, digits: int) -> Sheet:
     kinds = tidy.unique(kind for values in norms.values() for kind in values)
     rows = [(name, [_norm(values.get(kind)) for kind in kinds]) for name, values in norms.items()]
     titles = [wording.words(kind) for kind in kinds]
-    return Sheet(index, tidy.label(cell), tidy.optimizer(cell), facts, rows, titles, str(cell.get("policy_yaml") or "").strip())
+    return Sheet(index, tables.label(cell), tables.optimizer(cell), facts, rows, titles, str(cell.get("policy_yaml") or "").strip())
 
 
 def _seeds(cell: Cell, key: str, digits: int) -> str:

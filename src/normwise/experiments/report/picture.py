@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normwise.errors import DataError
+from normwise.experiments.catalog import BASELINE
+from normwise.experiments.compare.tables import optimizer
 from normwise.experiments.report import tidy
 from normwise.experiments.report.charts import ACCURACY_TEXT
 from normwise.experiments.report.scale import ErrorScale, fit
-from normwise.experiments.report.tidy import BASELINE, Cell, Row, stat
+from normwise.experiments.report.tidy import Cell, Row, stat
 from normwise.files import replace
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def _row(cell: Cell) -> Row | None:
     if mean is None:
         return None
     std = stat(cell, "test_accuracy", "std") or 0.0
-    return tidy.identity(0, cell) | {"name": tidy.optimizer(cell), "mean": mean, "low": mean - std, "high": mean + std}
+    return tidy.identity(0, cell) | {"name": optimizer(cell), "mean": mean, "low": mean - std, "high": mean + std}
 
 
 def _panels(rows: list[Row], cells: Sequence[Cell], scale: ErrorScale) -> alt.FacetChart:
@@ -69,7 +71,7 @@ def _panels(rows: list[Row], cells: Sequence[Cell], scale: ErrorScale) -> alt.Fa
     bars = rival.mark_rule(strokeWidth=2.2).encode(x=_x("low", scale), x2=alt.X2("high:Q"))
     points = rival.mark_circle(size=75, opacity=1).encode(x=_x("mean", scale))
     layered = alt.layer(band, middle, bars, points).properties(width=230, height=alt.Step(24))
-    column = alt.Column("name:N", title=None, sort=tidy.unique(map(tidy.optimizer, cells)))
+    column = alt.Column("name:N", title=None, sort=tidy.unique(map(optimizer, cells)))
     return layered.facet(column=column, data=alt.InlineData(values=rows)).configure(**theme())
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from normwise.experiments.catalog import BASELINE
+from normwise.experiments.compare.tables import MISSING, label, of_seeds, strengths
 from normwise.experiments.report.scale import ErrorScale
-from normwise.experiments.report.tidy import BASELINE, Cell, label, number, stat
-from normwise.experiments.report.wording import MISSING, percent, plain, with_spread
+from normwise.experiments.report.tidy import Cell, number, stat
+from normwise.experiments.report.wording import percent, plain, with_spread
 
 
 @dataclass
@@ -61,9 +64,12 @@ def columns_of(found: Sequence[Cell]) -> list[Column]:
     return [column for column in COLUMNS if not column.needs or any(cell.get(column.needs) for cell in found)]
 
 
-def lines(group: Sequence[tuple[int, Cell]], columns: Sequence[Column], scale: ErrorScale, digits: int) -> list[Line]:
-    """One optimizer's rows, the most accurate first, cells without an accuracy last."""
-    ordered = sorted(group, key=lambda pair: -(_accuracy(pair[1]) or -1.0))
+def lines(
+    group: Sequence[tuple[int, Cell]], columns: Sequence[Column], scale: ErrorScale, digits: int, metric: str = "accuracy"
+) -> list[Line]:
+    """One optimizer's rows, the best by ``metric`` first, cells without it last."""
+    sign = -1 if metric == "accuracy" else 1
+    ordered = sorted(group, key=lambda pair: math.inf if (value := stat(pair[1], f"test_{metric}")) is None else sign * value)
     base = next((_accuracy(cell) for _, cell in group if cell["strategy"] == BASELINE), None)
     rows = [_line(index, cell, columns, digits) for index, cell in ordered]
     for row, (_, cell) in zip(rows, ordered, strict=True):
@@ -88,8 +94,8 @@ def _line(index: int, cell: Cell, columns: Sequence[Column], digits: int) -> Lin
 
 def setting(cell: Cell) -> str:
     """The learning rate and strength that validation chose."""
-    parts = [f"{name} {plain(cell[key])}" for name, key in (("lr", "lr"), ("strength", "strength")) if cell.get(key) is not None]
-    return ", ".join(parts)
+    rate = [f"lr {plain(cell['lr'])}"] if cell.get("lr") is not None else []
+    return ", ".join([*rate, *([strengths(cell)] if cell.get("strengths") else [])])
 
 
 def _strip(cell: Cell, base: float | None, scale: ErrorScale) -> Strip | None:
@@ -139,6 +145,7 @@ def _count(value: Any) -> str:
 NONE_ZERO = "0.0\u202f%"
 COLUMNS: tuple[Column, ...] = (
     Column("Test accuracy, %", lambda c, d: (with_spread(c, "test_accuracy", d), ""), _accuracy, +1),
+    Column("Test loss", lambda c, d: (of_seeds(c, "test_loss"), ""), lambda c: stat(c, "test_loss"), -1, needs="test_loss"),
     Column("Generalisation gap", lambda c, d: (with_spread(c, "generalisation_gap", d), ""),
            lambda c: stat(c, "generalisation_gap"), -1),
     Column("Steps to baseline", lambda c, d: _to_baseline(c, "steps_to_baseline"),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from normwise.errors import StudyError
+from normwise.experiments.catalog import BASELINE
+from normwise.experiments.compare.tables import label
 
-BASELINE = "nothing"
-OPTIMIZERS = {"gd": "gradient descent", "sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 MOST_POINTS = 100  # a curve 1100 px wide shows no more, and 36 cells with every layer then stay far under a megabyte
 GREY = "#808080"  # the baseline: readable on white and on near-black, and no colour among the colours
 # Okabe & Ito, "Color Universal Design" (2008), without the yellow, which vanishes on white.
@@ -61,17 +61,6 @@ def cells(results: dict[str, Any]) -> list[Cell]:
             if not isinstance(cell.get(key), str):
                 raise StudyError(f"Each cell of the results needs {key!r} as text, got {cell.get(key)!r}.")
     return found
-
-
-def label(cell: Cell) -> str:
-    """What the reader calls the cell's strategy."""
-    return str(cell.get("label") or cell["strategy"])
-
-
-def optimizer(cell: Cell) -> str:
-    """What the reader calls the cell's optimizer."""
-    key: str = cell["optimizer"]
-    return str(cell.get("optimizer_label") or OPTIMIZERS.get(key, key))
 
 
 def unique(words: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normwise.experiments.framework.provenance import describe
 from normwise.experiments.tasks.data.splits import ImageData
 from normwise.experiments.tasks.supervised import Recipe, Supervised
 from normwise.experiments.tasks.task import Batch, Part
@@ -31,6 +32,7 @@ class ImageTask(Supervised):
 
     def __init__(self, recipe: Recipe, data: ImageData, *, augmented: bool) -> None:
         super().__init__(recipe, len(data.train), data.key)
+        self.guess, self.facts = data.commonest, describe(data)
         self.mean, self.deviation = data.scale
         self.shift = max(1, min(data.shape[1:]) // _SHADES) if augmented else 0
         self.test_images = len(data.test)

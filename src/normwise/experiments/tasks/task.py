@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ class Task(ABC):
 
     name: as it is registered. metric: what runs are judged by, ``"accuracy"`` (higher is better) or ``"loss"`` (lower is better).
     batch: samples a step, by default. steps: of a run of ordinary length. samples: how many a pass over the training part has.
+    guess: the metric, on the test part, of answering without looking at the input. facts: name, sizes and fingerprint of the data.
     key: a fingerprint of the data and of everything else that decides a run, for the store of finished runs.
     """
 
@@ -38,6 +39,8 @@ class Task(ABC):
     batch: int
     steps: int
     samples: int
+    guess: float
+    facts: dict[str, Any]
     key: str
 
     @abstractmethod

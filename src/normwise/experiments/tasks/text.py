@@ -69,7 +69,14 @@ class TextTask(Supervised):
 
     def __init__(self, recipe: Recipe, data: TextData, context: int) -> None:
         super().__init__(recipe, (len(data.train) - 1) // context, data.key)
-        self.data, self.context = data, context
+        self.data, self.context, sizes = data, context, len(data.vocabulary)
+        # Of a model that knows how often each character comes; one more of each, so that none has probability 0.
+        seen = torch.bincount(data.train, minlength=sizes) + 1
+        self.guess = -float((seen / seen.sum()).log()[data.test].mean())
+        self.facts = {
+            "name": data.name, "train": len(data.train), "validation": len(data.validation), "test": len(data.test), "classes": sizes,
+            "fingerprint": data.key,
+        }  # fmt: skip
 
     def batches(self, batch: int, seed: int) -> Iterator[Batch]:
         chance = torch.Generator().manual_seed(seed)
