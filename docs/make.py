@@ -136,7 +136,8 @@ def in_full(results: dict[str, Any]) -> str:
     lines = [head + "control's share | zero weights, % | rate | strength |", "|---" * 10 + "|"]
     for c in sorted(results["cells"], key=lambda c: (list(NAMES).index(c["optimizer"]), -c["test_accuracy"]["mean"])):
         gap, zeros = c["generalisation_gap"]["mean"], c["sparsity"]["mean"]
-        strength = "-" if c["strength"] is None else c["strength"]
+        found = c["strengths"]
+        strength = ", ".join(f"{name} {value:.3g}" for name, value in found.items()) if len(found) > 1 else next(iter(found.values()), "-")
         lines.append(
             f"| {NAMES[c['optimizer']]} | {c['label']} | {accuracy(c)} | {100 * gap:.1f} | {steps(c)} | {c['step_ms']:.2f} | "
             f"{100 * c['control_share']:.0f}% | {100 * zeros:.1f} | {c['lr']:g} | {strength} |"
@@ -151,7 +152,7 @@ def setting(results: dict[str, Any]) -> str:
         f"{data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test images; "
         f"{protocol['trials']} trials a cell, {protocol['seeds']} seeds (mean ± sample standard deviation), {protocol['steps']} steps of "
         f"batch {protocol['batch']}; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['date'][:10]}, budget {results['budget']}."
+        f"{machine['date'][:10]}, protocol {protocol.get('number', 3)}, budget {results['budget']}."
     )
 
 

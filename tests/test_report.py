@@ -51,6 +51,7 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.stack: list[str] = []
+        self.row: dict[str, str] = {}
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.rows: dict[int, dict[str, str]] = {}
@@ -339,7 +340,7 @@ def test_missed_seeds_are_counted() -> None:
 
 def test_a_page_of_one_cell_with_nothing_but_its_name() -> None:
     bare = read({"cells": [{"strategy": "nothing", "optimizer": "sgd"}]})
-    assert "nothing can be said yet about SGD" in bare.text
+    assert "nothing can be said yet about sgd" in bare.text
     assert "No norms were followed" in bare.text
     assert set(bare.specs()) == {"curves", "cost"}
 
@@ -375,7 +376,7 @@ def test_defects_of_the_baseline_are_told_first() -> None:
 
 # The sentence
 
-def cell(strategy: str, test: list[float], validation: float = 0.9, optimizer: str = "sgd") -> dict[str, Any]:
+def cell(strategy: str, test: list[float], validation: float = 0.9, optimizer: str = "muon") -> dict[str, Any]:
     spread = {"mean": statistics.fmean(test), "std": statistics.stdev(test) if len(test) > 1 else 0.0, "values": test}
     return {"strategy": strategy, "label": strategy, "optimizer": optimizer, "test_accuracy": spread,
             "validation_accuracy": {"mean": validation}}
@@ -386,10 +387,10 @@ def results_of(*cells: dict[str, Any], test: int | None = 10_000, **more: Any) -
 
 
 @pytest.mark.parametrize(("test", "kind", "says"), [
-    ([0.97, 0.98, 0.99], "better", "norm control helps with SGD (cap, +5.00 points)"),
-    ([0.92, 0.93, 0.97], "none", "no difference that these seeds can show with SGD"),
-    ([0.86, 0.87, 0.85], "worse", "norm control hurts with SGD (cap, −7.00 points)"),
-    ([0.99], "unknown", "nothing can be said yet about SGD"),
+    ([0.97, 0.98, 0.99], "better", "norm control helps with Muon (cap, +5.00 points)"),
+    ([0.92, 0.93, 0.97], "none", "no difference that these seeds can show with Muon"),
+    ([0.86, 0.87, 0.85], "worse", "norm control hurts with Muon (cap, −7.00 points)"),
+    ([0.99], "unknown", "nothing can be said yet about Muon"),
 ])
 def test_the_title_claims_no_more_than_the_intervals_allow(test: list[float], kind: str, says: str) -> None:
     base = cell("nothing", [0.92, 0.93, 0.94])
@@ -402,7 +403,7 @@ def test_the_title_claims_no_more_than_the_intervals_allow(test: list[float], ki
 def test_two_images_of_359_are_no_headline() -> None:
     """However alike the seeds: another 359 images would give other accuracies. Of as many as CIFAR's ten thousand times, they would not."""
     alike = [cell("nothing", [350 / 359] * 3), cell("cap", [352 / 359] * 3)]
-    assert tables.headline(results_of(*alike, test=359)) == "On digits, no difference that these seeds can show with SGD."
+    assert tables.headline(results_of(*alike, test=359)) == "On digits, no difference that these seeds can show with Muon."
     assert "overlap" in tables.explained(tables.verdicts(results_of(*alike, test=359))[0])
     assert [one.kind for one in tables.verdicts(results_of(*alike, test=1_000_000))] == ["better"]
 
@@ -414,7 +415,7 @@ def test_a_loss_is_better_the_lower_and_two_seeds_say_little_of_it() -> None:
 
     base = lossy("nothing", [1.90, 1.91, 1.92])
     results = results_of(base, lossy("cap", [1.80, 1.81, 1.82]), lossy("worse", [1.95, 1.95, 1.95]), metric="loss")
-    assert tables.headline(results) == "On digits, norm control helps with SGD (cap, −0.100 in loss)."
+    assert tables.headline(results) == "On digits, norm control helps with Muon (cap, −0.100 in loss)."
     few = results_of(lossy("nothing", [1.90, 1.91]), lossy("cap", [1.80, 1.81]), metric="loss")
     assert [one.kind for one in tables.verdicts(few)] == ["none"]
 
@@ -431,7 +432,7 @@ def test_optimizers_are_judged_apart_and_told_in_one_sentence() -> None:
              cell("nothing", [0.95, 0.96, 0.97], optimizer="adam"), cell("cap", [0.95, 0.96, 0.97], optimizer="adam"),
              cell("cap", [0.95, 0.96], optimizer="lion")]
     assert tables.headline(results_of(*found)) == (
-        "On digits, norm control helps with SGD (cap, +6.00 points); no difference that these seeds can show with Adam; "
+        "On digits, norm control helps with Muon (cap, +6.00 points); no difference that these seeds can show with Adam; "
         "nothing can be said yet about Lion.")
 
 
