@@ -42,12 +42,13 @@ def names_in(path: Path) -> set[str]:
 
 
 def test_the_tree_is_the_tree() -> None:
-    """Every folder and every file at the top is in the tree, and nothing else."""
+    """Every folder, and every file at the top and at the top of experiments, is in the tree, and nothing else."""
     said = {name for name, _ in rooms()}
     folders = {str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")} - {"."}
     shallow = {folder for folder in folders if folder.count("/") < 2}
     files = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert said == shallow | files
+    laboratory = {f"experiments/{path.name}" for path in (PACKAGE / "experiments").glob("*.py")} - {"experiments/__init__.py"}
+    assert said == shallow | files | laboratory
 
 
 def test_the_tree_and_the_layers_have_one_order() -> None:
