@@ -1,4 +1,4 @@
-"""``normwise prune``: what it chooses, what it counts, that it goes on where it was, and that its networks are what it says."""
+"""``normwise prune``: what it chooses, what it counts, that it resumes where it stopped, and that its networks are what it says."""
 
 from __future__ import annotations
 

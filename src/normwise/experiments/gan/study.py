@@ -20,7 +20,7 @@ from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, 
 from normwise.experiments.gan import plan as plans
 from normwise.experiments.gan import tables
 from normwise.experiments.gan.run import GanRun, JudgedData, step_times
-from normwise.experiments.tasks.data.splits import ImageData, load
+from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.fidelity import Judge, train_judge
 from normwise.experiments.tasks.models.dcgan import LOSSES
 
@@ -146,6 +146,3 @@ def show(found: Mapping[str, Any], stream: TextIO | None = None) -> None:
     show_table(tables.rows(sorted(found["cells"], key=tables.rank)), out)
     for remark in tables.remarks(found["cells"]):
         print(remark, file=out)
-
-
-__all__ = ["BUDGETS", "PROTOCOL", "Budget", "ImageData", "cells_of", "run", "show", "study"]
