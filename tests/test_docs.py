@@ -64,7 +64,7 @@ def test_the_readme_speaks_of_what_there_is() -> None:
     import re
 
     import normwise as nw
-    import normwise.prune    # a room of its own, which `import normwise` does not bring
+    import normwise.prune  # a room of its own, which `import normwise` does not bring
 
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     names = {name for page in pages for name in re.findall(r"nw\.((?:optim\.)?\w+)", page.read_text())}
