@@ -65,7 +65,7 @@ def run_of(name: str, task: Task, steps: int, seed: int = 0, full: bool = False,
 
 WRITTEN_OUT: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
-    "muon": lambda m: nw.optim.Muon(m, 0.01, adamw=REST, adjust="match_rms_adamw", weight_decay=0.1, polar="fast"),
+    "muon": lambda m: nw.optim.Muon(m, 0.01, adamw=REST, adjust_lr_fn="match_rms_adamw", weight_decay=0.1, polar="fast"),
     "normuon": lambda m: nw.optim.NorMuon(m, 0.01, adamw=REST, weight_decay=0.1, polar="fast"),
     "muonh": lambda m: nw.optim.MuonH(m, 0.02, adamw=REST, polar="fast"),
     "adamh": lambda m: nw.optim.AdamH(m, 0.02, adamw=REST),

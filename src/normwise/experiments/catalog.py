@@ -104,7 +104,7 @@ def _preset(name: str, n: Numbers, model: nn.Module, **columns: Any) -> Built:
 
 
 def _muon(model: nn.Module, n: Numbers) -> Built:
-    return _preset("Muon", n, model, adjust="match_rms_adamw", weight_decay=float(n["decay"]), polar="fast")
+    return _preset("Muon", n, model, adjust_lr_fn="match_rms_adamw", weight_decay=float(n["decay"]), polar="fast")
 
 
 def _normuon(model: nn.Module, n: Numbers) -> Built:
@@ -130,7 +130,7 @@ def _ridge(model: nn.Module, n: Numbers, **columns: Any) -> Built:
 
 
 def _ridge_roles(model: nn.Module, n: Numbers) -> Built:
-    from normwise.optim.depth_scale import factors_of, over_convolutions
+    from normwise.optim.presets import factors_of, over_convolutions
     from normwise.parameters.inventory import Inventory
 
     entries = Inventory(model).trainable
@@ -497,7 +497,7 @@ PRESETS: dict[str, Optimizer] = {
     ),
     "lamb": Optimizer("LAMB", _axis("lr", 0.03, 3.0), _plain("LAMB"), "Adam with steps relative to each tensor's norm"),
     "muon": Optimizer(
-        "Muon", _axis("lr", 0.01, 3.0), _plain("Muon", own_rest=True, adjust="match_rms_adamw", weight_decay=0.0),
+        "Muon", _axis("lr", 0.01, 3.0), _plain("Muon", own_rest=True, adjust_lr_fn="match_rms_adamw", weight_decay=0.0),
         "orthogonalised momentum for hidden matrices and convolutions, RMS-matched; AdamW at the same rate for the rest",
     ),
     "normuon": Optimizer(

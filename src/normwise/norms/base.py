@@ -140,6 +140,8 @@ class Norm(ABC):
     """How many eps measuring and rounding an fp32 block may be off: sums of 128 numbers are taken in fp32."""
     level: ClassVar[int | None] = None
     """On one block a norm is never above any norm of a higher level (of the same level: only itself); None where nothing is known."""
+    polar: ClassVar[bool] = False
+    """Whether its LMO is a multiple of the polar factor, which iterations give without an SVD."""
 
     @property
     @abstractmethod
@@ -221,6 +223,7 @@ class Set(ABC):
 
     name: ClassVar[str]
     matrix: ClassVar[bool] = False
+    polar: ClassVar[bool] = False
     needs_radius: ClassVar[bool] = False
     separable: ClassVar[bool] = True
     """Whether ``project`` acts on each entry by itself, and the set is the same for every block."""

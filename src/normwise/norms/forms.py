@@ -67,6 +67,10 @@ class Scaled(Norm):
         return self.base.radial
 
     @property
+    def polar(self) -> bool:  # type: ignore[override]
+        return self.base.polar
+
+    @property
     def dual_norm(self) -> Norm:
         return Scaled(self.base.dual_norm, self.form, not self.inverse)
 

@@ -56,6 +56,7 @@ class Spectral(Norm):
     name: ClassVar[str] = "spectral"
     matrix: ClassVar[bool] = True
     level: ClassVar[int | None] = 2
+    polar: ClassVar[bool] = True
 
     @property
     def dual_norm(self) -> Norm:

@@ -5,7 +5,6 @@
 """
 
 from normwise.optim.columns import CHOICES, DEFAULTS
-from normwise.optim.depth_scale import role_factors
 from normwise.optim.optimizer import NormOptimizer
 from normwise.optim.presets import (
     LAMB,
@@ -23,6 +22,7 @@ from normwise.optim.presets import (
     Scion,
     Signum,
     auto,
+    role_factors,
 )
 
 __all__ = [

@@ -89,6 +89,9 @@ STATE: dict[str, tuple[str, ...]] = {
 NESTEROV = {"heavy_ball": "nesterov", "ema": "ema_nesterov"}
 """Directions without and with Nesterov's look ahead."""
 
+QUINTIC = (3.4445, -4.775, 2.0315)
+"""Jordan et al.'s Newton–Schulz coefficients, which torch.optim.Muon iterates."""
+
 TORCHS = {
     **dict.fromkeys(("foreach", "fused"), "is torch's choice between its own loops, and the fastest is always taken here"),
     "capturable": "is torch's switch for CUDA graphs, for which there is no other step here",
@@ -96,9 +99,9 @@ TORCHS = {
     "amsgrad": "keeps the largest second moment, which no direction here does",
     "dampening": "is not here: direction='ema' averages gradients, each with the weight 1 - momentum",
     "decoupled_weight_decay": "is said by decay='weight', or 'gradient' for L2",
-    "ns_steps": "is said by polar='quintic' (five steps, as torch's), 'polar_express' or 'fast'",
-    "ns_coefficients": "is said by polar=",
-    "adjust_lr_fn": "is said by adjust= of Muon, or scale= in a row",
+    "ns_steps": "is Muon's; in a row polar= says it: a name, or a tuple of steps (a, b, c)",
+    "ns_coefficients": "is Muon's; in a row polar= says it: a name, or a tuple of steps (a, b, c)",
+    "adjust_lr_fn": "is Muon's; in a row scale= says it",
 }
 """Options of torch's optimizers that are none here, and why."""
 
@@ -108,7 +111,7 @@ NEUTRAL: tuple[Any, ...] = (None, False, 0)
 USERS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "momentum": lambda row: has_momentum(row),
     "betas": lambda row: row["direction"] in ("adam", "lion"),
-    "eps": lambda row: row["direction"] == "adam" or bool(row["row_beta"]),
+    "eps": lambda row: row["direction"] == "adam" or bool(row["row_beta"]) or polar_floor(row) > 0,
     "trust": lambda row: row["scale"] == "lars",
     "damping": lambda row: row["act"] == "ridge",
     "limit": lambda row: row["hold"] in ("ball", "row_floor", "radial_brake"),
@@ -119,6 +122,21 @@ USERS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 def has_momentum(row: Mapping[str, Any]) -> bool:
     """Whether ``momentum`` is what the row's step uses; Adam and Lion have betas instead."""
     return row["direction"] in ("heavy_ball", "nesterov", "ema", "ema_nesterov") or (row["direction"] == "plain" and bool(row["velocity"]))
+
+
+def newton_schulz(coefficients: Sequence[float], steps: int) -> str | tuple[tuple[float, ...], ...]:
+    """The column ``polar`` of torch's ``ns_coefficients`` and ``ns_steps``: the name where there is one, else step by step."""
+    abc = tuple(map(float, coefficients))
+    if len(abc) != 3 or type(steps) is not int or not 1 <= steps < 100:
+        raise ValueError(f"ns_coefficients={coefficients!r} and ns_steps={steps!r}: three numbers are needed, and 1 to 99 steps.")
+    return "quintic" if (abc, steps) == (QUINTIC, 5) else (abc,) * steps
+
+
+def polar_floor(row: Mapping[str, Any]) -> float:
+    """The least Frobenius norm that a polar iteration divides by: ``eps``, where no other part of the row has it."""
+    iterates = row["act"] == "lmo" and (row["polar"] == "quintic" or not isinstance(row["polar"], str))
+    mine = iterates and row["direction"] != "adam" and not row["row_beta"] and get_norm(row["norm"]).polar
+    return float(row["eps"]) if mine else 0.0
 
 
 def complete(given: Mapping[str, Any], name: str, base: Mapping[str, Any] | None = None) -> Row:
@@ -195,6 +213,23 @@ def as_number(value: Any) -> Any:
     return value.item() if single and hasattr(value, "item") else value
 
 
+def refused_option(preset: str, option: str, value: Any, known: Collection[str]) -> PolicyError:
+    """The error for an option that a preset does not take."""
+    if option in TORCHS:
+        return PolicyError(f"{preset} has {option}={value!r}, which is no option: it {TORCHS[option]}. Leave it out.")
+    if option in ("direction", "act", "norm", "scale"):
+        return PolicyError(
+            f"{preset} has {option}={value!r}, and its {option} is what makes it {preset}: state a row of your own, by override={{...}} or "
+            "NormOptimizer(model, rows, roles, main)."
+        )
+    if option in DEFAULTS:
+        return PolicyError(
+            f"{preset} has {option}={value!r}, which no part of it uses. {_INSTEAD.get(option, '')}Give it to the row that it is meant for "
+            "(adamw={...}, by_role={...}, override={...}), or leave it out."
+        )
+    return PolicyError(f"{preset} has the unknown option {option!r}.{nearest(option, known)}")
+
+
 def check_row(row: Mapping[str, Any], name: str = "a group", besides: Collection[str] = (), extras: bool = False) -> None:
     """Refuses unknown columns (but those named in ``besides``), unknown choices, and numbers out of their range.
 
@@ -209,10 +244,17 @@ def check_row(row: Mapping[str, Any], name: str = "a group", besides: Collection
     for column, choices in CHOICES.items():
         _word(row, column, choices, name)
     _word(row, "per", PER, name)
-    _word(row, "polar", (*METHODS, "exact"), name)
+    if not _are_steps(row["polar"]):
+        _word(row, "polar", (*METHODS, "exact"), name)
     if not isinstance(get_norm(row["norm"]), Norm):
         raise PolicyError(f"{name} has norm={row['norm']!r}, which is a set: a step needs a norm.")
     _check_numbers(row, name)
+
+
+def _are_steps(polar: Any) -> bool:
+    """Whether it is an iteration, step by step, each (a, b, c)."""
+    steps = polar if isinstance(polar, tuple | list) else ()
+    return bool(steps) and all(len(s) == 3 and all(isinstance(x, int | float) and math.isfinite(x) for x in s) for s in steps)
 
 
 def _word(row: Mapping[str, Any], column: str, allowed: Collection[str], name: str) -> None:

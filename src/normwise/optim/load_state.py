@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normwise.errors import PolicyError
 from normwise.low_precision import CARRY
-from normwise.optim.columns import DEFAULTS, NESTEROV, STATE, TORCHS, Row, as_plain, check_row
+from normwise.optim.columns import DEFAULTS, NESTEROV, STATE, TORCHS, Row, as_plain, check_row, newton_schulz
 from normwise.optim.plan import LAYOUTS, members, names_of
 from normwise.parameters.layouts import Layout
 
@@ -162,14 +162,13 @@ def _as_sgd(own: Group, saved: Mapping[str, Any], group: Group) -> list[str]:
 
 
 def _as_muon(own: Group, saved: Mapping[str, Any], group: Group) -> list[str]:
-    same = {"act": "lmo", "norm": "spectral", "polar": "quintic", "hold": "none", "decay": "weight", "radius": 1.0, "velocity": 0.0}
+    same = {"act": "lmo", "norm": "spectral", "hold": "none", "decay": "weight", "radius": 1.0, "velocity": 0.0}
     wrong = _differs(own, direction=("ema_nesterov", "ema"), row_beta=0.0, **same)
+    if isinstance(own["polar"], str):    # where the live one iterates by steps of its own, the saved steps take their place
+        wrong += _differs(own, polar="quintic")
     group["direction"] = NESTEROV["ema"] if saved["nesterov"] else "ema"
     group["scale"] = saved.get("adjust_lr_fn") or "original"
-    coefficients = [round(float(c), 4) for c in saved["ns_coefficients"]]
-    if (saved["ns_steps"], coefficients) != (5, [3.4445, -4.775, 2.0315]):
-        wrong.append(f"ns_steps={saved['ns_steps']}, ns_coefficients={tuple(coefficients)}")
-    group["eps"] = own["eps"]    # torch's is of the iteration, which has its own here
+    group["polar"] = newton_schulz(saved["ns_coefficients"], saved["ns_steps"])
     return wrong
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from normwise.engine.optimizer_state import KEY, makes_state, waiting, with_part
 from normwise.engine.sharded.prefetch import align, run_stages
 from normwise.errors import PolicyError
 from normwise.low_precision import NOISE
-from normwise.optim.columns import DEFAULTS, Radius, Row, check_row, complete, refuse_unused
+from normwise.optim.columns import DEFAULTS, Radius, Row, check_row, complete, refuse_unused, refused_option
 from normwise.optim.load_state import adapt
 from normwise.optim.param_groups import Settled, settle
 from normwise.optim.plan import LAYOUTS, PARTS, WIDE_STATE, Plan, build, layouts, members, names_of, no_matrix
@@ -58,6 +59,14 @@ class NormOptimizer(Optimizer):
     """
 
     routing: Routing | None
+
+    def __new__(cls, *args: Any, **options: Any) -> NormOptimizer:
+        """PolicyError for an option that the signature has not, with the nearest one that it has, or the reason."""
+        known = inspect.signature(cls.__init__).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            for unknown in options.keys() - known.keys():
+                raise refused_option(cls.__name__, unknown, options[unknown], list(known)[1:])
+        return super().__new__(cls)
 
     def __init__(
         self,

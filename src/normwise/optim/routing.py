@@ -116,7 +116,7 @@ def _check_raw(entries: Sequence[Entry], row_of: Mapping[str, Row]) -> None:
             f"steps under a norm are taken in raw tensors that weights are computed from: {', '.join(stepped[:8])}{more}. The norm is that "
             "of the raw tensor's step, not of the weight's. "
             "Route them by override= to a row such as 'adamw', or remove the parametrization, if that is not meant.",
-            stacklevel=5,
+            stacklevel=5,    # whoever called the preset
         )
 
 
@@ -142,7 +142,7 @@ def _warn_of(unsure: Sequence[Entry]) -> None:
         f"{shown}{more}: nothing states the axes of these parameters, so that they are not stepped as matrices. Where they are matrices, "
         f"state it: layouts={{{unsure[0].name!r}: nw.Layout(...)}}, or nw.register_layout({type(unsure[0].module).__name__}, ..., "
         "role='hidden'). Where they are none, say which row they take, by override=, and this warning goes.",
-        stacklevel=7,    # whoever called the preset
+        stacklevel=5,    # whoever called the preset
     )
 
 

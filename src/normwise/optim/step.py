@@ -13,11 +13,10 @@ from normwise.engine.pack import Pack
 from normwise.engine.sharded.norms import simple
 from normwise.engine.sharded.prefetch import Request
 from normwise.low_precision import narrow_, widened
-from normwise.norms import L2, Norm, Spectral, get_norm
+from normwise.norms import L2, Norm, get_norm
 from normwise.norms.base import clip_factor, radial_factor
-from normwise.norms.forms import Scaled
 from normwise.norms.linalg import polar, ridge_inverse
-from normwise.optim.columns import apart, shape_scale
+from normwise.optim.columns import apart, polar_floor, shape_scale
 from normwise.optim.directions import DIRECTIONS
 from normwise.optim.plan import Alike, Part, Plan
 from normwise.policy import actions
@@ -173,16 +172,15 @@ def _act(part: Pack, update: list[Tensor], group: Group) -> list[Tensor]:
     assert isinstance(norm, Norm)
     if group["act"] == "normalize":
         return part.normalized(norm, update)
-    return part.steepest(norm, update, lambda blocks: steepest(norm, blocks, group["polar"]))
+    return part.steepest(norm, update, lambda blocks: steepest(norm, blocks, group))
 
 
-def steepest(norm: Norm, blocks: Tensor, method: str) -> Tensor:
-    """−lmo(blocks, 1); under a spectral norm the polar factor by ``method``, elsewhere exact."""
-    if isinstance(norm, Spectral):
-        return polar(blocks, method)
-    if isinstance(norm, Scaled) and isinstance(norm.base, Spectral):
-        return polar(blocks, method) / norm.factor(blocks)
-    return actions.steepest(norm, blocks)
+def steepest(norm: Norm, blocks: Tensor, group: Group) -> Tensor:
+    """−lmo(blocks, 1); under a spectral norm the polar factor by the group's iteration, elsewhere exact."""
+    if not norm.polar:
+        return actions.steepest(norm, blocks)
+    factor, scale = polar(blocks, group["polar"], floor=polar_floor(group)), norm.unscaled(tuple(blocks.shape[1:]))[1]
+    return factor if scale == 1 else factor / scale
 
 
 def _divide_rows(part: Pack, update: list[Tensor], states: States, group: Group) -> list[Tensor]:
