@@ -26,25 +26,26 @@ COLUMNS = ("model", "parameters", *ROLES, "vectors", "head", "q, k, v", "experts
 HEADER = f"| {' | '.join(COLUMNS)} |"
 INTRO = """# Census: what normwise makes of published architectures
 
-Roles and axes decide which rule acts on which tensor. A wrong one is a silent fault: a matrix that a matrix method leaves out, a head
-that it takes in, a bound on columns where rows were meant. So {models} models of {families} architectures are built here, small,
-offline and with random weights, by transformers {version}, and compared with expectations that were written by hand from their code
-(`tests/census`). The forward pass checks these expectations: which outputs of a fused projection are queries, keys and values, which axis
-of an expert's tensor is its input, which layer gives the output.
+Roles and axes decide which rule acts on which tensor. A wrong one is a silent fault: a matrix method leaves out a matrix, or takes in a
+head, or a bound acts on columns where you meant rows. So {models} models of {families} architectures are built here, small, offline and
+with random weights, by transformers {version}, and compared with expectations written by hand from their code (`tests/census`). The
+forward pass checks these expectations: which outputs of a fused projection are queries, keys and values, which axis of an expert's
+tensor is its input, and which layer gives the output.
 
 `python docs/census_page.py` writes this page again; `pytest tests/test_census.py -m "long or not long"` compares every model.
 
 How to read it:
 
-- **parameters** is of the small model. The next columns are shares of it by role; **vectors** are biases and gains.
-- **head** names the layers that give the output; *tied* is a head that shares the embedding's table and is treated as the embedding.
-- **q, k, v**: *apart*, one matrix each; *fused*, one tensor that is stepped as several matrices, in brackets how many (more than three
-  where queries outnumber keys: they are stepped in pieces of the keys' size); *none* where there are no queries, keys and values.
+- **parameters** counts those of the small model. The next columns are shares of it by role; **vectors** are biases and gains.
+- **head** names the layers that give the output; *tied* means a head that shares the embedding's table and is treated as the embedding.
+- **q, k, v**: *apart* means one matrix each. *fused* means one tensor that is stepped as several matrices, with their number in
+  brackets (more than three where there are more queries than keys: they are stepped in pieces of the keys' size). *none* means no
+  queries, keys and values.
 - **experts** counts the tensors that hold stacked experts, with their axes: `e` expert, `s` gate and up, `o` outputs, `i` inputs.
-- **neither**: tensors of two or more dimensions that are no matrix, such as tokens and tables of positions, or whose axes nobody states.
-  They take AdamW; a warning names those that may be matrices after all.
-- **Muon** and **auto**: the share of the weights of two or more dimensions that `nw.optim.Muon` and `nw.optim.auto` step as matrices;
-  the others take AdamW.
+- **neither** lists tensors of two or more dimensions that are not matrices, such as tokens and tables of positions, or whose axes
+  nobody states. They take AdamW, and a warning names those that may be matrices after all.
+- **Muon** and **auto** are the shares of the weights of two or more dimensions that `nw.optim.Muon` and `nw.optim.auto` step as
+  matrices; the others take AdamW.
 - **as expected** counts the parameters that differ from the expectation.
 """
 

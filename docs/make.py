@@ -2,8 +2,8 @@
 
 Raw results lie in ``docs/results/``: ``cnn-digits.json`` and ``cnn-mnist.json`` by ``normwise compare cnn --json``, each of their single
 runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``other-TASK.runs.jsonl`` by
-``normwise race TASK --contenders auto --state``, on bundled data; ``gan.json`` by
-``normwise race gan --json``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table stands between ``<!-- NAME -->`` and
+``normwise race TASK --only auto --state``, on bundled data; ``gan.json`` by
+``normwise gan --json``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table stands between ``<!-- NAME -->`` and
 ``<!-- end NAME -->``.
 """
 
@@ -40,7 +40,7 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def raced(runs: Path) -> dict[str, Any] | None:
-    from normwise.race.race import replay
+    from normwise.experiments.race.study import replay
 
     return {**replay(runs), "core_hours": sum(r["result"].get("seconds", 0) for r in lines(runs)) / 3600} if runs.exists() else None
 
@@ -81,7 +81,7 @@ def tried(results: dict[str, Any]) -> str:
 
 def one_race(results: dict[str, Any], drawn: bool = True) -> str:
     """One task's tables, with the picture of its ladder, if it is drawn and there is something to draw."""
-    from normwise.race.table import page
+    from normwise.experiments.race.tables import page
 
     task = results["race"]
     seen = f"![{task}: validation result against horizon](images/race-{task}.svg)\n\n" if drawn and results["contenders"] else ""
@@ -89,14 +89,14 @@ def one_race(results: dict[str, Any], drawn: bool = True) -> str:
 
 
 def all_races(results: dict[str, dict[str, Any]]) -> str:
-    from normwise.race.table import summary
+    from normwise.experiments.race.tables import summary
 
     seen = "\n\n![shares of all contenders by task](images/race.svg)" if any(one["contenders"] for one in results.values()) else ""
     return summary(results) + seen
 
 
 def races_in_short(results: dict[str, dict[str, Any]]) -> str:
-    from normwise.race.table import summary
+    from normwise.experiments.race.tables import summary
 
     return summary(results)
 
@@ -136,7 +136,8 @@ def in_full(results: dict[str, Any]) -> str:
     lines = [head + "control's share | zero weights, % | rate | strength |", "|---" * 10 + "|"]
     for c in sorted(results["cells"], key=lambda c: (list(NAMES).index(c["optimizer"]), -c["test_accuracy"]["mean"])):
         gap, zeros = c["generalisation_gap"]["mean"], c["sparsity"]["mean"]
-        strength = "-" if c["strength"] is None else c["strength"]
+        found = c["strengths"]
+        strength = ", ".join(f"{name} {value:.3g}" for name, value in found.items()) if len(found) > 1 else next(iter(found.values()), "-")
         lines.append(
             f"| {NAMES[c['optimizer']]} | {c['label']} | {accuracy(c)} | {100 * gap:.1f} | {steps(c)} | {c['step_ms']:.2f} | "
             f"{100 * c['control_share']:.0f}% | {100 * zeros:.1f} | {c['lr']:g} | {strength} |"
@@ -151,27 +152,20 @@ def setting(results: dict[str, Any]) -> str:
         f"{data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test images; "
         f"{protocol['trials']} trials a cell, {protocol['seeds']} seeds (mean ± sample standard deviation), {protocol['steps']} steps of "
         f"batch {protocol['batch']}; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['date'][:10]}, budget {results['budget']}."
+        f"{machine['date'][:10]}, protocol {protocol.get('number', 3)}, budget {results['budget']}."
     )
 
 
 def bench(measured: dict[str, Any]) -> str:
     """Rows of one benchmark, those with the same columns together."""
-    tables = []
-    for columns in dict.fromkeys(tuple(row) for row in measured["rows"]):
-        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        lines += ["| " + " | ".join(_text(row[c]) for c in columns) + " |" for row in measured["rows"] if tuple(row) == columns]
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    from normwise.experiments.framework.printing import markdown
 
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return markdown(measured["rows"])
 
 
 def smaller(results: dict[str, Any]) -> str:
     """What ``normwise prune`` found: the setting, the networks, the strengths that were tried."""
-    from normwise.study.prune_job import networks, trial
+    from normwise.experiments.prune.tables import networks, trial
 
     plan, machine, timing = results["protocol"], results["machine"], results["timing"]
     said = (
@@ -186,7 +180,7 @@ def smaller(results: dict[str, Any]) -> str:
 
 def named_rules(_: Any) -> str:
     """From the code itself: the rules, their arguments, the first sentence about each."""
-    from normwise.study.words import named_rules as listed
+    from normwise.policy.listing import named_rules as listed
 
     lines = []
     for line in listed().splitlines():
@@ -233,8 +227,8 @@ def filled(text: str) -> str:
 
 def pictures() -> None:
     """Draws what there are results for."""
-    from normwise.report import picture
-    from normwise.report.race import race_picture, races_picture
+    from normwise.experiments.report import picture
+    from normwise.experiments.report.race import race_picture, races_picture
 
     digits = load("cnn-digits")
     if digits is not None:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import normwise as nw
+from normwise.experiments.catalog import AS_IT_IS, CONTENDERS, Built, Contender
+from normwise.experiments.framework.driver import Plan
+from normwise.experiments.framework.progress import on_stderr
+from normwise.experiments.framework.store import MAYBE, NUMBER, Form
+from normwise.experiments.framework.study import Options, opened
+from normwise.experiments.race.protocol import STEPS
+from normwise.experiments.race.run import RaceRun, train
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.task import Task
 from normwise.norms.linalg import polar
-from normwise.race.contenders import AS_IT_IS, CONTENDERS, Built, Contender
-from normwise.race.protocol import STEPS
-from normwise.race.run import RaceRun, train
-from normwise.study.lock import locked
-from normwise.study.store import Store
-from normwise.tasks.load import load_task
 
 RESULTS = Path(__file__).parent / "results" / "tried.runs.jsonl"
 Build = Callable[[nn.Module], Built]
@@ -101,7 +106,17 @@ def power(x: Tensor, exponent: float) -> Tensor:
     return ((vectors * (values.clamp(min=0) + 1e-4 * values[-1] + 1e-30).pow(exponent)) @ vectors.mT).float()
 
 
-MUON = {"adjust": "match_rms_adamw", "weight_decay": 0.3, "polar": "fast"}
+MUON = {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.3, "polar": "fast"}
+
+
+def muon_on_adam(model: nn.Module) -> Built:
+    """Muon with another direction, which makes it another method: a row of our own."""
+    routing = preset("Muon", **MUON)(model)[0].routing
+    rows = {**routing.rows, "muon": {**routing.rows["muon"], "direction": "adam", "betas": (0.8, 0.95), "eps": 1e-8}}
+    roles = {entry.role: routing.of[entry.name] for entry in routing.entries}
+    return nw.optim.NormOptimizer(model, rows, roles, "muon"), None
+
+
 VARIANTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
     "ridge": ("Ridge as it stands", preset("Ridge"), {}),
     "ridge-linear": ("Ridge, the rate to zero from the start", preset("Ridge"), {"schedule": "linear"}),
@@ -117,7 +132,7 @@ VARIANTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
     "ridge-floor": ("Ridge, no unit below half of its initial share", preset("Ridge", hold="row_floor", limit=0.5), {}),
     "muon": ("Muon, momentum 0.8", preset("Muon", momentum=0.8, **MUON), {}),
     "muon-slow": ("Muon, momentum 0.95", preset("Muon", momentum=0.95, **MUON), {}),
-    "muon-adam": ("Muon on Adam's direction", preset("Muon", direction="adam", betas=(0.8, 0.95), **MUON), {}),
+    "muon-adam": ("Muon on Adam's direction", muon_on_adam, {}),
     "power": ("U Σ^(−1/4) Vᵀ of the momentum", lambda m: (Metric(m, "power"), None), {}),
     "metric": ("polar factor in the metric of past gradients, R^(1/4)", lambda m: (Metric(m, "metric"), None), {}),
     "history": ("Ridge by the second moment of past gradients", lambda m: (Metric(m, "history"), None), {}),
@@ -198,6 +213,49 @@ def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
     return label, build, base | chosen
 
 
+@dataclass(frozen=True)
+class TriedRun:
+    """A variant with a seed. task: its name. key: its fingerprint. share: of the task's horizon."""
+
+    task: str
+    key: str
+    variant: str
+    share: float
+    seed: int
+    form: ClassVar[Form] = {"result": MAYBE, "seconds": NUMBER}
+
+    @property
+    def samples(self) -> int:
+        return round(STEPS[self.task] * self.share)
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "tried", **asdict(self)}
+
+    def told(self, result: dict[str, Any]) -> str:
+        return f"{self.task} {self.variant} {self.seed}: {result}"
+
+    def train(self, task: Task) -> dict[str, Any]:
+        return one(task, self.variant, self.samples * task.batch, self.seed)
+
+
+def one(task: Task, name: str, samples: int, seed: int) -> dict[str, Any]:
+    """One variant's run; its result and seconds."""
+    _, build, chosen = VARIANTS[name] if name in VARIANTS else on_tuned(task.name, name)
+    contender = f"tried {name}"    # for the time of this run; some variants are contenders by their plain name
+    CONTENDERS[contender] = Contender(name, "", (), lambda model, numbers: build(model))
+    numbers = {axis.name: axis.value(0) for axis in AS_IT_IS} | chosen
+    try:
+        result = train(RaceRun(task.key, contender, tuple(numbers.items()), samples, seed, False, 1, torch.__version__), task)
+    finally:
+        del CONTENDERS[contender]
+    return {"result": result["result"], "seconds": result["seconds"]}
+
+
+def plan(runs: list[TriedRun]) -> Plan:
+    """All of them at once: nothing depends on what comes out."""
+    return (yield runs)
+
+
 def main() -> None:
     """Runs what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -206,31 +264,20 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *ON_TUNED], metavar="NAME")
     parser.add_argument("--share", type=float, default=0.36)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--executor", help="dask://HOST:PORT; its workers need this folder on their PYTHONPATH")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    with locked(RESULTS):
-        task, store = load_task(given.task, given.data), Store(RESULTS)
-        for seed in range(2000, 2000 + given.seeds):
-            for name in given.variants:
-                wanted = {"kind": "tried", "task": given.task, "key": task.key, "variant": name, "share": given.share, "seed": seed}
-                if store.get(wanted) is None:
-                    store.add(wanted, one(task, name, round(STEPS[given.task] * given.share) * task.batch, seed))
-                    print(given.task, name, seed, store.get(wanted), flush=True)
-
-
-def one(task: Any, name: str, samples: int, seed: int) -> dict[str, Any]:
-    """One variant's run; its result and seconds."""
-    _, build, chosen = VARIANTS[name] if name in VARIANTS else on_tuned(task.name, name)
-    contender = f"tried {name}"    # for the time of this run; some variants are contenders by their plain name
-    CONTENDERS[contender] = Contender(name, "", (), lambda model, numbers: build(model))
-    numbers = {axis.name: axis.value(0) for axis in AS_IT_IS} | chosen
-    run = RaceRun(task.key, contender, tuple(numbers.items()), samples, seed, False, 1, torch.__version__)
-    try:
-        result = train(run, task)
-    finally:
-        del CONTENDERS[contender]
-    return {"result": result["result"], "seconds": result["seconds"]}
+    options = Options(given.task, given.data, workers=given.workers, executor=given.executor, state=RESULTS)
+    with opened(options, on_stderr()) as driver:
+        setup = partial(load_task, given.task, given.data)
+        task = setup()
+        driver.on(task, setup)
+        runs = [TriedRun(given.task, task.key, name, given.share, 2000 + k) for k in range(given.seeds) for name in given.variants]
+        driver.start(len(runs))
+        driver.run({"tried": plan(runs)})
 
 
 if __name__ == "__main__":
-    main()
+    import tried  # by its own name, so that workers find the runs
+
+    tried.main()

@@ -61,7 +61,7 @@ def with_adamw_and_a_scheduler() -> tuple[nn.Module, nw.Control]:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=400)
-    rules = [nw.weight_decay(0.01), nw.l1_prox(1e-3), nw.max_norm(nw.linear(4.0, 2.0, steps=300))]
+    rules = [nw.weight_decay(0.01), nw.l1_prox(1e-3), nw.max_norm(nw.schedules.linear(4.0, 2.0, steps=300))]
     control = nw.attach(model, optimizer, rules, on_nonfinite="raise")
     for x, y in batches(epochs=40):
         optimizer.zero_grad()

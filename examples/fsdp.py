@@ -23,7 +23,7 @@ from torch.nn import functional
 
 import normwise as nw
 from normwise.checkpoints import flat, nested
-from normwise.engine.sharded.comm import TRAFFIC
+from normwise.engine.sharded.collectives import TRAFFIC
 from normwise.integrations.distributed_checkpoint import load
 from normwise.optim import MuonH
 

@@ -18,10 +18,9 @@ import yaml
 from torch import nn
 
 import normwise as nw
-from normwise import radii
 from normwise.norms import FORMS, NORMS, SETS
-from normwise.policy import NAMED, Policy, Rule
-from normwise.policy.rule import NEEDS, TARGETS
+from normwise.policy import NAMED, Policy, Rule, radii
+from normwise.policy.rule import ACTIONS
 
 Data = list[Any]
 HUGE = "9" * 400
@@ -30,6 +29,8 @@ HUGE = "9" * 400
 
 SELECTORS = ["*.weight", "role:matrix", "role:all", "fc.*", "re:fc|conv", "class:Linear", ["conv.weight", "fc.weight"], "role:hidden"]
 RADII = [3, 0.5, 1e-3, "init", "1.5*init", {"linear": [3, 1, 10]}, {"cosine": {"start": 2, "end": 1, "steps": 5}}, {"constant": 1}]
+TARGETS = {name: action.targets for name, action in ACTIONS.items()}
+NEEDS = {name: action.needs for name, action in ACTIONS.items()}
 NORM_NAMES = [*NORMS, *FORMS, *SETS]
 NAMED_DATA: list[Any] = [
     {"max_norm": 3}, {"max_norm": {"radius": "init", "params": "*.weight"}}, {"l1_penalty": 1e-4}, {"l2_penalty": {"strength": 0.1}},
@@ -223,7 +224,8 @@ def odd_object(rnd: random.Random) -> Any:
         lambda: (lambda step: -1.0), lambda: (lambda step: "x"), lambda: _raises, lambda: int, lambda: nn.Linear, lambda: nn.Linear(2, 2),
         lambda: nn.Parameter(torch.ones(2)), lambda: torch.float32, lambda: ..., lambda: NotImplemented, lambda: math, lambda: "x" * 10_000,
         lambda: re.compile("fc"), lambda: re.compile(b"fc"), lambda: nw.Layout("oi", (5, 36)), lambda: {"fc.weight": torch.ones(3, 3)},
-        lambda: {"fc.weight": "x"}, dict, lambda: nw.linear(1, 0.5, 4), lambda: nw.warmup(1, 4), lambda: nw.Relative(0.1),
+        lambda: {"fc.weight": "x"}, dict, lambda: nw.schedules.linear(1, 0.5, 4),
+        lambda: nw.schedules.warmup(1, 4), lambda: nw.radii.Relative(0.1),
         lambda: rnd.choice(list(NORMS.values())), lambda: nw.norms.Box(0, 1), lambda: radii.Quantile(10, 5), lambda: radii.Brake(0.5),
         lambda: radii.StepLength(), lambda: radii.WarmStart(2), lambda: nw.max_norm(1), lambda: Policy([]), lambda: [nw.max_norm] * 3,
         lambda: "l2", lambda: "unit", lambda: "clip_norm", lambda: 2, lambda: 1.5, lambda: 1, lambda: "init", lambda: "*.weight",

@@ -27,7 +27,8 @@ def rules(hold: bool) -> list[Any]:
     """Every kind of state: singular vectors, multipliers, histories of gradients, initial norms and weights, schedules, carries."""
     return [
         *([nw.hyperball(params="5.weight")] if hold else []),
-        nw.zclip(params="0.*"), nw.autoclip(params="3.*"), nw.clip_grad_norm(nw.linear(2.0, 0.5, 30)), nw.cpr(0.05, params="0.weight"),
+        nw.zclip(params="0.*"), nw.autoclip(params="3.*"), nw.clip_grad_norm(nw.schedules.linear(2.0, 0.5, 30)),
+        nw.cpr(0.05, params="0.weight"),
         nw.weight_decay(1e-3, params="role:bias", rounding="compensated"),
         nw.spectral_cap(0.9, params="3.weight", tolerance=0.01), nw.max_norm(0.6, params="0.weight", center="init"),
     ]    # fmt: skip

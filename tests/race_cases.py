@@ -6,8 +6,8 @@ import hashlib
 import math
 from typing import Any
 
-from normwise.race.contenders import CONTENDERS
-from normwise.race.run import RaceRun
+from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.race.run import RaceRun
 
 PACE = {"adamw": 1.0, "sgd": 3.0, "adamw_max_norm": 1.15, "muon": 0.5, "normuon": 0.47, "muonh": 0.55, "adamh": 0.95, "scion": 0.62,
         "ridge": 0.4, "ridge_small": 0.38, "ridge_roles": 0.36, "auto": 0.43}

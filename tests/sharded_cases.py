@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import normwise as nw
-from normwise.engine.sharded.comm import TRAFFIC
+from normwise.engine.sharded.collectives import TRAFFIC
 
 STEPS = 10
 BUCKETS = 8

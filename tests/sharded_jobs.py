@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import normwise as nw
-from normwise.engine.sharded.comm import TRAFFIC
-from normwise.engine.sharded.place import Place
+from normwise.engine.sharded.collectives import TRAFFIC
+from normwise.engine.sharded.pack import Split
+from normwise.engine.sharded.placement import Place
 from sharded_cases import Case, Net, _part_of, _place, cases, gradients, hold, net, placements, train
 
 PLACES = functools.cache(placements)
@@ -111,7 +112,7 @@ def one_bad_rank() -> list[str]:
 
 
 def reports() -> list[str]:
-    """control.norms() on split parameters, replicated ones counted once."""
+    """control.norms(), its largest units and control.zeros() on split parameters, replicated ones counted once."""
     faults = []
     for name, place in PLACES(dist.get_world_size()).items():
         case = Case("norms", lambda: [nw.clip_grad_norm(1.0)])
@@ -123,6 +124,11 @@ def reports() -> list[str]:
         for kind, total in theirs.total.items():
             if abs(mine.total[kind] - total) > 1e-6 * total:
                 faults.append(f"{name} {kind}: {mine.total[kind]} instead of {total}")
+        ours, others = split.norms(largest=True).largest, whole.norms(largest=True).largest
+        faults += [f"{name}: largest unit of {w} {ours.get(w)} instead of {unit}" for w, unit in others.items()
+                   if w not in ours or ours[w][1] != unit[1] or abs(ours[w][0] - unit[0]) > 1e-6 * unit[0]]
+        if split.zeros() != whole.zeros():
+            faults.append(f"{name}: zeros {split.zeros()} instead of {whole.zeros()}")
     return faults
 
 
@@ -264,7 +270,8 @@ def radii() -> list[str]:
 def _too_many(collectives: int, optimizer: nw.optim.NormOptimizer) -> list[str]:
     """Two a bucket of whole blocks; and of all norms of all rows together one small one before the step and one after. NorMuon's second
     norm is of what its first has divided."""
-    split = [(optimizer.param_groups[key[0]], part) for key, plan in optimizer._plans.items() for part in plan.parts if part.pack.sharded]
+    parts = [(optimizer.param_groups[key[0]], part) for key, plan in optimizer._plans.items() for part in plan.parts]
+    split = [(group, part) for group, part in parts if isinstance(part.pack, Split)]
     buckets = sum(_acts_on_whole(group) for group, _ in split)
     meshes = len({p.device_mesh for _, part in split for p in part.pack.params})
     most = 2 * buckets + 2 * meshes

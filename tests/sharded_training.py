@@ -314,7 +314,7 @@ def _remembering() -> list[Any]:
         nw.zclip(z=0.5, warmup=2), nw.max_norm(0.5, params="head.weight", center="init"), nw.unit_norm("init", params="blocks.0.*.weight"),
         nw.cpr(0.9, mu=0.1, params="embedding.weight", exclude=None),
         nw.weight_decay(0.1, params="blocks.1.*.weight", rounding="compensated"),
-        nw.weight_decay(nw.linear(0.1, 1.0, STEPS), params="head.weight", rounding="stochastic"),
+        nw.weight_decay(nw.schedules.linear(0.1, 1.0, STEPS), params="head.weight", rounding="stochastic"),
     ]  # fmt: skip
 
 

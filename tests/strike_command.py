@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from normwise import cli
-from normwise.race import protocol
-from normwise.study import compare, gan, prune
-from normwise.tasks.fidelity import train_judge
+from normwise.experiments.compare import study as compare
+from normwise.experiments.gan import study as gan
+from normwise.experiments.prune import study as prune
+from normwise.experiments.race import protocol
+from normwise.experiments.tasks.fidelity import train_judge
 
 COMMANDS = {
-    "compare": "compare cnn --budget quick --strategies l2 --optimizers adam --seeds 2 --workers 2",
-    "race": "race lstm --tiny --budget quick --contenders muon --seeds 2 --workers 2",
-    "gan": "race gan --budget quick --contenders clip_value --seeds 2 --workers 2",
-    "prune": "prune cnn --budget quick --seeds 2",
+    "compare": "compare cnn --budget quick --only l2,adam --seeds 2 --workers 2",
+    "race": "race lstm --tiny --budget quick --only muon --seeds 2 --workers 2",
+    "gan": "gan --budget quick --only clip_value --seeds 2 --workers 2",
+    "prune": "prune cnn --budget quick --seeds 2 --workers 2",
 }
 
 
 def shorten(put: Callable[[Any, str, Any], None] = setattr) -> None:
     """Every budget called quick."""
-    put(compare, "BUDGETS", {"quick": (compare.Budget(9, 2, 32, (4, 4), 512, 2, 1),) * 2})
+    put(compare, "BUDGETS", {"quick": compare.Budget(9, 0.04, 2, 1)})
     put(protocol, "BUDGETS", {"quick": protocol.Budget(trials=2, seeds=2, doublings=0, scale=0.01, contenders=("muon",), rounds=1)})
     put(protocol, "RATIO", 0.5)
     put(gan, "BUDGETS", {"quick": (gan.Budget(9, 2, 4, 16, 4, 2, 40, 1, None, ("hinge",)),) * 2})
@@ -38,5 +39,5 @@ if __name__ == "__main__":
     shorten()
     if "SLOWLY" in os.environ:    # so that a study can be met at its work
         prune.BUDGETS["quick"] = {"cnn": prune.Budget(100_000, 4, 1, "tiny")}
-        compare.BUDGETS["quick"] = (compare.Budget(9, 10, 32, (4, 4), 512, 2, 1),) * 2
-    sys.exit(cli.main())
+        compare.BUDGETS["quick"] = compare.Budget(9, 0.2, 2, 1)
+    cli.command()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from normwise.errors import LayoutError
-from normwise.layouts import PER, BlockView, Layout, block_view, layout_of, register_layout
+from normwise.parameters.layouts import PER, BlockView, Layout, block_view, layout_of, register_layout
 
 TENSORS = {
     "contiguous": lambda: torch.randn(6, 4, 3, 3),

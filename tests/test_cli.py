@@ -7,30 +7,34 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import normwise
 from normwise import cli
-from normwise.policy.named import NAMED
-from normwise.study import compare as compare_module
-from normwise.study import job, tables
-from normwise.study.compare import BUDGETS, Budget
+from normwise.experiments.compare import study as compare_study
+from normwise.experiments.compare.study import BUDGETS, Budget
+from normwise.experiments.framework import driver
+from normwise.experiments.framework import study as job
+from normwise.experiments.tasks.data.readers import read_digits
+from normwise.policy import NAMED, Policy
 
-TINY = Budget(trials=9, epochs=1, batch=64, channels=(4, 4), train_most=128, marks=2, rounds=1)
-FEW = ("--budget", "quick", "--strategies", "max_norm", "--optimizers", "adam", "--workers", "1")
+TINY = Budget(trials=9, scale=0.003, marks=2, rounds=1)
+FEW = ("--budget", "quick", "--only", "max_norm,adam", "--workers", "1")
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BUDGETS, "quick", (TINY, TINY))
+    monkeypatch.setitem(BUDGETS, "quick", TINY)
 
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_module, "pool", lambda *given: pytest.fail("runs were started"))
+    monkeypatch.setattr(driver, "open_pool", lambda *given: pytest.fail("runs were started"))
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -50,10 +54,10 @@ def sentence(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     [
         ("compare", "the following arguments are required: TASK"),
         ("compair cnn", "invalid choice"),
-        ("compare cn", "Task 'cn' is not known. Did you mean 'cnn'?"),
-        ("compare cnn --budget long-ish", "Budget 'long-ish' is not known."),
-        ("compare cnn --strategies max-norm", "strategy 'max-norm' is not known. Did you mean 'max_norm'?"),
-        ("compare cnn --optimizers ,", "No optimizer was given"),
+        ("compare cn", "There is no task 'cn'. Did you mean 'cnn'?"),
+        ("compare cnn --budget long-ish", "There is no budget 'long-ish'."),
+        ("compare cnn --only max-norm", "strategy or optimizer 'max-norm' is not known. Did you mean 'max_norm'?"),
+        ("compare cnn --only ,", "No strategy or optimizer was given"),
         ("compare cnn --seeds 0", "'0' is not a whole number >= 1"),
         ("compare cnn --seeds three", "'three' is not a whole number >= 1"),
         ("compare cnn --workers -2", "'-2' is not a whole number >= 1"),
@@ -105,22 +109,16 @@ def test_a_foreign_state_file_is_left_as_it_is(capsys: pytest.CaptureFixture[str
 
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_work: None) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    monkeypatch.setattr(compare_module, "load", _needs("sklearn"))
-    assert "pip install 'normwise[study]'" in sentence(capsys, "compare", "cnn", *FEW)
-
-
-def _needs(package: str) -> Any:
-    def load(*given: Any) -> Any:
-        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-
-    return load
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr(compare_study, "load_task", lambda *given, **named: read_digits())
+    assert "reading the bundled digits needs sklearn, which cannot be found here: pip install 'normwise[study]'" in sentence(
+        capsys, "compare", "cnn", *FEW)
 
 
 def test_the_installed_command_exits_2_without_a_traceback() -> None:
     done = subprocess.run([sys.executable, "-m", "normwise", "compare", "nothing"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "normwise: Task 'nothing' is not known. Allowed: cnn.\n"
+    assert done.stderr == "normwise: There is no task 'nothing'. Allowed: cnn, gpt, lstm, resnet.\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -134,7 +132,7 @@ def test_compare_writes_its_files_and_says_what_is_wrong_with_the_baseline(
     results = json.loads(target.read_text())
     assert {cell["strategy"] for cell in results["cells"]} == {"nothing", "max_norm"}
     assert (tmp_path / "page" / "index.html").read_text().lstrip().lower().startswith("<!doctype html>")
-    assert target.with_suffix(".state.jsonl").exists()
+    assert target.with_suffix(".runs.jsonl").exists()
     out, err = capsys.readouterr()
     for word in ("nothing", "max-norm", "test %", str(target), "index.html"):
         assert word in out
@@ -150,8 +148,8 @@ def fake(breaches: list[str], defects: list[str]) -> dict[str, Any]:
 def test_a_broken_bound_or_an_untrained_baseline_is_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], breaches: list[str], defects: list[str], status: int
 ) -> None:
-    monkeypatch.setattr(job, "compare", lambda *given: fake(breaches, defects))
-    monkeypatch.setattr(tables, "show", lambda *given: None)
+    monkeypatch.setattr(compare_study, "compare", lambda *given: fake(breaches, defects))
+    monkeypatch.setattr(compare_study, "show", lambda *given: None)
     assert cli.main(["compare", "cnn"]) == status
     assert capsys.readouterr().err.splitlines() == defects + breaches
 
@@ -170,7 +168,7 @@ def test_the_json_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_ctrl_c_keeps_the_finished_runs_and_the_same_command_goes_on(tmp_path: Path) -> None:
     state = tmp_path / "state.jsonl"
-    command = [sys.executable, "-m", "normwise", "compare", "cnn", "--budget", "quick", "--strategies", "l2", "--optimizers", "adam",
+    command = [sys.executable, "-m", "normwise", "compare", "cnn", "--budget", "quick", "--only", "l2,adam",
                "--workers", "2", "--state", str(state)]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: state.exists() and state.stat().st_size > 0)
@@ -203,6 +201,25 @@ def test_policies_lists_every_named_rule(capsys: pytest.CaptureFixture[str]) -> 
     assert listed == sorted(NAMED)
 
 
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_policies_explains_a_rule_with_an_example_that_is_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert cli.main(["policies", name]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"nw.{name}(") and str(NAMED[name].__doc__).strip().splitlines()[0] in printed
+    short, fields = (textwrap.dedent(part.split(":\n", 1)[1]) for part in printed.split("\n\n")[-2:])
+    assert Policy.from_yaml(short) == Policy.from_yaml(fields) and len(Policy.from_yaml(short)) >= 1
+
+
+def test_policies_of_an_unknown_name_lists_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown named rule 'max_nrm'. Did you mean 'max_norm'? Allowed: agc" in sentence(capsys, "policies", "max_nrm")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"normwise {normwise.__version__}\n"
+
+
 def test_policies_explains_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     import normwise as nw
 
@@ -221,11 +238,48 @@ def test_policies_names_the_line_of_a_broken_file(capsys: pytest.CaptureFixture[
 def test_bench_prints_and_writes_what_it_measured(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normwise.study import bench_control
+    from normwise.experiments.bench import control
 
     measured = {"bench": "control", "rows": [{"case": "one", "own_ms": 1.23456}, {"case": "two", "own_ms": 2.0}]}
-    monkeypatch.setattr(bench_control, "run", lambda: measured)
+    monkeypatch.setattr(control, "run", lambda: measured)
     assert cli.main(["bench", "control", "--json", str(tmp_path / "bench.json")]) == 0
     assert json.loads((tmp_path / "bench.json").read_text()) == measured
     out = capsys.readouterr().out
     assert "own_ms" in out and "1.235" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("control", {"case": "a", "ratio": 1.51, "bar": 1.5, "bar_is": "at most"}, "a: ratio is 1.51, the bar at most 1.5."),
+        ("control", {"case": "a", "ratio": 2.9, "bar": 3.0, "bar_is": "at least"}, "a: ratio is 2.9, the bar at least 3."),
+        ("control", {"case": "a", "ratio": float("nan"), "bar": 3.0, "bar_is": "at most"}, "a: ratio is nan, the bar at most 3."),
+        ("control", {"case": "a", "ratio": 1.5, "bar": 1.5, "bar_is": "at most"}, ""),
+        ("step", {"preset": "Muon", "state_bytes_per_parameter": 4.0}, ""),
+        ("cap", {"network": "gpt", "share": 0.04, "bar": 0.03}, "gpt: share is 0.04, the bar at most 0.03."),
+        ("cap", {"network": "gpt", "share": 0.01, "bar": 0.03, "largest_sigma_over_cap": 1.02, "sigma_bar": 1.01},
+         "gpt: largest_sigma_over_cap is 1.02, the bar at most 1.01."),
+        ("polar", {"input": "x", "faster": 1.0, "bar": 2.0, "ours_max": 0.1, "torch_max": 0.2}, "x: faster is 1, the bar at least 2."),
+    ],
+)  # fmt: skip
+def test_a_missed_bar_is_named_and_exit_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, row: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(f"normwise.experiments.bench.{name}.run", lambda: {"rows": [{"case": "not measured"}, row]})
+    assert cli.main(["bench", name]) == bool(said)
+    assert capsys.readouterr().err == (f"{said}\n" if said else "")
+
+
+def test_bench_lists_its_benchmarks_a_line_each_and_a_new_file_is_one_more(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normwise.experiments.bench import runner
+
+    assert cli.main(["bench"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["cap", "control", "polar", "step"]
+    assert all(20 < len(line) <= 80 for line in lines)
+    (tmp_path / "newone.py").write_text('"""``normwise bench newone``: what a new one costs."""\n')
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "runner.py"))
+    assert cli.main(["bench"]) == 0
+    assert capsys.readouterr().out == "newone   what a new one costs\n"

@@ -27,15 +27,15 @@ def net() -> nn.Sequential:
 def rules() -> list[Any]:
     """Numbers that change from step to step, states that a trace would freeze, rules that act on some steps only."""
     return [
-        nw.clip_grad_norm(nw.linear(0.5, 0.1, 20)), nw.zclip(params="0.*"), nw.cpr(0.02, params="2.weight"), nw.weight_decay(0.1),
-        nw.l1_prox(nw.linear(0.0, 0.01, 10), params="4.weight"), nw.spectral_cap(0.8, params="2.weight", tolerance=0.01),
+        nw.clip_grad_norm(nw.schedules.linear(0.5, 0.1, 20)), nw.zclip(params="0.*"), nw.cpr(0.02, params="2.weight"), nw.weight_decay(0.1),
+        nw.l1_prox(nw.schedules.linear(0.0, 0.01, 10), params="4.weight"), nw.spectral_cap(0.8, params="2.weight", tolerance=0.01),
         nw.max_norm(0.5, params="0.weight", every=2), nw.unit_norm("init", params="4.weight"),
     ]    # fmt: skip
 
 
 def inside() -> list[Any]:
     """Within a preset's step: updates clipped before they are applied."""
-    small = nw.Rule(params="*.weight", on="update", action="clip_norm", norm="l2", radius=nw.linear(1e-3, 1e-1, 6))
+    small = nw.Rule(params="*.weight", on="update", action="clip_norm", norm="l2", radius=nw.schedules.linear(1e-3, 1e-1, 6))
     return [small, nw.spectral_cap(0.8, params="2.weight", tolerance=0.01)]
 
 

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import normwise as nw
 from normwise.errors import PolicyError
-from normwise.layouts import Layout
-from normwise.policy.inventory import Inventory
+from normwise.parameters.inventory import Inventory
+from normwise.parameters.layouts import Layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*steps under a norm are taken in raw.*")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from normwise.errors import PolicyError
-from normwise.layouts import Layout, block_view
 from normwise.norms import NORMS, Box
+from normwise.parameters.layouts import Layout, block_view
 from normwise.policy import Rule, named
-from normwise.policy.conflicts import _LEVELS, _WITHIN, check
-from normwise.schedules import Constant, Linear
+from normwise.policy.conflicts import _WITHIN, check
+from normwise.policy.schedules import Constant, Linear
 
 W = {"fc1.weight", "fc2.weight"}
 ortho = Rule(action="project", norm="orthogonal", per="matrix", radius=2)
@@ -114,7 +114,7 @@ def test_only_shared_parameters_count():
 
 
 def test_every_plain_norm_has_its_level():
-    assert set(_LEVELS) == set(NORMS)
+    assert all(norm.level is not None for norm in NORMS.values())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (3, 5), (7, 4)])
@@ -123,7 +123,7 @@ def test_a_norm_is_never_above_one_of_a_higher_level(shape):
     rank_one = torch.randn(50, shape[0], 1).double() @ torch.randn(50, 1, shape[1]).double()
     sparse = torch.randn(50, *shape).double() * (torch.rand(50, *shape) < 0.2)
     x = torch.cat([torch.randn(50, *shape).double(), rank_one, sparse, torch.ones(1, *shape).double()])
-    pairs = [(a, b) for a, b in itertools.permutations(_LEVELS, 2) if _LEVELS[a] < _LEVELS[b]]
+    pairs = [(a, b) for a, b in itertools.permutations(NORMS, 2) if NORMS[a].level < NORMS[b].level]
     assert len(pairs) > 25
     for low, high in pairs:
         assert (NORMS[low].value(x) <= NORMS[high].value(x) * (1 + 1e-12)).all(), (low, high)

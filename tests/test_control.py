@@ -421,7 +421,8 @@ def test_rules_of_one_optimizer_do_not_wait_for_the_other():
     """Separate blocks, uneven steps: verify() judges each weight by its own optimizer's last step."""
     model = mlp()
     opts = halves(model)
-    control = nw.attach(model, opts, [nw.unit_norm(nw.linear(1.0, 0.5, 4)), nw.clip_weight_value(0.9, params="role:bias", every=2)])
+    control = nw.attach(model, opts, [nw.unit_norm(nw.schedules.linear(1.0, 0.5, 4)),
+        nw.clip_weight_value(0.9, params="role:bias", every=2)])
     loss_of(model, 0).backward()
     for k in (0, 0, 1, 0):
         opts[k].step()
@@ -512,7 +513,7 @@ STATEFUL = [
     nw.unit_norm("init", params="0.weight"),
     nw.max_norm(0.2, params="2.weight", center="init"),
     nw.decay_to_init(0.3, params="4.weight"),
-    nw.l2_penalty(nw.linear(0.0, 1.0, 8)),
+    nw.l2_penalty(nw.schedules.linear(0.0, 1.0, 8)),
     nw.clip_weight_value(0.3, params="role:bias", every=3),
 ]
 
@@ -753,7 +754,7 @@ def test_the_log_spans_the_whole_step_of_an_optimizer_with_many_evaluations():
 def test_the_penaltys_value_is_that_of_the_rules_at_work_now():
     model = mlp()
     opt = SGD(model.parameters(), lr=0.1)
-    rules = [nw.l1_penalty(0.1, start=2), nw.l2_penalty(nw.linear(1.0, 0.0, 4), stop=3), nw.group_lasso(0.2)]
+    rules = [nw.l1_penalty(0.1, start=2), nw.l2_penalty(nw.schedules.linear(1.0, 0.0, 4), stop=3), nw.group_lasso(0.2)]
     control = nw.attach(model, opt, rules)
     for step in range(5):
         weights = [p.detach() for p in model.parameters() if p.ndim > 1]

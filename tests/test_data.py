@@ -18,8 +18,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from normwise.errors import DataError
-from normwise.tasks.data import load
-from normwise.tasks.readers import Part, read_folder
+from normwise.experiments.tasks.data.readers import Part, read_folder
+from normwise.experiments.tasks.data.splits import load
 
 RNG = np.random.default_rng(5)
 GREY = RNG.integers(0, 256, (30, 9, 8), dtype=np.uint8)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from normwise.experiments.tasks.fidelity import Gaussian, frechet
 from normwise.norms import Nuclear, Orthogonal, Spectral, linalg
 from normwise.norms.decompose import eigh, eigvalsh, singular_values, svd
-from normwise.tasks.fidelity import Gaussian, frechet
 
 
 def zero_rows(rows: int, seed: int) -> Tensor:

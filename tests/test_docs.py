@@ -22,7 +22,7 @@ def test_every_variant_that_was_tried_can_be_tried_again(monkeypatch: pytest.Mon
     """A few steps of each on the bundled text: finite, and what is said to be something else does something else."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     tried = importlib.import_module("tried")
-    from normwise.tasks.load import load_task
+    from normwise.experiments.tasks.load import load_task
 
     task = load_task("gpt", size="tiny")
     late = ("ridge", "ridge-floor")    # it takes some steps until a unit is short
@@ -36,7 +36,7 @@ def test_every_variant_of_the_tuned_form_does_something_else(monkeypatch: pytest
     them."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     tried = importlib.import_module("tried")
-    from normwise.tasks.load import load_task
+    from normwise.experiments.tasks.load import load_task
 
     gates, attention, kernels = (load_task(name, size="tiny") for name in ("lstm", "gpt", "resnet"))
     found: dict[str, float] = {}
@@ -64,6 +64,7 @@ def test_the_readme_speaks_of_what_there_is() -> None:
     import re
 
     import normwise as nw
+    import normwise.prune  # a room of its own, which `import normwise` does not bring
 
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     names = {name for page in pages for name in re.findall(r"nw\.((?:optim\.)?\w+)", page.read_text())}

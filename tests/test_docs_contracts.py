@@ -18,15 +18,15 @@ from torch import nn
 import normwise as nw
 from normwise import cli, files
 from normwise.errors import DataError, NormwiseError, OutputError, PolicyError
+from normwise.experiments.catalog import GAN_STRATEGIES as STRATEGIES
+from normwise.experiments.gan import tables as results
+from normwise.experiments.tasks.data import readers
 from normwise.norms import FORMS, NORMS, SETS
-from normwise.policy import yaml_form
-from normwise.policy.fields import ROUNDINGS
+from normwise.parameters.regex import LONGEST
+from normwise.policy import listing, yaml_form
 from normwise.policy.named import NAMED
-from normwise.policy.patterns import LONGEST
-from normwise.policy.rule import ON, TARGETS, Rule
-from normwise.study import gan_results, words
-from normwise.study.gan_strategies import STRATEGIES
-from normwise.tasks import readers
+from normwise.policy.rule import ACTIONS, ON, Rule
+from normwise.policy.rule_fields import ROUNDINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -54,7 +54,7 @@ def test_every_field_of_a_rule_is_in_the_table_and_no_other() -> None:
 
 
 def test_the_table_names_every_action_target_norm_block_and_rounding() -> None:
-    assert quoted(FIELDS["action"][1]) == set(TARGETS)
+    assert quoted(FIELDS["action"][1]) == set(ACTIONS)
     assert quoted(FIELDS["on"][1]) == set(ON)
     assert quoted(FIELDS["norm"][1]) - {"project"} == {*NORMS, *FORMS, *SETS}
     assert set(nw.policy.rule.PER) <= quoted(FIELDS["per"][1])
@@ -70,7 +70,7 @@ def test_the_defaults_in_the_table_are_the_rules() -> None:
         )
     assert (FIELDS["power"][2], FIELDS["rate"][2][0], FIELDS["tolerance"][2][0]) == ("1", "1", "0")
     assert nw.l1_penalty(0.1).power == 1 and rule.rate == 1 and not nw.spectral_cap(1.0).tolerance
-    for action, targets in TARGETS.items():
+    for action, targets in ((name, action.targets) for name, action in ACTIONS.items()):
         needed = {"cpr": {"radius": 1.0}, "qk_clip": {"radius": 100.0, "heads": 2}, "lmo": {}}.get(action)
         given = needed if needed is not None else {"radius": 1.0} if action in FIELDS["radius"][2] else {"strength": 1.0}
         made = Rule(action=action, **given)
@@ -79,15 +79,15 @@ def test_the_defaults_in_the_table_are_the_rules() -> None:
 
 @pytest.mark.parametrize("field", ["radius", "strength"])
 def test_the_table_says_which_actions_need_a_number(field: str) -> None:
-    needing = {action for action, needed in nw.policy.rule.NEEDS.items() if needed == field}
-    assert {action for action in TARGETS if re.search(rf"\b{action}\b", FIELDS[field][2].split(";")[0])} == needing
+    needing = {name for name, action in ACTIONS.items() if action.needs == field}
+    assert {action for action in ACTIONS if re.search(rf"\b{action}\b", FIELDS[field][2].split(";")[0])} == needing
 
 
 def test_every_named_rule_is_in_the_table_with_its_arguments() -> None:
     """As the command prints them; docs/make.py writes the table, and this says that it was run."""
     rows = {row[0].strip("`") for row in table("policies.md", "## Named rules")}
     assert {head.split("(")[0] for head in rows} == set(NAMED)
-    printed = {line.split(")  ", 1)[0] + ")" for line in words.named_rules().splitlines()}
+    printed = {line.split(")  ", 1)[0] + ")" for line in listing.named_rules().splitlines()}
     assert rows == printed
     for head in rows:
         name, arguments = head.rstrip(")").split("(")
@@ -112,7 +112,7 @@ def test_the_policy_of_a_gan_does_not_load_as_that_of_one_network(strategy: str)
 
     chosen = STRATEGIES[strategy]
     strengths = {axis.name: axis.value(0) for axis in chosen.axes}
-    text = gan_results.policy_yaml(strategy, strengths)
+    text = results.policy_yaml(strategy, strengths)
     rules, others = nw.Policy(chosen.rules(strengths)), nw.Policy(chosen.generator_rules(strengths))
     if not rules.rules:
         assert text == "" and not others.rules
@@ -130,7 +130,7 @@ def test_committed_policies_are_those_of_the_code() -> None:
     found = json.loads((ROOT / "docs" / "results" / "gan.json").read_text())
     assert len(found["cells"]) == 27
     for cell in found["cells"]:
-        assert cell["policy_yaml"] == gan_results.policy_yaml(cell["strategy"], cell["strengths"])
+        assert cell["policy_yaml"] == results.policy_yaml(cell["strategy"], cell["strengths"])
 
 
 # ------------------------------------------------------------------------------------------------------- the command line
@@ -153,6 +153,9 @@ def test_every_command_and_option_that_a_page_speaks_of_exists() -> None:
         for line in re.findall(r"`(normwise [^`]+)`", text) + re.findall(r"^(normwise .+)$", text, re.MULTILINE):
             parts = line.split()
             if parts[1] == "COMMAND":
+                continue
+            if parts[1].startswith("--"):
+                assert parts[1] in {option for action in cli._parser()._actions for option in action.option_strings}, (page, line)
                 continue
             assert parts[1] in known, (page, line)
             for option in re.findall(r"--[a-z]+", line):
@@ -185,14 +188,14 @@ def test_a_command_ends_with_the_status_of_the_page(
             raise ending
         return "max_norm"
 
-    monkeypatch.setattr(words, "named_rules", rules)
+    monkeypatch.setattr(listing, "named_rules", rules)
     assert cli.main(["policies"]) == status
     said = capsys.readouterr()
     assert "Traceback" not in said.err and len(said.err.splitlines()) == (status != 0)
     assert (said.out != "") == (status == 0)
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["policies", "gone.yaml"], ["race"], ["compare", "cnn", "--seeds", "0"], ["bench"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["policies", "a.yaml"], ["race"], ["compare", "cnn", "--seeds", "0"], ["bench", "x"]])
 def test_bad_input_is_status_2(arguments: list[str]) -> None:
     assert cli.main(arguments) == 2
 

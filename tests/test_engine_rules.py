@@ -419,7 +419,7 @@ def test_penalties_around_the_initial_weights(action):
         torch.testing.assert_close(now, w, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(("radius", "scale"), [("init", 1.0), ("0.5*init", 0.5), (nw.Init(nw.linear(1.0, 0.4, 3)), None)])
+@pytest.mark.parametrize(("radius", "scale"), [("init", 1.0), ("0.5*init", 0.5), (nw.radii.Init(nw.schedules.linear(1.0, 0.4, 3)), None)])
 def test_a_radius_of_the_initial_norm_is_stored_when_attached(radius, scale):
     seen, start, control = plain_run(nw.unit_norm(radius), 5)
     for step, now in enumerate(seen):
@@ -444,7 +444,8 @@ def test_init_on_a_zero_block_is_an_error_unless_a_floor_is_given():
 
 @pytest.mark.parametrize(
     "schedule",
-    [nw.linear(2.0, 0.5, 4), nw.cosine(2.0, 0.5, 4), nw.warmup(2.0, 4, start=0.5), lambda step: 2.0 / (1 + step)],
+    [nw.schedules.linear(2.0, 0.5, 4), nw.schedules.cosine(2.0, 0.5, 4), nw.schedules.warmup(2.0, 4, start=0.5),
+     lambda step: 2.0 / (1 + step)],
     ids=["linear", "cosine", "warmup", "function"],
 )
 def test_a_radius_that_is_a_schedule_of_the_step(schedule):
@@ -454,7 +455,7 @@ def test_a_radius_that_is_a_schedule_of_the_step(schedule):
         2: [0.5, 0.875, 1.25, 1.625, 2.0, 2.0],
         3: [2.0 / (1 + s) for s in range(6)],
     }
-    kinds = (type(nw.linear(1, 1, 1)), type(nw.cosine(1, 1, 1)), type(nw.warmup(1, 1)))
+    kinds = (type(nw.schedules.linear(1, 1, 1)), type(nw.schedules.cosine(1, 1, 1)), type(nw.schedules.warmup(1, 1)))
     which = next((i for i, kind in enumerate(kinds) if type(schedule) is kind), 3)
     seen, _, control = plain_run(nw.unit_norm(schedule), 6)
     for now, expected in zip(seen, by_hand[which], strict=True):
@@ -463,7 +464,7 @@ def test_a_radius_that_is_a_schedule_of_the_step(schedule):
 
 
 def test_a_strength_that_is_a_schedule_of_the_step():
-    seen, start, _ = plain_run(nw.l2_penalty(nw.linear(0.0, 1.0, 2)), 4)
+    seen, start, _ = plain_run(nw.l2_penalty(nw.schedules.linear(0.0, 1.0, 2)), 4)
     w = start
     for step, now in enumerate(seen):
         w = w - 0.1 * (gradient(step) + min(step / 2, 1.0) * w)
@@ -515,7 +516,7 @@ UPDATES: dict[str, tuple[nw.Rule, Callable[[Tensor, Tensor], Tensor]]] = {
         lambda u, w: singular(u[None], torch.ones_like)[0],
     ),
     "relative": (
-        nw.Rule(action="normalize", on="update", per="unit", radius=nw.Relative(0.02)),
+        nw.Rule(action="normalize", on="update", per="unit", radius=nw.radii.Relative(0.02)),
         lambda u, w: u * 0.02 * w.norm(dim=1, keepdim=True) / u.norm(dim=1, keepdim=True),
     ),
 }

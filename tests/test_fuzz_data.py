@@ -22,14 +22,14 @@ import torch
 import fuzz_data as fuzz
 from normwise import cli
 from normwise.errors import DataError, NormwiseError, StudyError
-from normwise.race import race as race_module
-from normwise.study import compare as compare_module
-from normwise.study import prune as prune_module
-from normwise.study.store import Store
-from normwise.tasks import readers
-from normwise.tasks.data import load
-from normwise.tasks.load import load_task
-from normwise.tasks.text import load_text
+from normwise.experiments.compare import study as compare
+from normwise.experiments.framework.store import Store
+from normwise.experiments.prune import study as prune_module
+from normwise.experiments.race import study as race_module
+from normwise.experiments.tasks.data import readers
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.text import load_text
 
 IMAGES, TEXTS, STATES, CHUNK = 112, 44, 44, 22
 MEMORY = 64 << 20
@@ -80,7 +80,7 @@ def only_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(module, name, read)
 
-    ending(compare_module, "load")
+    ending(compare, "load_task")
     ending(prune_module, "load_task")
     ending(race_module, "load_task")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import normwise as nw
-from normwise.tasks import cache
+from normwise.experiments.tasks.data import cache
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [path for folder in ("src/normwise", "examples", "docs") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -19,7 +19,7 @@ UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "
 SAFE_LOADERS = {"BaseLoader", "SafeLoader", "CSafeLoader"}
 
 
-OWN_PIPES = ("src/normwise/study/pool.py", "src/normwise/study/worker.py")
+OWN_PIPES = ("src/normwise/experiments/framework/pool.py", "src/normwise/experiments/framework/worker.py")
 """What a study and the processes that it started itself tell each other, over pipes that nobody else can write into."""
 
 

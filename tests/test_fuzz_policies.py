@@ -230,7 +230,7 @@ def net() -> tuple[nn.Module, SGD]:
 
 
 @pytest.mark.parametrize("schedule", [lambda step: -1.0, lambda step: float("nan"), lambda step: 1 / 0, lambda: 1.0, lambda step: "x"])
-@pytest.mark.parametrize("make", [nw.max_norm, nw.l1_prox, lambda s: nw.Rule(action="clip_norm", radius=nw.schedules.Init(s)), nw.agc])
+@pytest.mark.parametrize("make", [nw.max_norm, nw.l1_prox, lambda s: nw.Rule(action="clip_norm", radius=nw.radii.Init(s)), nw.agc])
 def test_a_schedule_that_fails_fails_before_anything_moves(make: Callable[..., nw.Rule], schedule: Callable[..., Any]) -> None:
     """Asked only after the optimizer's step, it would leave weights that moved and are not bounded."""
     model, optimizer = net()
@@ -315,7 +315,7 @@ def test_a_window_that_no_memory_holds_is_refused(window: int) -> None:
 @pytest.mark.parametrize("steps", [2**53, 10**9])
 def test_any_number_of_steps_that_floats_count_can_be_trained_with(steps: int) -> None:
     for rule in (nw.zclip(warmup=steps), nw.cpr(nw.radii.WarmStart(steps)), nw.cpr(nw.radii.Inflection(steps)),
-                 nw.max_norm(nw.linear(2, 1, steps)), nw.max_norm(1, every=steps)):  # fmt: skip
+                 nw.max_norm(nw.schedules.linear(2, 1, steps)), nw.max_norm(1, every=steps)):  # fmt: skip
         model, optimizer = net()
         control = nw.attach(model, optimizer, rule)
         optimizer.step()

@@ -42,8 +42,8 @@ HELD_BY = {
     "bf16: a small decay rounds away": ["test_precision:test_a_thousand_decays_below_half_an_ulp"],
     "bf16: the bound after rounding": ["test_traps:test_an_inequality_holds_exactly_after_rounding"],
     "an Adam step leaves the sphere": ["test_traps:test_an_adam_step_moves_a_unit_row_off_its_sphere_and_the_stored_radius_brings_it_back"],
-    "an adaptive state updated twice": ["test_field_clipping:test_one_history_over_two_optimizers",
-                                        "test_field_clipping:test_a_closure_that_is_evaluated_many_times_is_one_observation"],
+    "an adaptive state updated twice": ["test_published_clipping:test_one_history_over_two_optimizers",
+                                        "test_published_clipping:test_a_closure_that_is_evaluated_many_times_is_one_observation"],
     "weights changed within forward": ["test_traps:test_weights_are_changed_after_the_step_and_never_within_a_forward_pass"],
 }  # fmt: skip
 """Those of placements (partial norms, ranks without gradients, uneven shards, DTensor beside plain tensors) need several processes."""

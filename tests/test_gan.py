@@ -16,20 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import StudyError
-from normwise.study import gan, gan_results, gan_trial, search
-from normwise.study.cells import TUNING_SEED
-from normwise.study.gan import BUDGETS, Budget, Options
-from normwise.study.gan_cells import AGAIN_SEED, GanCell, score
-from normwise.study.gan_strategies import STRATEGIES, axes
-from normwise.study.gan_trial import JudgedData, Run, Training, batches, marks_of, train
-from normwise.study.pool import one_thread
-from normwise.study.store import key_of
-from normwise.tasks.data import load
-from normwise.tasks.dcgan import LOSSES, Discriminator, Generator
-from normwise.tasks.fidelity import train_judge
+from normwise.experiments.catalog import GAN_STRATEGIES as STRATEGIES
+from normwise.experiments.framework import lattice
+from normwise.experiments.framework.pool import one_thread
+from normwise.experiments.framework.store import key_of
+from normwise.experiments.framework.study import TUNING_SEED, Options
+from normwise.experiments.gan import run as gan_run
+from normwise.experiments.gan import study, tables
+from normwise.experiments.gan.plan import AGAIN_SEED, Cell, best_of, choice, score
+from normwise.experiments.gan.run import GanRun, JudgedData, Training, batches, marks_of, train
+from normwise.experiments.gan.study import BUDGETS, Budget
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.fidelity import train_judge
+from normwise.experiments.tasks.models.dcgan import LOSSES, Discriminator, Generator
 
 TINY = Budget(trials=9, again=2, steps=4, batch=16, width=4, marks=2, drawn=40, rounds=1)
-ONE = Options(strategies=("clip_value",), losses=("hinge",), seeds=2)
+ONE = Options("gan", only=("clip_value", "hinge"), seeds=2)
 STRENGTHS = {"bound": 0.05, "radius": 0.8, "generator_radius": 0.7, "penalty": 3.0}
 
 
@@ -48,15 +50,15 @@ def data() -> JudgedData:
 
 @pytest.fixture(autouse=True)
 def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gan, "train_judge", partial(train_judge, epochs=2))
+    monkeypatch.setattr(study, "train_judge", partial(train_judge, epochs=2))
 
 
-def run_of(data: JudgedData, strategy: str = "nothing", loss: str = "non_saturating", **change: Any) -> Run:
+def run_of(data: JudgedData, strategy: str = "nothing", loss: str = "non_saturating", **change: Any) -> GanRun:
     strengths = {axis.name: STRENGTHS[axis.name] for axis in STRATEGIES[strategy].axes}
-    return replace(Run(strategy, loss, 2e-3, strengths, 3, 6, 16, 8, 3, 60, True, data.key), **change)
+    return replace(GanRun(strategy, loss, 2e-3, strengths, 3, 6, 16, 8, 3, 60, True, data.key), **change)
 
 
-def trained(run: Run, data: JudgedData) -> Training:
+def trained(run: GanRun, data: JudgedData) -> Training:
     training = Training(run, data)
     for _, real in zip(range(run.steps), batches(run, data), strict=False):
         training.step(real)
@@ -204,36 +206,34 @@ def final(distances: list[float], **more: Any) -> dict[str, Any]:
 def test_equal_time_is_the_last_mark_before_the_baselines_end() -> None:
     """Of 40 steps: at twice the time a step 20 are taken, at 1.4 times 28, whose last mark is 20; a cheaper step gains nothing."""
     run = final([4.0, 3.0, 2.0, 1.0])
-    assert [gan_results.mark_in_time(run, ms, 5.0) for ms in (5.0, 10.0, 7.0, 4.0, 30.0)] == [3, 1, 1, 3, -1]
+    assert [tables.mark_in_time(run, ms, 5.0) for ms in (5.0, 10.0, 7.0, 4.0, 30.0)] == [3, 1, 1, 3, -1]
 
 
 def test_a_cells_figures() -> None:
-    cell = GanCell("clip_value", "hinge")
-    cell.trials = {(0.0, 0.0): {str(TUNING_SEED): {"diverged": False, "distance": 1.0}}}
     gone = final([4.0], diverged=True, breaches=["w"])
-    cell.finals = {0: final([4.0, 3.0, 2.0, 1.0]), 1: gone, 2: final([4.0, 3.0, 2.5, 2.0])}
-    found = gan_results.cell_results(cell, 10.0, 5.0)
+    finals = [final([4.0, 3.0, 2.0, 1.0]), gone, final([4.0, 3.0, 2.5, 2.0])]
+    trials = {(0.0, 0.0): [{"diverged": False, "distance": 1.0}]}
+    cell = Cell("clip_value", "hinge", {"lr": 0.004, "bound": 0.05}, trials, finals)
+    found = tables.cell_results(cell, 10.0, 5.0)
     assert found["distance"] == {"median": 2.0, "values": [1.0, None, 2.0]}
     assert found["distance_at_equal_time"] == {"median": 3.0, "values": [3.0, None, 3.0]}
     assert (found["collapsed"], found["diverged"], found["violations"]) == (1, 1, 1)
     assert found["precision"]["values"] == [0.5, 0.0, 0.5]
     assert "linf" in found["policy_yaml"] or "clip_weight_value" in found["policy_yaml"]
-    row = gan_results.rows([found])[0]
+    row = tables.rows([found])[0]
     assert row["Fréchet, equal steps"] == "2.000 (1.000 to diverged)"
     assert row["strength"] == "bound 0.05"
 
 
 def test_the_choice_is_the_best_mean_of_the_points_that_saw_both_seeds() -> None:
-    def seen(*distances: float) -> dict[str, Any]:
-        return {str(TUNING_SEED + k): {"diverged": False, "distance": distance} for k, distance in enumerate(distances)}
+    def seen(*distances: float) -> list[dict[str, Any]]:
+        return [{"diverged": False, "distance": distance} for distance in distances]
 
-    cell = GanCell("nothing", "hinge")
-    cell.trials = {(-1.0,): seen(1.0, 9.0), (0.0,): seen(2.0, 3.0), (1.0,): seen(4.0)}
-    assert cell.again(2) == [(-1.0,), (0.0,)]
-    assert cell.choice == (0.0,)
-    assert cell.numbers() == {"lr": axes("nothing")[0].centre}
-    cell.trials[0.0,][str(AGAIN_SEED)] = {"diverged": True, "distance": None}
-    assert cell.choice == (-1.0,)
+    trials = {(-1.0,): seen(1.0, 9.0), (0.0,): seen(2.0, 3.0), (1.0,): seen(4.0)}
+    assert best_of({point: score(found[:1]) for point, found in trials.items()}, 2) == [(-1.0,), (0.0,)]
+    assert choice(trials) == (0.0,)
+    trials[0.0,][1] = {"diverged": True, "distance": None}
+    assert choice(trials) == (-1.0,)
 
 
 # ----------------------------------------------------------------------------------------------------------- the study
@@ -247,8 +247,8 @@ def lasting(found: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def uninterrupted() -> dict[str, Any]:
     with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gan, "train_judge", partial(train_judge, epochs=2))
-        return gan.run(ONE, budget=TINY)
+        patch.setattr(study, "train_judge", partial(train_judge, epochs=2))
+        return study.study(ONE, budget=TINY)
 
 
 def test_every_cell_has_the_same_trials_and_every_number_is_there(uninterrupted: dict[str, Any]) -> None:
@@ -262,7 +262,7 @@ def test_every_cell_has_the_same_trials_and_every_number_is_there(uninterrupted:
     assert 0.3 < uninterrupted["judge"]["accuracy"] <= 1
     assert uninterrupted["cost"] > 0
     stream = io.StringIO()
-    gan.show(uninterrupted, stream)
+    study.show(uninterrupted, stream)
     for word in ("classifier is right on", "Fréchet, equal time", "weight clipping", "none", "64 samples"):
         assert word in stream.getvalue()
 
@@ -283,13 +283,13 @@ def test_a_study_that_is_interrupted_ends_as_if_it_had_not_been(
 
     for call in (4, 17):  # within the first grid, and in the second round
         calls.clear()
-        monkeypatch.setattr(gan_trial, "train", interrupted_at(call))
+        monkeypatch.setattr(gan_run, "train", interrupted_at(call))
         with pytest.raises(KeyboardInterrupt):
-            gan.run(options, budget=TINY)
+            study.study(options, budget=TINY)
         assert len(calls) == call
     calls.clear()
-    monkeypatch.setattr(gan_trial, "train", interrupted_at(-1))
-    assert lasting(gan.run(options, budget=TINY)) == lasting(uninterrupted)
+    monkeypatch.setattr(gan_run, "train", interrupted_at(-1))
+    assert lasting(study.study(options, budget=TINY)) == lasting(uninterrupted)
     assert len(calls) == 2 * (9 + 2 + 2) - 3 - 16  # what was finished before is not done again
     lines = [json.loads(line) for line in options.state.read_text().splitlines() if line] if options.state else []
     runs = [line["settings"] for line in lines if line["settings"]["kind"] == "gan"]
@@ -299,38 +299,37 @@ def test_a_study_that_is_interrupted_ends_as_if_it_had_not_been(
 
 
 def test_two_workers_give_what_one_gives(uninterrupted: dict[str, Any]) -> None:
-    assert lasting(gan.run(replace(ONE, workers=2), budget=TINY)) == lasting(uninterrupted)
+    assert lasting(study.study(replace(ONE, workers=2), budget=TINY)) == lasting(uninterrupted)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budget": "quik"}, "Budget 'quik' is not known. Did you mean 'quick'?"),
-        ({"strategies": ("spectralcap",)}, "The strategy 'spectralcap' is not known. Did you mean 'spectral_cap'?"),
-        ({"losses": ("hinges",)}, "The loss 'hinges' is not known. Did you mean 'hinge'?"),
-        ({"losses": ()}, "No loss was given"),
+        ({"budget": "quik"}, "There is no budget 'quik'. Did you mean 'quick'?"),
+        ({"only": ("spectralcap",)}, "There is no strategy or loss 'spectralcap'. Did you mean 'spectral_cap'?"),
+        ({"only": ("hinges",)}, "There is no strategy or loss 'hinges'. Did you mean 'hinge'?"),
         ({"seeds": 0}, "seeds is 0"),
         ({"workers": -1}, "workers is -1"),
     ],
 )
 def test_what_cannot_be_studied_is_refused_before_any_run(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str) -> None:
-    monkeypatch.setattr(gan, "train_judge", lambda *given: pytest.fail("work was begun"))
+    monkeypatch.setattr(study, "train_judge", lambda *given: pytest.fail("work was begun"))
     with pytest.raises(StudyError, match=message.replace("?", r"\?")):
-        gan.run(replace(Options(), **change))
+        study.study(replace(Options(), **change))
 
 
 def test_the_budgets_fill_the_first_grid_and_the_issue_is_covered() -> None:
     for budgets in BUDGETS.values():
         for budget in budgets:
-            assert budget.trials >= len(search.start(1)) == len(search.start(3))
-    standard = gan._cells(Options(), BUDGETS["standard"][1])
+            assert budget.trials >= len(lattice.start(1)) == len(lattice.start(3))
+    standard = study.cells_of([], BUDGETS["standard"][1])
     assert len(standard) == len(LOSSES) * len(STRATEGIES) == 27
-    assert Options().seeds >= 5
+    assert BUDGETS["standard"][1].seeds >= 5
     assert {"nothing", "clip_value", "spectral_cap", "spectral_normalize", "gradient_penalty", "spectral_cap+gradient_penalty"} <= set(
         STRATEGIES
     )
-    assert all(math.isfinite(axis.centre) and len({a.name for a in axes(name)}) == len(axes(name)) for name in STRATEGIES
-               for axis in axes(name))  # fmt: skip
+    assert all(math.isfinite(float(axis.values[0])) and len({a.name for a in one.tuned}) == len(one.tuned) for one in STRATEGIES.values()
+               for axis in one.tuned)  # fmt: skip
 
 
 def test_the_page_tells_the_protocol_that_is_run() -> None:

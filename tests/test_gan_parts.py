@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import StudyError
-from normwise.tasks import dcgan, fidelity
-from normwise.tasks.data import load
-from normwise.tasks.dcgan import LOSSES, Discriminator, Generator, brightest, gradient_penalty, r1_penalty, scaled
-from normwise.tasks.fidelity import Fidelity, Gaussian, Judge, Reference, frechet, precision_recall, train_judge
+from normwise.experiments.tasks import fidelity
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.fidelity import Fidelity, Gaussian, Judge, Reference, frechet, precision_recall, train_judge
+from normwise.experiments.tasks.models import dcgan
+from normwise.experiments.tasks.models.dcgan import LOSSES, Discriminator, Generator, brightest, gradient_penalty, r1_penalty, scaled
 
 GENERATOR = torch.Generator().manual_seed(5)
 

@@ -27,19 +27,23 @@ import fuzz_data as fuzz
 import normwise as nw
 from normwise import checkpoints, cli, files
 from normwise.errors import DataError, OutputError
-from normwise.race import job as race_job
-from normwise.race.race import replay
-from normwise.race.run import RaceRun
-from normwise.study import bench_control, gan_trial, job, prune_run, trial
-from normwise.study import gan as gan_module
-from normwise.study import prune as prune_module
-from normwise.study import store as store_module
-from normwise.study.cells import Cell, Loop
-from normwise.study.progress import Progress
-from normwise.study.store import Store, fits, key_of
-from normwise.tasks import hub, parquet_pages, readers
-from normwise.tasks.data import load
-from normwise.tasks.text import load_text
+from normwise.experiments.bench import control
+from normwise.experiments.compare import run as compare_run
+from normwise.experiments.compare import study as compare_study
+from normwise.experiments.framework import store as store_module
+from normwise.experiments.framework import study as job
+from normwise.experiments.framework.store import Store, fits, key_of
+from normwise.experiments.framework.study import Options
+from normwise.experiments.gan import run as gan_trial
+from normwise.experiments.gan import study as gan_module
+from normwise.experiments.prune import run as prune_run
+from normwise.experiments.prune import study as prune_module
+from normwise.experiments.race import study as race_job
+from normwise.experiments.race.run import RaceRun
+from normwise.experiments.race.study import replay
+from normwise.experiments.tasks.data import hub, parquet_pages, readers
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.text import load_text
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes and links of this kind are POSIX's")
@@ -108,35 +112,20 @@ def test_a_line_without_its_checksum_is_ignored_and_said(tmp_path: Path) -> None
     assert Store(path).get(RUN) == sound and Store(path).note is None
 
 
-@pytest.mark.parametrize("result", [{}, {"validation_accuracy": None}, {"validation_accuracy": 0.5}, {"validation_accuracy": True}])
-def test_a_result_that_lacks_what_the_study_reads_is_run_again(result: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("result", [{}, {"validation": None}, {"validation": 0.5}, {"validation": {"accuracy": True, "loss": 0.1}}])
+def test_a_result_that_lacks_what_the_study_reads_is_run_again(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The checksum is no secret: a line may be forged with the right one. The runs are done again, and no KeyError ends the study."""
-    path = tmp_path / "state.jsonl"
-    done = {"validation_accuracy": 0.9, "validation_loss": 0.1, "steps": 1, "diverged": False, "seconds": 0.1}
-    reported = done | {"test_accuracy": 0.9, "train_accuracy": 0.9, "sparsity": 0.0, "norms": {}, "breaches": [],
-                       "curve": {"step": [], "validation_accuracy": [], "train_loss": [], "norms": {}}}  # fmt: skip
-
-    def made(cell: Cell, numbers: dict[str, float], seed: int, full: bool) -> trial.Run:
-        return trial.Run("nothing", "gd", numbers["lr"], {}, seed, 1, 1, (1, 1), 1, full, "x")
-
-    class Pool:
-        def __init__(self) -> None:
-            self.ran: list[trial.Run] = []
-
-        def submit(self, call: Any, run: trial.Run) -> Any:
-            from concurrent.futures import Future
-
-            self.ran.append(run)
-            future: Any = Future()
-            future.set_result(reported if run.full else done)
-            return future
+    path, ran, train = tmp_path / "state.jsonl", [], compare_run.train
+    monkeypatch.setattr(compare_run, "train", lambda *given: ran.append(given) or train(*given))
 
     def runs() -> int:
-        pool = Pool()
-        cell = Cell("nothing", "gd")
-        Loop([cell], made, 9, 2, Store(path), Progress()).run(1, lambda: contextlib.nullcontext(pool))    # type: ignore[arg-type]
-        assert len(cell.trials) == 9 and len(cell.finals) == 2
-        return len(pool.ran)
+        ran.clear()
+        options = Options(only=("nothing", "gd"), seeds=2, state=path, size="tiny")
+        found = compare_study.compare(options, budget=compare_study.Budget(9, 0.001, 1, 1))
+        assert found["cells"][0]["trials"] == 9 and len(found["cells"][0]["curves"]) == 2
+        return len(ran)
 
     assert runs() == 11 and runs() == 0
     entries = Store(path).entries
@@ -148,7 +137,7 @@ def test_a_result_that_lacks_what_the_study_reads_is_run_again(result: dict[str,
 
 def test_every_committed_result_has_the_form_that_its_study_asks_for() -> None:
     """Otherwise a study would do its own finished runs again."""
-    makers: dict[str, Any] = {"run": trial.Run, "gan": gan_trial.Run, "race": RaceRun, "prune": prune_run.Run}
+    makers: dict[str, Any] = {"compare": compare_run.CompareRun, "gan": gan_trial.GanRun, "race": RaceRun, "prune": prune_run.PruneRun}
     seen: dict[str, int] = {}
     for path in sorted((ROOT / "docs" / "results").glob("*.runs.jsonl")):
         store = Store(path)
@@ -165,7 +154,7 @@ def test_every_committed_result_has_the_form_that_its_study_asks_for() -> None:
             assert fits(entry["result"], {"failed": str}) or fits(entry["result"], run.form), (path, entry["result"])
             assert Store.get(store, run.settings(), run.form) is not None or "failed" in entry["result"]
             seen[kind] = seen.get(kind, 0) + 1
-    assert min(seen[kind] for kind in makers) > 50, seen
+    assert min(seen[kind] for kind in ("gan", "race", "prune")) > 50, seen
 
 
 def test_forms() -> None:
@@ -524,11 +513,11 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def worked(*given: Any, **named: Any) -> Any:
         raise AssertionError("the work began")
 
-    for module, name in ((job, "compare"), (race_job, "race"), (gan_module, "run"), (prune_module, "run"), (bench_control, "run")):
+    for module, name in ((compare_study, "compare"), (race_job, "race"), (gan_module, "study"), (prune_module, "study"), (control, "run")):
         monkeypatch.setattr(module, name, worked)
 
 
-COMMANDS: list[list[str]] = [["compare", "cnn"], ["race", "cnn"], ["race", "gan"], ["prune", "cnn"], ["bench", "control"]]
+COMMANDS: list[list[str]] = [["compare", "cnn"], ["race", "cnn"], ["gan"], ["prune", "cnn"], ["bench", "control"]]
 
 
 @pytest.mark.parametrize("place", ODD)
@@ -538,7 +527,7 @@ def test_outputs_and_states_are_tried_before_the_work(place: str, tmp_path: Path
     before = state_of(path)
     for command in COMMANDS:
         for option in ("--json", "--state", "--report"):
-            if option == "--report" and (command[0] != "compare" or place in ("a folder", "a long path", "a name with a zero")):
+            if option == "--report" and (command[0] == "bench" or place in ("a folder", "a long path", "a name with a zero")):
                 continue
             if option == "--state" and command[0] == "bench":
                 continue

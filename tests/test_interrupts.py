@@ -25,13 +25,16 @@ import torch
 import strike_command
 from normwise import cli
 from normwise.errors import DataError, StudyError
-from normwise.race import job as race_job
-from normwise.race import race as race_module
-from normwise.study import bench_control, gan, gan_job, interrupts, job, prune, prune_job
-from normwise.study import compare as compare_module
-from normwise.study import pool as pool_module
-from normwise.study.lock import locked
-from normwise.study.pool import pool
+from normwise.experiments.bench import control
+from normwise.experiments.compare import study as compare
+from normwise.experiments.framework import interrupts
+from normwise.experiments.framework import pool as pool_module
+from normwise.experiments.framework import study as job
+from normwise.experiments.framework.lock import locked
+from normwise.experiments.framework.pool import pool
+from normwise.experiments.gan import study as gan
+from normwise.experiments.prune import study as prune
+from normwise.experiments.race import study as race_module
 from strike_command import COMMANDS
 
 PATIENCE = 600.0    # with a loaded machine: what takes longer hangs
@@ -140,7 +143,8 @@ def test_a_signal_while_torch_is_imported_is_one_sentence(form: str, number: sig
     ("argv", "orig", "is_ours"),
     [(["-m", "compare"], ["python", "-X", "dev", "-m", "normwise", "compare"], True), (["/usr/bin/normwise"], ["python", "x"], True),
      (["-m", "normwise"], ["python", "-m", "other", "normwise"], False), (["program.py"], ["python", "program.py"], False),
-     (["/x/normwise/study/worker.py"], ["python", "-P", "/x/normwise/study/worker.py"], False), (["-c"], ["python", "-c", "x"], False)],
+     (["/x/framework/worker.py"], ["python", "-P", "/x/framework/worker.py"], False),
+     (["-c"], ["python", "-c", "x"], False)],
 )    # fmt: skip
 def test_a_program_that_imports_normwise_keeps_its_signals(
     argv: list[str], orig: list[str], is_ours: bool, monkeypatch: pytest.MonkeyPatch
@@ -175,7 +179,7 @@ def test_ctrl_c_keeps_the_runs_under_way_and_ctrl_c_again_does_not(tmp_path: Pat
     os.killpg(process.pid, signal.SIGINT)
     status, out, err = ended(process)
     assert (status, out) == (130, "")
-    assert err.splitlines()[-1] == f"Interrupted: finished runs are in {state}; the same command goes on from there."
+    assert err.splitlines()[-1] == f"Interrupted: finished runs are in {state}; the same command resumes there."
     assert err.count("Interrupted") == 1 and len(lines_of(state)) == len({line["key"] for line in lines_of(state)}) >= 1
     assert "Stopping" not in err or len(lines_of(state)) >= 2, "what was under way is there"
 
@@ -183,7 +187,7 @@ def test_ctrl_c_keeps_the_runs_under_way_and_ctrl_c_again_does_not(tmp_path: Pat
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_study_of_one_process_ends_in_the_middle_of_a_run(number: signal.Signals, tmp_path: Path) -> None:
     state = tmp_path / "state.jsonl"
-    process = started(SCRIPT, *COMMANDS["prune"].split(), "--state", state, SLOWLY="1")
+    process = started(SCRIPT, *COMMANDS["prune"].split(), "--workers", "1", "--state", state, SLOWLY="1")
     wait_for(lambda: process.poll() is not None or (tmp_path / ".state.jsonl.lock").exists())
     time.sleep(0.2)
     for _ in range(2):
@@ -206,7 +210,7 @@ def test_a_guest_gives_the_program_around_it_its_status(tmp_path: Path, monkeypa
         time.sleep(PATIENCE)
         return {}
 
-    monkeypatch.setattr(bench_control, "run", measure)
+    monkeypatch.setattr(control, "run", measure)
     before = signal.getsignal(signal.SIGINT), sys.unraisablehook
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
     assert cli.main(["bench", "control"]) == 130
@@ -223,7 +227,7 @@ def test_results_that_are_being_written_are_written(tmp_path: Path, monkeypatch:
 
     target = tmp_path / "bench.json"
     monkeypatch.setattr(job, "write_json", struck)
-    monkeypatch.setattr(bench_control, "run", lambda: {"rows": [{"ms": 1.0}]})
+    monkeypatch.setattr(control, "run", lambda: {"rows": [{"ms": 1.0}]})
     assert cli.main(["bench", "control", "--json", str(target)]) == 130
     assert json.loads(target.read_text()) == {"rows": [{"ms": 1.0}]}
     assert f"Interrupted: the results are in {target}." in capsys.readouterr().err
@@ -291,7 +295,7 @@ def test_a_study_whose_worker_dies_at_the_start_says_so(name: str, tmp_path: Pat
 
 
 def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
-    code = "from normwise.study import pool\nimport time\np = pool.Workers(1, dict)\np.submit(print, 1).result()\n" \
+    code = "from normwise.experiments.framework import pool\nimport time\np = pool.Workers(1, dict)\np.submit(print, 1).result()\n" \
            "print('up', flush=True)\np.submit(time.sleep, 600)\ntime.sleep(600)"
     process = started("-c", code)
     assert process.stdout is not None and process.stdout.readline() == "up\n", "what a worker prints goes elsewhere"
@@ -336,10 +340,10 @@ def found() -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, pool_module.one_thread():
         strike_command.shorten(patch.setattr)
         return {
-            "compare": compare_module.compare(compare_module.Options(budget="quick", strategies=["l2"], optimizers=["adam"], seeds=2)),
-            "race": race_module.race(race_module.Options("lstm", budget="quick", contenders=[], seeds=1, size="tiny")),
-            "race gan": gan.run(gan.Options(budget="quick", strategies=("clip_value",), seeds=1)),
-            "prune": prune.run(prune.Options(budget="quick", seeds=1)),
+            "compare": compare.compare(compare.Options(budget="quick", only=["l2", "adam"], seeds=2)),
+            "race": race_module.race(job.Options("lstm", budget="quick", only=[], seeds=1, size="tiny")),
+            "gan": gan.study(job.Options("gan", budget="quick", only=("clip_value",), seeds=1)),
+            "prune": prune.study(job.Options(budget="quick", seeds=1)),
             "bench": {"bench": "control", "rows": [{"case": "‖W‖ ≤ 3 µs ± ², é 字", "ms": 1.0}]},
         }
 
@@ -347,14 +351,14 @@ def found() -> dict[str, Any]:
 @pytest.fixture
 def worked(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every study has these results at once."""
-    monkeypatch.setattr(job, "compare", lambda *given: found["compare"])
-    monkeypatch.setattr(race_job, "race", lambda *given: found["race"])
-    monkeypatch.setattr(gan_job.gan, "run", lambda *given: found["race gan"])
-    monkeypatch.setattr(prune_job.prune, "run", lambda *given: found["prune"])
-    monkeypatch.setattr(bench_control, "run", lambda: found["bench"])
+    monkeypatch.setattr(compare, "compare", lambda *given: found["compare"])
+    monkeypatch.setattr(race_module, "race", lambda *given: found["race"])
+    monkeypatch.setattr(gan, "study", lambda *given: found["gan"])
+    monkeypatch.setattr(prune, "study", lambda *given: found["prune"])
+    monkeypatch.setattr(control, "run", lambda: found["bench"])
 
 
-STUDIES = {"compare": "compare cnn", "race": "race lstm", "race gan": "race gan", "prune": "prune cnn", "bench": "bench control"}
+STUDIES = {"compare": "compare cnn", "race": "race lstm", "gan": "gan", "prune": "prune cnn", "bench": "bench control"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -427,7 +431,7 @@ def test_results_are_printed_where_they_cannot_be_saved(worked: None, tmp_path: 
 
 
 def test_progress_that_nobody_takes_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normwise.study.progress import Lines, on_stderr
+    from normwise.experiments.framework.progress import Lines, on_stderr
 
     full = open("/dev/full", "w", encoding="ascii")    # noqa: SIM115 - its end is not to be seen
     Lines(full).note("a line ± ")
@@ -444,10 +448,10 @@ def test_progress_that_nobody_takes_is_no_error(monkeypatch: pytest.MonkeyPatch)
 def test_a_second_study_on_a_file_of_runs_is_refused_before_its_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    for module in (compare_module, gan, prune, race_module):
+    for module in (job,):
         monkeypatch.setattr(module, "Store", lambda *given: pytest.fail("the study began"))
     target = tmp_path / "out.json"
-    state = target.with_suffix(".state.jsonl" if name == "compare" else ".runs.jsonl")
+    state = target.with_suffix(".runs.jsonl")
     state.touch()    # a link that leads nowhere is refused for that
     link = tmp_path / "link.jsonl"
     link.symlink_to(state.name)
@@ -463,7 +467,7 @@ def test_a_second_study_on_a_file_of_runs_is_refused_before_its_work(
 def test_the_lock_outlives_the_file_and_not_its_holder(tmp_path: Path) -> None:
     state, other = tmp_path / "state.jsonl", tmp_path / "other"
     state.write_text("")
-    code = "import sys, time; from pathlib import Path; from normwise.study.lock import locked\n" \
+    code = "import sys, time; from pathlib import Path; from normwise.experiments.framework.lock import locked\n" \
            f"with locked(Path({str(state)!r})):\n print('held', flush=True); time.sleep(600)"
     holder = started("-c", code)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -543,8 +547,8 @@ def timeless(value: Any) -> Any:
 def struck(name: str, state: Path, target: Path, rng: random.Random) -> str:
     """One start, one strike at a random moment of a random stage; what it was, or "finished"."""
     process = started(SCRIPT, *COMMANDS[name].split(), "--state", state, "--json", target)
-    stage = rng.choice(["import", "start", "work", "work"] if name != "prune" else ["import", "work", "work"])
-    deaths = ["worker dies"] * 2 if name != "prune" and stage != "import" else []
+    stage = rng.choice(["import", "start", "work", "work"])
+    deaths = ["worker dies"] * 2 if stage != "import" else []
     kind = rng.choice(["kill", "Ctrl-C", "Ctrl-C three times", "SIGTERM", *deaths])
     before = len(lines_of_any(state))
     ready = {
@@ -597,3 +601,18 @@ def test_a_hundred_strikes_and_the_results_are_those_of_a_quiet_run(name: str, t
     for path in tmp_path.glob("*.jsonl"):
         keys = [json.loads(line)["key"] for line in lines_of_any(path) if line.endswith("}") and "race facts" not in line]
         assert len(keys) == len(set(keys)), "no run was kept twice"
+
+
+def test_a_request_to_end_that_comes_with_the_end_changes_nothing() -> None:
+    """Python hands the signals back while it takes itself down; a command that has delivered its results must not die of one there."""
+    code = """
+import os, signal, sys
+from normwise import cli
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.argv, sys.modules["last"] = ["normwise", "policies"], Last()
+cli.command()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.startswith("agc(")

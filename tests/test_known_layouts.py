@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import normwise as nw
 from normwise.errors import LayoutError, PolicyError
-from normwise.layouts import Layout, block_view
 from normwise.optim import Muon, auto
-from normwise.policy.inventory import Entry, Inventory
-from normwise.policy.known import pieces
+from normwise.parameters.inventory import Entry, Inventory
+from normwise.parameters.layout_registry import pieces
+from normwise.parameters.layouts import Layout, block_view
 
 HEADS, D, WIDTH = 4, 3, 12
 

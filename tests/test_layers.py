@@ -13,24 +13,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "normwise"
-BESIDE = {"checkpoints": "errors", "narrow": "actions", "radii": "schedules", "clipping": "control", "integrations": "study"}
-"""Small modules that the page does not name, with the layer that they stand beside."""
 
 
 def documented() -> list[list[str]]:
-    """The layers of the page's block, from above to below; several on a line stand side by side."""
+    """The rooms of the page's block, from above to below; several on a line stand side by side."""
     block = re.search(r"## Layers\n.*?```\n(.*?)```", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.DOTALL)
     assert block, "docs/design.md has no block of layers"
-    lines = [line for line in block[1].splitlines() if line and not line.startswith(" ")]
-    return [re.findall(r"(?:^|(?<=   ))(\w+)(?:/|  )", line) for line in lines]
+    return [re.split(" {4,}", line)[0].split() for line in block[1].splitlines() if line]
 
 
 LAYERS = documented()
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line}
-
-
-def level(layer: str) -> int:
-    return LEVEL[BESIDE.get(layer, layer)]
 
 
 def layer_of(path: Path) -> str:
@@ -59,23 +52,22 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_the_page_names_every_layer_that_there_is():
-    assert [line[0] for line in LAYERS[:4]] == ["errors", "norms", "layouts", "actions"]
-    assert LAYERS[-1] == ["tasks", "study", "race", "report", "cli"]
+    assert LAYERS[0] == ["errors"] and LAYERS[-2:] == [["experiments"], ["cli"]]
     there = {layer_of(path) for path in modules()}
-    assert there - set(LEVEL) - set(BESIDE) == set(), "a layer that docs/design.md does not place"
-    assert set(LEVEL) - there == set(), "docs/design.md names a layer that there is not"
+    assert there - set(LEVEL) == set(), "a room that docs/design.md does not place"
+    assert set(LEVEL) - there == set(), "docs/design.md names a room that there is not"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_module_imports_only_what_stands_above_it(path):
-    """Side by side counts as above; the package as a whole may be imported only where it is complete, on the last line."""
-    own = level(layer_of(path))
+    """Rooms side by side do not import each other; the package as a whole may be imported only where it is complete, in the last rooms."""
+    own = LEVEL[layer_of(path)]
     for line, layer in imported(path):
         where = f"{path.relative_to(ROOT)}:{line}"
         if layer == "":
-            assert own == len(LAYERS) - 1, f"{where} imports the whole package"
+            assert own >= len(LAYERS) - 2, f"{where} imports the whole package"
         else:
-            assert level(layer) <= own, f"{where} imports {layer}, which stands below {layer_of(path)}"
+            assert layer == layer_of(path) or LEVEL[layer] < own, f"{where} imports {layer}, which does not stand above {layer_of(path)}"
 
 
 def test_no_two_layers_import_each_other():
@@ -95,4 +87,20 @@ def test_importing_normwise_needs_torch_and_little_else():
     foreign = {name.split(".")[0] for name in out} - {"normwise"} - set(sys.stdlib_module_names)
     assert foreign <= {"torch", "numpy"}, f"import normwise brings {sorted(foreign)}"
     assert "torch.distributed.tensor" not in out, "importing DTensor costs 0.4 s"
-    assert not [name for name in out if name.startswith(("normwise.study", "normwise.report", "normwise.tasks", "normwise.cli."))]
+    assert not [name for name in out if name.startswith(("normwise.experiments", "normwise.cli."))]
+
+
+KINDS_OF_PACK = {"Split", "SplitPack", "SplitFlat", "Loose", "Entries", "Flat"}
+ENGINE_SHARDED = {"engine/program.py", "control.py"}    # where a model without DTensors is spared what only DTensors need
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if "sharded" not in p.parts], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nobody_outside_of_the_wall_asks_whether_a_pack_is_sharded(path):
+    """`engine/sharded` makes packs of either kind, which have the same methods; who asks which one it is writes code for one of them."""
+    where, tree = str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"]
+    kinds = {"Flat"} if where == "parameters/forward_source.py" else KINDS_OF_PACK    # which has a Split of its own
+    asked = [node.lineno for call in calls for node in ast.walk(call.args[1]) if isinstance(node, ast.Name) and node.id in kinds]
+    asked += [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "sharded" and where not in ENGINE_SHARDED]
+    asked += [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "normwise.engine.sharded.pack"]
+    assert not asked, f"{where} asks in lines {asked}"

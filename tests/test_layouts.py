@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import LayoutError
-from normwise.layouts import BlockView, Layout, block_view, layout_of
+from normwise.parameters.layouts import BlockView, Layout, block_view, layout_of
 
 
 class Conv1D(nn.Module):

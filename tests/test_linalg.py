@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from linalg_cases import became, exact, gaussian, largest, log_uniform, with_values
+from normwise.experiments.bench import polar as bench_polar
 from normwise.norms.linalg import METHODS, error_bound, paths, polar
 from normwise.norms.linalg.coefficients import apply, cushioned_quintic, optimal_cubic, optimal_quintic, polar_express, worst_error
-from normwise.study import bench_polar
 
 SHAPES = [(3, 40, 40), (2, 96, 24), (2, 24, 96), (2, 7, 1), (1, 130, 130)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

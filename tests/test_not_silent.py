@@ -176,7 +176,7 @@ def test_two_networks_trained_in_turn_by_freezing_are_both_measured():
 def test_a_frozen_block_under_a_radius_that_moves_on_is_measured_by_the_step_that_held_it():
     model = net(dtype=F64)
     optimizer = SGD(model.parameters(), lr=0.5)
-    control = nw.attach(model, optimizer, nw.max_norm(nw.linear(0.5, 0.1, 4)))
+    control = nw.attach(model, optimizer, nw.max_norm(nw.schedules.linear(0.5, 0.1, 4)))
     backward(model)
     optimizer.step()
     model[0].requires_grad_(False)
@@ -380,7 +380,7 @@ def test_decay_and_snapshots_are_of_the_weights_that_a_two_phase_step_starts_fro
     """Against SAM with the same decay, and the same length of the step, written out."""
     model, plain = net(dtype=F64), net(dtype=F64)
     optimizer = SAM(model.parameters(), SGD, lr=0.1, back=back)
-    rules = [nw.weight_decay(0.5), nw.Rule(action="normalize", on="update", radius=nw.StepLength("number", 0.7), params="*.weight")]
+    rules = [nw.weight_decay(0.5), nw.Rule(action="normalize", on="update", radius=nw.radii.StepLength("number", 0.7), params="*.weight")]
     control = nw.attach(model, optimizer, rules)
     twin = SAM(plain.parameters(), SGD, lr=0.1, back=back)
     for seed in range(4):
@@ -686,7 +686,7 @@ def test_reports_do_not_outlive_a_step_that_is_skipped(how):
 def test_a_penalty_is_at_the_step_of_its_own_optimizer():
     model = net(dtype=F64)
     optimizers = [SGD(model[i].parameters(), lr=0.0) for i in (0, 2)]
-    control = nw.attach(model, optimizers, nw.l2_penalty(nw.linear(0.0, 1.0, 4)))
+    control = nw.attach(model, optimizers, nw.l2_penalty(nw.schedules.linear(0.0, 1.0, 4)))
     backward(model)
     for k in (0, 0, 0, 1):
         optimizers[k].step()
@@ -847,7 +847,7 @@ def test_learning_rates_of_any_kind(rate):
         model = net(dtype=F64)
         optimizer = Plain(model.parameters(), 0.1)
         optimizer.param_groups[0]["lr"] = lr
-        length = nw.Rule(action="normalize", on="update", radius=nw.StepLength("init"), params="0.weight")
+        length = nw.Rule(action="normalize", on="update", radius=nw.radii.StepLength("init"), params="0.weight")
         nw.attach(model, optimizer, [nw.weight_decay(0.5), nw.l1_prox(0.01), nw.group_lasso(0.01), length])
         for seed in range(3):
             backward(model, seed)
@@ -1120,8 +1120,9 @@ def test_shrinks_report_tells_what_stayed_and_how_far_from_zero_it_is():
 
 def test_a_task_that_the_race_has_no_horizon_for_is_one_sentence(monkeypatch):
     from normwise.errors import StudyError
-    from normwise.race import protocol
-    from normwise.race.race import Options, race
+    from normwise.experiments.framework.study import Options
+    from normwise.experiments.race import protocol
+    from normwise.experiments.race.study import race
 
     monkeypatch.delitem(protocol.STEPS, "lstm")
     with pytest.raises(StudyError, match=r"first horizon.*'lstm'.*Allowed: cnn"):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import normwise as nw
 from norm_cases import DTYPES, FORMULAS, RESULT, gaussian, registered
-from normwise import actions
 from normwise.errors import NormwiseError
 from normwise.norms import SETS, get_norm
+from normwise.policy import actions
 
 EXPONENTS = {
     "float32": (-149, -140, -130, -126, -100, -40, 0, 40, 100, 120, 127),

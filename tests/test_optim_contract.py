@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 import normwise as nw
-from normwise.optim import DEFAULTS, PRESETS, SGD, AdamH, AdamW, Muon, MuonH, NormOptimizer, Scion
+from normwise.optim import DEFAULTS, PRESETS, SGD, AdamH, AdamW, Muon, MuonH, NormalizedSGD, NormOptimizer, Scion
 
 F64 = torch.float64
 Build = Callable[..., NormOptimizer]
@@ -437,7 +437,7 @@ def test_the_state_of_a_policy_inside_is_in_the_checkpoint() -> None:
 
     def optimizer_of(net: nn.Module) -> NormOptimizer:
         rules = [nw.Rule(params="up.weight", action="normalize", norm="l2", radius="init"),
-                 nw.Rule(params="*", on="update", action="clip_norm", norm="l2", radius=nw.linear(1e-3, 1e-1, 6))]    # fmt: skip
+                 nw.Rule(params="*", on="update", action="clip_norm", norm="l2", radius=nw.schedules.linear(1e-3, 1e-1, 6))]    # fmt: skip
         return Muon(net, policy=rules)
 
     whole, first = model(), model()
@@ -587,7 +587,10 @@ def test_a_rate_that_is_none_is_refused(preset: Build, lr: Any) -> None:
 def test_bad_options_are_named_with_what_is_near(columns: dict[str, Any], says: str) -> None:
     says = says.replace("?", r"\?")
     with pytest.raises(ValueError, match=says):
-        Muon(model(), **columns)
+        if columns.keys() & {"betas", "direction", "act", "norm"}:    # what Muon does not take by keyword
+            Muon(model(), override={"head.weight": columns})
+        else:
+            Muon(model(), **columns)
     with pytest.raises(ValueError, match=says):
         AdamW([{"params": [nn.Parameter(torch.ones(2, 2))], **columns}])
     optimizer = AdamW([nn.Parameter(torch.ones(2))])
@@ -598,7 +601,7 @@ def test_bad_options_are_named_with_what_is_near(columns: dict[str, Any], says: 
 
 def test_a_bad_adjustment_and_nesterov_without_momentum() -> None:
     with pytest.raises(nw.PolicyError, match=r"'match_rms'. Did you mean 'match_rms_adamw'\?"):
-        Muon(model(), adjust="match_rms")
+        Muon(model(), adjust_lr_fn="match_rms")
     with pytest.raises(ValueError, match="momentum"):
         SGD(model(), nesterov=True)
 
@@ -674,7 +677,7 @@ def test_a_bare_tensor_whose_axes_nobody_states_is_refused_by_matrix_methods_onl
     with pytest.raises(nw.LayoutError, match="given without its module"):
         Muon([net[0].w])    # type: ignore[list-item]
     with pytest.raises(nw.LayoutError, match="given without its module"):
-        SGD([net[0].w], act="normalize", per="unit")    # type: ignore[list-item]
+        NormalizedSGD([net[0].w], per="unit")    # type: ignore[list-item]
     assert len(Muon([{"params": [net[0].w], "layouts": [nw.Layout("eoi", (2, 3, 4))]}]).param_groups) == 1
     with pytest.raises(nw.LayoutError, match="does not fit"):
         Muon([{"params": [net[0].w], "layouts": [nw.Layout("eoi", (2, 4, 4))]}])
@@ -828,6 +831,8 @@ def test_an_option_that_no_part_uses_is_refused_by_name(preset: Build) -> None:
 @every_preset
 @pytest.mark.parametrize("option", ["foreach", "fused", "capturable", "differentiable", "amsgrad", "dampening", "ns_steps"])
 def test_torchs_options_that_are_none_here_are_named_with_the_reason(preset: Build, option: str) -> None:
+    if preset is Muon and option == "ns_steps":
+        return    # which takes it, as torch's does
     with pytest.raises(nw.PolicyError, match=rf"{option}=True, which is no option: it "):
         preset(model(), **{option: True})
 
@@ -959,6 +964,8 @@ TORCHS: dict[str, tuple[Any, Any]] = {
     "Adam": (lambda p: torch.optim.Adam(p, 0.1, betas=(0.8, 0.9)), lambda p: AdamW(p)),
     "Adam, L2": (lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1), lambda p: AdamW(p, decay="gradient")),
     "Muon": (lambda p: torch.optim.Muon(p, 0.1), lambda p: Muon(p)),
+    "Muon, three steps": (lambda p: torch.optim.Muon(p, 0.1, ns_steps=3), lambda p: Muon(p)),
+    "Muon, its own steps": (lambda p: torch.optim.Muon(p, 0.1, ns_coefficients=(2.0, -1.5, 0.5), eps=3.0), lambda p: Muon(p, ns_steps=2)),
     "Muon, as AdamW": (lambda p: torch.optim.Muon(p, 0.1, nesterov=False, adjust_lr_fn="match_rms_adamw"), lambda p: Muon(p)),
 }
 
@@ -992,7 +999,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "AdamW into LAMB": (lambda p: torch.optim.AdamW(p), PRESETS["LAMB"], "scale='absolute', here it is 'lamb'"),
     "AdamW into AdamH": (lambda p: torch.optim.AdamW(p), AdamH, "hold='none', here it is 'sphere'"),
     "dampening": (lambda p: torch.optim.SGD(p, momentum=0.9, dampening=0.5), SGD, "dampening=0.5"),
-    "steps of Muon": (lambda p: torch.optim.Muon(p, ns_steps=3), Muon, "ns_steps=3"),
+    "Muon into a fast one": (lambda p: torch.optim.Muon(p), lambda p: Muon(p, polar="fast"), "polar='quintic', here it is 'fast'"),
     "Muon into MuonH": (lambda p: torch.optim.Muon(p), MuonH, "hold='none', here it is 'sphere'"),
     "RMSprop": (lambda p: torch.optim.RMSprop(p), AdamW, "of no optimizer that can be resumed"),
     "NAdam": (lambda p: torch.optim.NAdam(p), AdamW, "of no optimizer that can be resumed"),
@@ -1148,6 +1155,6 @@ def test_a_parameter_given_twice_is_refused() -> None:
 
 def test_it_shows_its_groups_in_a_line_each() -> None:
     lines = repr(Muon(model(), lr=torch.tensor(0.5))).splitlines()
-    assert len(lines) == 5 and lines[0] == "NormOptimizer ("
+    assert len(lines) == 5 and lines[0] == "Muon ("
     assert lines[1].strip().startswith("the group 'muon', 3 parameters of 288 numbers: lr=0.5 direction=ema_nesterov momentum=0.95")
     assert "layouts" not in repr(Muon(model())) and "param_names" not in repr(Muon(model()))

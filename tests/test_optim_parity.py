@@ -145,7 +145,7 @@ def muon(lr: float = 0.02, mu: float = 0.95, nesterov: bool = True, decay: float
 @pytest.mark.parametrize("maximize", [True, False])
 def test_muon_is_the_formula(adjust: str, nesterov: bool, maximize: bool) -> None:
     def build(params: list[nn.Parameter]) -> NormOptimizer:
-        return Muon(params, 0.02, momentum=0.95, nesterov=nesterov, adjust=adjust, weight_decay=0.1, maximize=maximize)
+        return Muon(params, 0.02, momentum=0.95, nesterov=nesterov, adjust_lr_fn=adjust, weight_decay=0.1, maximize=maximize)
 
     check(build, MATRICES, muon(nesterov=nesterov, adjust=adjust, sign=-1 if maximize else 1))
 
@@ -161,7 +161,7 @@ def test_one_step_of_muon_is_no_further_from_float64_than_torchs(adjust: str) ->
             grads = gradients(shapes, 1, torch.float32, seed + 50)
             formula = muon(decay=0.1, adjust=adjust)
             want = [formula(p.detach().double(), [g.double()]) for p, g in zip(ours, grads[0], strict=True)]
-            got = drive(Muon(ours, 0.02, weight_decay=0.1, adjust=adjust), ours, grads)
+            got = drive(Muon(ours, 0.02, weight_decay=0.1, adjust_lr_fn=adjust), ours, grads)
             torchs = drive(torch.optim.Muon(theirs, 0.02, weight_decay=0.1, adjust_lr_fn=adjust), theirs, grads)
             ours_off += sum(float((a - w).square().sum()) for a, w in zip(got, want, strict=True))
             theirs_off += sum(float((b - w).square().sum()) for b, w in zip(torchs, want, strict=True))

@@ -14,8 +14,8 @@ from torch import nn
 
 import normwise as nw
 from normwise.errors import PolicyError
+from normwise.parameters.regex import LONGEST, finder
 from normwise.policy import yaml_form
-from normwise.policy.patterns import LONGEST, finder
 
 NAMES = [
     "", "a", "aaab", "layers.0.self_attn.q_proj.weight", "blocks.11.mlp.fc1.bias", "Head.Weight", "a\nb", "\n", "ab\n", "é.ß", "x_1.y-2",

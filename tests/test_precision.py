@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import normwise as nw
-from normwise.narrow import ROUNDINGS, memory, narrow_, stochastic, ulp, widened
+from normwise.low_precision import ROUNDINGS, memory, narrow_, stochastic, ulp, widened
 from normwise.optim import PRESETS, SGD, AdamW, Muon, NormOptimizer
 from normwise.policy.named import NAMED
 

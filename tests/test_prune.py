@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normwise as nw
-from normwise.errors import MissingExtra, NormwiseError, StudyError
+from normwise.errors import MissingExtraError, NormwiseError, StudyError
+from normwise.experiments.tasks.models.cnn import CNN
+from normwise.experiments.tasks.models.resnet import ResNet
 from normwise.prune import cut, shrink
-from normwise.tasks.cnn import CNN
-from normwise.tasks.resnet import ResNet
 
 IMAGES = torch.zeros(1, 1, 8, 8)
 COLOURS = torch.zeros(2, 3, 8, 8)
@@ -376,7 +376,7 @@ def test_cut_gives_the_smaller_shape_from_fresh_weights():
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'normwise\[prune\]'") as caught:
+    with pytest.raises(MissingExtraError, match=r"pip install 'normwise\[prune\]'") as caught:
         shrink(small_cnn(), IMAGES)
     assert isinstance(caught.value, NormwiseError) and isinstance(caught.value, ImportError)
 

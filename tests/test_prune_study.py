@@ -1,8 +1,9 @@
-"""``normwise prune``: what it chooses, what it counts, that it goes on where it was, and that its networks are what it says."""
+"""``normwise prune``: what it chooses, what it counts, that it resumes where it stopped, and that its networks are what it says."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 import normwise as nw
 from normwise import cli
 from normwise.errors import StudyError
+from normwise.experiments.prune import run as prune_run
+from normwise.experiments.prune import step_cost
+from normwise.experiments.prune import study as prune
+from normwise.experiments.prune.run import PruneRun as Run
+from normwise.experiments.prune.run import example, execute, rules, size_of
+from normwise.experiments.prune.study import Budget, chosen
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.models.cnn import CNN
+from normwise.experiments.tasks.models.resnet import ResNet
+from normwise.experiments.tasks.task import Task
 from normwise.prune import cut, targets
-from normwise.study import prune, prune_timing
-from normwise.study.prune import Budget, Options, chosen
-from normwise.study.prune_run import Run, example, execute, rules, size_of
-from normwise.tasks.cnn import CNN
-from normwise.tasks.load import load_task
-from normwise.tasks.resnet import ResNet
-from normwise.tasks.task import Task
 
 TINY = Budget(steps=40, fine_tuning=4, rounds=2, size="tiny")
 
@@ -124,15 +128,15 @@ def test_the_command_writes_results_and_goes_on_where_it_was(
     task: str, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "results.json"
-    command = ["prune", *task.split(), "--budget", "quick", "--seeds", "2", "--json", str(file)]
+    command = ["prune", *task.split(), "--budget", "quick", "--seeds", "2", "--workers", "1", "--json", str(file)]
     assert cli.main(command) == 0
     first, table = json.loads(file.read_text()), capsys.readouterr().out
     assert "smaller / full" in table and str(file) in table
     assert [seed["seed"] for seed in first["seeds"]] == [0, 1] and len(first["strengths"]) == 4 and len(first["rates"]) == 2
     assert len(first["timing"]["smaller"]) == 2 and first["timing"]["full"]["step_ms"] > 0
     assert first["summary"]["difference"] < 1e-6
-    monkeypatch.setattr(prune, "execute", lambda *given: pytest.fail("a finished run was done again"))
-    monkeypatch.setattr(prune_timing, "measure", lambda *given: pytest.fail("times were measured again"))
+    monkeypatch.setattr(prune_run, "execute", lambda *given: pytest.fail("a finished run was done again"))
+    monkeypatch.setattr(step_cost, "measure", lambda *given: pytest.fail("times were measured again"))
     assert cli.main(command) == 0
     again = json.loads(file.read_text())
     assert {**first, "machine": 0} == {**again, "machine": 0}
@@ -141,9 +145,14 @@ def test_the_command_writes_results_and_goes_on_where_it_was(
 def test_a_rate_at_the_end_of_the_grid_widens_it(tiny: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prune, "_WIDENINGS", 2)
     score = {0.03: 0.5, 0.1: 0.7, 0.3: 0.9, 1.0: 0.8}
-    monkeypatch.setattr(prune, "execute", lambda run, task: trial(score[round(run.lr, 1) if run.lr > 0.05 else 0.03], 1))
-    study = prune._Study(Options(), TINY, load_task("cnn", size="tiny"), prune.Store(), prune.Progress())
-    assert sorted(study.rates()) == pytest.approx([0.03, 0.1, 0.1 * 10**0.5, 1.0])
+    plan, asked = prune.tuned(prune.maker(load_task("cnn", size="tiny"), TINY, False), "cnn"), []
+    results = None
+    with suppress(StopIteration):
+        while True:
+            runs = plan.send(results)    # type: ignore[arg-type]
+            asked += [run.lr for run in runs if not run.strength]
+            results = [trial(score[round(run.lr, 1) if run.lr > 0.05 else 0.03], 1) for run in runs]
+    assert sorted(asked) == pytest.approx([0.03, 0.1, 0.1 * 10**0.5, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -21,28 +21,40 @@ from torch import nn
 
 import normwise as nw
 from normwise.errors import DataError, StudyError
-from normwise.race import drive, plans, table
-from normwise.race import race as race_module
-from normwise.race.contenders import BASELINES, COMMON, CONTENDERS, chosen
-from normwise.race.figures import geometric_mean, interval, median
-from normwise.race.lattice import Choice, Point, best, on_edge, propose
-from normwise.race.protocol import BUDGETS, LADDER_SEED, PROTOCOL, RATIO, ROBUST_AT, RUNGS, TUNING_SEED, budget, first_horizon, rung
-from normwise.race.race import Options, race, replay
-from normwise.race.run import RaceRun, is_spike, share_of_rate
-from normwise.study.progress import Bar, Lines, Progress
-from normwise.study.store import Store
+from normwise.experiments.catalog import BASELINES, COMMON, CONTENDERS, racing
+from normwise.experiments.framework import driver
+from normwise.experiments.framework.figures import geometric_mean, interval, median
+from normwise.experiments.framework.lattice import Axis, Point, best, compass
+from normwise.experiments.framework.progress import Bar, Lines, Progress
+from normwise.experiments.framework.store import Store
+from normwise.experiments.framework.study import TUNING_SEED, Options
+from normwise.experiments.race import plan as plans
+from normwise.experiments.race import study, tables
+from normwise.experiments.race.protocol import (
+    BUDGETS,
+    LADDER_SEED,
+    PROTOCOL,
+    RATIO,
+    ROBUST_AT,
+    RUNGS,
+    first_horizon,
+    rung,
+)
+from normwise.experiments.race.run import RaceRun, is_spike, share_of_rate
+from normwise.experiments.race.study import race, replay
 from race_cases import STEP_MS, made_up, made_up_times
 
-AXES = (Choice("lr", (0.01,), ratio=2.0), Choice("a", (1.0, 2.0, 3.0, 4.0), 2), Choice("b", ("x", "y")), Choice("c", (0.0, 1.0, 2.0), 1))
+AXES = (Axis("lr", (0.01,), ratio=2.0), Axis("a", (1.0, 2.0, 3.0, 4.0), 2), Axis("b", ("x", "y")), Axis("c", (0.0, 1.0, 2.0), 1))
 Score = Callable[[Point], float]
 
 # ---------------------------------------------------------------------------------------------------------------- the search
 
 
-def searched(score: Score, trials: int, axes: tuple[Choice, ...] = AXES) -> list[Point]:
+def searched(score: Score, trials: int, axes: tuple[Axis, ...] = AXES) -> list[Point]:
     """The points tried, in order."""
     scores: dict[Point, float] = {}
-    while (point := propose(axes, scores, trials)) is not None:
+    while points := compass(axes, scores, trials):
+        [point] = points
         assert point not in scores, "a point was tried twice"
         assert all(axis.has(k) for axis, k in zip(axes, point, strict=True)), f"{point} lies off an axis"
         scores[point] = score(point)
@@ -91,7 +103,7 @@ def test_the_search_depends_on_finished_trials_alone() -> None:
     score = bowl(7)
     points = searched(score, 24)
     for k in range(len(points)):
-        assert propose(AXES, {p: score(p) for p in points[:k]}, 24) == points[k]
+        assert compass(AXES, {p: score(p) for p in points[:k]}, 24) == [points[k]]
 
 
 def test_trials_that_diverged_are_no_better_than_any_other() -> None:
@@ -106,9 +118,12 @@ def test_of_equal_scores_the_first_tried_stays_the_best() -> None:
 
 
 def test_a_best_rate_at_the_end_of_those_tried_is_told() -> None:
-    assert on_edge({(0, 0): 1.0, (1, 0): 2.0})
-    assert not on_edge({(0, 0): 2.0, (1, 0): 1.0, (-1, 0): 1.0})
-    assert not on_edge({(0, 0): 2.0})
+    def found(top: int, trials: int) -> bool:
+        plan = plans.tune(rules(), "auto" if trials == 1 else "sgd", 500, trials)
+        return followed(plan, lambda run: abs(math.log2(dict(run.numbers)["lr"] / 0.1) - top))[0]["on_edge"]
+
+    assert found(9, 3) and not found(0, 9) and not found(1, 9)
+    assert not found(0, 1), "of a single trial nothing is said"
 
 
 def test_axes_say_what_their_positions_stand_for() -> None:
@@ -139,7 +154,7 @@ def test_auto_has_no_choice_and_is_the_preset_without_arguments(model: nn.Module
     axes = CONTENDERS["auto"].axes
     assert [axis.name for axis in axes] == ["lr", *(axis.name for axis in COMMON)]
     middle = (0,) * len(axes)
-    assert propose(axes, {}, 12) == middle and propose(axes, {middle: 1.0}, 12) is None
+    assert compass(axes, {}, 12) == [middle] and compass(axes, {middle: 1.0}, 12) == []
     numbers = CONTENDERS["auto"].numbers(middle)
     assert numbers["schedule"] == "linear"
     built, plain = CONTENDERS["auto"].build(model, numbers)[0], nw.optim.auto(model)
@@ -149,11 +164,11 @@ def test_auto_has_no_choice_and_is_the_preset_without_arguments(model: nn.Module
 
 
 def test_the_baselines_always_race_and_unknown_names_are_told() -> None:
-    assert chosen(["muon"]) == ["adamw", "sgd", "muon"] and chosen(None) == list(CONTENDERS)
+    assert racing(["muon"]) == ["adamw", "sgd", "muon"] and racing(None) == list(CONTENDERS)
     with pytest.raises(StudyError, match=r"no contender 'mouon'\. Did you mean 'muon'\?"):
-        chosen(["mouon"])
+        racing(["mouon"])
     with pytest.raises(StudyError, match=r"no budget 'quik'\. Did you mean 'quick'\?"):
-        budget("quik")
+        race(Options("gpt", budget="quik"))
 
 
 # ----------------------------------------------------------------------------------------------------------------- the plans
@@ -262,8 +277,8 @@ def test_a_result_that_is_not_finite_is_the_worst() -> None:
 def test_horizons() -> None:
     assert [rung(1000, k) for k in (0, 1, 16)] == [1000, 870, round(1000 * RATIO**16)]
     assert first_horizon("gpt", 16, 1.0) == 8000 and first_horizon("gpt", 16, 0.25) == 2000
-    assert [race_module._pays(2.0, 1.95, False), race_module._pays(2.0, 1.97, False)] == [True, False]
-    assert [race_module._pays(0.9, 0.91, True), race_module._pays(0.9, 0.901, True)] == [True, False], "of the error, not of the accuracy"
+    assert [plans.pays(2.0, 1.95, False), plans.pays(2.0, 1.97, False)] == [True, False]
+    assert [plans.pays(0.9, 0.91, True), plans.pays(0.9, 0.901, True)] == [True, False], "of the error, not of the accuracy"
 
 
 # --------------------------------------------------------------------------------------------------------------- the figures
@@ -330,9 +345,9 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return made_up(run, accuracy=run.task in ("cnn", "resnet"))
 
     metrics = {"gpt": "loss", "lstm": "loss", "cnn": "accuracy", "resnet": "accuracy"}
-    monkeypatch.setattr(race_module, "load_task", lambda name, *_, **__: SimpleNamespace(key=name, metric=metrics[name], batch=16))
-    monkeypatch.setattr(race_module, "step_times", made_up_times)
-    monkeypatch.setattr(drive, "call", counted)
+    monkeypatch.setattr(study, "load_task", lambda name, *_, **__: SimpleNamespace(key=name, metric=metrics[name], batch=16))
+    monkeypatch.setattr(study, "step_times", made_up_times)
+    monkeypatch.setattr(driver, "call", counted)
     return calls
 
 
@@ -359,16 +374,16 @@ def test_a_race_says_what_the_formula_says(no_training: Counter[str], task: str)
 
 
 def test_a_long_race_doubles_the_horizon_while_that_pays(no_training: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    results = race(Options("gpt", budget="long", contenders=["muon"], seeds=1))
+    results = race(Options("gpt", budget="long", only=["muon"], seeds=1))
     assert results["horizon"]["samples"] == 4 * 8000 and [of for of, _ in results["horizon"]["results"]] == [8000, 16000, 32000, 64000]
     flat = {1: 2.0, 2: 1.5, 4: 1.49}
-    monkeypatch.setattr(drive, "call", lambda run: made_up(run) | {"result": flat.get(run.samples // 8000, 2.0)})
-    saturated = race(Options("gpt", budget="long", contenders=["muon"], seeds=1))["horizon"]
+    monkeypatch.setattr(driver, "call", lambda run: made_up(run) | {"result": flat.get(run.samples // 8000, 2.0)})
+    saturated = race(Options("gpt", budget="long", only=["muon"], seeds=1))["horizon"]
     assert saturated["saturated"] and saturated["samples"] == 16000 and saturated["results"] == [[8000, 2.0], [16000, 1.5], [32000, 1.49]]
 
 
 def test_the_same_seeds_trials_and_horizons_for_everybody(no_training: Counter[str], tmp_path: Path) -> None:
-    race(Options("gpt", state=tmp_path / "runs.jsonl", contenders=["muon", "scion"]))
+    race(Options("gpt", state=tmp_path / "runs.jsonl", only=["muon", "scion"]))
     runs = [json.loads(line)["settings"] for line in (tmp_path / "runs.jsonl").read_text().splitlines() if line]
     runs = [run for run in runs if run["kind"] == "race"]
     for name in ("adamw", "sgd", "muon", "scion"):
@@ -384,7 +399,7 @@ def test_a_replay_equals_the_race_and_trains_nothing(no_training: Counter[str], 
     state = tmp_path / "runs.jsonl"
     results = race(Options("gpt", "/somewhere/poems", state=state))
     before = sum(no_training.values())
-    monkeypatch.setattr(race_module.torch, "__version__", "99.0")
+    monkeypatch.setattr("torch.__version__", "99.0")
     again = replay(state)
     assert json.loads(json.dumps(again)) == json.loads(json.dumps(results)), "whatever torch looks at it"
     assert again["data"] == "poems" and sum(no_training.values()) == before
@@ -424,7 +439,7 @@ def test_a_race_that_was_killed_in_the_middle_of_a_line_goes_on(no_training: Cou
 def test_a_race_under_way_says_what_is_finished_already(no_training: Counter[str], tmp_path: Path) -> None:
     """Line by line more is known, nothing that was said is taken back, and every stage can be told and drawn."""
     state, cut = tmp_path / "runs.jsonl", tmp_path / "cut.jsonl"
-    whole = race(Options("gpt", state=state, contenders=["muon", "scion"]))
+    whole = race(Options("gpt", state=state, only=["muon", "scion"]))
     lines = state.read_text().splitlines(keepends=True)
     finished: set[str] = set()
     stages = set()
@@ -434,7 +449,7 @@ def test_a_race_under_way_says_what_is_finished_already(no_training: Counter[str
         now = {line["name"] for line in partly["contenders"]}
         assert finished <= now
         finished = now
-        assert partly["target"] in (None, whole["target"]) and table.page(partly) and table.summary({"gpt": partly})
+        assert partly["target"] in (None, whole["target"]) and tables.page(partly) and tables.summary({"gpt": partly})
         stages.add((partly["target"] is None, len(now), len(partly["unfinished"])))
         for line in partly["contenders"]:
             [same] = [one for one in whole["contenders"] if one["name"] == line["name"]]
@@ -456,13 +471,13 @@ def test_the_order_in_which_workers_finish_changes_nothing(
             return super().submit(lambda: (time.sleep(wait), fn(*args, **kwargs))[1])
 
     @contextmanager
-    def threads(workers: int, setup: Callable[[], Any]) -> Iterator[ThreadPoolExecutor]:
+    def threads(workers: int, setup: Callable[[], Any], context: Any) -> Iterator[ThreadPoolExecutor]:
         with Slowly(workers) as executor:
             yield executor
 
     started: list[float] = []
     alone = race(Options("gpt", state=tmp_path / "one.jsonl"))
-    monkeypatch.setattr(race_module, "open_pool", threads)
+    monkeypatch.setattr(driver, "open_pool", threads)
     state = tmp_path / "four.jsonl"
     assert timeless(race(Options("gpt", workers=4, state=state))) == timeless(alone) and len(started) > 100
     orders = [[json.loads(line)["key"] for line in path.read_text().splitlines() if line] for path in (tmp_path / "one.jsonl", state)]
@@ -476,20 +491,20 @@ def test_a_contender_that_diverges_is_kept_and_missed(no_training: Counter[str],
         gone = {"result": None, "loss": None, "diverged": True, "test": worst, "train": worst}
         return made_up(run) | (gone if run.contender == "muon" else {})
 
-    monkeypatch.setattr(drive, "call", result)
-    results = race(Options("gpt", contenders=["muon"], state=tmp_path / "runs.jsonl"))
+    monkeypatch.setattr(driver, "call", result)
+    results = race(Options("gpt", only=["muon"], state=tmp_path / "runs.jsonl"))
     [muon] = [line for line in results["contenders"] if line["name"] == "muon"]
     assert muon["share"] is None and muon["missed"] == 5 and muon["tuned"]["result"] is None
     json.dumps(results, allow_nan=False)
-    assert "| Muon | missed | - | 5 of 5 | - | - |" in table.page(results)
-    monkeypatch.setattr(drive, "call", lambda run: made_up(run) | {"result": None, "diverged": True})
+    assert "| Muon | missed | - | 5 of 5 | - | - |" in tables.page(results)
+    monkeypatch.setattr(driver, "call", lambda run: made_up(run) | {"result": None, "diverged": True})
     with pytest.raises(StudyError, match="Both baselines diverged"):
         race(Options("gpt"))
 
 
-@pytest.mark.parametrize("wrong", [{"budget": "quik"}, {"contenders": ["mun"]}, {"workers": 0}, {"seeds": 0}])
+@pytest.mark.parametrize("wrong", [{"budget": "quik"}, {"only": ["mun"]}, {"workers": 0}, {"seeds": 0}])
 def test_what_cannot_be_raced_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
-    monkeypatch.setattr(race_module, "load_task", lambda *_, **__: pytest.fail("data was loaded"))
+    monkeypatch.setattr(study, "load_task", lambda *_, **__: pytest.fail("data was loaded"))
     with pytest.raises(StudyError):
         race(Options("gpt", **wrong))
 
@@ -498,7 +513,7 @@ def test_a_file_without_a_race_is_told(no_training: Counter[str], tmp_path: Path
     other, damaged, older = (tmp_path / name for name in ("other.jsonl", "damaged.jsonl", "older.jsonl"))
     other.write_text('{"key": "a", "settings": {"kind": "gan"}, "result": {}}\n')
     damaged.write_text("no JSON at all\n")
-    race(Options("gpt", contenders=[], state=older))
+    race(Options("gpt", only=[], state=older))
     older.write_text(older.read_text().replace('"protocol": 1', '"protocol": 0'))
     for path in (other, damaged, older, tmp_path / "none.jsonl"):
         with pytest.raises(DataError, match=path.name):
@@ -516,7 +531,7 @@ def test_progress_is_counted_in_samples_without_a_total_that_nobody_knows(no_tra
 
     def say() -> list[str]:
         stream = io.StringIO()
-        race(Options("gpt", state=tmp_path / "runs.jsonl", contenders=["muon"], seeds=1), Told(stream))
+        race(Options("gpt", state=tmp_path / "runs.jsonl", only=["muon"], seeds=1), Told(stream))
         return stream.getvalue().splitlines()
 
     lines = say()
@@ -531,9 +546,9 @@ def test_progress_is_counted_in_samples_without_a_total_that_nobody_knows(no_tra
 
 
 def test_tables_say_losses_as_plainly_as_wins(no_training: Counter[str]) -> None:
-    results = race(Options("gpt", contenders=["muon", "adamw_max_norm"]))
-    page = table.page(results)
-    assert page.startswith(table.title(results)) and "validation loss of" in page
+    results = race(Options("gpt", only=["muon", "adamw_max_norm"]))
+    page = tables.page(results)
+    assert page.startswith(tables.title(results)) and "validation loss of" in page
     body = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ")]
     order = [name.strip() for name, _ in body[1 : 1 + len(results["contenders"])]]
     assert order[0] == "Muon" and set(order[2:]) == {"AdamW + max-norm", "SGD"} and order[1] == "AdamW"
@@ -545,13 +560,13 @@ def test_tables_say_losses_as_plainly_as_wins(no_training: Counter[str]) -> None
 
 
 def test_the_summary_has_means_only_where_all_tasks_were_reached(no_training: Counter[str]) -> None:
-    found = {task: race(Options(task, contenders=["muon"])) for task in ("cnn", "resnet", "lstm", "gpt")}
-    every = table.summary(found)
+    found = {task: race(Options(task, only=["muon"])) for task in ("cnn", "resnet", "lstm", "gpt")}
+    every = tables.summary(found)
     shares = [one["share"] for results in found.values() for one in results["contenders"] if one["name"] == "muon"]
     [row] = [line for line in every.splitlines() if line.startswith("| Muon |")]
     assert row.split("|")[-3].strip() == f"{math.prod(shares) ** 0.25:.2f}" and "All four races are finished." in every
     assert [line for line in every.splitlines() if line.startswith("| SGD |")] == ["| SGD | missed | missed | missed | missed | - | - |"]
-    without = table.summary({task: one for task, one in found.items() if task != "lstm"})
+    without = tables.summary({task: one for task, one in found.items() if task != "lstm"})
     assert "Not finished: lstm (no runs)." in without and "| AdamW | 1.00 / 1.00 | 1.00 / 1.00 | - | 1.00 / 1.00 | - | - |" in without
 
 
@@ -561,7 +576,7 @@ def drawn(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_pictures_hold_every_run(no_training: Counter[str], tmp_path: Path) -> None:
-    from normwise.report.race import ladders, race_picture, races_picture, shares
+    from normwise.experiments.report.race import ladders, race_picture, races_picture, shares
 
     found = {task: race(Options(task)) for task in ("cnn", "gpt")}
     for task, results in found.items():

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from normwise.experiments.tasks.load import load_task
 from normwise.optim import auto
-from normwise.policy.inventory import Inventory
-from normwise.tasks.load import load_task
+from normwise.parameters.inventory import Inventory
 
 COLUMNS = ("lr", "radius", "weight_decay", "damping", "momentum", "act", "direction")
 ROWS: list[tuple[Any, ...]] = [

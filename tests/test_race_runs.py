@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise import cli
-from normwise.race import protocol, timing
-from normwise.race.contenders import CONTENDERS
-from normwise.race.initial import prepare
-from normwise.race.race import Options, race, replay
-from normwise.race.run import RaceRun, batch_of, lane, share_of_rate, train
-from normwise.study.pool import one_thread
-from normwise.study.progress import Progress
-from normwise.tasks.load import load_task
-from normwise.tasks.lstm import CharLSTM
-from normwise.tasks.task import Task
+from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.framework.pool import one_thread
+from normwise.experiments.framework.progress import Progress
+from normwise.experiments.framework.study import Options
+from normwise.experiments.framework.timing import WARM_UP
+from normwise.experiments.race import protocol
+from normwise.experiments.race import run as race_run
+from normwise.experiments.race.run import RaceRun, batch_of, lane, share_of_rate, train
+from normwise.experiments.race.study import race, replay
+from normwise.experiments.tasks.initial_weights import prepare
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.models.lstm import CharLSTM
+from normwise.experiments.tasks.task import Task
 
 MICRO = protocol.Budget(trials=2, seeds=2, doublings=0, scale=0.01, contenders=("muon",), rounds=1)
 REST = {"lr": 0.004, "betas": (0.9, 0.99)}
@@ -62,7 +65,7 @@ def run_of(name: str, task: Task, steps: int, seed: int = 0, full: bool = False,
 
 WRITTEN_OUT: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
-    "muon": lambda m: nw.optim.Muon(m, 0.01, adamw=REST, adjust="match_rms_adamw", weight_decay=0.1, polar="fast"),
+    "muon": lambda m: nw.optim.Muon(m, 0.01, adamw=REST, adjust_lr_fn="match_rms_adamw", weight_decay=0.1, polar="fast"),
     "normuon": lambda m: nw.optim.NorMuon(m, 0.01, adamw=REST, weight_decay=0.1, polar="fast"),
     "muonh": lambda m: nw.optim.MuonH(m, 0.02, adamw=REST, polar="fast"),
     "adamh": lambda m: nw.optim.AdamH(m, 0.02, adamw=REST),
@@ -258,18 +261,19 @@ def test_step_times_are_interleaved_and_in_the_order_of_the_runs(cnn: Task, monk
     def fake(run: RaceRun, task: Task, steps: int) -> SimpleNamespace:
         def step() -> None:
             turns.append(run.contender)
-            clock[0] += {"adamw": 0.002, "muon": 0.005, "sgd": 0.001}[run.contender] * (100 if len(turns) <= 4 * 3 * timing.WARM_UP else 1)
+            slow = 100 if len(turns) <= 4 * 3 * WARM_UP else 1
+            clock[0] += slow * {"adamw": 0.002, "muon": 0.005, "sgd": 0.001}[run.contender]
 
         return SimpleNamespace(step=step)
 
     names = ["adamw", "muon", "sgd"]
     runs = [run_of(name, cnn, 5) for name in names]
     with monkeypatch.context() as patch:
-        patch.setattr(timing, "lane", fake)
-        patch.setattr("normwise.study.turns.time.perf_counter", lambda: clock[0])
-        assert timing.step_times(runs, cnn, 2) == pytest.approx([2.0, 5.0, 1.0]), "the slow first bursts are warm-up"
-    assert turns == [name for _ in range(timing.WARM_UP + 2) for name in names for _ in range(timing.BURST)]
-    real = timing.step_times(runs, cnn, 1)
+        patch.setattr(race_run, "lane", fake)
+        patch.setattr("normwise.experiments.framework.timing.time.perf_counter", lambda: clock[0])
+        assert race_run.step_times(runs, cnn, 2) == pytest.approx([2.0, 5.0, 1.0]), "the slow first bursts are warm-up"
+    assert turns == [name for _ in range(WARM_UP + 2) for name in names for _ in range(race_run.BURST)]
+    real = race_run.step_times(runs, cnn, 1)
     assert len(real) == 3 and all(0 < ms < 1000 for ms in real)
 
 
@@ -317,7 +321,7 @@ def test_real_runs_come_out_the_same_cut_off_or_with_two_workers(micro: None, tm
                 raise KeyboardInterrupt
 
     def options(**changed: Any) -> Options:
-        return Options(**({"task": "lstm", "budget": "quick", "size": "tiny", "seeds": 1, "contenders": []} | changed))
+        return Options(**({"task": "lstm", "budget": "quick", "size": "tiny", "seeds": 1, "only": []} | changed))
 
     whole = timeless(race(options(state=tmp_path / "whole.jsonl")))
     cut = tmp_path / "cut.jsonl"
@@ -333,7 +337,7 @@ def test_real_runs_come_out_the_same_cut_off_or_with_two_workers(micro: None, tm
     [
         ("race", "name a TASK to race, or the finished runs to look at with --state FILE"),
         ("race cn", "There is no task 'cn'. Did you mean 'cnn'?"),
-        ("race cnn --contenders muom", "There is no contender 'muom'. Did you mean 'muon'?"),
+        ("race cnn --only muom", "There is no contender 'muom'. Did you mean 'muon'?"),
         ("race cnn --budget quik", "There is no budget 'quik'. Did you mean 'quick'?"),
         ("race cnn --seeds 0", "'0' is not a whole number >= 1"),
         ("race cnn --workers two", "'two' is not a whole number >= 1"),

@@ -18,9 +18,12 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 pytest.importorskip("jinja2")
 
-from normwise import report
-from normwise.errors import DataError, NormwiseError, StudyError
-from normwise.report import charts, files, page, scale, table, tidy, words
+from normwise import files
+from normwise.errors import DataError, MissingExtraError, NormwiseError, StudyError, need
+from normwise.experiments import report
+from normwise.experiments.compare import tables
+from normwise.experiments.compare.tables import MISSING
+from normwise.experiments.report import charts, page, scale, table, tidy, wording
 
 DATA = Path(__file__).parent / "data"
 VOID = {"meta", "link", "br", "hr", "img", "input", "line", "circle", "rect", "path"}
@@ -48,6 +51,7 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.stack: list[str] = []
+        self.row: dict[str, str] = {}
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.rows: dict[int, dict[str, str]] = {}
@@ -127,7 +131,7 @@ def test_the_committed_example_is_what_its_script_makes() -> None:
     assert make_compare_example.example() == example()
 
 
-# The files
+# The extra
 
 def test_write_gives_a_page_and_the_results_beside_it(written: Path) -> None:
     assert written.name == "index.html"
@@ -171,9 +175,9 @@ def test_results_without_cells_are_refused_before_anything_is_written(results: d
 
 
 def test_a_missing_package_is_named_with_the_extra_to_install() -> None:
-    with pytest.raises(files.MissingExtra, match=r"needs no_such_package,.*pip install 'normwise\[report\]'") as caught:
-        files.require("json", "no_such_package")
-    assert isinstance(caught.value, NormwiseError) and isinstance(caught.value, ImportError)
+    with pytest.raises(MissingExtraError, match=r"a report needs no_such_package, .*pip install 'normwise\[report\]'") as caught:
+        need("report", "json", "no_such_package", what="a report")
+    assert isinstance(caught.value, NormwiseError) and isinstance(caught.value, ModuleNotFoundError)
 
 
 # Self-contained and safe
@@ -264,7 +268,7 @@ def test_the_way_to_adams_baseline_has_a_column_where_it_is_told() -> None:
     assert "Steps to Adam’s" not in [column.name for column in table.columns_of(cells)]
     cells[1]["steps_to_adam"] = {"median": None, "values": [None, 40, None]}
     columns = table.columns_of(cells)
-    assert columns == list(table.COLUMNS)
+    assert columns == [column for column in table.COLUMNS if column.needs != "test_loss"]
     rows = table.lines(list(enumerate(cells)), columns, scale.fit([0.9], 360), 1)
     assert [next(e.text for e in row.entries if e.name == "Steps to Adam’s") for row in rows] == ["missed 2 of 3", "–"]
 
@@ -331,12 +335,12 @@ def test_missed_seeds_are_counted() -> None:
     cell["steps_to_baseline"] = {"median": None, "values": [None] * 3}
     assert table._to_baseline(cell, "steps_to_baseline") == ("missed 3 of 3", "")
     cell["steps_to_baseline"] = None
-    assert table._to_baseline(cell, "steps_to_baseline") == (words.MISSING, "")
+    assert table._to_baseline(cell, "steps_to_baseline") == (MISSING, "")
 
 
 def test_a_page_of_one_cell_with_nothing_but_its_name() -> None:
     bare = read({"cells": [{"strategy": "nothing", "optimizer": "sgd"}]})
-    assert "nothing can be said yet about SGD" in bare.text
+    assert "nothing can be said yet about sgd" in bare.text
     assert "No norms were followed" in bare.text
     assert set(bare.specs()) == {"curves", "cost"}
 
@@ -360,7 +364,7 @@ def test_accuracies_that_are_not_finite_print_as_a_dash_and_leave_strict_json(tm
 
 def test_one_seed_has_no_spread() -> None:
     one = {"mean": 0.98, "std": 0.0, "values": [0.98]}
-    assert words.with_spread({"test_accuracy": one}, "test_accuracy") == "98.0"
+    assert wording.with_spread({"test_accuracy": one}, "test_accuracy") == "98.0"
 
 
 def test_defects_of_the_baseline_are_told_first() -> None:
@@ -372,30 +376,53 @@ def test_defects_of_the_baseline_are_told_first() -> None:
 
 # The sentence
 
-def cell(strategy: str, test: list[float], validation: float = 0.9, optimizer: str = "sgd") -> dict[str, Any]:
+def cell(strategy: str, test: list[float], validation: float = 0.9, optimizer: str = "muon") -> dict[str, Any]:
     spread = {"mean": statistics.fmean(test), "std": statistics.stdev(test) if len(test) > 1 else 0.0, "values": test}
     return {"strategy": strategy, "label": strategy, "optimizer": optimizer, "test_accuracy": spread,
             "validation_accuracy": {"mean": validation}}
 
 
+def results_of(*cells: dict[str, Any], test: int | None = 10_000, **more: Any) -> dict[str, Any]:
+    return {"data": {"name": "digits", "test": test}, "cells": list(cells), **more}
+
+
 @pytest.mark.parametrize(("test", "kind", "says"), [
-    ([0.97, 0.98, 0.99], "better", "norm control helps with SGD (cap, +5.0 points)"),
-    ([0.92, 0.93, 0.97], "none", "there is no difference beyond the spread with SGD"),
-    ([0.86, 0.87, 0.85], "worse", "norm control hurts with SGD (cap, −7.0 points)"),
-    ([0.99], "unknown", "nothing can be said yet about SGD"),
+    ([0.97, 0.98, 0.99], "better", "norm control helps with Muon (cap, +5.00 points)"),
+    ([0.92, 0.93, 0.97], "none", "no difference that these seeds can show with Muon"),
+    ([0.86, 0.87, 0.85], "worse", "norm control hurts with Muon (cap, −7.00 points)"),
+    ([0.99], "unknown", "nothing can be said yet about Muon"),
 ])
-def test_the_title_claims_no_more_than_the_spread_allows(test: list[float], kind: str, says: str) -> None:
+def test_the_title_claims_no_more_than_the_intervals_allow(test: list[float], kind: str, says: str) -> None:
     base = cell("nothing", [0.92, 0.93, 0.94])
-    verdict = words.verdict([base, cell("cap", test)])
+    results = results_of(base, cell("cap", test))
+    (verdict,) = tables.verdicts(results)
     assert verdict.kind == kind
-    assert words.headline([verdict], "digits") == f"On digits, {says}."
-    if verdict.spread is not None:
-        assert verdict.spread == pytest.approx(math.sqrt(0.01**2 + statistics.stdev(test) ** 2))
+    assert tables.headline(results) == f"On digits, {says}."
+
+
+def test_two_images_of_359_are_no_headline() -> None:
+    """However alike the seeds: another 359 images would give other accuracies. Of as many as CIFAR's ten thousand times, they would not."""
+    alike = [cell("nothing", [350 / 359] * 3), cell("cap", [352 / 359] * 3)]
+    assert tables.headline(results_of(*alike, test=359)) == "On digits, no difference that these seeds can show with Muon."
+    assert "overlap" in tables.explained(tables.verdicts(results_of(*alike, test=359))[0])
+    assert [one.kind for one in tables.verdicts(results_of(*alike, test=1_000_000))] == ["better"]
+
+
+def test_a_loss_is_better_the_lower_and_two_seeds_say_little_of_it() -> None:
+    def lossy(strategy: str, losses: list[float]) -> dict[str, Any]:
+        spread = {"mean": statistics.fmean(losses), "std": statistics.stdev(losses), "values": losses}
+        return cell(strategy, [0.5] * 3) | {"test_loss": spread, "validation_loss": spread}
+
+    base = lossy("nothing", [1.90, 1.91, 1.92])
+    results = results_of(base, lossy("cap", [1.80, 1.81, 1.82]), lossy("worse", [1.95, 1.95, 1.95]), metric="loss")
+    assert tables.headline(results) == "On digits, norm control helps with Muon (cap, −0.100 in loss)."
+    few = results_of(lossy("nothing", [1.90, 1.91]), lossy("cap", [1.80, 1.81]), metric="loss")
+    assert [one.kind for one in tables.verdicts(few)] == ["none"]
 
 
 def test_the_strategy_is_chosen_by_validation_not_by_test() -> None:
     base = cell("nothing", [0.92, 0.93, 0.94])
-    verdict = words.verdict([base, cell("lucky", [0.98, 0.98, 0.99], 0.90), cell("chosen", [0.93, 0.93, 0.94], 0.95)])
+    (verdict,) = tables.verdicts(results_of(base, cell("lucky", [0.98, 0.98, 0.99], 0.90), cell("chosen", [0.93, 0.93, 0.94], 0.95)))
     assert verdict.best is not None and verdict.best["strategy"] == "chosen"
     assert verdict.kind == "none"
 
@@ -404,9 +431,61 @@ def test_optimizers_are_judged_apart_and_told_in_one_sentence() -> None:
     found = [cell("nothing", [0.90, 0.91, 0.92]), cell("cap", [0.96, 0.97, 0.98]),
              cell("nothing", [0.95, 0.96, 0.97], optimizer="adam"), cell("cap", [0.95, 0.96, 0.97], optimizer="adam"),
              cell("cap", [0.95, 0.96], optimizer="lion")]
-    sentence = words.headline(words.verdicts(found), "digits")
-    assert sentence == ("On digits, norm control helps with SGD (cap, +6.0 points); "
-                        "there is no difference beyond the spread with Adam; nothing can be said yet about lion.")
+    assert tables.headline(results_of(*found)) == (
+        "On digits, norm control helps with Muon (cap, +6.00 points); no difference that these seeds can show with Adam; "
+        "nothing can be said yet about Lion.")
+
+
+# The pages of the other studies
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def results_of_study(name: str) -> dict[str, Any]:
+    if name == "race":
+        from normwise.experiments.race.study import replay
+
+        return replay(RESULTS / "race-lstm.runs.jsonl")
+    loaded: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+@pytest.mark.parametrize("name", ["race", "gan", "prune-resnet-digits", "prune-cnn-mnist"])
+def test_each_study_has_a_page_with_its_verdict_tables_and_pictures_and_no_script(name: str, tmp_path: Path) -> None:
+    results = results_of_study(name)
+    written = Page(report.write(results, tmp_path).read_text(encoding="utf-8"))
+    assert not written.stack and not written.blocks["script"]
+    policy = next(a["content"] or "" for tag, a in written.tags if tag == "meta" and a.get("http-equiv"))
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    for tag, attributes in written.tags:
+        assert tag not in ("link", "script", "iframe", "object", "embed", "base", "img", "form")
+        assert not {"src", "srcset", "data", "action", "onload"} & attributes.keys() and (attributes.get("href") or "#").startswith("#")
+    assert sum(tag == "table" for tag, _ in written.tags) >= 2 and sum(tag == "figure" for tag, _ in written.tags) == 1
+    assert results["machine"]["cpu"] in written.text
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == json.loads(json.dumps(tidy.finite(results)))
+
+
+def test_the_page_of_a_race_holds_every_contenders_row_the_soonest_first() -> None:
+    from normwise.experiments.race.tables import rows, verdict
+
+    results = results_of_study("race")
+    shown = read(results)
+    assert verdict(results) in shown.text
+    places = [shown.text.index(f"{row['contender']} {row['share of samples']}") for row in rows(results)]
+    assert places == sorted(places) and len(places) == len(results["contenders"])
+
+
+@pytest.mark.parametrize("name", ["race", "gan", "prune-resnet-digits"])
+def test_text_from_other_studies_is_never_markup(name: str) -> None:
+    results = copy.deepcopy(results_of_study(name))
+    results["budget"] = HOSTILE
+    results["machine"]["cpu"] = HOSTILE
+    for line in results.get("contenders") or results.get("cells") or []:
+        line["label"] = HOSTILE + line["label"]
+    results["protocol"][HOSTILE] = HOSTILE
+    hostile = read(results)
+    assert not any(tag in ("img", "script") or "onerror" in attributes for tag, attributes in hostile.tags)
+    assert hostile.text.count(HOSTILE) >= 3
 
 
 # The charts

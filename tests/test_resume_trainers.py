@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import SGD, AdamW, Optimizer
 
 import normwise as nw
-from normwise import radii
+from normwise.policy import radii
 
 CUT, STEPS = 5, 9
 
 STATEFUL: dict[str, Callable[[], Any]] = {
-    "schedule": lambda: nw.max_norm(nw.linear(0.6, 0.2, 8), params="*schedule.weight"),
+    "schedule": lambda: nw.max_norm(nw.schedules.linear(0.6, 0.2, 8), params="*schedule.weight"),
     "window": lambda: nw.max_norm(0.3, params="*window.weight", every=3, start=2),
-    "strength": lambda: nw.l2_penalty(nw.warmup(0.5, 8), params="*strength.weight"),
+    "strength": lambda: nw.l2_penalty(nw.schedules.warmup(0.5, 8), params="*strength.weight"),
     "init": lambda: nw.unit_norm("init", params="*init.weight"),
     "scaled": lambda: nw.Rule(params="*scaled.weight", action="normalize", per="tensor", radius="1.1*init"),
     "center": lambda: nw.max_norm(0.05, params="*center.weight", center="init"),
@@ -39,7 +39,7 @@ STATEFUL: dict[str, Callable[[], Any]] = {
     "warm_start": lambda: nw.cpr(radii.WarmStart(3), params="*warm_start.weight"),
     "inflection": lambda: nw.cpr(radii.Inflection(1), params="*inflection.weight"),
     "length": lambda: nw.Rule(
-        params="*length.weight", action="normalize", on="update", radius=radii.StepLength("init", nw.linear(1, 0.1, 9)),
+        params="*length.weight", action="normalize", on="update", radius=radii.StepLength("init", nw.schedules.linear(1, 0.1, 9)),
     ),
     "autoclip": lambda: nw.autoclip(percentile=40, window=7, params="*autoclip.*"),
     "zclip": lambda: nw.zclip(z=0.5, warmup=3, params="*zclip.*"),

@@ -12,10 +12,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import prune
 
 from normwise.errors import LayoutError, PolicyError
-from normwise.layouts import Layout
-from normwise.policy.inventory import Entry, Inventory, clean_name
-from normwise.policy.roles import GROUPS, ROLES, find_roles
-from normwise.policy.select import check_selector, matches, select, selector_from_data, selector_to_data
+from normwise.parameters.inventory import Entry, Inventory, clean_name
+from normwise.parameters.layouts import Layout
+from normwise.parameters.roles import GROUPS, ROLES, find_roles
+from normwise.parameters.selectors import check_selector, matches, select, selector_from_data, selector_to_data
 
 
 class Net(nn.Module):

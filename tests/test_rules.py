@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from normwise.errors import PolicyError
-from normwise.layouts import Layout
 from normwise.norms import FORMS, L2, NORMS, SETS, Box, Spectral, get_norm
+from normwise.parameters.inventory import Inventory
+from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Rule, named
-from normwise.policy.field import FIELD
-from normwise.policy.inventory import Inventory
-from normwise.policy.rule import NEEDS, ON, PHASES, TARGETS, USES
-from normwise.schedules import Init, Linear, Relative
+from normwise.policy.radii import Init, Relative
+from normwise.policy.rule import ACTIONS, ON, PHASES
+from normwise.policy.schedules import Linear
+
+PUBLISHED = {name: make for name, make in NAMED.items() if make.__module__ == "normwise.policy.published"}
 
 MATRIX_NORMS = (
     "spectral", "nuclear", "sum_of_units", "max_of_units", "sum_of_inputs", "max_of_inputs", "rms_rms", "one_rms", "rms_inf", "sign",
@@ -29,6 +31,8 @@ MEANINGS = {
     ("normalize", "weight"): "weight", ("normalize", "grad"): "gradient", ("normalize", "update"): "update",
     ("lmo", "grad"): "gradient", ("lmo", "update"): "update", ("cpr", "weight"): "cpr", ("qk_clip", "weight"): "qk_clip",
 }  # fmt: skip
+TARGETS = {name: action.targets for name, action in ACTIONS.items()}
+NEEDS = {name: action.needs for name, action in ACTIONS.items()}
 PAIRS = [(action, on) for action in TARGETS for on in ON]
 
 
@@ -46,7 +50,7 @@ class Net(nn.Module):
 
 
 def test_the_table_of_meanings_is_complete():
-    assert len(PAIRS) == 27 and {a for a, _ in MEANINGS} == set(TARGETS) == set(NEEDS) == set(USES)
+    assert len(PAIRS) == 27 and {a for a, _ in MEANINGS} == set(ACTIONS)
     assert set(MEANINGS.values()) == set(PHASES)
 
 
@@ -86,11 +90,11 @@ GOOD = {
 @pytest.mark.parametrize("action", TARGETS)
 def test_a_field_that_an_action_would_ignore_is_refused(action, field):
     given = {**needed(action), field: GOOD[field]}
-    if field == "floor" and field in USES[action]:
+    if field == "floor" and field in ACTIONS[action].uses:
         given["radius"] = "init"
     if (action, field) == ("prox", "power"):
         given["norm"] = "l2"
-    if field in USES[action]:
+    if field in ACTIONS[action].uses:
         assert getattr(Rule(action=action, **given), field) is not None
         return
     with pytest.raises(PolicyError, match=f"action '{action}' does not use {field}: leave it out. It uses "):
@@ -151,7 +155,10 @@ WRONG = [
     ({**CLIP, "floor": 0.1}, "floor belongs to radius='init'"),
     ({**CLIP, "radius": "init", "floor": 0}, "floor is 0.0"),
     ({**CLIP, "radius": "init", "on": "grad"}, "radius 'init' has a meaning on='weight' only, given on='grad'"),
-    ({**CLIP, "radius": "init", "center": "init"}, "radius 'init' around center 'init' is zero"),
+    ({**CLIP, "name": ""}, "name is '', but name must be a text of one line"),
+    ({**CLIP, "name": "two\nlines"}, "name must be a text of one line"),
+    ({**CLIP, "name": 3}, "name is 3"),
+    ({**CLIP, "name": "x" * 101}, "100 characters at most"),
     ({**CLIP, "radius": Relative(0.1)}, "a relative radius is for on='grad' or on='update'"),
     ({**CLIP, "params": []}, "an empty list of selectors"),
     ({**CLIP, "params": 3}, "3 selects no"),
@@ -205,6 +212,10 @@ def test_a_rule_is_a_value():
         (Rule(action="lmo", norm="spectral"), "lmo spectral/tensor"),
         (Rule(action="project", norm="orthogonal"), "project orthogonal/tensor = 1"),
         (named.spectral_cap("1.5*init"), "project spectral/matrix <= 1.5*init"),
+        (named.max_norm(3, "fc*"), "clip_norm l2/unit <= 3, params='fc*'"),
+        (named.max_norm(3, ["fc*", nn.Conv2d]), "clip_norm l2/unit <= 3, params=['fc*', Conv2d]"),
+        (named.max_norm(3, "fc*", name="trunk"), "trunk"),
+        (NAMED["orthogonal"](), "project orthogonal/matrix = 1"),
     ],
 )
 def test_labels(rule, label):
@@ -251,7 +262,7 @@ PARTS = {
 
 
 def test_every_named_rule_is_here_and_documented():
-    assert set(PARTS) == set(NAMED) - set(FIELD), "the rules of the field are in test_field_rules.py"
+    assert set(PARTS) == set(NAMED) - set(PUBLISHED), "the published methods are in test_published_rules.py"
     assert all(len(make.__doc__.strip()) > 60 for make in NAMED.values())
 
 

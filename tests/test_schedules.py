@@ -6,9 +6,10 @@ import pickle
 
 import pytest
 
-from normwise import schedules
 from normwise.errors import PolicyError
-from normwise.schedules import Constant, Cosine, Init, Linear, Relative, Warmup, at, from_data, label, radius, to_data
+from normwise.policy import schedules
+from normwise.policy.radii import Init, Relative, from_data, radius
+from normwise.policy.schedules import Constant, Cosine, Linear, Warmup, at, label, to_data
 
 STEPS = (0, 1, 3, 7, 10, 11, 1000)
 ALL = [Constant(2.5), Linear(1, 0.1, 10), Cosine(3, 1, 10), Warmup(0.5, 10), Warmup(0.5, 10, start=0.1)]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from normwise.errors import DataError
-from normwise.tasks import hub
-from normwise.tasks.data import load
-from normwise.tasks.load import load_task
-from normwise.tasks.text import load_text
+from normwise.errors import DataError, MissingExtraError
+from normwise.experiments.tasks.data import hub
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.text import load_text
 
 datasets = pytest.importorskip("datasets", reason="the library datasets is not installed; pip install 'normwise[datasets]'")
 
@@ -101,5 +101,5 @@ def test_what_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -> None:
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     for read in (load, load_text):
-        with pytest.raises(DataError, match=r"pip install 'normwise\[datasets\]'"):
+        with pytest.raises(MissingExtraError, match=r"pip install 'normwise\[datasets\]'"):
             read("hf:someone/something")

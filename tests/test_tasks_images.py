@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import normwise
 from normwise.errors import DataError, StudyError
-from normwise.policy.roles import find_roles
-from normwise.tasks import cache
-from normwise.tasks.data import load
-from normwise.tasks.images import ImageTask, augment, endless
-from normwise.tasks.load import load_task
-from normwise.tasks.resnet import ResNet
-from normwise.tasks.supervised import Recipe
+from normwise.experiments.tasks.data import cache
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.images import ImageTask, augment, endless
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.models.resnet import ResNet
+from normwise.experiments.tasks.supervised import Recipe
+from normwise.parameters.roles import find_roles
 
 RNG = np.random.default_rng(11)
 PARTS = ("train", "validation", "test")
@@ -210,7 +215,7 @@ def test_a_tiny_model_learns_the_digits_in_a_few_dozen_steps(name: str) -> None:
 
 def test_bf16_gives_the_loss_of_fp32_to_two_digits() -> None:
     data = load()
-    recipe = Recipe("resnet", "standard", "accuracy", 16, lambda: ResNet(1, 10))
+    recipe = Recipe("resnet", False, "accuracy", 16, 600, lambda: ResNet(1, 10))
     plain, fast = (ImageTask(replace(recipe, bf16=bf16), data, augmented=True) for bf16 in (False, True))
     assert plain.key != fast.key == load_task("resnet").key
     torch.manual_seed(0)
@@ -237,7 +242,7 @@ def test_unknown_words_are_told_with_the_nearest(tmp_path: Path) -> None:
         load_task("gtp")
     with pytest.raises(StudyError, match=r"no size 'tyny'. Did you mean 'tiny'"):
         load_task("cnn", size="tyny")
-    with pytest.raises(StudyError, match="cnn has no attention"):
+    with pytest.raises(StudyError, match=r"The task cnn has no option 'qk_norm'. Allowed: none"):
         load_task("cnn", qk_norm=True)
     for name in ("resnet", "cnn", "lstm", "gpt"):
         with pytest.raises(DataError, match="none: found nothing"):
@@ -292,3 +297,38 @@ def test_small_sources_are_not_kept(tmp_path: Path, colours: Path, monkeypatch: 
     monkeypatch.setenv("NORMWISE_CACHE", str(tmp_path / "cache"))
     load(colours)
     assert not (tmp_path / "cache").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ a new task
+
+NEW = '''
+from normwise.experiments.tasks.data.splits import load
+from normwise.experiments.tasks.images import ImageTask
+from normwise.experiments.tasks.supervised import Recipe
+from normwise.experiments.tasks.task import Source, task
+from torch import nn
+
+
+@task("linear")
+def linear(source: Source, tiny: bool, bias: bool = True) -> ImageTask:
+    """One layer."""
+    data = load(source)
+    return ImageTask(Recipe("linear", tiny, "accuracy", 16, 50, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias))), data,
+                     augmented=False)
+'''
+
+
+def test_a_file_in_the_folder_of_models_is_a_new_task(tmp_path: Path) -> None:
+    """In a process of its own, on a copy of the package: what is registered stays registered."""
+    package = tmp_path / "normwise"
+    shutil.copytree(Path(normwise.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "experiments" / "tasks" / "models" / "linear.py").write_text(NEW)
+    asks = (
+        "from normwise.experiments.tasks.load import TASKS, load_task\n"
+        "task = load_task('linear', size='tiny', bias=False)\n"
+        "print(sorted(TASKS), task.key.partition('-1-')[0], len(list(task.build().parameters())))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.startswith("['cnn', 'gpt', 'linear', 'lstm', 'resnet'] linear-tiny-fp32-"), done.stderr
+    assert done.stdout.endswith(" 1\n")

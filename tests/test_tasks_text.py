@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import DataError, StudyError
-from normwise.policy.roles import find_roles
-from normwise.tasks.gpt import GPT, attend
-from normwise.tasks.load import load_task
-from normwise.tasks.lstm import CharLSTM
-from normwise.tasks.task import Score
-from normwise.tasks.text import TextData, TextTask, load_text
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.models.gpt import GPT, attend
+from normwise.experiments.tasks.models.lstm import CharLSTM
+from normwise.experiments.tasks.task import Score
+from normwise.experiments.tasks.text import TextData, TextTask, load_text
+from normwise.parameters.roles import find_roles
 
 LETTERS = "abcdefgh\nÄ€𝛼"
 GENERATOR = torch.Generator().manual_seed(3)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
-from normwise.engine.tracked import APART_FROM
+from normwise.engine.rules.tracked_cap import APART_FROM
 from normwise.norms import linalg
 
 CAP = 0.9

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import normwise as nw
-from normwise.engine.rounding import hair
+from normwise.engine.margins import relative_margin
 
 F64 = torch.float64
 SCALE = 2.0**10
@@ -48,11 +48,11 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "fused AdamW": lambda ps: AdamW(ps, lr=0.05, weight_decay=0.1, fused=True),
 }
 EVERYTHING = [
-    nw.l2_penalty(nw.linear(0.1, 0.2, 4)),
+    nw.l2_penalty(nw.schedules.linear(0.1, 0.2, 4)),
     nw.clip_grad_norm(0.3),
     nw.weight_decay(0.1),
     nw.l1_prox(0.02),
-    nw.max_norm(nw.linear(0.9, 0.6, 4)),
+    nw.max_norm(nw.schedules.linear(0.9, 0.6, 4)),
     nw.clip_weight_value(0.25, params="role:bias", every=2),
 ]
 
@@ -167,7 +167,7 @@ def test_a_global_norm_over_two_optimizers_unscaled_first(fused):
 @pytest.mark.parametrize("name", ["fused SGD", "fused AdamW"])
 def test_a_device_that_is_not_read_masks_the_rules_of_a_skipped_step(name, monkeypatch):
     """Where knowing whether the step is skipped would wait for the device, the same results come from multiplying by it."""
-    for module in ("engine.engine", "engine.bound", "engine.pack"):
+    for module in ("engine.program", "engine.rules.base", "engine.pack"):
         monkeypatch.setattr(f"normwise.{module}.may_branch", lambda x: False)
     bad = (2, 5) if name == "fused SGD" else (0, 2, 5)
     masked, control = scaled_run(OPTIMIZERS[name], scaled=True, bad=bad)
@@ -550,7 +550,7 @@ def test_weights_at_rest_are_not_ground_down(dtype):
         for _ in range(100):
             control.optimizers[0].step()
         drift = (model.weight.detach().double() - first.double()).norm() / first.double().norm()
-        assert float(drift) <= 4 * hair(nw.norms.Spectral(), dtype, (16, 16))
+        assert float(drift) <= 4 * relative_margin(nw.norms.Spectral(), dtype, (16, 16))
 
 
 def test_a_small_decay_of_bf16_weights_is_not_promised_but_a_bound_is():

@@ -18,14 +18,14 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 import normwise as nw
-from normwise.engine.detached import Detached
-from normwise.engine.travel import KEY
-from normwise.policy.names import clean_name, sites
+from normwise.engine.detached_control import Detached
+from normwise.engine.optimizer_state import KEY
+from normwise.parameters.names import clean_name, sites
 
 RULES = [
     nw.zclip(z=0.5, warmup=2), nw.autoclip(percentile=40, window=6, params="0.*"), nw.unit_norm("init", params="2.weight"),
     nw.max_norm(0.2, params="0.weight", center="init"), nw.cpr(0.02, params="4.weight"),
-    nw.clip_weight_value(nw.linear(0.5, 0.1, 9), params="4.bias"),
+    nw.clip_weight_value(nw.schedules.linear(0.5, 0.1, 9), params="4.bias"),
 ]  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_two_optimizers_under_one_control_in_either_order(order: tuple[int, int]
 def test_each_optimizer_brings_its_own_step_count() -> None:
     model = net()
     pair = [SGD(model[:3].parameters(), lr=0.1), SGD(model[3:].parameters(), lr=0.1)]
-    control = nw.attach(model, pair, nw.max_norm(nw.linear(1, 0.1, 9)))
+    control = nw.attach(model, pair, nw.max_norm(nw.schedules.linear(1, 0.1, 9)))
     step(model, 0, *pair)
     step(model, 1, pair[0])
     states = [o.state_dict() for o in pair]
@@ -223,7 +223,7 @@ def unit(radius: Any) -> nw.Rule:
 RADIUS = unit("init")
 CHANGES: dict[str, tuple[Any, Any, str]] = {
     "multiple": (RADIUS, unit("2*init"), 'radius was "init" and is "2.0*init"'),
-    "scheduled": (RADIUS, unit(nw.schedules.Init(nw.linear(1, 2, 3))), "radius was"),
+    "scheduled": (RADIUS, unit(nw.radii.Init(nw.schedules.linear(1, 2, 3))), "radius was"),
     "number": (RADIUS, unit(0.5), 'radius was "init" and is 0.5'),
     "small number": (nw.max_norm(1.00000001), nw.max_norm(1.0), "radius was 1.00000001 and is 1.0"),
     "from a number": (nw.unit_norm(0.5, params="0.weight"), RADIUS, "starts anew for 0.weight"),
@@ -336,7 +336,7 @@ def test_states_of_the_version_before_still_load() -> None:
     old = control.state_dict()
     for rule, own in zip(old["rules"], control.policy, strict=True):
         del rule["rule"]
-        rule["label"] = own.label()
+        rule["label"] = own.summary()    # a label was no more than that
     _, _, other = made(5)
     other.load_state_dict(old)
     assert equal(other.state_dict(), control.state_dict())

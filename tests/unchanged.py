@@ -41,22 +41,21 @@ import normwise as nw
 from normwise import checkpoints
 
 # All that is taken from inside the package. Where a rebuild renames or moves something, follow it here and nowhere else.
+from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.compare.run import CompareRun
+from normwise.experiments.compare.run import train as train_compare
+from normwise.experiments.gan.run import GanRun, JudgedData
+from normwise.experiments.gan.run import train as train_gan
+from normwise.experiments.prune.run import PruneRun
+from normwise.experiments.prune.run import execute as train_prune
+from normwise.experiments.race.run import RaceRun, batch_of
+from normwise.experiments.race.run import train as train_race
+from normwise.experiments.tasks.data.splits import load as load_images
+from normwise.experiments.tasks.fidelity import train_judge
+from normwise.experiments.tasks.load import load_task
 from normwise.policy import NAMED
-from normwise.race.contenders import CONTENDERS
-from normwise.race.run import RaceRun, batch_of
-from normwise.race.run import train as train_race
-from normwise.radii import Inflection, WarmStart
-from normwise.schedules import Cosine, Init, Linear, Warmup
-from normwise.study.gan_trial import JudgedData
-from normwise.study.gan_trial import Run as GanRun
-from normwise.study.gan_trial import train as train_gan
-from normwise.study.prune_run import Run as PruneRun
-from normwise.study.prune_run import execute as train_prune
-from normwise.study.trial import Run as CompareRun
-from normwise.study.trial import train as train_compare
-from normwise.tasks.data import load as load_images
-from normwise.tasks.fidelity import train_judge
-from normwise.tasks.load import load_task
+from normwise.policy.radii import Inflection, Init, WarmStart
+from normwise.policy.schedules import Cosine, Linear, Warmup
 
 FOLDER = Path(__file__).parent / "data" / "unchanged"
 Found = Any
@@ -255,13 +254,13 @@ def _prune(name: str, size: str, steps: int, lr: float, strength: float, hold: b
 
 
 def compare(planted: float = 1.0) -> Found:
-    """Short runs of ``normwise compare``: rules that are attached to three optimizers."""
-    data = load_images().thinned(512)
+    """Short runs of ``normwise compare``: rules that are attached to three optimizers. Those before its protocol 4 had other networks."""
+    task = load_task("cnn", size="tiny")
     wanted = {"nothing": ("gd", 0.3, {}), "max_norm": ("adam", 0.01, {"radius": 0.06}), "cpr": ("muon", 0.02, {})}
     found = {}
     for name, (optimizer, lr, strengths) in wanted.items():
-        run = CompareRun(name, optimizer, lr * planted, strengths, SEED, 2, 64, (6, 8), 2, True, data.key)
-        found[name] = told({key: value for key, value in train_compare(run, data).items() if key != "seconds"})
+        run = CompareRun(task.key, name, optimizer, lr * planted, strengths, SEED, 16, 64, 2, True)
+        found[name] = told({key: value for key, value in train_compare(run, task).items() if key != "seconds"})
     return found
 
 
@@ -492,7 +491,10 @@ def save_states() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- public names
 
-PUBLIC = ("normwise", "normwise.optim", "normwise.norms", "normwise.norms.linalg", "normwise.checkpoints")
+PUBLIC = (
+    "normwise", "normwise.optim", "normwise.norms", "normwise.norms.linalg", "normwise.checkpoints", "normwise.policy.schedules",
+    "normwise.policy.radii",
+)  # fmt: skip
 
 
 def public() -> Found:

@@ -9,128 +9,52 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if os.path.basename((getattr(sys, "argv", None) or [""])[0]) in ("-m", "normwise", "normwise.exe", "normwise-script.py"):
-    from normwise.study.interrupts import watch_command  # Ctrl-C must not find torch half imported
+    from normwise.experiments.framework.interrupts import watch_command  # Ctrl-C must not find torch half imported
 
     watch_command()
 
-from normwise import norms
-from normwise.clipping import clip_grad_norm_
-from normwise.control import Control, attach
-from normwise.errors import DataError, LayoutError, NonFiniteError, NormError, NormwiseError, PolicyError, StudyError
-from normwise.layouts import Layout, register_layout
-from normwise.policy import Policy, Rule
-from normwise.policy.field import (
-    autoclip,
-    cpr,
-    hyperball,
-    orthogonal,
-    orthogonal_penalty,
-    qk_clip,
-    radial_brake,
-    relative_update,
-    zclip,
-)
-from normwise.policy.named import (
-    agc,
-    clip_grad_norm,
-    clip_grad_value,
-    clip_weight_norm,
-    clip_weight_value,
-    decay_to_init,
-    elastic_net,
-    group_lasso,
-    l1_ball,
-    l1_penalty,
-    l1_prox,
-    l2_penalty,
-    max_norm,
-    min_max_norm,
-    non_negative,
-    normalize_grad,
-    nuclear_prox,
-    spectral_cap,
-    spectral_normalize,
-    unit_norm,
-    weight_decay,
-)
-from normwise.radii import Brake, Inflection, Quantile, StepLength, WarmStart, ZScore
-from normwise.schedules import Init, Relative, cosine, linear, warmup
+from normwise import norms as norms
+from normwise.clipping import clip_grad_norm_ as clip_grad_norm_
+from normwise.control import Control as Control
+from normwise.control import attach as attach
+from normwise.errors import DataError as DataError
+from normwise.errors import LayoutError as LayoutError
+from normwise.errors import MissingExtraError as MissingExtraError
+from normwise.errors import NonFiniteError as NonFiniteError
+from normwise.errors import NormError as NormError
+from normwise.errors import NormwiseError as NormwiseError
+from normwise.errors import PolicyError as PolicyError
+from normwise.errors import StudyError as StudyError
+from normwise.parameters.layouts import Layout as Layout
+from normwise.parameters.layouts import register_layout as register_layout
+from normwise.policy import NAMED
+from normwise.policy import Policy as Policy
+from normwise.policy import Rule as Rule
+from normwise.policy import radii as radii
+from normwise.policy import schedules as schedules
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
-    from normwise import optim
+    from normwise import optim as optim
+    from normwise.policy.named import *  # noqa: F403
+    from normwise.policy.published import *  # noqa: F403
+else:
+    globals().update(NAMED)    # each named rule, as nw.max_norm: a list of them here would have to follow them by hand
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> ModuleType:
-    """``nw.optim`` is imported where it is first used: attaching rules needs none of it."""
-    if name == "optim":
-        return import_module("normwise.optim")
-    raise AttributeError(f"module 'normwise' has no attribute {name!r}")
+if not TYPE_CHECKING:    # for a type checker any name would exist, and the named rules would not be exported
 
+    def __getattr__(name: str) -> Any:
+        """``nw.optim`` is imported where it is first used: attaching rules needs none of it."""
+        if name == "optim":
+            return import_module("normwise.optim")
+        raise AttributeError(f"module 'normwise' has no attribute {name!r}")
 
-
-__all__ = [
-    "Brake",
-    "Control",
-    "DataError",
-    "Inflection",
-    "Init",
-    "Layout",
-    "LayoutError",
-    "NonFiniteError",
-    "NormError",
-    "NormwiseError",
-    "Policy",
-    "PolicyError",
-    "Quantile",
-    "Relative",
-    "Rule",
-    "StepLength",
-    "StudyError",
-    "WarmStart",
-    "ZScore",
-    "agc",
-    "attach",
-    "autoclip",
-    "clip_grad_norm",
-    "clip_grad_norm_",
-    "clip_grad_value",
-    "clip_weight_norm",
-    "clip_weight_value",
-    "cosine",
-    "cpr",
-    "decay_to_init",
-    "elastic_net",
-    "group_lasso",
-    "hyperball",
-    "l1_ball",
-    "l1_penalty",
-    "l1_prox",
-    "l2_penalty",
-    "linear",
-    "max_norm",
-    "min_max_norm",
-    "non_negative",
-    "normalize_grad",
-    "norms",
-    "nuclear_prox",
-    "optim",
-    "orthogonal",
-    "orthogonal_penalty",
-    "qk_clip",
-    "radial_brake",
-    "register_layout",
-    "relative_update",
-    "spectral_cap",
-    "spectral_normalize",
-    "unit_norm",
-    "warmup",
-    "weight_decay",
-    "zclip",
-]  # fmt: skip
+    __all__ = [
+        "Control", "DataError", "Layout", "LayoutError", "MissingExtraError", "NonFiniteError", "NormError", "NormwiseError", "Policy",
+        "PolicyError", "Rule", "StudyError", "attach", "clip_grad_norm_", "norms", "optim", "radii", "register_layout", "schedules", *NAMED,
+    ]  # fmt: skip

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from normwise.cli import main
+from normwise.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -24,21 +24,26 @@ from torch import Tensor
 from normwise import files
 from normwise.errors import NormwiseError
 
+# Of the one entry of the metadata.
 KEY = "normwise"
-"""Of the one entry of the metadata."""
 
 
 def save(state: Any, path: str | os.PathLike[str], refuse_nonfinite: bool | Iterable[str] = False) -> None:
-    """``torch.save`` that is never half done: a process killed at any moment leaves the checkpoint that was there, or the new one.
+    """Saves as ``torch.save`` does, but never half: a process killed at any moment leaves the checkpoint that was there, or the new one.
 
-    Writes ``path`` + ".new" beside it, hands it to the disk, and renames it. Raises OutputError where that fails, or where ``path`` is no
-    regular file, such as a device or a pipe.
+    Writes ``path`` + ".new" beside it, syncs it to the disk and renames it.
 
-    refuse_nonfinite: True: NormwiseError, which names the tensors, where one of them has an entry that is infinite or not a number; the
-        file that is there stays as it is. What rules found in training is not looked at, since an empty history and a bound that is not
-        found yet are infinite; nor are numbers, since a scheduler's best loss begins so. Names, as ``["model"]``: only these entries of
-        the state are looked at, for a model that keeps a mask of −inf in a buffer. Default False: what is in a state is the user's, and a
-        look costs a pass over all of it.
+    Args:
+        state: what ``torch.save`` takes.
+        path: the file.
+        refuse_nonfinite: True checks every tensor of the state first. It does not look at what rules found in training, since an empty
+            history and a bound that is not found yet are infinite, nor at plain numbers, since a scheduler's best loss begins so. Names,
+            as ``["model"]``, check these entries of the state alone, for a model that keeps a mask of −inf in a buffer. Default False,
+            since a check costs a pass over the whole state.
+
+    Raises:
+        OutputError: if writing fails, or ``path`` is something other than a regular file, such as a device or a pipe.
+        NormwiseError: under ``refuse_nonfinite``, naming the tensors with an entry that is infinite or NaN; the file stays as it is.
     """
     if refuse_nonfinite is not False:
         _refuse_nonfinite(state, path, None if refuse_nonfinite is True else list(refuse_nonfinite))
@@ -46,9 +51,7 @@ def save(state: Any, path: str | os.PathLike[str], refuse_nonfinite: bool | Iter
         try:
             torch.save(state, file)
         except RuntimeError as error:    # torch stumbles over its half file, and hides what the disk said
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _refuse_nonfinite(state: Any, path: Any, among: list[str] | None) -> None:
@@ -68,10 +71,10 @@ def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path or "the state", value
     elif isinstance(value, Mapping):
+        # The control's own states, told by their keys; they may stand anywhere within the user's.
         ours = {"radius", "center", "found"} <= value.keys() or {"version", "steps", "rules"} <= value.keys()
-        for key, inner in value.items():
-            if not (ours and str(key).startswith("found")):
-                yield from _tensors(inner, f"{path}.{key}" if path else str(key))
+        for key in (key for key in value if not (ours and str(key).startswith("found"))):
+            yield from _tensors(value[key], f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):
             yield from _tensors(inner, f"{path}[{i}]")
@@ -94,9 +97,15 @@ def _nonfinite(tensor: Tensor) -> int:
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
-    """``torch.load`` of tensors and plain data alone (``weights_only=True``): a file that was planted runs nothing.
+    """Loads as ``torch.load`` does, tensors and plain data alone (``weights_only=True``): a planted file runs nothing.
 
-    Raises FileNotFoundError where there is none, and DataError for what is no regular file; a pipe is not waited for.
+    Args:
+        path: the file.
+        map_location: where the tensors go, as in ``torch.load``; the CPU by default.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DataError: for anything but a regular file; a pipe is not waited for.
     """
     if files.what_is(path) == files.NOTHING:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
@@ -105,12 +114,20 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
 
 
 def flat(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A state without pickle: ``(tensors, metadata)``, named tensors, contiguous and of memory of their own, and one JSON text that says
-    where each belongs.
+    """Turns a state into named tensors and one JSON text that says where each belongs; no pickle.
 
-    state: dictionaries, lists and tuples of tensors, numbers (also infinite, NaN and complex), texts, bytes, None, dtypes and devices; keys
-    are texts, numbers, None or tuples of these. NormwiseError for any other type. A tensor's name is the way to it, with dots; where two
-    ways would have one name (``{"a.b": x, "a": {"b": y}}``), both are spelled out.
+    A tensor's name is the way to it, with dots. Where two ways would give the same name (``{"a.b": x, "a": {"b": y}}``), both are spelled
+    out.
+
+    Args:
+        state: dictionaries, lists and tuples of tensors, numbers (also infinite, NaN and complex), texts, bytes, None, dtypes and
+            devices. Keys are texts, numbers, None or tuples of these.
+
+    Returns:
+        ``(tensors, metadata)``; the tensors are contiguous and have memory of their own.
+
+    Raises:
+        NormwiseError: for any other type.
     """
     tensors: dict[str, Tensor] = {}
     ways = Counter(_name(way) for way, _ in _ways(state, ()))
@@ -119,7 +136,11 @@ def flat(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def nested(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Any:
-    """The inverse of :func:`flat`; NormwiseError for what it did not make."""
+    """Gives back the state that `flat` took apart.
+
+    Raises:
+        NormwiseError: for tensors and metadata that `flat` did not make.
+    """
     try:
         return _unflatten(json.loads(metadata[KEY]), tensors)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, RecursionError) as error:

@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from normwise import __version__
 from normwise.errors import NormwiseError, OutputError
-from normwise.study import interrupts
-from normwise.study.printing import in_plain_characters, printed, tell
+from normwise.experiments.framework import interrupts
+from normwise.experiments.framework.printing import in_plain_characters, printed, tell
 
 _BROKEN, _BAD_INPUT, _NOT_DELIVERED = 1, 2, 3
-_EXTRAS = {"sklearn": "study", "rich": "study", "pyarrow": "study", "PIL": "study", "yaml": "yaml",
-           "altair": "report", "vl_convert": "report", "jinja2": "report", "torch_pruning": "prune"}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return interrupts.INTERRUPTED
 
 
+def command() -> NoReturn:
+    """The command of this process, from its first argument to its end."""
+    try:
+        status: Any = main()
+    except SystemExit as end:    # --help and --version have printed
+        status = end.code or 0
+    interrupts.leave(status)
+
+
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         try:
@@ -50,11 +58,6 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _sorry(str(error))
     except NormwiseError as error:
         return _sorry(" ".join(str(error).split("\n")), _NOT_DELIVERED if isinstance(error, OutputError) else _BAD_INPUT)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
-            raise
-        extra = _EXTRAS[error.name.partition(".")[0]]
-        return _sorry(f"This command needs the package {error.name}; install it with: pip install 'normwise[{extra}]'")
 
 
 def _sorry(message: str, status: int = _BAD_INPUT) -> int:
@@ -73,10 +76,12 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="normwise", description="Keep every norm in a PyTorch training run where you want it.")
+    parser.add_argument("--version", action="version", version=f"normwise {__version__}")
     parser.set_defaults(command=lambda given: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add_compare(commands)
     _add_race(commands)
+    _add_gan(commands)
     _add_prune(commands)
     _add_bench(commands)
     _add_policies(commands)
@@ -91,45 +96,28 @@ def _help(parser: argparse.ArgumentParser) -> int:
 # ------------------------------------------------------------------------------------------------------------- compare
 
 
-_STRATEGIES = (
-    "these, beside 'nothing', which is always among them (default: the article's l2, l1, clip_value, clip_tensor_norm, normalise, "
-    "max_norm, spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm); rules of the field: hyperball, "
-    "relative_update, radial_brake, cpr, autoclip, zclip, orthogonal, orthogonal_penalty; all: every one"
-)
-_OPTIMIZERS = (
-    "these (default: gd, momentum, adam); presets of normwise.optim: normalized_sgd, signum, lion, lars, lamb, muon, normuon, scion, "
-    "adamh, muonh; all: every one"
-)
-
-
 def _add_compare(commands: Any) -> None:
     parser = commands.add_parser(
-        "compare", help="train a task under every strategy and optimizer, each tuned equally, and report on test images",
+        "compare", help="train a task under every strategy and optimizer, each tuned equally, and report on test data",
         description="Trains TASK under every strategy and optimizer, each tuned with the same number of trials on validation "
-        "images, and reports on test images. Started again, it goes on where it was.",
+        "data, and reports on test data (docs/compare.md is the protocol). Started again, it resumes where it stopped.",
     )  # fmt: skip
-    parser.add_argument("task", metavar="TASK", help="cnn: the article's convolutional network")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="parquet or IDX files (default: scikit-learn's digits)")
-    parser.add_argument("--budget", default="standard", metavar="NAME", help="quick, standard (default) or long")
-    parser.add_argument("--strategies", type=_names, metavar="A,B", help=_STRATEGIES)
-    parser.add_argument("--optimizers", type=_names, metavar="A,B", help=_OPTIMIZERS)
-    parser.add_argument("--seeds", type=_whole, default=3, metavar="N", help="reported runs of each cell (default 3)")
-    parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
-    parser.add_argument("--state", type=Path, metavar="FILE",
-                        help="finished runs, to go on from (default: state.jsonl beside --json, else in --report)")  # fmt: skip
+    parser.add_argument("task", metavar="TASK", help="cnn (the article's network), resnet, lstm or gpt")
+    _add_study(
+        parser, budgets="quick, standard (default) or long", seeds="reported runs of each cell (default 3)",
+        only="only these, beside the baseline 'nothing'; strategies: l2, l1, clip_value, clip_tensor_norm, normalise, max_norm, "
+        "spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm (the article's, the default); hyperball, "
+        "relative_update, radial_brake, cpr, autoclip, zclip, orthogonal, orthogonal_penalty; optimizers: gd, momentum, adam (default); "
+        "normalized_sgd, signum, lion, lars, lamb, muon, normuon, scion, adamh, muonh; all: every one",
+        data="images (cnn, resnet) or text (lstm, gpt), or hf:NAME; default: bundled data",
+    )  # fmt: skip
     parser.set_defaults(command=_compare)
 
 
 def _compare(given: argparse.Namespace) -> int:
-    from normwise.study.compare import Options
-    from normwise.study.job import Outputs, run
+    from normwise.experiments.compare.study import run
 
-    options = Options(
-        given.task, given.data, given.budget, given.strategies, given.optimizers, given.seeds, given.workers, given.state
-    )
-    return 0 if run(options, Outputs(given.json, given.report)) else _BROKEN
+    return 0 if run(*_options(given, given.task)) else _BROKEN
 
 
 def _names(text: str) -> list[str]:
@@ -150,114 +138,139 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- race
+# ------------------------------------------------------------------------------------------------------ race, gan, prune
+
+
+def _add_study(parser: argparse.ArgumentParser, *, budgets: str, seeds: str, only: str | None = None, data: str) -> None:
+    """The options of every study."""
+    parser.add_argument("--data", metavar="DIR", help=data)
+    parser.add_argument("--budget", default="standard", metavar="NAME", help=budgets)
+    if only is not None:
+        parser.add_argument("--only", type=_names, metavar="A,B", help=only)
+    parser.add_argument("--seeds", type=_whole, metavar="N", help=seeds)
+    parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
+    parser.add_argument("--executor", metavar="URL", help="a cluster in their place: dask://HOST:PORT, a Dask scheduler's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
+    parser.add_argument("--state", type=Path, metavar="FILE",
+                        help="finished runs, to resume from (default: NAME.runs.jsonl beside --json, else in this folder)")  # fmt: skip
+
+
+def _options(given: argparse.Namespace, task: str, **more: Any) -> Any:
+    """What was asked for, and where its results go."""
+    from normwise.experiments.framework.study import Options, Outputs
+
+    only = getattr(given, "only", None)
+    options = Options(task, given.data, given.budget, only, given.seeds, given.workers, given.state, given.executor, **more)
+    return options, Outputs(given.json, given.report)
 
 
 def _add_race(commands: Any) -> None:
     parser = commands.add_parser(
         "race", help="how much sooner than the tuned baseline each contender reaches its result",
         description="Tunes every contender with the same number of trials and finds the shortest horizon at which it reaches what the "
-        "tuned baseline reaches at its end (docs/race.md is the protocol). Started again, it goes on where it was. Without TASK it "
+        "tuned baseline reaches at its end (docs/race.md is the protocol). Started again, it resumes where it stopped. Without TASK it "
         "prints what the finished runs in --state say.",
     )  # fmt: skip
-    parser.add_argument("task", metavar="TASK", nargs="?", help="cnn, resnet, lstm, gpt, or gan (a study of its own: docs/gan.md)")
-    parser.add_argument("--data", metavar="DIR", help="images (cnn, resnet, gan) or text (lstm, gpt), or hf:NAME; default: bundled data")
-    parser.add_argument("--budget", default="standard", metavar="NAME",
-                        help="quick (0.2 core-hours or less), standard (default; 3 at most) or long (about 20; gan 50)")  # fmt: skip
-    parser.add_argument("--contenders", type=_names, metavar="A,B",
-                        help="only these beside the baselines (adamw and sgd; of gan, its strategies: nothing)")  # fmt: skip
-    parser.add_argument("--seeds", type=_whole, metavar="N", help="reported seeds (default: the budget's)")
-    parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="finished runs, to go on from (default: beside --json)")
+    parser.add_argument("task", metavar="TASK", nargs="?", help="cnn, resnet, lstm or gpt")
+    _add_study(
+        parser, budgets="quick (0.2 core-hours or less), standard (default; 3 at most) or long (about 20)",
+        only="only these contenders, beside the baselines (adamw and sgd)", seeds="reported seeds (default: the budget's)",
+        data="images (cnn, resnet) or text (lstm, gpt), or hf:NAME; default: bundled data",
+    )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
     parser.set_defaults(command=_race)
 
 
 def _race(given: argparse.Namespace) -> int:
-    from normwise.race import job
-    from normwise.race.race import Options
+    from normwise.experiments.race.study import look, run
 
+    options, outputs = _options(given, given.task or "", size="tiny" if given.tiny else "standard")
     if given.task is None:
         if given.state is None:
             raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
-        job.look(given.state, given.json)
-        return 0
-    if given.task == "gan":
-        if given.tiny:
-            raise _UsageError("--tiny is not for gan; --budget quick is its smallest. See normwise race --help.")
-        return _race_gan(given)
-    size = "tiny" if given.tiny else "standard"
-    job.run(
-        Options(given.task, given.data, given.budget, given.contenders, given.seeds, given.workers, given.state, size), given.json
-    )
-    return 0
+        return 0 if look(given.state, outputs) else _BROKEN
+    return 0 if run(options, outputs) else _BROKEN
 
 
-def _race_gan(given: argparse.Namespace) -> int:
-    from normwise.study.gan import Options
-    from normwise.study.gan_job import run
+def _add_gan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "gan", help="which norm keeps a GAN in balance: strategies and losses, each tuned equally, judged by what is drawn",
+        description="Trains a small DCGAN under every strategy and loss, each tuned with the same number of trials, and judges what it "
+        "draws (docs/gan.md is the protocol). Started again, it resumes where it stopped.",
+    )  # fmt: skip
+    _add_study(
+        parser, budgets="quick (two minutes), standard (default; 2.7 core-hours) or long (50)",
+        seeds="reported seeds of each cell (default 5)",
+        only="only these strategies and losses, beside the baseline 'nothing'", data="images, or hf:NAME; default: scikit-learn's digits",
+    )  # fmt: skip
+    parser.set_defaults(command=_gan)
 
-    options = Options(given.data, given.budget, given.contenders, None, given.seeds or 5, given.workers, given.state)
-    return 0 if run(options, given.json) else _BROKEN
 
+def _gan(given: argparse.Namespace) -> int:
+    from normwise.experiments.gan.study import run
 
-# --------------------------------------------------------------------------------------------------------------- prune
+    return 0 if run(*_options(given, "gan")) else _BROKEN
 
 
 def _add_prune(commands: Any) -> None:
     parser = commands.add_parser(
         "prune", help="train under the group lasso, remove the zero units for good, and measure the smaller network",
         description="Trains TASK with and without the group lasso, removes the units that became zero for good, and measures accuracy, "
-        "size, training step and inference of the smaller network against the full one. Started again, it goes on where it was.",
+        "size, training step and inference of the smaller network against the full one. Started again, it resumes where it stopped.",
     )  # fmt: skip
     parser.add_argument("task", metavar="TASK", help="cnn or resnet")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="parquet or IDX files (default: scikit-learn's digits)")
-    parser.add_argument("--budget", default="standard", metavar="NAME", help="quick, standard (default) or long")
-    parser.add_argument("--seeds", type=_whole, default=3, metavar="N", help="reported runs of each network (default 3)")
+    _add_study(
+        parser, budgets="quick, standard (default) or long", seeds="reported runs of each network (default 3)",
+        data="parquet or IDX files (default: scikit-learn's digits)",
+    )  # fmt: skip
     parser.add_argument("--hold", action="store_true", help="under the lasso each weight keeps its norm, so that units go one by one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="finished runs, to go on from (default: beside --json)")
     parser.set_defaults(command=_prune)
 
 
 def _prune(given: argparse.Namespace) -> int:
-    from normwise.study.prune import Options
-    from normwise.study.prune_job import run
+    from normwise.experiments.prune.study import run
 
-    run(Options(given.task, given.data, given.budget, given.seeds, given.state, given.hold), given.json)
-    return 0
+    return 0 if run(*_options(given, given.task, hold=given.hold)) else _BROKEN
 
 
 # --------------------------------------------------------------------------------------------------- bench and policies
 
 
 def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="measure what control costs, interleaved with what it is compared to")
-    parser.add_argument("name", metavar="NAME", help="which one; an unknown name lists them")
+    parser = commands.add_parser(
+        "bench", help="measure what control costs, interleaved with what it is compared to",
+        description="Measures NAME, and exits 1 where it misses a bar. Without NAME it lists what there is.",
+    )  # fmt: skip
+    parser.add_argument("name", nargs="?", metavar="NAME", help="which one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here")
     parser.set_defaults(command=_bench)
 
 
 def _bench(given: argparse.Namespace) -> int:
-    from normwise.study import bench
-    from normwise.study.job import deliver
+    from normwise.experiments.bench import runner
+    from normwise.experiments.framework.study import deliver
 
-    measure = bench.named(given.name)
-    sound = deliver(lambda _: measure(), bench.show, given.json, None, keeps=False, complaints=bench.complaints)
+    if given.name is None:
+        printed(lambda: print(runner.listing()), "the same command lists them again")
+        return 0
+    bench = runner.named(given.name)
+    sound = deliver(lambda _: bench.run(), runner.show, given.json, None, keeps=False, complaints=lambda found: runner.missed(bench, found))
     return 0 if sound else _BROKEN
 
 
 def _add_policies(commands: Any) -> None:
-    parser = commands.add_parser("policies", help="list the named rules, or check and explain a policy's YAML file")
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE.yaml", help="a policy to check; without it the named rules")
+    parser = commands.add_parser("policies", help="list the named rules, explain one of them, or check a policy's YAML file")
+    parser.add_argument("what", nargs="?", metavar="RULE|FILE.yaml",
+                        help="a named rule to explain, or a policy to check; without it the list of all named rules")  # fmt: skip
     parser.set_defaults(command=_policies)
 
 
 def _policies(given: argparse.Namespace) -> int:
-    from normwise.study.words import explain_file, named_rules
+    from normwise.policy.listing import explain_file, explained, named_rules
 
-    text = named_rules() if given.file is None else explain_file(given.file)
+    is_file = given.what is not None and (Path(given.what).suffix or os.sep in given.what or os.path.lexists(given.what))
+    text = named_rules() if given.what is None else explain_file(Path(given.what)) if is_file else explained(given.what)
     interrupts.say(lambda: "Interrupted.")
     printed(lambda: print(text), "print them again")
     return 0

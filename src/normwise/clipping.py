@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from normwise.engine.member_tensors import own_grads
-from normwise.engine.sharded import comm, here, is_sharded
-from normwise.engine.sharded.place import Place
+from normwise.engine.block_tensors import own_grads
+from normwise.engine.sharded import collectives, here, is_sharded
+from normwise.engine.sharded.norms import over_all
 from normwise.errors import NonFiniteError, NormError
 from normwise.norms import L1, L2, LInf, Norm
 from normwise.norms.base import clip_factor, two_steps
@@ -51,7 +50,7 @@ def clip_grad_norm_(
     grads = _gradients(parameters)
     if not grads:
         return torch.tensor(0.0)
-    total = _total_norm(grads, float(norm_type))
+    total = over_all(grads, lambda rows: _norm(rows, float(norm_type)))
     grads = [here(g) for g in grads]
     if error_if_nonfinite and not bool(total.isfinite()):
         raise NonFiniteError(f"the gradients' norm of order {norm_type} is {float(total)}: they are not finite, and were not changed.")
@@ -74,33 +73,13 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     for p in listed:
         if p.grad is not None and is_sharded(p.grad) and is_sharded(p):
-            p.grad = comm.placed_as(p.grad, p)
+            p.grad = collectives.placed_as(p.grad, p)
     own_grads(listed)
     grads = [p.grad for p in listed if p.grad is not None]
     for g in grads:
         if g.layout != torch.strided:
             raise NormError(f"a gradient is sparse ({g.layout}): clip_grad_norm_ needs dense ones, for instance Embedding(sparse=False).")
     return grads
-
-
-def _total_norm(grads: list[Tensor], order: float) -> Tensor:
-    """Of the moduli, where gradients are complex: the real and the imaginary part of one number are no two entries."""
-    places: dict[Any, list[Tensor]] = {}
-    for g in grads:
-        place = Place.of(g) if is_sharded(g) else None
-        places.setdefault((place.mesh, place.dims) if place is not None else None, []).append(here(g))
-    return _norm(torch.cat([_norm_in(place, parts, order) for place, parts in places.items()])[None], order)[0]
-
-
-def _norm_in(place: tuple[Any, tuple[int, ...]] | None, parts: list[Tensor], order: float) -> Tensor:
-    """Of gradients of one kind, ``(1,)``: of DTensors on one mesh the norm of the ranks' norms, one collective."""
-    device = parts[0].device
-    sizes = (g.abs() if g.is_complex() else g for g in parts)
-    found = [_norm(s.reshape(1, -1), order).to(device, wide(device)) for s in sizes if s.numel()]
-    value = _norm(torch.cat(found)[None], order) if found else torch.zeros(1, dtype=wide(device), device=device)
-    if place is None or not place[1]:
-        return value
-    return _norm(comm.all_rows(value, comm.group_of(*place)).T.contiguous(), order)
 
 
 def _norm(rows: Tensor, order: float) -> Tensor:

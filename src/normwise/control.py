@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,20 +17,22 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from normwise.engine import Engine, Turn, given, states
-from normwise.engine.changes import Marks, grads, versions
-from normwise.engine.detached import Detached, yaml_of
-from normwise.engine.field import report
-from normwise.engine.finite import OnNonFinite, check_choice
-from normwise.engine.measures import NormLog, NormReport
-from normwise.engine.receipt import Receipt
+from normwise import validate as given
+from normwise.engine import Engine, Turn
+from normwise.engine import state as states
+from normwise.engine.action_report import Receipt
+from normwise.engine.binding_changes import Marks, grads, versions
+from normwise.engine.detached_control import Detached, yaml_of
+from normwise.engine.nonfinite import OnNonFinite, check_choice
+from normwise.engine.norm_report import NormLog, NormReport, Radii, Zeros
+from normwise.engine.optimizer_state import Part, Traveller, fold, makes_state, unfold
+from normwise.engine.rules.adaptive import report
 from normwise.engine.sharded import reshard
-from normwise.engine.sharded.comm import TRAFFIC, Traffic
-from normwise.engine.travel import Part, Traveller, fold, makes_state, unfold
+from normwise.engine.sharded.collectives import TRAFFIC, Traffic
 from normwise.engine.verify import Rested, Verification, verify
 from normwise.errors import PolicyError
+from normwise.parameters.inventory import Inventory, clean_name
 from normwise.policy import Policy, Rule
-from normwise.policy.inventory import Inventory, clean_name
 
 Closure = Callable[[], Any]
 VERSION = 1
@@ -48,7 +51,7 @@ def attach(
     policy: Policy | Rule | Iterable[Any],
     *,
     on_nonfinite: OnNonFinite = "ignore",
-    log: bool = False,
+    log: bool | int = False,
     timed: bool = False,
     replace: bool = False,
     in_optimizer_state: bool = True,
@@ -65,7 +68,8 @@ def attach(
             changed. ``"skip"``: the step is skipped. ``"zero"``: such entries become 0. ``"ignore"`` (default): nothing is looked at, which
             costs nothing; the blocks concerned are left as they are, and the first norm that a rule finds not finite is told once, where
             telling needs no synchronisation. ``"raise"`` and ``"skip"`` cost one scalar synchronisation a step.
-        log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each.
+        log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each. A number
+            keeps the totals of so many steps as its history; True keeps the last step's alone.
         timed: add up the time spent here in :attr:`Control.seconds`.
         replace: take earlier controls off these optimizers first, as a notebook cell that is run twice wants. Without it a second control
             with a rule of the same kind on the same parameters is an error, and one with other rules a warning, since both act.
@@ -157,7 +161,7 @@ class Control:
     """A policy at work. Made by :func:`attach`."""
 
     def __init__(
-        self, model: nn.Module, optimizers: list[Optimizer], policy: Policy, on_nonfinite: OnNonFinite, log: bool, timed: bool,
+        self, model: nn.Module, optimizers: list[Optimizer], policy: Policy, on_nonfinite: OnNonFinite, log: bool | int, timed: bool,
         in_optimizer_state: bool = True, replace: bool = False, built_in: bool = False,
     ) -> None:  # fmt: skip
         self.policy, self.optimizers = policy, optimizers
@@ -172,7 +176,10 @@ class Control:
         self._steppers = [_Stepper() for _ in optimizers]
         self._noted: list[str] = []
         given.check_ranks(model, policy, on_nonfinite)
-        self._bind(log, resting=False)
+        if not isinstance(log, bool) and not (isinstance(log, int) and log >= 0):
+            raise PolicyError(f"log is {log!r}, but log must be True, False, or how many steps to keep the norms of.")
+        self._past: deque[dict[str, Tensor]] = deque(maxlen=0 if isinstance(log, bool) else log)
+        self._bind(bool(log), resting=False)
         others = _at_work(optimizers)
         if replace:
             for other in (o for o in others if not o.built_in):
@@ -204,7 +211,7 @@ class Control:
         given.refuse_iterate_owners(engine, self.optimizers)
         self.inventory, self.engine = inventory, engine
         self._names = {id(module): clean_name(name) for name, module in self._model.named_modules(remove_duplicate=False)}
-        self._log = NormLog(inventory, engine.owner) if log else None
+        self._log = NormLog(inventory, engine.owner, self._past) if log else None
 
     def _follow(self) -> None:
         """Binds the rules anew where parameters were added, frozen, unfrozen, converted, replaced or taken away; what was known stays, by
@@ -487,14 +494,37 @@ class Control:
         return [s.steps() for s in self._steppers]
 
     @torch.no_grad()
-    def norms(self) -> NormReport:
+    def norms(self, *, history: bool = False, largest: bool = False) -> NormReport:
         """The L2 norms of weights and gradients: in total, per role and per parameter; with ``log=True`` also before and after the
-        last step's rules, and the update's."""
-        report = NormReport.measured(self.inventory, self.engine.owner, self._log)
+        last step's rules, and the update's.
+
+        Args:
+            history: also the totals of the last steps, as many as ``attach(..., log=STEPS)`` asked for.
+            largest: also the norm and the number of each weight matrix's largest unit.
+
+        Returns:
+            A report: print it, read ``total``, ``role``, ``parameter``, or log ``flat()``.
+
+        Raises:
+            PolicyError: for a history that nobody recorded.
+        """
+        if history and not self._past.maxlen:
+            raise PolicyError("nothing recorded the norms of past steps: attach with log=1000 to keep those of the last 1000 steps.")
+        report = NormReport.measured(self.inventory, self.engine.owner, self._log, history, largest)
         self._judge()
         if bad := [kind for kind, total in report.total.items() if total != total or total == float("inf")]:
             self._tell(f"the norm of all {' and all '.join(bad)} values is not finite. on_nonfinite='raise' names where it begins.")
         return report
+
+    @torch.no_grad()
+    def radii(self) -> Radii:
+        """The radius that each rule holds its blocks to now, smallest and largest a parameter; print it, or log its ``flat()``."""
+        return Radii.measured(self.engine, self._counts())
+
+    @torch.no_grad()
+    def zeros(self) -> Zeros:
+        """How much of each weight is exactly zero, in entries and in units; print it, or log its ``flat()``."""
+        return Zeros.measured(self.inventory, self.engine.owner)
 
     @torch.no_grad()
     def penalty(self) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
+# Characters of a message: what is given may be a book, and its beginning and end tell which.
 LONGEST = 4000
-"""Characters of a message: what is given may be a book, and its beginning and end tell which."""
 
 
 class NormwiseError(Exception):
@@ -44,12 +45,28 @@ class OutputError(DataError, OSError):
     """
 
 
-class MissingExtra(NormwiseError, ImportError):
-    """Packages of an extra that are not installed; the message names the extra."""
+class MissingExtraError(NormwiseError, ModuleNotFoundError):
+    """Packages of an extra that are not installed; the message has the pip command that installs them."""
 
 
 class StudyError(NormwiseError, ValueError):
     """A study that cannot be run as asked."""
+
+
+def need(extra: str, *packages: str, what: str) -> None:
+    """Stands before the import of an extra's packages.
+
+    Args:
+        extra: of normwise: ``"yaml"``, ``"study"``, ``"report"``, ``"prune"``, ``"datasets"``, ``"dask"``.
+        packages: as they are imported; nothing is imported here.
+        what: what cannot do without them, as the beginning of a sentence: ``"a report"``.
+
+    Raises:
+        MissingExtraError: where one of them is not installed.
+    """
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    if absent:
+        raise MissingExtraError(f"{what} needs {', '.join(absent)}, which cannot be found here: pip install 'normwise[{extra}]'")
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

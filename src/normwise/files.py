@@ -1,7 +1,7 @@
-"""Files that a user names: what is read is a regular file, what is written is whole or absent, and nothing here waits for ever.
+"""Files that a user names. What is read is a regular file, what is written is whole or absent, and nothing here waits forever.
 
-A path may lead anywhere: to a pipe that nobody writes into, a device, a link in a circle. Everything that normwise reads or writes by name
-goes through this module, so that each such place is one clear DataError.
+A path may lead anywhere: to a pipe that nobody writes into, a device, a link in a circle. Everything that normwise reads or writes by
+name goes through this module, so that each such place gives one clear DataError.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def content(path: str | os.PathLike[str], most: int, expected: str = FILE) -> by
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes the folder if it is missing and tries a file in it, full disks included; DataError where that fails."""
+    """Makes the folder if it is missing and tries to write into it, which also finds a full disk; DataError if that fails."""
     folder = Path(folder)
     if (kind := what_is(folder)) not in (FOLDER, NOTHING):
         raise DataError(f"{folder}: results cannot be written into this folder (it is {kind}); give one that can be.")
@@ -91,13 +91,14 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_TRIED))
             file.flush()
+            # Many file systems report a full disk only when the data reach it.
             os.fsync(file.fileno())
     except OSError as error:
         raise DataError(f"{folder}: results cannot be written into this folder ({error.strerror}); give one that can be.") from None
 
 
 def check_file(path: str | os.PathLike[str] | None) -> None:
-    """Nothing for None; else DataError where the file, or the folder that it would stand in, cannot be written. Changes no file."""
+    """DataError if the file, or the folder it would stand in, cannot be written; None passes. Changes no file."""
     if path is None:
         return
     path = Path(path)
@@ -121,12 +122,12 @@ def check_file(path: str | os.PathLike[str] | None) -> None:
 
 @contextmanager
 def whole(path: str | os.PathLike[str], beside: str | None = None) -> Iterator[BinaryIO]:
-    """A file to write ``path``'s new content into: a reader, and a kill at any moment, sees the old content or the new, never a half.
+    """Opens a file to write ``path``'s new content into: a reader, or a kill at any moment, sees the old content or the new, never a half.
 
     It is written beside ``path``, synced to the disk and renamed at the end; an exception within leaves ``path`` as it was and nothing
     beside it. Links are followed. beside: the name of the file meanwhile; by default one of this process's own.
 
-    Raises OutputError where ``path`` is no regular file, or where writing fails.
+    Raises OutputError if ``path`` is something other than a regular file, or writing fails.
     """
     target = _place(path)
     fresh = target.with_name(beside or f".{target.name[:40]}.{os.getpid()}.new")
@@ -136,11 +137,14 @@ def whole(path: str | os.PathLike[str], beside: str | None = None) -> Iterator[B
         with fresh.open("wb") as file:
             yield file
             file.flush()
+            # Without it a power cut may keep the rename and lose the content.
             os.fsync(file.fileno())
         if target.exists():
+            # A new file has the umask's mode; whoever made the old one readable to others wants it to stay so.
             os.chmod(fresh, stat.S_IMODE(target.stat().st_mode))
         os.replace(fresh, target)
         _sync_folder(target.parent)
+    # Ctrl-C too must leave nothing beside the file.
     except BaseException as error:
         if what_is(fresh) == FILE:
             with suppress(OSError):

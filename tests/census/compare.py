@@ -10,7 +10,7 @@ from torch import nn
 from census.axes import canonical, matrices
 from census.family import MATRIX_ROLES, Expected, Family, expected
 from census.seen import MATRIX_ACTS, Seen, look, matrices_of
-from normwise.layouts import Layout
+from normwise.parameters.layouts import Layout
 
 
 def faults(family: Family, model: nn.Module | None = None, seen: Seen | None = None) -> list[str]:

@@ -12,9 +12,9 @@ from torch import nn
 
 import normwise as nw
 from normwise.errors import LayoutError
-from normwise.layouts import Layout, block_view
 from normwise.optim.presets import auto
-from normwise.policy.inventory import Entry, Inventory
+from normwise.parameters.inventory import Entry, Inventory
+from normwise.parameters.layouts import Layout, block_view
 
 MATRIX_ACTS = ("lmo", "ridge")
 """Rows that step a parameter as matrices; the others are AdamW."""

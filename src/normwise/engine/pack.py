@@ -1,20 +1,25 @@
-"""Packs: members of equal shape, dtype and device that are gathered into one batch of blocks, run at once and written back."""
+"""Packs: members of equal shape, dtype and device that are gathered into one batch of blocks, run at once and written back.
+
+A pack of DTensors (``engine.sharded.pack``) has the same methods, and does more in them. Nobody who has a pack asks which it is:
+``engine.sharded.grouping`` decides when it makes them.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normwise.layouts import BlockView
-from normwise.norms import Norm, Radius
+from normwise.norms import L2, Norm, Radius, Set
 from normwise.norms.base import two_steps
 from normwise.norms.reduce import compute_dtype, may_branch, up, wide
-from normwise.policy.computed import Computed
+from normwise.parameters.computed_weights import Computed
+from normwise.parameters.layouts import BlockView
+from normwise.policy import actions
 
 # Tensors above this are run alone: copying them into one batch costs more than the calls it saves.
 ALONE_FROM_BYTES = 1 << 20
@@ -64,9 +69,6 @@ class Member:
 class Pack:
     """Members with the same view. Every method takes the tensors to work on, in the members' order and shape."""
 
-    sharded: ClassVar[bool] = False
-    """Whether members are DTensors, of which each rank has a part; see ``engine.sharded.split``."""
-
     members: list[Member]
     view: BlockView = field(init=False)
     params: list[Tensor] = field(init=False)
@@ -88,9 +90,41 @@ class Pack:
         self.coarsest = max((w.dtype for w in self.weights), key=lambda dtype: torch.finfo(dtype).eps)
         self.block_shape = self.view.block_shape
 
+    # ------------------------------------------------------------------------------------------------ which blocks there are
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return self.view.count * len(self.members)
+
+    def holders(self) -> list[tuple[str, int, torch.device]]:
+        """Under which names something is kept for the blocks, in their order: (name, how many of them, device)."""
+        return [(m.name, self.view.count, m.param.device) for m in self.members]
+
+    def block(self, index: int) -> tuple[str, int]:
+        """The name that has the ``index``-th block, and which of its blocks it is."""
+        return self.members[index // self.view.count].name, index % self.view.count
+
+    def only(self, keep: Callable[[Member], bool]) -> Pack | None:
+        """This pack with the members that ``keep`` accepts; itself where that is all of them, None where it is none."""
+        kept = [m for m in self.members if keep(m)]
+        if len(kept) == len(self.members):
+            return self
+        return type(self)(kept) if kept else None
+
+    # ------------------------------------------------------------------------------------------------ what lies on this rank
+
     def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What lies on this rank of tensors like the members: what the other methods take."""
         return list(tensors)
+
+    def local_states(self, states: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """What lies on this rank of the members' states."""
+        return states
+
+    def noise_numbers(self, states: Sequence[Mapping[str, Any]]) -> list[int]:
+        """For random rounding: which part of each member lies here, so that equal parts round alike. Empty where all of it does."""
+        return []
 
     def mine(self, radius: Radius) -> Radius:
         """Of one number a block those of the blocks that ``gather`` gives on this rank."""
@@ -100,12 +134,31 @@ class Pack:
         """One number for each block that ``gather`` gives here as one for every block of the pack."""
         return acted
 
-    def only(self, keep: Callable[[Member], bool]) -> Pack | None:
-        """This pack with the members that ``keep`` accepts; itself where that is all of them, None where it is none."""
-        kept = [m for m in self.members if keep(m)]
-        if len(kept) == len(self.members):
-            return self
-        return type(self)(kept) if kept else None
+    def counted(self, acted: Tensor) -> Tensor:
+        """What became of blocks (1 where nothing did) on whichever rank they lie."""
+        return acted
+
+    def largest(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The largest of what any rank knows."""
+        return list(values)
+
+    def may_branch(self, value: Tensor) -> bool:
+        """Whether the program may read numbers of the pack: that costs no synchronisation, and no other rank waits for what is left out."""
+        return may_branch(value)
+
+    def requests(self, norms: Callable[[], Iterable[tuple[Norm, Sequence[Tensor]]]]) -> list[tuple[Any, Norm, list[Tensor]]]:
+        """What is to be measured together with the norms of other packs, in one collective; nothing where all blocks lie here."""
+        return []
+
+    def norms_for(self, action: str, norm: Norm, power: int, tensors: list[Tensor]) -> list[tuple[Norm, Sequence[Tensor]]]:
+        """What ``prox`` or ``penalty_gradient`` will measure of the tensors."""
+        return []
+
+    # ------------------------------------------------------------------------------------------------ blocks there and back
+
+    def form(self, action: str, norm: Norm | Set) -> Any:
+        """What gives the blocks that the action needs; for an action on single entries these may be entries."""
+        return self
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """All blocks, ``(members · count, *block_shape)``; a view where one tensor's strides allow."""
@@ -121,10 +174,6 @@ class Pack:
         ordered = blocks.reshape(k, *(view.shape[axis] for axis in view.order))
         inverse = [0, *(view.order.index(axis) + 1 for axis in range(len(view.order)))]
         return list(ordered.permute(inverse).reshape(k, *self.weights[0].shape).unbind())
-
-    def measure(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
-        """The norm of every block, ``(members · count,)``."""
-        return norm.measure(self.borrow(tensors))
 
     def _blocks(self, tensors: Sequence[Tensor], stack: Callable[[list[Tensor]], Tensor]) -> Tensor:
         view = self.view
@@ -147,6 +196,59 @@ class Pack:
         """Replaces the tensors by the blocks."""
         torch._foreach_copy_(list(tensors), self.split(blocks))
 
+    # ------------------------------------------------------------------------------------------------ norms and what follows from them
+
+    def measure(self, norm: Norm, tensors: Sequence[Tensor], agree: bool = False) -> Tensor:
+        """The norm of every block, ``(count,)``. ``agree``: every rank is to know those of blocks that lie on others."""
+        return norm.measure(self.borrow(tensors))
+
+    def measure_whole(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
+        """As ``measure``, of whole blocks and known to every rank: what a proof needs."""
+        return norm.measure(self.gather(tensors))
+
+    def whole(self, value: Callable[..., Tensor], tensors: Sequence[Tensor], *given: Radius, agree: bool = False) -> Tensor:
+        """``value(blocks, *given)``, one number a block."""
+        return value(self.gather(tensors), *given)
+
+    def prox(self, norm: Norm, tensors: Sequence[Tensor], step: Radius, power: int) -> list[Tensor]:
+        """As ``actions.prox``, on tensors."""
+        return self.split(actions.prox(norm, self.gather(tensors), step, power))
+
+    def penalty_gradient(self, norm: Norm, tensors: Sequence[Tensor], power: int) -> list[Tensor]:
+        """As ``actions.penalty_gradient``, on tensors."""
+        return self.split(actions.penalty_gradient(norm, self.gather(tensors), power))
+
+    def steepest(self, norm: Norm, tensors: Sequence[Tensor], of_blocks: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """−lmo(x, 1) of every block, by ``of_blocks`` where the norm needs whole ones."""
+        return self.split(of_blocks(self.gather(tensors)))
+
+    def normalized(self, norm: Norm, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Every block at norm 1."""
+        return self.split(norm.normalize(self.gather(tensors), 1.0))
+
+    def requests_of_rows(self, tensors: list[Tensor]) -> list[tuple[Any, Norm, list[Tensor]]]:
+        """What ``row_squares`` or ``row_lengths`` will measure, see ``requests``."""
+        return []
+
+    def row_squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The mean square of each row of each matrix, ``(count, rows)``."""
+        return up(self.gather(tensors)).square().mean(2)
+
+    def over_rows(self, tensors: Sequence[Tensor], divisor: Tensor) -> list[Tensor]:
+        """Each row over its number of ``(count, rows)``, in the tensors' dtype."""
+        return self.split((up(self.gather(tensors)) / divisor[:, :, None]).to(tensors[0].dtype))
+
+    def row_lengths(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The L2 norm of each row, ``(count · rows,)``."""
+        blocks = self.gather(tensors)
+        return L2().measure(blocks.reshape(-1, blocks.shape[2]))
+
+    def scale_rows_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
+        """Each row times its factor ``(count · rows,)``, in place."""
+        blocks = self.gather(tensors)
+        rows = blocks.reshape(-1, blocks.shape[2])
+        self.write_(tensors, (up(rows) * factor[:, None]).to(rows.dtype).view_as(blocks))
+
 
 class Flat(Pack):
     """All members as one block: ``per="global"``. Their shapes, dtypes and devices may differ."""
@@ -156,6 +258,16 @@ class Flat(Pack):
         self.block_shape = (sum(w.numel() for w in self.weights),)
         self._batches = _alike(self.weights)
 
+    @property
+    def count(self) -> int:
+        return 1
+
+    def holders(self) -> list[tuple[str, int, torch.device]]:
+        return [("all together", 1, self.params[0].device)]
+
+    def block(self, index: int) -> tuple[str, int]:
+        return "all together", 0
+
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         device, dtype = tensors[0].device, _widest(tensors)
         return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])[None]
@@ -164,7 +276,7 @@ class Flat(Pack):
         parts = torch.split(blocks[0], [w.numel() for w in self.weights])
         return [p.view(w.shape).to(w.device) for p, w in zip(parts, self.weights, strict=True)]
 
-    def measure(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
+    def measure(self, norm: Norm, tensors: Sequence[Tensor], agree: bool = False) -> Tensor:
         """L1, L2 and LInf of a vector are the same norm of the norms of its parts, so nothing is copied together."""
         device = tensors[0].device
         parts = [norm.measure(_rows([tensors[i] for i in batch])).to(device, wide(device)) for batch in self._batches]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from normwise.engine.bound import BoundRule
-from normwise.engine.engine import Engine
-from normwise.engine.member_tensors import block_count
-from normwise.engine.pack import Flat, Member, Pack
-from normwise.engine.rounding import hair, inside, least, subnormal
-from normwise.engine.sharded.split import Split
-from normwise.narrow import ulp
+from normwise.engine.margins import inside, least, relative_margin, subnormal
+from normwise.engine.pack import Member, Pack
+from normwise.engine.program import Engine
+from normwise.engine.rules.base import BoundRule
+from normwise.low_precision import ulp
 from normwise.norms import Norm, Set
-from normwise.policy.inventory import Entry, Inventory
+from normwise.parameters.inventory import Entry, Inventory
+from normwise.reports import Loggable, table, unique
 
 SPHERE_ULP = 2
 """How many ulp of the weights' dtype a norm may be away from its sphere."""
@@ -59,17 +59,15 @@ class Largest:
     value: float
     bound: float
 
-    def __str__(self) -> str:
-        return f"{self.rule}: largest {self.value:.9g}, bound {self.bound:.9g} ({self.parameter}[block {self.block}])"
-
 
 @dataclass
-class Verification:
+class Verification(Loggable):
     """What :meth:`Control.verify` found. True in a condition where bounds were measured and every one holds.
 
     False where a bound is broken, where a rule never ran on something that it should bound, and where nothing could be measured at all.
     """
 
+    prefix: ClassVar[str] = "verify/"
     breaches: list[Breach] = field(default_factory=list)
     blocks: int = 0
     """How many blocks were measured."""
@@ -100,11 +98,20 @@ class Verification:
     def __bool__(self) -> bool:
         return self.ok
 
+    def numbers(self) -> dict[str, float]:
+        """Whether all is well, how many blocks were measured and are broken, and for each rule its largest value and that one's bound."""
+        counts: dict[str, float] = {"ok": self.ok, "blocks": self.blocks, "broken": len(self.breaches), "never_ran": len(self.never_ran)}
+        for label, one in zip(unique(one.rule for one in self.largest), self.largest, strict=True):
+            counts |= {f"{label}/largest": one.value, f"{label}/bound": one.bound}
+        return counts
+
     def __str__(self) -> str:
         shown = [f"  {b}" for b in self.breaches[:SHOWN]]
         if len(self.breaches) > SHOWN:
             shown.append(f"  and {len(self.breaches) - SHOWN} more")
-        shown += [f"  {one}" for one in self.largest]
+        if self.largest:
+            rows = [(one.rule, f"{one.value:.9g}", f"{one.bound:.9g}", f"{one.parameter}[block {one.block}]") for one in self.largest]
+            shown += [f"  {line}" for line in table(("rule", "largest", "bound", "where"), rows, right=(1, 2)).splitlines()]
         shown += [f"  never ran: {one}" for one in self.never_ran]
         shown += [f"  not enforced now: {one}" for one in self.not_enforced]
         shown += [f"  not checked: {one}" for one in self.unchecked]
@@ -214,17 +221,17 @@ def _measure_all(acted: Sequence[tuple[BoundRule, Pack, int]], label: str, resul
     nearest: list[tuple[float, Largest]] = []
     for bound, part, step in acted:
         radius, exact = bound.radius(part, None, step), part.local([_exact(m) for m in part.members])
-        limit = torch.as_tensor(radius, dtype=torch.float64, device=exact[0].device).expand(block_count(part))
+        limit = torch.as_tensor(radius, dtype=torch.float64, device=exact[0].device).expand(part.count)
         value = _value(bound, part, exact, limit)
         excess = _excess(bound, part, value, limit)
         result.blocks += len(limit)
         result.zeros += int((value == 0).sum()) if _has_least(bound) else 0
         for i in torch.nonzero(~(excess <= 0)).flatten().tolist():
-            name, block = _where(part, i)
+            name, block = part.block(i)
             result.breaches.append(Breach(label, name, block, float(value[i]), float(limit[i]), float(excess[i])))
         if len(value):
             worst = int(torch.argmax(torch.nan_to_num(value - limit, nan=torch.inf)))
-            name, block = _where(part, worst)
+            name, block = part.block(worst)
             nearest.append((float((value - limit)[worst]), Largest(label, name, block, float(value[worst]), float(limit[worst]))))
     if nearest:
         result.largest.append(max(nearest, key=lambda one: one[0] if one[0] == one[0] else torch.inf)[1])
@@ -243,12 +250,8 @@ def _exact(member: Member) -> Tensor:
 def _value(bound: BoundRule, part: Pack, exact: list[Tensor], limit: Tensor) -> Tensor:
     """Each block's norm, or how far it is outside of a set; of split parameters by the owners of whole blocks, and known to every rank."""
     if isinstance(bound.norm, Set):
-        if isinstance(part, Split):
-            return part.whole(bound.norm.excess, exact, limit, agree=True)
-        return bound.norm.excess(part.gather(exact), limit)
-    if isinstance(part, Split):
-        return (part.measure(bound.norm, exact) if isinstance(part, Flat) else part.whole(bound.norm.measure, exact, agree=True)).double()
-    return bound.norm.measure(part.gather(exact)).double()
+        return part.whole(bound.norm.excess, exact, limit, agree=True)
+    return part.measure_whole(bound.norm, exact).double()
 
 
 def _excess(bound: BoundRule, part: Pack, value: Tensor, limit: Tensor) -> Tensor:
@@ -268,7 +271,7 @@ def _sphere_tolerance(bound: BoundRule, part: Pack, low: Tensor, limit: Tensor) 
     assert isinstance(bound.norm, Norm)
     dtype = part.coarsest
     aimed = torch.as_tensor(inside(limit, bound.norm, dtype, part.block_shape))
-    margin = hair(bound.norm, dtype, part.block_shape) + part.margin
+    margin = relative_margin(bound.norm, dtype, part.block_shape) + part.margin
     thin = (low >= limit) | (least(low, aimed, margin) <= low)
     norms = [m.center_norm for m in part.members if m.center_norm is not None]
     drift = (torch.cat(norms) + limit) * torch.finfo(dtype).eps / 2 if norms else 0.0
@@ -282,8 +285,3 @@ def _set_tolerance(limit: Tensor, dtype: torch.dtype) -> Tensor:
     """Orthogonality to rounding: entries of size ≤ radius rounded once, and the decomposition's own error."""
     return limit * torch.finfo(dtype).eps * 32
 
-
-def _where(part: Pack, index: int) -> tuple[str, int]:
-    if isinstance(part, Flat):
-        return "all together", 0
-    return part.members[index // part.view.count].name, index % part.view.count

@@ -38,6 +38,7 @@ from normwise.errors import DataError
 from normwise.integrations.inert_pickle import Global, Made, NotInert, Pairs, read
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+# Every class and function that the metadata of torch 2.13 name: descriptions of tensors, none with an effect.
 ALLOWED = {
     "torch": {"Size", *_DTYPES},
     "torch.distributed.checkpoint.metadata": {
@@ -49,7 +50,6 @@ ALLOWED = {
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},    # their home in Python 3.13
 }  # fmt: skip
-"""Every class and function that the metadata of torch 2.13 name: descriptions of tensors, none with an effect."""
 _MOST_METADATA = 1 << 28    # bytes; a piece of a tensor takes about 150
 _MOST_PARTS, _MOST_DIMENSIONS, _MOST_COMPARISONS, _MOST_DEPTH = 5_000_000, 64, 20_000_000, 50
 _LARGEST = 2**63 - 1
@@ -144,10 +144,9 @@ class _Description:
                 raise _Problem("the name of a tensor is no text, or stands twice.")
             tensors[name] = self.tensor(name, value)
         pieces = dict(self.piece(index, where) for index, where in stored)
-        for name, tensor in tensors.items():
-            for chunk in tensor.chunks:
-                if MetadataIndex(name, chunk.offsets) not in pieces:
-                    raise _Problem(f"it does not say where the piece of {name} at {list(chunk.offsets)} is stored.")
+        for name, chunk in ((name, chunk) for name, tensor in tensors.items() for chunk in tensor.chunks):
+            if MetadataIndex(name, chunk.offsets) not in pieces:
+                raise _Problem(f"it does not say where the piece of {name} at {list(chunk.offsets)} is stored.")
         planner = self.plain(fields.get("planner_data"), 0)
         return Metadata(cast(Any, tensors), planner, pieces, StorageMeta(save_id=save_id), version)
 
@@ -250,9 +249,9 @@ def _check_boxes(name: str, size: torch.Size, boxes: list[ChunkStorageMetadata])
         left -= len(active) + 1
         if left < 0:
             raise _Problem(f"the pieces of {name} are cut in a way that cannot be checked.")
-        for other in active:
-            if all(a < b + n and b < a + m for a, m, b, n in zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True)):
-                raise _Problem(f"two pieces of {name} overlap at {list(box.offsets)}.")
+        sides = [zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True) for other in active]
+        if any(all(a < b + n and b < a + m for a, m, b, n in side) for side in sides):
+            raise _Problem(f"two pieces of {name} overlap at {list(box.offsets)}.")
         active.append(box)
 
 
@@ -260,10 +259,10 @@ def _check_files(path: str, folder: Path, stored: dict[MetadataIndex, _StorageIn
     """DataError where a file is missing or none, or ends before a piece does."""
     lengths: dict[str, int] = {}
     for index, info in stored.items():
-        place = folder / info.relative_path
-        if info.relative_path not in lengths:
-            if (kind := files.what_is(place)) != files.FILE:
-                raise DataError(f"{path}: {index.fqn} is in the file {info.relative_path}, where there is {kind}.")
+        place, known = folder / info.relative_path, info.relative_path in lengths
+        if not known and (kind := files.what_is(place)) != files.FILE:
+            raise DataError(f"{path}: {index.fqn} is in the file {info.relative_path}, where there is {kind}.")
+        if not known:
             lengths[info.relative_path] = place.stat().st_size
         if info.offset + info.length > lengths[info.relative_path]:
             raise DataError(f"{path}: {index.fqn} lies beyond the end of {info.relative_path}; the checkpoint is damaged or incomplete.")

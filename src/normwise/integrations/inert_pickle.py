@@ -60,18 +60,17 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        while True:
-            code = self.data[self.at]
+        while (code := self.data[self.at]) != 0x2E:    # STOP
             self.at += 1
-            if code == 0x2E:    # STOP
-                value = self.stack.pop()
-                if self.stack or value is _MARK:
-                    raise NotInert("it is cut off or damaged")
-                return value
             step = _STEPS.get(code)
             if step is None:
                 raise NotInert(f"it has the opcode {code:#04x} at {self.at - 1}, which no description needs")
             step(self)
+        self.at += 1
+        value = self.stack.pop()
+        if self.stack or value is _MARK:
+            raise NotInert("it is cut off or damaged")
+        return value
 
     # ------------------------------------------------------------------------------------------------------ reading
 

@@ -9,25 +9,12 @@ tensor([[0.6000, 0.8000],
 from __future__ import annotations
 
 from normwise.errors import NormError, nearest
-from normwise.norms.base import Norm, Radius, Set
+from normwise.norms.base import NORMS, Norm, Radius, Set
 from normwise.norms.forms import FORMS, Form, Scaled
 from normwise.norms.sets import Box, NonNegative, Orthogonal
 from normwise.norms.spectral import Nuclear, Spectral
 from normwise.norms.units import MaxOfUnits, SumOfUnits
 from normwise.norms.vector import L1, L2, LInf
-
-NORMS: dict[str, Norm] = {
-    "l1": L1(),
-    "l2": L2(),
-    "linf": LInf(),
-    "spectral": Spectral(),
-    "nuclear": Nuclear(),
-    "sum_of_units": SumOfUnits(),
-    "max_of_units": MaxOfUnits(),
-    "sum_of_inputs": SumOfUnits("inputs"),
-    "max_of_inputs": MaxOfUnits("inputs"),
-}
-"""Every norm by its name in a rule."""
 
 SETS: dict[str, type[Set]] = {"box": Box, "non_negative": NonNegative, "orthogonal": Orthogonal}
 """Every set by its name in a rule; ``box`` takes its two ends."""

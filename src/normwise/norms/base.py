@@ -130,6 +130,18 @@ class Norm(ABC):
     """Whether blocks must be matrices."""
     oriented: ClassVar[bool] = False
     """Whether it tells rows from columns, so that a transposed matrix has another norm."""
+    p: ClassVar[float | None] = None
+    """The exponent, where it is a p-norm of all entries (1, 2 or infinity): then the norms of several parts give that of the whole."""
+    radial: ClassVar[bool] = False
+    """Whether the nearest point of its ball is on the way to zero, so that a projection only scales a block."""
+    separable: ClassVar[bool] = False
+    """Whether ``project`` and ``lmo`` do to each entry what they would do to it alone."""
+    rounding: ClassVar[float] = 16.0
+    """How many eps measuring and rounding an fp32 block may be off: sums of 128 numbers are taken in fp32."""
+    level: ClassVar[int | None] = None
+    """On one block a norm is never above any norm of a higher level (of the same level: only itself); None where nothing is known."""
+    polar: ClassVar[bool] = False
+    """Whether its LMO is a multiple of the polar factor, which iterations give without an SVD."""
 
     @property
     @abstractmethod
@@ -147,6 +159,18 @@ class Norm(ABC):
     @abstractmethod
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         """argmin ⟨x, y⟩ over ‖y‖ ≤ radius, so ⟨x, lmo(x)⟩ = −radius·‖x‖_*; lmo(0) = 0."""
+
+    def unscaled(self, shape: tuple[int, ...]) -> tuple[Norm, float]:
+        """The norm that it is a multiple of, and the factor for blocks of ``shape``: itself and 1, but for dimension-free forms."""
+        return self, 1.0
+
+    def squared_over_l2(self, shape: tuple[int, ...]) -> float:
+        """The largest (‖x‖ / ‖x‖₂)² of a block of ``shape``: how far rounding each entry can move it. 1 where it is never above L2."""
+        return 1.0
+
+    def decomposition_error(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        """In eps, what a decomposition adds to the error of measuring: in every dtype, and in fp32 beside."""
+        return 0.0, 0.0
 
     def value(self, x: Tensor) -> Tensor:
         """‖x‖ of each block, ``(b,)``; float32 for fp16 and bf16."""
@@ -185,12 +209,28 @@ class Norm(ABC):
         check_blocks(self.name, self.matrix, x, radius)
 
 
+NORMS: dict[str, Norm] = {}
+"""Every norm by its name in a rule."""
+
+
+def register(*norms: Norm) -> None:
+    """Makes norms known by their names: in rules, in YAML, in messages, and to the tests of the laws."""
+    NORMS.update({norm.name: norm for norm in norms})
+
+
 class Set(ABC):
     """A set that is no norm ball, for ``action="project"``."""
 
     name: ClassVar[str]
     matrix: ClassVar[bool] = False
+    polar: ClassVar[bool] = False
     needs_radius: ClassVar[bool] = False
+    separable: ClassVar[bool] = True
+    """Whether ``project`` acts on each entry by itself, and the set is the same for every block."""
+    interval: tuple[float, float] | None = None
+    """The ends between which it keeps every entry; None where there are none."""
+    sphere: ClassVar[Norm | None] = None
+    """The norm that it keeps at the radius; None where there is none."""
 
     @abstractmethod
     def project(self, x: Tensor, radius: Radius = 1.0) -> Tensor:

@@ -65,10 +65,9 @@ def _surely(x: Tensor, fast: Fast, other: Other, scales: tuple[int, ...]) -> Par
     except RuntimeError:    # torch's LinAlgError is one
         found = tuple(torch.cat(same) for same in zip(*(_alone(m[None], fast, other, scales) for m in work), strict=True))
     failed = torch.stack([~f.isfinite().flatten(1).all(1) for f in found]).any(0)
-    if bool(failed.any()):
-        for i in failed.nonzero().flatten().tolist():
-            for whole, own in zip(found, _alone(work[i : i + 1], fast, other, scales), strict=True):
-                whole[i] = own[0]
+    for i in failed.nonzero().flatten().tolist():
+        for whole, own in zip(found, _alone(work[i : i + 1], fast, other, scales), strict=True):
+            whole[i] = own[0]
     return tuple(_nan_where(~finite, f) if power else f for f, power in zip(found, scales, strict=True))
 
 

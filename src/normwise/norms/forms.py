@@ -63,6 +63,14 @@ class Scaled(Norm):
         return self.form != "rms"
 
     @property
+    def radial(self) -> bool:  # type: ignore[override]
+        return self.base.radial
+
+    @property
+    def polar(self) -> bool:  # type: ignore[override]
+        return self.base.polar
+
+    @property
     def dual_norm(self) -> Norm:
         return Scaled(self.base.dual_norm, self.form, not self.inverse)
 
@@ -70,6 +78,12 @@ class Scaled(Norm):
         """The scale of blocks of this shape."""
         scale = FORMS[self.form].scale(x.shape[1:])
         return 1 / scale if self.inverse else scale
+
+    def unscaled(self, shape: tuple[int, ...]) -> tuple[Norm, float]:
+        return self.base, self.factor(torch.empty(0, *shape, device="meta"))
+
+    def decomposition_error(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        return self.base.decomposition_error(shape)
 
     def check(self, x: Tensor, radius: Radius = 1.0) -> None:
         super().check(x, radius)

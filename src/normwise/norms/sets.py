@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from normwise.errors import NormError
-from normwise.norms.base import Radius, Set, check_blocks, column
+from normwise.norms.base import Norm, Radius, Set, check_blocks, column
 from normwise.norms.reduce import floor_to, max_abs, up
-from normwise.norms.spectral import _rebuild, svd_for
+from normwise.norms.spectral import Spectral, _rebuild, svd_for
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Box(Set):
     def __post_init__(self) -> None:
         if math.isnan(self.low) or math.isnan(self.high) or self.low > self.high:
             raise NormError(f"Box(low={self.low}, high={self.high}) holds nothing: give low <= high")
+
+    @property
+    def interval(self) -> tuple[float, float]:  # type: ignore[override]
+        return self.low, self.high
 
     def project(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         """The clamp, its ends rounded inwards to numbers of x's dtype, so that the result is within them exactly."""
@@ -41,6 +45,7 @@ class NonNegative(Set):
     """Every entry ≥ 0."""
 
     name: ClassVar[str] = "non_negative"
+    interval = 0.0, math.inf
 
     def project(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         return x.clamp(min=0)
@@ -56,6 +61,8 @@ class Orthogonal(Set):
     name: ClassVar[str] = "orthogonal"
     matrix: ClassVar[bool] = True
     needs_radius: ClassVar[bool] = True
+    separable: ClassVar[bool] = False
+    sphere: ClassVar[Norm | None] = Spectral()
 
     def project(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         check_blocks(self.name, self.matrix, x, radius)

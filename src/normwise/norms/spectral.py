@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, column, lifted
+from normwise.norms.base import Norm, Radius, column, lifted, register
 from normwise.norms.decompose import singular_values, svd
 from normwise.norms.reduce import compute_dtype, up, wide
 from normwise.norms.simplex import project_l1
@@ -55,10 +55,15 @@ class Spectral(Norm):
 
     name: ClassVar[str] = "spectral"
     matrix: ClassVar[bool] = True
+    level: ClassVar[int | None] = 2
+    polar: ClassVar[bool] = True
 
     @property
     def dual_norm(self) -> Norm:
         return Nuclear()
+
+    def decomposition_error(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        return 0.0, math.sqrt(sum(shape))
 
     def measure(self, x: Tensor) -> Tensor:
         if 0 in x.shape[1:]:
@@ -85,10 +90,17 @@ class Nuclear(Norm):
 
     name: ClassVar[str] = "nuclear"
     matrix: ClassVar[bool] = True
+    level: ClassVar[int | None] = 4
 
     @property
     def dual_norm(self) -> Norm:
         return Spectral()
+
+    def squared_over_l2(self, shape: tuple[int, ...]) -> float:
+        return min(shape)
+
+    def decomposition_error(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        return math.sqrt(min(shape, default=1)) / 4, math.sqrt(sum(shape))    # zero singular values come back as noise, which adds up
 
     def measure(self, x: Tensor) -> Tensor:
         return measured(x).sum(1)
@@ -111,3 +123,6 @@ class Nuclear(Norm):
         self.check(x, step)
         u, s, vh = svd_for(x)
         return _rebuild(u, (s - column(step, s)).clamp(min=0), vh, x)
+
+
+register(Spectral(), Nuclear())

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, lifted, radial_factor, times
+from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, lifted, radial_factor, register, times
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs
 from normwise.norms.simplex import project_l1
 from normwise.norms.vector import one_hot_direction
@@ -40,6 +40,7 @@ class _Mixed(Norm):
 class MaxOfUnits(_Mixed):
     """The largest L2 norm of a unit, the 2→∞ operator norm ("max-norm"); over inputs, the 1→2 norm. Dual: SumOfUnits."""
 
+    level: ClassVar[int | None] = 1
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -70,6 +71,7 @@ class MaxOfUnits(_Mixed):
 class SumOfUnits(_Mixed):
     """The L2 norms of the units summed: the group lasso's norm (Yuan & Lin, 2006). Dual: MaxOfUnits."""
 
+    level: ClassVar[int | None] = 5
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -78,6 +80,9 @@ class SumOfUnits(_Mixed):
     @property
     def dual_norm(self) -> Norm:
         return MaxOfUnits(self.over)
+
+    def squared_over_l2(self, shape: tuple[int, ...]) -> float:
+        return shape[0 if self.over == "units" else -1]
 
     def measure(self, x: Tensor) -> Tensor:
         return sum_abs(self.lengths(x))
@@ -102,3 +107,6 @@ def shrink_ratio(new: Tensor, old: Tensor) -> Tensor:
     if ratio.dtype == torch.float64:    # a unit of subnormal length, see ``beyond``
         ratio = torch.where((old > 0) & old.isfinite(), ratio.clamp(-torch.finfo(ratio.dtype).max, torch.finfo(ratio.dtype).max), ratio)
     return torch.where((old > 0) & ratio.isfinite(), ratio, 1.0)
+
+
+register(SumOfUnits(), MaxOfUnits(), SumOfUnits("inputs"), MaxOfUnits("inputs"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, column
+from normwise.norms.base import Norm, Radius, column, register
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs, up
 from normwise.norms.simplex import clamp_symmetric, project_l1
 
@@ -18,6 +19,10 @@ class L2(Norm):
     """‖x‖₂ = √Σx²; of a matrix the Frobenius norm. Its own dual."""
 
     name: ClassVar[str] = "l2"
+    p: ClassVar[float | None] = 2.0
+    radial: ClassVar[bool] = True
+    rounding: ClassVar[float] = 8.0
+    level: ClassVar[int | None] = 3
 
     @property
     def dual_norm(self) -> Norm:
@@ -38,10 +43,15 @@ class L1(Norm):
     """‖x‖₁ = Σ|x|. Its dual is LInf; its prox is the soft threshold."""
 
     name: ClassVar[str] = "l1"
+    p: ClassVar[float | None] = 1.0
+    level: ClassVar[int | None] = 6
 
     @property
     def dual_norm(self) -> Norm:
         return LInf()
+
+    def squared_over_l2(self, shape: tuple[int, ...]) -> float:
+        return math.prod(shape)
 
     def measure(self, x: Tensor) -> Tensor:
         return sum_abs(x.flatten(1))
@@ -60,6 +70,10 @@ class LInf(Norm):
     """‖x‖_∞ = max|x|. Its dual is L1; its projection is the entrywise clamp, its LMO the sign."""
 
     name: ClassVar[str] = "linf"
+    p: ClassVar[float | None] = math.inf
+    separable: ClassVar[bool] = True
+    rounding: ClassVar[float] = 8.0
+    level: ClassVar[int | None] = 0
 
     @property
     def dual_norm(self) -> Norm:
@@ -85,3 +99,6 @@ def one_hot_direction(x: Tensor, radius: Radius) -> Tensor:
     k = work.abs().argmax(dim=1, keepdim=True)
     step = -column(radius, work) * work.gather(1, k).sign()
     return torch.zeros_like(work).scatter_(1, k, step).to(x.dtype)
+
+
+register(L1(), L2(), LInf())

@@ -4,9 +4,8 @@
 >>> print(optimizer.routing)     # which parameter takes which step
 """
 
-from normwise.optim.factors import role_factors
+from normwise.optim.columns import CHOICES, DEFAULTS
 from normwise.optim.optimizer import NormOptimizer
-from normwise.optim.parts import CHOICES, DEFAULTS
 from normwise.optim.presets import (
     LAMB,
     LARS,
@@ -23,6 +22,7 @@ from normwise.optim.presets import (
     Scion,
     Signum,
     auto,
+    role_factors,
 )
 
 __all__ = [

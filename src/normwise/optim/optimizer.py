@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,20 +12,20 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from normwise.engine.member_tensors import refuse_overlap
-from normwise.engine.sharded.ahead import align
-from normwise.engine.travel import KEY, makes_state, waiting, with_part
+from normwise.engine.block_tensors import refuse_overlap
+from normwise.engine.optimizer_state import KEY, makes_state, waiting, with_part
+from normwise.engine.sharded.prefetch import align, run_stages
 from normwise.errors import PolicyError
-from normwise.narrow import NOISE
-from normwise.optim.live import Settled, settle
-from normwise.optim.parts import DEFAULTS, Radius, Row, check_row, complete, refuse_unused
+from normwise.low_precision import NOISE
+from normwise.optim.columns import DEFAULTS, Radius, Row, check_row, complete, refuse_unused, refused_option
+from normwise.optim.load_state import adapt
+from normwise.optim.param_groups import Settled, settle
 from normwise.optim.plan import LAYOUTS, PARTS, WIDE_STATE, Plan, build, layouts, members, names_of, no_matrix
-from normwise.optim.receipt import Receipt, little_covered
-from normwise.optim.restore import adapt
 from normwise.optim.routing import Routing, route
-from normwise.optim.step import Update, step_group, together
+from normwise.optim.routing_report import Receipt, little_covered
+from normwise.optim.step import STAGES, Update, step_group
+from normwise.parameters.inventory import LayoutLike
 from normwise.policy import Policy
-from normwise.policy.inventory import LayoutLike
 
 KEPT_PLANS = 32    # sets of parameters with gradients that are remembered; alternating losses have a few, not many
 BESIDES = ("params", "param_names", LAYOUTS, KEY, "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
@@ -32,7 +33,7 @@ BESIDES = ("params", "param_names", LAYOUTS, KEY, "name", "initial_lr", "max_lr"
 
 
 class NormOptimizer(Optimizer):
-    """Steps under a norm: direction → act → scale → decay → apply → hold, one choice a column (see ``normwise.optim.parts``).
+    """Steps under a norm: direction → act → scale → decay → apply → hold, one choice a column (see ``normwise.optim.columns``).
 
     Args:
         params: a module: its parameters are routed by their roles and ``rows``; every one is covered, or named in an error. Or what any
@@ -58,6 +59,14 @@ class NormOptimizer(Optimizer):
     """
 
     routing: Routing | None
+
+    def __new__(cls, *args: Any, **options: Any) -> NormOptimizer:
+        """PolicyError for an option that the signature has not, with the nearest one that it has, or the reason."""
+        known = inspect.signature(cls.__init__).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            for unknown in options.keys() - known.keys():
+                raise refused_option(cls.__name__, unknown, options[unknown], list(known)[1:])
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -135,7 +144,8 @@ class NormOptimizer(Optimizer):
         if not self._told:
             self._tell()
         on_update = self._update_rules()
-        together([one for group, plan in zip(self.param_groups, plans, strict=True) for one in step_group(plan, group, on_update)])
+        pairs = zip(self.param_groups, plans, strict=True)
+        run_stages((one for group, plan in pairs for one in step_group(plan, group, on_update)), STAGES)
         return loss
 
     @_disable_dynamo    # a compiled step compiles the arithmetic, not the bookkeeping
@@ -168,7 +178,7 @@ class NormOptimizer(Optimizer):
         return Receipt.of(self)
 
     def _settle(self, index: int, group: dict[str, Any]) -> None:
-        """See :func:`normwise.optim.live.settle`; before every step, and before a group is saved or copied."""
+        """See :func:`normwise.optim.param_groups.settle`; before every step, and before a group is saved or copied."""
         self._settled[index] = settle(group, self._settled.get(index), group_name(group))
 
     def _settle_all(self) -> None:

@@ -12,25 +12,24 @@ from torch import Tensor
 
 from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack
 from normwise.engine.sharded import here, is_sharded
-from normwise.engine.sharded.packs import packs_of
-from normwise.engine.sharded.split import Loose
+from normwise.engine.sharded.grouping import loose_pack, packs_of
 from normwise.errors import LayoutError, PolicyError
-from normwise.layouts import BlockView, Layout, block_view, is_dense, lie_alike
-from normwise.narrow import CARRY, NOISE, memory, rounds
+from normwise.low_precision import CARRY, NOISE, memory, rounds
 from normwise.norms import L2, Norm, get_norm
 from normwise.norms.reduce import compute_dtype, wide
-from normwise.optim.parts import STATE, acts_on_blocks, apart, needs_matrices, stores_radius
+from normwise.optim.columns import STATE, acts_on_blocks, apart, needs_matrices, stores_radius
+from normwise.parameters.layouts import BlockView, Layout, block_view, is_dense, lie_alike
 
 Group = Mapping[str, Any]
 State = dict[str, Any]
 States = MutableMapping[Tensor, State]
 
+# The group's key that keeps the axes of its parameters, as plain data, in their order.
 LAYOUTS = "layouts"
-"""The group's key that keeps the axes of its parameters, as plain data, in their order."""
 PARTS = ("direction", "act", "norm", "per", "scale", "hold", "rounding")
 FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# State in a dtype of its own; torch's `load_state_dict` would round it to the parameter's.
 WIDE_STATE = ("radius", "row_squares", CARRY, NOISE)
-"""State in a dtype of its own; torch's ``load_state_dict`` would round it to the parameter's."""
 
 
 @dataclass(eq=False)
@@ -48,7 +47,7 @@ class Alike:
 
     params: list[Tensor]
     states: list[State]
-    sharded: bool
+    dtensors: bool
     known: list[list[tuple[int, ...]]] = field(default_factory=list)
     """The strides of what :meth:`tensors` gives, when all of it was last found to lie as the kernel needs it."""
 
@@ -62,13 +61,13 @@ class Alike:
         """
         params, grads = self.params, [p.grad for p in self.params if p.grad is not None]
         every = [params, grads, [s["exp_avg"] for s in self.states], [s["exp_avg_sq"] for s in self.states]]
-        if self.sharded:
+        if self.dtensors:
             every = [list(map(here, x)) for x in every]
         plain = {g.dtype for g in grads} == {params[0].dtype} and not any(map(IS_NEGATIVE, grads))
         if plain and [list(map(STRIDE, x)) for x in every] == self.known:
             return every, []
         every = [list(x) for x in every]
-        copies = [_align(every, i, {} if self.sharded else s) for i, s in enumerate(self.states)]
+        copies = [_align(every, i, {} if self.dtensors else s) for i, s in enumerate(self.states)]
         usual = not any(copies)
         self.known = [list(map(STRIDE, x)) for x in every] if usual else []
         return every, [c for made in copies for c in made]
@@ -235,7 +234,7 @@ def _packs(group: Group, found: list[Member]) -> list[Pack]:
     alike: dict[tuple[Any, ...], list[Member]] = {}
     for m in found:
         alike.setdefault((m.param.dtype, m.param.device, is_sharded(m.param)), []).append(m)
-    return [Loose(part) if is_sharded(part[0].param) else Pack(part) for kind in alike.values() for part in _portions(kind)]
+    return [loose_pack(part) for kind in alike.values() for part in _portions(kind)]
 
 
 def _portions(found: list[Member]) -> list[list[Member]]:

@@ -6,26 +6,32 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from normwise.errors import PolicyError, nearest
-from normwise.optim.parts import Radius, Row, acts_on_blocks, apart, check_row, complete, needs_matrices
-from normwise.policy.inventory import Entry, Inventory, LayoutLike
-from normwise.policy.select import select
+from normwise.optim.columns import Radius, Row, acts_on_blocks, apart, check_row, complete, needs_matrices
+from normwise.parameters.inventory import Entry, Inventory, LayoutLike
+from normwise.parameters.selectors import select
+from normwise.reports import Loggable, table
 
 SKIP = "skip"
 """In the place of a row: another optimizer trains these parameters."""
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(Loggable):
     """Every trainable parameter with the name of its row; ``print`` it, or read ``of[name]``."""
 
+    prefix: ClassVar[str] = "routing/"
     rows: Mapping[str, Row]
     entries: tuple[Entry, ...]
     of: Mapping[str, str]
+
+    def numbers(self) -> dict[str, float]:
+        """How many numbers take each row."""
+        return {row: sum(e.param.numel() for e in self.entries if self.of[e.name] == row) for row in dict.fromkeys(self.of.values())}
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for torch: one a row that is used, named parameters in the model's order."""
@@ -36,10 +42,7 @@ class Routing:
         return {**row, "name": name, "params": [(e.name, e.param) for e in members], "layouts": [e.layout for e in members]}
 
     def __str__(self) -> str:
-        table: list[tuple[str, ...]] = [("parameter", "shape", "role", "row", "direction", "under", "scale", "hold", "lr")]
-        table += [self._line(e) for e in self.entries]
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table)
+        return table(("parameter", "shape", "role", "row", "direction", "under", "scale", "hold", "lr"), map(self._line, self.entries))
 
     def _line(self, e: Entry) -> tuple[str, ...]:
         row = self.rows[self.of[e.name]]
@@ -113,7 +116,7 @@ def _check_raw(entries: Sequence[Entry], row_of: Mapping[str, Row]) -> None:
             f"steps under a norm are taken in raw tensors that weights are computed from: {', '.join(stepped[:8])}{more}. The norm is that "
             "of the raw tensor's step, not of the weight's. "
             "Route them by override= to a row such as 'adamw', or remove the parametrization, if that is not meant.",
-            stacklevel=5,
+            stacklevel=5,    # whoever called the preset
         )
 
 
@@ -139,7 +142,7 @@ def _warn_of(unsure: Sequence[Entry]) -> None:
         f"{shown}{more}: nothing states the axes of these parameters, so that they are not stepped as matrices. Where they are matrices, "
         f"state it: layouts={{{unsure[0].name!r}: nw.Layout(...)}}, or nw.register_layout({type(unsure[0].module).__name__}, ..., "
         "role='hidden'). Where they are none, say which row they take, by override=, and this warning goes.",
-        stacklevel=7,    # whoever called the preset
+        stacklevel=5,    # whoever called the preset
     )
 
 

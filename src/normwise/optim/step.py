@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normwise import actions
 from normwise.engine.pack import Pack
-from normwise.engine.sharded import local_states
-from normwise.engine.sharded.ahead import Request, fulfil
-from normwise.engine.sharded.split import Split, SplitPack, part_numbers
-from normwise.engine.sharded.together import simple
-from normwise.narrow import narrow_, widened
-from normwise.norms import L2, Norm, Spectral, get_norm
+from normwise.engine.sharded.norms import simple
+from normwise.engine.sharded.prefetch import Request
+from normwise.low_precision import narrow_, widened
+from normwise.norms import L2, Norm, get_norm
 from normwise.norms.base import clip_factor, radial_factor
-from normwise.norms.forms import Scaled
 from normwise.norms.linalg import polar, ridge_inverse
-from normwise.norms.reduce import up
+from normwise.optim.columns import apart, polar_floor, shape_scale
 from normwise.optim.directions import DIRECTIONS
-from normwise.optim.parts import apart, shape_scale
 from normwise.optim.plan import Alike, Part, Plan
+from normwise.policy import actions
 
 Group = Mapping[str, Any]
 States = Sequence[dict[str, Any]]
@@ -33,28 +29,14 @@ RELATIVE_FLOOR = 1e-3
 """The least root mean square that a relative step takes a weight to have, so that zero weights can leave zero (Adafactor, 2018)."""
 
 
-def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> list[Stepping]:
-    """One optimizer step of a group; gradients are read, never written. Packs of DTensors are returned instead, for :func:`together`."""
+def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> Iterator[Stepping]:
+    """One optimizer step of a group, pack by pack: what is to be taken through ``STAGES``. Gradients are read, never written."""
     if plan.alike and on_update is None and not plan.rounds and _is_plain_adamw(group):
         for alike in plan.alike:
             _fused_adamw(alike, group)
-        return []
-    for part in plan.parts:
-        if not part.pack.sharded:
-            one = Stepping(part, group, on_update)
-            for stage in STAGES:
-                one.take(stage)
-    return [Stepping(part, group, on_update) for part in plan.parts if part.pack.sharded]
-
-
-def together(going: Sequence[Stepping]) -> None:
-    """Packs of DTensors of all groups, stage by stage: what a stage measures of all of them travels in one collective a mesh."""
-    if not going:
         return
-    for stage in STAGES:
-        fulfil([request for one in going for request in one.asked(stage)])
-        for one in going:
-            one.take(stage)
+    for part in plan.parts:
+        yield Stepping(part, group, on_update)
 
 
 def _is_plain_adamw(group: Group) -> bool:
@@ -88,7 +70,7 @@ class Stepping:
 
     def __init__(self, planned: Part, group: Group, on_update: Update | None = None) -> None:
         self.part, self.radii, self.group, self.on_update = planned.pack, planned.radii, group, on_update
-        self.states: States = local_states(planned.states) if self.part.sharded else planned.states
+        self.states: States = self.part.local_states(planned.states)
 
     def take(self, stage: str) -> None:
         """One of ``STAGES``."""
@@ -125,7 +107,7 @@ class Stepping:
     def hold(self) -> None:
         """What the weights are held to; then they are rounded."""
         _hold(self.part, self.weights, self.states, self.group, self.before)
-        narrow_(self.params, self.weights, self.states, part_numbers(self.part, self.states))
+        narrow_(self.params, self.weights, self.states, self.part.noise_numbers(self.states))
 
     def _of_scale(self) -> dict[str, list[Tensor]]:
         """What the scale measures, by name."""
@@ -137,15 +119,15 @@ class Stepping:
         part, group, held = self.part, self.group, self.group["hold"]
         if stage == "turn":
             return [(part, norm, self.update) for norm in _measured_by_act(part, group)]
-        if stage == "divide" and group["row_beta"] and isinstance(part, SplitPack):
-            return [(part.rows(), L2(), self.update)]
+        if stage == "divide" and group["row_beta"]:
+            return part.requests_of_rows(self.update)
         if stage == "move":
             before = [self.weights] if held == "radial_brake" else []
             return [(part, L2(), tensors) for tensors in (*self._of_scale().values(), *before)]
         if stage == "hold" and held in ("sphere", "ball", "radial_brake"):
             return [(part, L2(), self.weights)]
-        if stage == "hold" and held == "row_floor" and isinstance(part, SplitPack):
-            return [(part.rows(), L2(), self.weights)]
+        if stage == "hold" and held == "row_floor":
+            return part.requests_of_rows(self.weights)
         return []
 
 
@@ -188,40 +170,24 @@ def _act(part: Pack, update: list[Tensor], group: Group) -> list[Tensor]:
         return part.split(ridge_inverse(blocks, float(group["damping"])))
     norm = get_norm(group["norm"])
     assert isinstance(norm, Norm)
-    if isinstance(part, Split):
-        if group["act"] == "normalize":
-            return _scaled(part, update, radial_factor(part.measure(norm, update), 1.0))
-        return part.steepest(norm, update, lambda blocks: steepest(norm, blocks, group["polar"]))
-    blocks = part.gather(update)
-    return part.split(steepest(norm, blocks, group["polar"]) if group["act"] == "lmo" else norm.normalize(blocks, 1.0))
+    if group["act"] == "normalize":
+        return part.normalized(norm, update)
+    return part.steepest(norm, update, lambda blocks: steepest(norm, blocks, group))
 
 
-def steepest(norm: Norm, blocks: Tensor, method: str) -> Tensor:
-    """−lmo(blocks, 1); under a spectral norm the polar factor by ``method``, elsewhere exact."""
-    if isinstance(norm, Spectral):
-        return polar(blocks, method)
-    if isinstance(norm, Scaled) and isinstance(norm.base, Spectral):
-        return polar(blocks, method) / norm.factor(blocks)
-    return actions.steepest(norm, blocks)
+def steepest(norm: Norm, blocks: Tensor, group: Group) -> Tensor:
+    """−lmo(blocks, 1); under a spectral norm the polar factor by the group's iteration, elsewhere exact."""
+    if not norm.polar:
+        return actions.steepest(norm, blocks)
+    factor, scale = polar(blocks, group["polar"], floor=polar_floor(group)), norm.unscaled(tuple(blocks.shape[1:]))[1]
+    return factor if scale == 1 else factor / scale
 
 
 def _divide_rows(part: Pack, update: list[Tensor], states: States, group: Group) -> list[Tensor]:
     """Each unit over the root of the running mean of its squares (NorMuon, Li et al., 2025)."""
-    if isinstance(part, SplitPack):
-        return _divide_split_rows(part, update, states, group)
-    blocks = up(part.gather(update))
-    squares = blocks.square().mean(2)
-    running = [s["row_squares"] for s in states]
-    torch._foreach_lerp_(running, list(squares.view(len(states), part.view.count, -1).unbind()), 1 - group["row_beta"])
-    roots = torch.stack(running).view_as(squares).sqrt_()
-    return part.split((blocks / (roots + group["eps"])[:, :, None]).to(update[0].dtype))
-
-
-def _divide_split_rows(part: SplitPack, update: list[Tensor], states: States, group: Group) -> list[Tensor]:
-    rows, running = part.rows(), [s["row_squares"] for s in states]
-    squares = rows.measure(L2(), update).square() / part.view.block_shape[1]
+    squares, running = part.row_squares(update), [s["row_squares"] for s in states]
     torch._foreach_lerp_(running, list(squares.to(running[0]).view(len(states), part.view.count, -1).unbind()), 1 - group["row_beta"])
-    return _scaled(rows, update, 1 / (torch.stack(running).flatten().sqrt() + group["eps"]))
+    return part.over_rows(update, torch.stack(running).view_as(squares).sqrt_() + group["eps"])
 
 
 def _scale(part: Pack, lengths: Mapping[str, Tensor], states: States, group: Group, radii: Tensor | None) -> float | Tensor:
@@ -331,14 +297,6 @@ def _hold(part: Pack, weights: list[Tensor], states: States, group: Group, befor
 
 
 def _floor_rows(part: Pack, weights: list[Tensor], states: States, limit: float) -> None:
-    if isinstance(part, SplitPack):
-        m = part.view.block_shape[0]
-        length, least = part.rows().measure(L2(), weights), (_radii(part, states) * limit / m**0.5).repeat_interleave(m)
-        part.rows().scale_(weights, torch.where(length < least, radial_factor(length, least), 1.0))
-        return
-    blocks = part.gather(weights)
-    rows = blocks.reshape(-1, blocks.shape[2])
-    floor = (_radii(part, states) * limit / blocks.shape[1] ** 0.5).repeat_interleave(blocks.shape[1])
-    value = L2().measure(rows)
-    factor = torch.where(value < floor, radial_factor(value, floor), 1.0)
-    part.write_(weights, (up(rows) * factor[:, None]).to(rows.dtype).view_as(blocks))
+    rows, length = part.view.block_shape[0], part.row_lengths(weights)
+    floor = (_radii(part, states) * limit / rows**0.5).repeat_interleave(rows)
+    part.scale_rows_(weights, torch.where(length < floor, radial_factor(length, floor), 1.0))

@@ -13,17 +13,12 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from normwise.errors import PolicyError
-from normwise.norms import Box, NonNegative, Orthogonal
-from normwise.policy.fields import norm_label
+from normwise.norms import L2, LInf, MaxOfUnits, Norm
 from normwise.policy.rule import Rule
-from normwise.schedules import Constant, is_number
+from normwise.policy.rule_fields import norm_label
+from normwise.policy.schedules import Constant, is_number
 
-_LEVELS = {
-    "linf": 0, "max_of_units": 1, "max_of_inputs": 1, "spectral": 2, "l2": 3, "nuclear": 4,
-    "sum_of_units": 5, "sum_of_inputs": 5, "l1": 6,
-}  # fmt: skip
-"""On one block, a norm is never above any norm of a higher level (of the same level: only itself)."""
-
+# The kinds of block that a block of each kind lies within. (A unit need not lie within a head: heads may split the inputs.)
 _WITHIN = {
     "element": ("element", "unit", "input", "head", "matrix", "expert", "tensor", "global"),
     "unit": ("unit", "matrix", "expert", "tensor", "global"),
@@ -34,17 +29,16 @@ _WITHIN = {
     "tensor": ("tensor", "global"),
     "global": ("global",),
 }
-"""The kinds of block that a block of each kind lies within. (A unit need not lie within a head: heads may split the inputs.)"""
 
+# Radii this close are the same number, written or rounded differently.
 SLACK = 1e-6
-"""Radii this close are the same number, written or rounded differently."""
 
 
 @dataclass(frozen=True)
 class _Bound:
     """A norm of every block of a kind, kept at ``value`` or more (or less)."""
 
-    norm: str
+    norm: Norm
     per: str
     value: float
     label: str
@@ -68,7 +62,7 @@ def check(bound: Sequence[tuple[Rule, AbstractSet[str]]]) -> None:
     a sphere outside of a ball, a lower bound above an upper one, orthogonal matrices under a smaller spectral cap, boxes
     without a common point.
     """
-    firm = [_Firm(rule, names, _interval(rule), _lower(rule), _upper(rule)) for rule, names in bound if _is_firm(rule)]
+    firm = [_Firm(rule, names, getattr(rule.norm, "interval", None), _lower(rule), _upper(rule)) for rule, names in bound if _is_firm(rule)]
     # Numbers are compared first, names last: of thousands of rules on thousands of parameters almost no pair comes so far.
     for one, other in itertools.combinations(firm, 2):
         for low, high in ((one, other), (other, one)):
@@ -107,16 +101,16 @@ def _contradiction(one: Rule, other: Rule, shared: str, why: str) -> PolicyError
 
 
 def _never_above(least: _Bound, most: _Bound) -> bool:
+    low, high = least.norm.level, most.norm.level
     if least.norm == most.norm:
-        return least.norm in _LEVELS or least.per == most.per
-    levels = _LEVELS.get(least.norm), _LEVELS.get(most.norm)
-    return levels[0] is not None and levels[1] is not None and levels[0] < levels[1]
+        return low is not None or least.per == most.per
+    return low is not None and high is not None and low < high
 
 
 def _blocks_within(low: _Firm, high: _Firm, least: _Bound, most: _Bound) -> bool:
     if least.per == "global" and not low.names <= high.names:
         return False
-    blind = most.per in ("tensor", "global") and most.norm in ("linf", "l2", "l1")
+    blind = most.per in ("tensor", "global") and most.norm.p is not None
     same_axes = blind or low.rule.layout == high.rule.layout
     return same_axes and most.per in _WITHIN[least.per]
 
@@ -131,47 +125,38 @@ def _constant(rule: Rule) -> float | None:
     return radius if is_number(radius) else None  # type: ignore[return-value]
 
 
-def _interval(rule: Rule) -> tuple[float, float] | None:
-    """The ends of a box, of the non-negative numbers as one."""
-    if isinstance(rule.norm, Box):
-        return rule.norm.low, rule.norm.high
-    return (0.0, math.inf) if isinstance(rule.norm, NonNegative) else None
-
-
 def _lower(rule: Rule) -> _Bound | None:
     """What the rule keeps large."""
-    if interval := _interval(rule):
-        return _Bound("linf", "element", max(interval[0], -interval[1], 0.0), "the smallest |entry|")
+    if interval := getattr(rule.norm, "interval", None):
+        return _Bound(LInf(), "element", max(interval[0], -interval[1], 0.0), "the smallest |entry|")
     radius = _constant(rule)
-    if not isinstance(rule.norm, Orthogonal):
+    if isinstance(rule.norm, Norm):
         radius = radius if rule.action == "normalize" else rule.min_radius
-    return None if radius is None else _Bound(_name(rule), rule.per, radius, _label(rule))
+    return None if radius is None else _Bound(_norm(rule), rule.per, radius, _label(rule))
 
 
 def _upper(rule: Rule) -> _Bound | None:
     """What the rule keeps small."""
-    if interval := _interval(rule):
-        return _Bound("linf", "tensor", max(abs(end) for end in interval), "the largest |entry|")
-    radius, name = _constant(rule), _name(rule)
-    return None if radius is None else _Bound(name, _widest(name, rule.per), radius, _label(rule))
+    if interval := getattr(rule.norm, "interval", None):
+        return _Bound(LInf(), "tensor", max(abs(end) for end in interval), "the largest |entry|")
+    radius, norm = _constant(rule), _norm(rule)
+    return None if radius is None else _Bound(norm, _widest(norm, rule.per), radius, _label(rule))
 
 
-def _widest(name: str, per: str) -> str:
+def _widest(norm: Norm, per: str) -> str:
     """A bound on every entry, or on every unit, is one on the largest of any block that they make up."""
-    made_up = {"linf": ("global",), "max_of_units": ("global", "head")}
-    return per if per in made_up.get(name, (per,)) else "tensor"
+    made_up: dict[Norm, tuple[str, ...]] = {LInf(): ("global",), MaxOfUnits(): ("global", "head")}
+    return per if per in made_up.get(norm, (per,)) else "tensor"
 
 
-def _name(rule: Rule) -> str:
-    """The norm's name; on single numbers, and of L2 on units, that of the equal norm of the lowest level."""
-    if isinstance(rule.norm, Orthogonal):
-        return "spectral"
-    name = norm_label(rule.norm)
-    if rule.per == "element" and name in _LEVELS:
-        return "linf"
-    return "max_of_units" if (rule.per, name) == ("unit", "l2") else name
+def _norm(rule: Rule) -> Norm:
+    """The norm that is bounded; on single numbers, and of L2 on units, the equal norm of the lowest level."""
+    norm = rule.norm if isinstance(rule.norm, Norm) else rule.norm.sphere
+    assert norm is not None, "a set without a radius bounds no norm"
+    if rule.per == "element" and norm.level is not None:
+        return LInf()
+    return MaxOfUnits() if (rule.per, norm) == ("unit", L2()) else norm
 
 
 def _label(rule: Rule) -> str:
-    name = "spectral" if isinstance(rule.norm, Orthogonal) else norm_label(rule.norm)
-    return f"{name}/{rule.per}"
+    return f"{norm_label(getattr(rule.norm, 'sphere', None) or rule.norm)}/{rule.per}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from normwise.policy.inventory import Entry, Inventory
-from normwise.policy.policy import Policy
+from normwise.parameters.inventory import Entry, Inventory
 from normwise.policy.rule import Rule
+from normwise.reports import Loggable, table, unique
+
+if TYPE_CHECKING:
+    from normwise.policy.policy import Policy
 
 HEADER = ("parameter", "shape", "role", "axes", "rule: blocks")
 
@@ -28,22 +31,33 @@ class Row:
     tied: tuple[str, ...] = ()
     how: str = ""
     part_of: tuple[str, ...] = ()
+    frozen: bool = False
+    """Whether nothing trains it, so that no rule acts on it until it is unfrozen."""
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of ``HEADER``."""
         name = f"{self.name} (= {', '.join(self.tied)})" if self.tied else self.name
         name = f"{name} (by {self.how})" if self.how else f"  {name}" if self.part_of else name
+        name = f"{name} (frozen)" if self.frozen else name
         shape = "x".join(map(str, self.shape)) or "scalar"
         touched = ", ".join(f"{rule}: {blocks}" for rule, blocks in self.blocks.items())
         return name, shape, self.role, self.axes, touched or "-"
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Loggable):
     """The table; ``print`` it, or read ``rows``, ``rules`` (their labels) and ``untouched`` (names)."""
 
+    prefix: ClassVar[str] = "policy/"
     rules: tuple[str, ...]
     rows: tuple[Row, ...]
+
+    def numbers(self) -> dict[str, float]:
+        """How many parameters there are, how many no rule touches, how many are frozen, and how many each rule touches."""
+        whole = [row for row in self.rows if not row.part_of]
+        counts = {"parameters": len(whole), "untouched": len(self.untouched), "frozen": sum(row.frozen for row in whole)}
+        touched = {label: sum(number in row.blocks for row in self.rows) for number, label in enumerate(unique(self.rules), 1)}
+        return {**counts, **{f"touched/{label}": n for label, n in touched.items()}}
 
     @property
     def untouched(self) -> tuple[str, ...]:
@@ -53,7 +67,7 @@ class Explanation:
 
     def __str__(self) -> str:
         rules = [f"rule {number}: {label}" for number, label in enumerate(self.rules, 1)]
-        return "\n".join([*rules, *_aligned([HEADER, *(row.cells() for row in self.rows)]), self._summary()])
+        return "\n".join([*rules, table(HEADER, [row.cells() for row in self.rows]), self._summary()])
 
     def _summary(self) -> str:
         left = self.untouched
@@ -67,25 +81,22 @@ def explain(policy: Policy, model: nn.Module) -> Explanation:
     """See :meth:`Policy.explain`."""
     inventory = Inventory(model, policy.roles, policy.layouts)
     touched = [{id(e) for e in rule.targets(inventory.entries if rule.phase == "gradient" else inventory.weights)} for rule in policy]
-    rows = [_row(entry, _blocks(policy, touched, entry)) for entry in _listed(inventory)]
-    return Explanation(tuple(rule.label() for rule in policy), tuple(rows))
-
-
-def _listed(inventory: Inventory) -> list[Entry]:
-    """Every weight, and below one that is computed the raw tensors, which have the gradients."""
     listed: dict[int, Entry] = {}
-    for entry in inventory.weights:
+    for entry in inventory.weights:    # below a computed weight its raw tensors, which have the gradients
         raw = [e for e in inventory.entries if {e.name, *e.tied} & set(entry.aliases)] if entry.computed else []
         listed |= {id(e): e for e in (entry, *raw)}
-    return list(listed.values())
+    rows = []
+    for entry in listed.values():
+        numbered = enumerate(zip(policy, touched, strict=True), 1)
+        blocks = {number: _blocks_of(rule, entry) for number, (rule, ids) in numbered if id(entry) in ids}
+        how, part_of = (entry.computed.way.how, ()) if entry.computed else ("", entry.aliases)
+        axes = f"{entry.layout}{'' if entry.layout.certain else ' ?'}"
+        rows.append(Row(entry.name, tuple(entry.shape), entry.role, axes, blocks, tuple(entry.tied), how, part_of, not entry.trained))
+    labels = tuple(f"{rule.name}: {rule.summary()}" if rule.name else rule.label() for rule in policy)
+    return Explanation(labels, tuple(rows))
 
 
-def _blocks(policy: Policy, touched: Sequence[set[int]], entry: Entry) -> dict[int, str]:
-    numbered = enumerate(zip(policy, touched, strict=True), 1)
-    return {number: _seen(rule, entry) for number, (rule, ids) in numbered if id(entry) in ids}
-
-
-def _seen(rule: Rule, entry: Entry) -> str:
+def _blocks_of(rule: Rule, entry: Entry) -> str:
     """``10 of 84``, ``1 of 10x84``: how many blocks of which shape; a part of a global block has no number of its own."""
     if entry.computed is not None and entry.computed.refusal and rule.phase != "penalty":
         return f"refused ({entry.computed.way.how})"
@@ -93,15 +104,3 @@ def _seen(rule: Rule, entry: Entry) -> str:
         return "all"
     view = rule.view(entry)
     return "global" if rule.per == "global" else f"{view.count} of {'x'.join(map(str, view.block_shape))}"
-
-
-def _row(entry: Entry, blocks: dict[int, str]) -> Row:
-    sure = "" if entry.layout.certain else " ?"
-    how = entry.computed.way.how if entry.computed else ""
-    part_of = () if entry.computed else entry.aliases
-    return Row(entry.name, tuple(entry.shape), entry.role, f"{entry.layout}{sure}", blocks, tuple(entry.tied), how, part_of)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,28 +1,62 @@
 """The named rules: each is one choice of the parts of a :class:`Rule`, and says which problem it solves.
 
-All take the keywords ``exclude``, ``every``, ``start``, ``stop``, ``layout``, ``optional`` of a rule. In the formulas w is
+All take the keywords ``name``, ``exclude``, ``every``, ``start``, ``stop``, ``layout``, ``optional`` of a rule. In the formulas w is
 one block, g its gradient, η the learning rate of its parameter group. Selectors (``params``) default to the weights
 (``"role:matrix"``: no biases, no gains), except where a docstring says otherwise.
+
+To add one, write a function under ``@named``: that alone makes it ``nw.<name>``, a rule in YAML and a line of ``normwise policies``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import TypedDict, TypeVar, Unpack
 
-from normwise import schedules
 from normwise.errors import PolicyError
 from normwise.norms import Box, NonNegative
-from normwise.policy.common import EVERYTHING, Common
-from normwise.policy.field import FIELD
-from normwise.policy.fields import CenterLike, NormLike, RadiusLike
-from normwise.policy.rule import Rule
-from normwise.policy.select import Selector
-from normwise.schedules import Relative, Varying
+from normwise.parameters.layouts import Layout
+from normwise.parameters.selectors import Selector
+from normwise.policy import schedules
+from normwise.policy.radii import Init, Relative
+from normwise.policy.rule import EVERYTHING, Rule
+from normwise.policy.rule_fields import CenterLike, NormLike, RadiusLike
+from normwise.policy.schedules import Varying
+
+
+class Common(TypedDict, total=False):
+    """The keywords that every named rule hands on to its Rule."""
+
+    exclude: Selector | None
+    every: int
+    start: int
+    stop: int | None
+    layout: Layout | None
+    optional: bool
+    rounding: str
+    name: str | None
+
+
+Made = TypeVar("Made", bound=Callable[..., Rule | list[Rule]])
+NAMED: dict[str, Callable[..., Rule | list[Rule]]] = {}
+"""Every named rule by its name, those of ``published`` too."""
+
+
+def named(make: Made) -> Made:
+    """Lists a function among the named rules."""
+    NAMED[make.__name__] = make
+    return make
+
+
+def part_of(common: Common, part: str) -> Common:
+    """The keywords of one of the several rules that a named rule is made of: each needs a name of its own."""
+    name = common.get("name")
+    return common if name is None else {**common, "name": f"{name} {part}"}
+
 
 # -------------------------------------------------------------------------------------------- penalties and decay
 
 
+@named
 def l2_penalty(
     strength: Varying, params: Selector | None = None, *, samples: int | None = None, center: CenterLike = None,
     **common: Unpack[Common],
@@ -38,6 +72,7 @@ def l2_penalty(
     return Rule(params=params, action="penalty", norm="l2", power=2, strength=strength, center=center, **common)
 
 
+@named
 def l1_penalty(
     strength: Varying, params: Selector | None = None, *, samples: int | None = None, center: CenterLike = None,
     **common: Unpack[Common],
@@ -52,13 +87,17 @@ def l1_penalty(
     return Rule(params=params, action="penalty", norm="l1", strength=strength, center=center, **common)
 
 
+@named
 def elastic_net(
     l1: Varying, l2: Varying, params: Selector | None = None, *, samples: int | None = None, **common: Unpack[Common]
 ) -> list[Rule]:
     """Adds l1 · ‖w‖₁ + l2/2 · ‖w‖₂² to the loss: two rules (Zou and Hastie, 2005). ``samples`` as in :func:`l2_penalty`."""
-    return [l1_penalty(l1, params, samples=samples, **common), l2_penalty(l2, params, samples=samples, **common)]
+    return [
+        l1_penalty(l1, params, samples=samples, **part_of(common, "l1")), l2_penalty(l2, params, samples=samples, **part_of(common, "l2")),
+    ]  # fmt: skip
 
 
+@named
 def weight_decay(strength: Varying, params: Selector | None = None, **common: Unpack[Common]) -> Rule:
     """Decoupled decay: w ← (1 − η · strength) · w before the step, as torch's AdamW does (Loshchilov and Hutter, 2019).
 
@@ -67,6 +106,7 @@ def weight_decay(strength: Varying, params: Selector | None = None, **common: Un
     return Rule(params=params, action="weight_decay", strength=strength, **common)
 
 
+@named
 def decay_to_init(strength: Varying, params: Selector | None = None, **common: Unpack[Common]) -> Rule:
     """Decoupled decay to the initial weights: w ← w − η · strength · (w − w₀) before the step; keeps a copy of w₀.
 
@@ -78,6 +118,7 @@ def decay_to_init(strength: Varying, params: Selector | None = None, **common: U
 # --------------------------------------------------------------------------------------------- proximal operators
 
 
+@named
 def l1_prox(strength: Varying, params: Selector | None = None, **common: Unpack[Common]) -> Rule:
     """Soft threshold after the step, with exact zeros: w ← argmin over v of ½‖v − w‖² + η · strength · ‖v‖₁.
 
@@ -87,6 +128,7 @@ def l1_prox(strength: Varying, params: Selector | None = None, **common: Unpack[
     return Rule(params=params, action="prox", norm="l1", strength=strength, **common)
 
 
+@named
 def group_lasso(strength: Varying, params: Selector | None = None, *, per: str = "unit", **common: Unpack[Common]) -> Rule:
     """Shortens each block's L2 norm by η · strength after the step; short ones become exactly zero.
 
@@ -96,6 +138,7 @@ def group_lasso(strength: Varying, params: Selector | None = None, *, per: str =
     return Rule(params=params, action="prox", norm="l2", per=per, strength=strength, **common)
 
 
+@named
 def nuclear_prox(strength: Varying, params: Selector | None = None, *, per: str = "matrix", **common: Unpack[Common]) -> Rule:
     """Soft threshold of the singular values after the step: w ← argmin over v of ½‖v − w‖² + η · strength · ‖v‖_nuclear.
 
@@ -107,18 +150,39 @@ def nuclear_prox(strength: Varying, params: Selector | None = None, *, per: str 
 # --------------------------------------------------------------------------------------------- constraints on weights
 
 
+@named
 def max_norm(
-    radius: RadiusLike, params: Selector | None = None, *, per: str = "unit", center: CenterLike = None, **common: Unpack[Common]
-) -> Rule:
+    radius: RadiusLike, params: Selector | None = None, *, per: str = "unit", center: CenterLike = None, relative: bool = False,
+    floor: float | None = None, **common: Unpack[Common],
+) -> Rule:  # fmt: skip
     """Keeps the L2 norm of each unit's weights at most ``radius``: w ← w · min(1, radius / ‖w‖₂) after the step.
 
     For L2 this is also the nearest point of the ball. ``per="unit"``: the incoming weights of one output, a whole filter of a
     convolution (Srebro and Shraibman, 2005; Hinton et al., 2012; radii of 3 to 4 are usual with dropout, Srivastava et al.,
-    2014). ``center="init"`` makes it a trust region around the initial weights.
+    2014).
+
+    Args:
+        radius: a number > 0, a schedule, or ``"init"`` and multiples of it.
+        params: which weights; default all but biases and gains.
+        per: the blocks; default each output unit.
+        center: ``"init"`` makes it a trust region: ‖w − w₀‖₂ ≤ radius, with w₀ the weights when attached, of which a copy is kept.
+        relative: counts the radius in the norms that the blocks had when attached: ``max_norm(0.1, center="init", relative=True)`` is
+            ‖w − w₀‖₂ ≤ 0.1 · ‖w₀‖₂, so that no unit moves further than a tenth of its length. In YAML ``radius: 0.1*init``.
+        floor: under ``relative`` or ``radius="init"`` the least norm that counts for ‖w₀‖₂; without it a block of zeros is an error.
+
+    Raises:
+        PolicyError: for a radius that means nothing, ``relative`` with a radius that is no number or schedule or around weights given
+            by name.
     """
-    return Rule(params=params, action="clip_norm", norm="l2", per=per, radius=radius, center=center, **common)
+    if relative:
+        if not (schedules.is_number(radius) or callable(radius)) or not (center is None or center == "init"):
+            allowed = "give radius a number or a schedule, and center None or 'init'"
+            raise PolicyError(f"relative=True counts in the norms when attached: {allowed}.")
+        radius = Init(radius)  # type: ignore[arg-type]
+    return Rule(params=params, action="clip_norm", norm="l2", per=per, radius=radius, center=center, floor=floor, **common)
 
 
+@named
 def unit_norm(radius: RadiusLike = 1.0, params: Selector | None = None, *, per: str = "unit", **common: Unpack[Common]) -> Rule:
     """Puts each unit's weights on the sphere: w ← w · radius / ‖w‖₂ after the step. A zero unit stays zero, and is counted.
 
@@ -127,6 +191,7 @@ def unit_norm(radius: RadiusLike = 1.0, params: Selector | None = None, *, per: 
     return Rule(params=params, action="normalize", norm="l2", per=per, radius=radius, **common)
 
 
+@named
 def min_max_norm(
     min: float, max: RadiusLike, rate: float = 1.0, params: Selector | None = None, *, per: str = "unit", **common: Unpack[Common]
 ) -> Rule:
@@ -139,6 +204,7 @@ def min_max_norm(
     return Rule(params=params, action="clip_norm", norm="l2", per=per, min_radius=lower, radius=max, rate=rate, **common)
 
 
+@named
 def clip_weight_norm(
     radius: RadiusLike, params: Selector | None = None, *, norm: NormLike = "l2", per: str = "tensor", **common: Unpack[Common]
 ) -> Rule:
@@ -146,6 +212,7 @@ def clip_weight_norm(
     return Rule(params=params, action="clip_norm", norm=norm, per=per, radius=radius, **common)
 
 
+@named
 def clip_weight_value(
     value: RadiusLike, high: float | None = None, params: Selector | None = None, **common: Unpack[Common]
 ) -> Rule:
@@ -158,11 +225,13 @@ def clip_weight_value(
     return Rule(params=params, action="project", norm=_box(value, high), **common)
 
 
+@named
 def non_negative(params: Selector | None = None, **common: Unpack[Common]) -> Rule:
     """Sets negative weights to zero after the step: the nearest point with w ≥ 0 (Keras's NonNeg)."""
     return Rule(params=params, action="project", norm=NonNegative(), **common)
 
 
+@named
 def l1_ball(radius: RadiusLike, params: Selector | None = None, *, per: str = "unit", **common: Unpack[Common]) -> Rule:
     """The nearest point with ‖w‖₁ ≤ radius for each unit, after the step: sparse weights with a sum that is known.
 
@@ -171,6 +240,7 @@ def l1_ball(radius: RadiusLike, params: Selector | None = None, *, per: str = "u
     return Rule(params=params, action="project", norm="l1", per=per, radius=radius, **common)
 
 
+@named
 def spectral_cap(
     radius: RadiusLike, params: Selector | None = None, *, per: str = "matrix", tolerance: float = 0.0, **common: Unpack[Common]
 ) -> Rule:
@@ -188,6 +258,7 @@ def spectral_cap(
     return Rule(params=params, action="project", norm="spectral", per=per, radius=radius, tolerance=tolerance, **common)
 
 
+@named
 def spectral_normalize(
     radius: RadiusLike = 1.0, params: Selector | None = None, *, per: str = "matrix", **common: Unpack[Common]
 ) -> Rule:
@@ -203,6 +274,7 @@ def spectral_normalize(
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
+@named
 def clip_grad_norm(
     max_norm: RadiusLike, params: Selector | None = EVERYTHING, *, norm: NormLike = "l2", per: str = "global", **common: Unpack[Common]
 ) -> Rule:
@@ -214,11 +286,13 @@ def clip_grad_norm(
     return Rule(params=params, action="clip_norm", norm=norm, per=per, on="grad", radius=max_norm, **common)
 
 
+@named
 def clip_grad_value(value: RadiusLike, params: Selector | None = EVERYTHING, **common: Unpack[Common]) -> Rule:
     """Clamps each entry of the gradient to [−value, value] before the step, as ``torch.nn.utils.clip_grad_value_`` does."""
     return Rule(params=params, action="project", norm="linf", on="grad", radius=value, **common)
 
 
+@named
 def normalize_grad(
     radius: RadiusLike = 1.0, params: Selector | None = None, *, norm: NormLike = "l2", per: str = "tensor", **common: Unpack[Common]
 ) -> Rule:
@@ -229,6 +303,7 @@ def normalize_grad(
     return Rule(params=params, action="normalize", norm=norm, per=per, on="grad", radius=radius, **common)
 
 
+@named
 def agc(clipping: Varying = 0.01, params: Selector | None = None, *, eps: float = 1e-3, **common: Unpack[Common]) -> Rule:
     """Adaptive gradient clipping: each unit's gradient is at most ``clipping`` times as long as its weights.
 
@@ -239,17 +314,6 @@ def agc(clipping: Varying = 0.01, params: Selector | None = None, *, eps: float 
         common = {"optional": True, **common, "exclude": "role:head"}
     radius = Relative(clipping, eps)
     return Rule(params=params, action="clip_norm", norm="l2", per="unit", on="grad", radius=radius, **common)
-
-
-NAMED: dict[str, Callable[..., Rule | list[Rule]]] = {
-    rule.__name__: rule
-    for rule in (
-        l1_penalty, l2_penalty, elastic_net, l1_prox, weight_decay, decay_to_init, group_lasso, nuclear_prox, max_norm,
-        unit_norm, min_max_norm, clip_weight_value, clip_weight_norm, non_negative, l1_ball, spectral_cap, spectral_normalize,
-        clip_grad_norm, clip_grad_value, normalize_grad, agc,
-    )
-} | FIELD  # fmt: skip
-"""Every named rule by its name; ``normwise policies`` lists them, and a YAML policy may use them."""
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

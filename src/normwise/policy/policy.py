@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from normwise import files
 from normwise.errors import DataError, OutputError, PolicyError, nearest
-from normwise.layouts import Layout
+from normwise.parameters.layouts import Layout
+from normwise.parameters.roles import ROLES
+from normwise.parameters.selectors import check_selector
 from normwise.policy import yaml_form
-from normwise.policy.roles import ROLES
 from normwise.policy.rule import Rule
-from normwise.policy.select import check_selector
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from normwise.parameters.inventory import LayoutLike
     from normwise.policy.explain import Explanation
-    from normwise.policy.inventory import LayoutLike
 
 PolicyLike: TypeAlias = Union["Policy", Rule, Iterable["PolicyLike"]]
+# Far above any policy; what is beyond them loops or never ends.
 MOST_NESTING, MOST_RULES = 16, 10_000
-"""Far above any policy; what is beyond them loops or never ends."""
+ROLES_ARE = "roles must be a mapping of selectors to roles: {'decoder': 'head'}"
+LAYOUTS_ARE = "must be a mapping of selectors: {'*.qkv.weight': nw.Layout(...)}"
 
 
 class Policy:
     """Rules in the order in which they act within their phase.
 
-    rules: a Rule, a Policy, or a list of those, nested as one likes (``elastic_net`` is a list).
-    roles: selectors to roles, where the role found from the module's type is not what is meant: ``{"decoder": "head"}``.
-        Those of the policies within ``rules`` are kept, these win.
-    layouts: selectors to the axes of what they match, where the module's type does not tell them or tells them otherwise: an ``nw.Layout``,
-        or a function of (module, name, tensor) that gives one. Those of the policies within ``rules`` are kept, these win. A rule's own
-        ``layout`` wins over them.
+    Compares by value.
 
-    Compares by value; raises PolicyError for anything that is no rule, and for an unknown role.
+    Args:
+        rules: a Rule, a Policy, or a list of those, nested as you like (``elastic_net`` is a list).
+        roles: selectors to roles, where the role found from the module's type is not the one you mean: ``{"decoder": "head"}``. Those of
+            the policies within ``rules`` are kept, these win.
+        layouts: selectors to the axes of what they match, where the module's type does not tell them or tells them otherwise: an
+            ``nw.Layout``, or a function of (module, name, tensor) that gives one. Those of the policies within ``rules`` are kept, these
+            win. A rule's own ``layout`` wins over them.
+
+    Raises:
+        PolicyError: anything that is no rule, two rules of one name, an unknown role.
     """
 
     def __init__(
@@ -46,8 +53,11 @@ class Policy:
         self.rules: tuple[Rule, ...] = tuple(itertools.islice(_flat(rules, inherited), MOST_RULES + 1))
         if len(self.rules) > MOST_RULES:
             raise PolicyError(f"a policy holds {MOST_RULES} rules at most, given more: {_short(rules)}.")
-        self.roles: dict[Any, str] = {**inherited[0], **_checked_roles(roles or {})}
-        self.layouts: dict[Any, LayoutLike] = {**inherited[1], **_checked_layouts(layouts or {})}
+        names = [rule.name for rule in self.rules if rule.name is not None]
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise PolicyError(f"{names.count(twice[0])} rules have the name {twice[0]!r}: logs could not tell them apart. Rename one.")
+        self.roles: dict[Any, str] = {**inherited[0], **_checked(roles or {}, "roles", ROLES_ARE)}
+        self.layouts: dict[Any, LayoutLike] = {**inherited[1], **_checked(layouts or {}, "layouts", LAYOUTS_ARE)}
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -74,7 +84,8 @@ class Policy:
     def explain(self, model: nn.Module) -> Explanation:
         """A table of every parameter of ``model``: its role, its layout, its blocks, and the rules that touch it.
 
-        Raises what ``nw.attach`` would raise for a selector that matches nothing or a block that a parameter does not have.
+        Raises:
+            PolicyError, LayoutError: as ``nw.attach`` would, for a selector that matches nothing or a block that a parameter does not have.
         """
         from normwise.policy.explain import explain
 
@@ -83,7 +94,9 @@ class Policy:
     def to_yaml(self) -> str:
         """The policy as YAML: a list of the rules' fields that are not at their defaults, or with roles or layouts a mapping of these.
 
-        Raises PolicyError where a rule holds what has no such form: a function, tensors, a norm of the user's own.
+        Raises:
+            PolicyError: a rule holds what has no such form: a function, tensors, a norm of your own.
+            MissingExtraError: without PyYAML.
         """
         return yaml_form.write(self.rules, self.roles, self.layouts)
 
@@ -154,21 +167,14 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _checked_roles(roles: Mapping[Any, str]) -> Mapping[Any, str]:
-    if not isinstance(roles, Mapping):
-        raise PolicyError(f"roles is {_short(roles)}, but roles must be a mapping of selectors to roles: {{'decoder': 'head'}}.")
-    for selector, role in roles.items():
+def _checked(given: Any, what: str, example: str) -> dict[Any, Any]:
+    """``roles`` or ``layouts`` as the user gave them."""
+    if not isinstance(given, Mapping):
+        raise PolicyError(f"{what} is {_short(given)}, but {example}.")
+    for selector, value in given.items():
         check_selector(selector)
-        if role not in ROLES:
-            raise PolicyError(f"{selector!r} is given the unknown role {role!r}.{nearest(str(role), ROLES)}")
-    return roles
-
-
-def _checked_layouts(layouts: Mapping[Any, LayoutLike]) -> Mapping[Any, LayoutLike]:
-    if not isinstance(layouts, Mapping):
-        raise PolicyError(f"layouts is {_short(layouts)}, but must be a mapping of selectors: {{'*.qkv.weight': nw.Layout(...)}}.")
-    for selector, layout in layouts.items():
-        check_selector(selector)
-        if not isinstance(layout, Layout) and not callable(layout):
-            raise PolicyError(f"{selector!r} is given the layout {_short(layout)}: give nw.Layout(axes, shape), or a function.")
-    return layouts
+        if what == "roles" and value not in ROLES:
+            raise PolicyError(f"{selector!r} is given the unknown role {value!r}.{nearest(str(value), ROLES)}")
+        if what == "layouts" and not isinstance(value, Layout) and not callable(value):
+            raise PolicyError(f"{selector!r} is given the layout {_short(value)}: give nw.Layout(axes, shape), or a function.")
+    return dict(given)

@@ -9,60 +9,61 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from normwise import schedules
 from normwise.errors import NormwiseError, PolicyError, nearest
-from normwise.layouts import PER, BlockView, Layout, block_view
 from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
-from normwise.policy import fields as kinds
-from normwise.policy.fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
-from normwise.policy.heads import Heads, convert_heads, heads_to_data, split_heads
-from normwise.policy.select import Selector, matches, names_of, select
-from normwise.radii import Brake, Quantile, StepLength, ZScore
+from normwise.parameters.layouts import PER, BlockView, Heads, Layout, block_view, split_heads
+from normwise.parameters.selectors import Selector, matches, names_of, select, shown
+from normwise.policy import radii, rule_fields, schedules
+from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
 
 if TYPE_CHECKING:
-    from normwise.policy.inventory import Entry
+    from normwise.parameters.inventory import Entry
 
-TARGETS: dict[str, tuple[str, ...]] = {
-    "penalty": ("weight",),
-    "weight_decay": ("weight",),
-    "prox": ("weight",),
-    "clip_norm": ("weight", "grad", "update"),
-    "project": ("weight", "grad", "update"),
-    "normalize": ("weight", "grad", "update"),
-    "lmo": ("grad", "update"),
-    "cpr": ("weight",),
-    "qk_clip": ("weight",),
-}
-"""Every action with the targets it has a meaning for; the first is its default."""
 
-NEEDS = {
-    "penalty": "strength", "weight_decay": "strength", "prox": "strength",
-    "clip_norm": "radius", "project": "radius", "normalize": "radius", "lmo": None,
-    "cpr": "radius", "qk_clip": "radius",
-}  # fmt: skip
-"""The one number that an action cannot do without."""
+@dataclass(frozen=True)
+class Action:
+    """What a rule of this action may say. Which class runs it, ``engine.rules`` says."""
 
-USES = {
-    "penalty": {"strength", "norm", "per", "heads", "power", "center"},
-    "weight_decay": {"strength", "center", "rounding"},
-    "prox": {"strength", "norm", "per", "heads", "power", "center", "rounding"},
-    "clip_norm": {"radius", "norm", "per", "heads", "min_radius", "rate", "floor", "center"},
-    "project": {"radius", "norm", "per", "heads", "floor", "center", "tolerance"},
-    "normalize": {"radius", "norm", "per", "heads", "rate", "floor", "center"},
-    "lmo": {"norm", "per", "heads"},
-    "cpr": {"radius", "strength", "per", "heads", "floor"},
-    "qk_clip": {"radius", "heads", "power"},
-}
-"""The fields that an action reads, beside those that every action reads. Any other given one is an error, not ignored."""
+    targets: tuple[str, ...]
+    """What it has a meaning for, of "weight", "grad" and "update"; the first is its default."""
+    needs: str | None
+    """The one number that it cannot do without: "radius", "strength" or none."""
+    uses: frozenset[str]
+    """The fields that it reads, beside those that every action reads. Any other given one is an error, not ignored."""
+    phase: str | None = None
+    """When in a step it acts, one of `PHASES`; None for the phase of what it acts on."""
+
+
+ACTIONS: dict[str, Action] = {}
+"""Every action by its name in a rule."""
+
+
+def register_action(name: str, targets: str, needs: str | None, uses: str, phase: str | None = None) -> None:
+    """Makes an action known by its name; ``targets`` and ``uses`` are lists of words."""
+    ACTIONS[name] = Action(tuple(targets.split()), needs, frozenset(uses.split()), phase)
+
+
+register_action("penalty", "weight", "strength", "strength norm per heads power center", "penalty")
+register_action("weight_decay", "weight", "strength", "strength center rounding", "decay")
+register_action("prox", "weight", "strength", "strength norm per heads power center rounding", "prox")
+register_action("clip_norm", "weight grad update", "radius", "radius norm per heads min_radius rate floor center")
+register_action("project", "weight grad update", "radius", "radius norm per heads floor center tolerance")
+register_action("normalize", "weight grad update", "radius", "radius norm per heads rate floor center")
+register_action("lmo", "grad update", None, "norm per heads")
+register_action("cpr", "weight", "radius", "radius strength per heads floor", "cpr")
+register_action("qk_clip", "weight", "radius", "radius heads power", "qk_clip")
 
 ON = ("weight", "grad", "update")
 PHASES = ("penalty", "gradient", "decay", "cpr", "update", "prox", "qk_clip", "weight")
-DEFAULT_PARAMS = "role:matrix"
+DEFAULT_PARAMS, EVERYTHING = "role:matrix", "role:all"
+# What the matrix methods act on: no embeddings and heads, whose rows are not mixed by a layer.
+MATRICES = ("role:hidden", "role:conv", "role:recurrent")
 WEIGHT_ONLY = ("min_radius", "rate", "center")
 VECTOR_PER = ("unit", "input", "element", "global")
 WHOLE, HOLD_MANY = ("global", "tensor"), tuple(per for per in PER if per not in ("global", "element"))
 NOT_GLOBAL = tuple(per for per in PER if per != "global")    # an optimizer's groups have each their η, one vector has none
 
+SELECTOR = (rule_fields.selector_to_data, rule_fields.selector_from_data)
 _T = TypeVar("_T", bound=type[Any])
 
 
@@ -85,68 +86,78 @@ def _check_names(given: Mapping[Any, Any]) -> None:
         if name not in known:
             raise FieldError(f"unknown field {name!r} of a rule.{nearest(str(name), known)}", str(name))
     if "action" not in given:
-        raise FieldError(f"a rule needs an action.{nearest('', TARGETS)}")
+        raise FieldError(f"a rule needs an action.{nearest('', ACTIONS)}")
 
 
 @_names_its_fields
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One thing to do to some parameters, at every step. Checked when it is made; bound to a model by ``nw.attach``.
+    """One thing to do to some parameters, at every step. Checked when it is made, bound to a model by ``nw.attach``.
 
-    params, exclude: selectors of parameters: a glob on the clean name (``"fc*"``), ``"re:..."``, ``"role:..."``,
-        ``"class:..."``, a module class, a function of the entry, or a list of those. Default: ``"role:matrix"``, since norms
-        of biases and gains mean something else than norms of weights.
-    action: "penalty", "weight_decay", "prox", "clip_norm", "project", "normalize" or "lmo"; or one that a single method is made of, "cpr"
-        (see ``nw.cpr``) and "qk_clip" (see ``nw.qk_clip``).
-    norm: a name (``"l2"``, the default, ``"spectral"``, ...), or an object of ``normwise.norms``: a norm, or for "project" a set.
-    per: the block that the norm is measured on: "tensor" (default), "matrix", "unit", "input", "head", "expert", "element"
-        or "global" (all matched parameters as one vector).
-    on: "weight", "grad" or "update"; the default is the action's first meaning (weights; gradients for "lmo").
-    radius: for clip_norm, project, normalize: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``nw.Relative(scale)``, or one that
-        is found in training (``normwise.radii``). For cpr the bound on the mean square, for qk_clip that on the logits.
-    strength: for penalty, weight_decay, prox: a number >= 0 or a schedule. For cpr the rate of its multiplier, default 1.
-    power: 1 penalises the norm, 2 half of its square; default 1. For qk_clip: 1 scales queries and keys by √γ, 2 queries alone by γ.
-    heads: how many attention heads the outputs of a plain Linear are, where its type does not tell; ``(3, heads)`` for q, k, v stacked.
-    center: None (zero), ``"init"`` (the weights when attached) or weights by name: the norm of the difference is meant.
-    floor: the radius that ``radius="init"`` gives a block that starts at (or nearer to) zero; without it a zero block is an error.
-    min_radius: for clip_norm on weights: shorter blocks are stretched to it.
-    tolerance: for projecting weights under the spectral norm: the share of the radius by which σ₁ may exceed it for the sake of speed;
-        default 0, exact. From 0.01 on, singular vectors are followed from step to step instead of decomposing.
-    rate: the share of the way to the wanted norm that is gone at each step; default 1, all of it (Keras's MinMaxNorm).
-    rounding: of fp16 and bf16 weights after weight_decay and prox: "nearest", which loses what is below half an ulp, "stochastic", or
-        "compensated", which carries it over; see ``normwise.narrow``.
-    every, start, stop: acts on steps ``start, start + every, ...`` below ``stop``; by default on all.
-    layout: the axes of the matched parameters stated by hand, where the module's type does not tell them.
-    optional: True lets a selector of a list, or the exclusion, match nothing, as long as the rule as a whole matches something.
+    Args:
+        params, exclude: selectors of parameters: a glob on the clean name (``"fc*"``), ``"re:..."``, ``"role:..."``,
+            ``"class:..."``, a module class, a function of the entry, or a list of those. Default: ``"role:matrix"``, since norms
+            of biases and gains mean something else than norms of weights.
+        action: "penalty", "weight_decay", "prox", "clip_norm", "project", "normalize" or "lmo"; or one that a single method is made of,
+            "cpr" (see ``nw.cpr``) and "qk_clip" (see ``nw.qk_clip``).
+        norm: a name (``"l2"``, the default, ``"spectral"``, ...), or an object of ``normwise.norms``: a norm, or for "project" a set.
+        per: the block that the norm is measured on: "tensor" (default), "matrix", "unit", "input", "head", "expert", "element"
+            or "global" (all matched parameters as one vector).
+        on: "weight", "grad" or "update"; the default is the action's first meaning (weights; gradients for "lmo").
+        radius: for clip_norm, project, normalize: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``nw.radii.Relative(scale)``, or
+            one of ``nw.radii`` that is found in training. For cpr the bound on the mean square, for qk_clip that on the logits.
+        strength: for penalty, weight_decay, prox: a number >= 0 or a schedule. For cpr the rate of its multiplier, default 1.
+        power: 1 penalises the norm, 2 half of its square; default 1. For qk_clip: 1 scales queries and keys by √γ, 2 queries alone by γ.
+        heads: how many attention heads the outputs of a plain Linear are, where its type does not tell; ``(3, heads)`` for q, k, v stacked.
+        center: None (zero), ``"init"`` (the weights when attached) or weights by name: the norm of the difference is meant.
+        floor: the radius that ``radius="init"`` gives a block that starts at (or nearer to) zero; without it a zero block is an error.
+        min_radius: for clip_norm on weights: shorter blocks are stretched to it.
+        tolerance: for projecting weights under the spectral norm: the share of the radius by which σ₁ may exceed it for the sake of speed;
+            default 0, exact. From 0.01 on, singular vectors are followed from step to step instead of decomposing.
+        rate: the share of the way to the wanted norm that is gone at each step; default 1, all of it (Keras's MinMaxNorm).
+        rounding: of fp16 and bf16 weights after weight_decay and prox: "nearest", which loses what is below half an ulp, "stochastic", or
+            "compensated", which carries it over; see ``normwise.low_precision``.
+        every, start, stop: acts on steps ``start, start + every, ...`` below ``stop``; by default on all.
+        layout: the axes of the matched parameters stated by hand, where the module's type does not tell them.
+        optional: True lets a selector of a list, or the exclusion, match nothing, as long as the rule as a whole matches something.
+        name: what logs, tables and errors call the rule, unique in its policy; default what it does, such as ``clip_norm l2/unit <= 3``.
 
-    Raises PolicyError, which says what is allowed, for whatever cannot mean anything.
+    Raises:
+        PolicyError: whatever cannot mean anything; the message says what is allowed.
     """
 
-    params: Field[Selector | None, Selector | None] = Field(kinds.convert_selector, None)
+    params: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None, *SELECTOR)
     action: str
-    norm: Field[NormLike, Norm | Set] = Field(kinds.convert_norm, "l2")
+    norm: Field[NormLike, Norm | Set] = Field(rule_fields.convert_norm, "l2", rule_fields.norm_to_data, rule_fields.norm_from_data)
     per: str = "tensor"
     on: str | None = None
-    radius: Field[RadiusLike, schedules.Radius | None] = Field(kinds.optional(schedules.radius), None)
-    strength: Field[schedules.Varying | None, schedules.Varying | None] = Field(kinds.optional(kinds.convert_strength), None)
-    power: Field[int, int] = Field(kinds.convert_power, 1)
-    heads: Field[Heads | list[int] | None, Heads | None] = Field(convert_heads, None)
-    center: Field[CenterLike, Center] = Field(kinds.convert_center, None)
-    floor: Field[float | None, float | None] = Field(kinds.optional(kinds.positive("floor")), None)
-    min_radius: Field[float | None, float | None] = Field(kinds.optional(kinds.positive("min_radius")), None)
-    tolerance: Field[float, float] = Field(kinds.convert_tolerance, 0.0)
-    rate: Field[float, float] = Field(kinds.convert_rate, 1.0)
-    rounding: Field[str, str] = Field(kinds.convert_rounding, "nearest")
-    every: Field[int, int] = Field(kinds.steps("every", 1), 1)
-    start: Field[int, int] = Field(kinds.steps("start", 0), 0)
-    stop: Field[int | None, int | None] = Field(kinds.optional(kinds.steps("stop", 1)), None)
-    exclude: Field[Selector | None, Selector | None] = Field(kinds.convert_selector, None)
-    layout: Field[Layout | None, Layout | None] = Field(kinds.convert_layout, None)
-    optional: Field[bool, bool] = Field(kinds.convert_flag, False)
+    radius: Field[RadiusLike, radii.Radius | None] = Field(
+        rule_fields.optional(radii.radius), None, schedules.to_data, functools.partial(radii.from_data, what="radius")
+    )
+    strength: Field[schedules.Varying | None, schedules.Varying | None] = Field(
+        rule_fields.optional(rule_fields.convert_strength), None, schedules.to_data, functools.partial(radii.from_data, what="strength")
+    )
+    power: Field[int, int] = Field(rule_fields.convert_power, 1)
+    heads: Field[Heads | list[int] | None, Heads | None] = Field(rule_fields.convert_heads, None, rule_fields.heads_to_data)
+    center: Field[CenterLike, Center] = Field(rule_fields.convert_center, None, rule_fields.center_to_data)
+    floor: Field[float | None, float | None] = Field(rule_fields.optional(rule_fields.positive("floor")), None)
+    min_radius: Field[float | None, float | None] = Field(rule_fields.optional(rule_fields.positive("min_radius")), None)
+    tolerance: Field[float, float] = Field(rule_fields.convert_tolerance, 0.0)
+    rate: Field[float, float] = Field(rule_fields.convert_rate, 1.0)
+    rounding: Field[str, str] = Field(rule_fields.convert_rounding, "nearest")
+    every: Field[int, int] = Field(rule_fields.steps("every", 1), 1)
+    start: Field[int, int] = Field(rule_fields.steps("start", 0), 0)
+    stop: Field[int | None, int | None] = Field(rule_fields.optional(rule_fields.steps("stop", 1)), None)
+    exclude: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None, *SELECTOR)
+    layout: Field[Layout | None, Layout | None] = Field(
+        rule_fields.convert_layout, None, rule_fields.layout_to_data, rule_fields.layout_from_data
+    )
+    optional: Field[bool, bool] = Field(rule_fields.convert_flag, False)
+    name: Field[str | None, str | None] = Field(rule_fields.optional(rule_fields.convert_name), None)
 
     def __post_init__(self) -> None:
-        kinds.word(self.action, "action", tuple(TARGETS))
-        kinds.word(self.per, "per", PER)
+        rule_fields.word(self.action, "action", tuple(ACTIONS))
+        rule_fields.word(self.per, "per", PER)
         self._resolve()
         for check in (_check_target, _check_uses, _check_needs, _check_norm, _check_radius, _check_found, _check_window):
             check(self)
@@ -154,7 +165,7 @@ class Rule:
     def _resolve(self) -> None:
         """Fills in the defaults that depend on other fields."""
         if self.on is None:
-            object.__setattr__(self, "on", TARGETS[self.action][0])
+            object.__setattr__(self, "on", ACTIONS[self.action].targets[0])
         if self.action == "project" and isinstance(self.norm, Set) and self.norm.needs_radius and self.radius is None:
             object.__setattr__(self, "radius", 1.0)
         if self.action == "cpr" and self.strength is None:
@@ -163,8 +174,7 @@ class Rule:
     @property
     def phase(self) -> str:
         """When in a step it acts: "penalty", "gradient", "decay", "cpr", "update", "prox", "qk_clip" or "weight"."""
-        early = {"penalty": "penalty", "weight_decay": "decay", "cpr": "cpr", "prox": "prox", "qk_clip": "qk_clip"}
-        return early.get(self.action) or {"grad": "gradient", "update": "update"}.get(str(self.on), "weight")
+        return ACTIONS[self.action].phase or {"grad": "gradient", "update": "update"}.get(str(self.on), "weight")
 
     def active(self, step: int) -> bool:
         """Whether it acts at ``step``, counted from 0 when attached."""
@@ -184,7 +194,7 @@ class Rule:
 
     def kind(self) -> tuple[Any, ...]:
         """What two rules have in common that do the same to different amounts: action, target, norm and blocks."""
-        return self.action, self.on, None if self.action in ("weight_decay", "qk_clip") else kinds.norm_label(self.norm), self.per
+        return self.action, self.on, None if self.action in ("weight_decay", "qk_clip") else rule_fields.norm_label(self.norm), self.per
 
     def matched(self, entries: Iterable[Entry]) -> list[Entry]:
         """As :meth:`targets`, but empty where the rule matches nothing."""
@@ -204,9 +214,38 @@ class Rule:
         return block_view(self.axes(entry), per, self.norm.matrix, oriented=oriented, name=entry.name)
 
     def label(self) -> str:
-        """A short name for tables and messages: ``clip_norm l2/unit <= 3``."""
-        target = "" if self.on == TARGETS[self.action][0] else f" {self.on}"
-        return " ".join(filter(None, (self.action + target, _norm_label(self), _amount_label(self))))
+        """What tables and messages call it: its name, or what it does and to which parameters, as ``params`` says it."""
+        usual = self.params in (None, EVERYTHING, MATRICES)    # by default, and so nothing that its user wrote
+        return self.name or self.summary() + ("" if usual else f", params={shown(self.params)}")
+
+    def summary(self) -> str:
+        """What it does, in short, whatever it is called: ``clip_norm l2/unit <= 3``."""
+        target = "" if self.on == ACTIONS[self.action].targets[0] else f" {self.on}"
+        norm = f"half {rule_fields.norm_label(self.norm)}^2" if self.power == 2 else rule_fields.norm_label(self.norm)
+        if self.action in ("weight_decay", "qk_clip"):
+            norm = ""
+        elif self.action == "cpr":
+            norm = f"mean square/{self.per}"
+        elif isinstance(self.norm, Norm) or self.norm.matrix:
+            norm = f"{norm}/{self.per}"
+        return " ".join(filter(None, (self.action + target, norm, self._amount())))
+
+    def _amount(self) -> str:
+        around = " around init" if self.center == "init" else " around given weights" if self.center else ""
+        around += f" at rate {self.rate:g}" if self.rate != 1 else ""
+        around += f", rounding {self.rounding}" if self.rounding != "nearest" else ""
+        amount = schedules.label(self.radius)
+        if self.action in ("cpr", "qk_clip"):
+            rate = f" at rate {schedules.label(self.strength)}" if self.action == "cpr" else " on queries alone" if self.power == 2 else ""
+            return f"<= {amount}{rate}"
+        if self.strength is not None:
+            return f"x {schedules.label(self.strength)}{around}"
+        if self.radius is None:
+            return around.strip()
+        if self.min_radius is not None:
+            return f"in [{self.min_radius:g}, {amount}]{around}"
+        relation = "=" if self.action == "normalize" or isinstance(self.norm, Set) else "<="
+        return f"{relation} {amount}{around}"
 
     def __repr__(self) -> str:
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
@@ -218,8 +257,9 @@ class Rule:
         return {name: _written(name, value) for name, value in given.items() if value != _default(self, name)}
 
     def described(self) -> dict[str, str]:
-        """The fields that are not at their defaults, each as a text, to tell rules apart; what has no YAML form by its name."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        """The fields that are not at their defaults, each as a text, to tell rules apart, whatever they are called; what has no YAML form
+        by its name."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
         return {name: _text(name, value) for name, value in given.items() if value != _default(self, name)}
 
     @classmethod
@@ -233,28 +273,11 @@ class Rule:
 
 # ------------------------------------------------------------------------------------------------------- plain data
 
-_WRITE: dict[str, Callable[[Any], Any]] = {
-    "params": kinds.selector_to_data,
-    "exclude": kinds.selector_to_data,
-    "norm": kinds.norm_to_data,
-    "radius": schedules.to_data,
-    "strength": schedules.to_data,
-    "center": kinds.center_to_data,
-    "layout": kinds.layout_to_data,
-    "heads": heads_to_data,
-}
-_READ: dict[str, Callable[[Any], Any]] = {
-    "params": kinds.selector_from_data,
-    "exclude": kinds.selector_from_data,
-    "norm": kinds.norm_from_data,
-    "radius": functools.partial(schedules.from_data, what="radius"),
-    "strength": functools.partial(schedules.from_data, what="strength"),
-    "layout": kinds.layout_from_data,
-}
+_FIELDS: dict[str, Any] = {name: vars(Rule)[name] for name in Rule.__dataclass_fields__ if isinstance(vars(Rule).get(name), Field)}
 
 
 def _written(name: str, value: Any) -> Any:
-    return _about(name, _WRITE.get(name, lambda plain: plain), value)
+    return _about(name, _FIELDS[name].to_data, value) if name in _FIELDS else value
 
 
 def _text(name: str, value: Any) -> str:
@@ -266,7 +289,7 @@ def _text(name: str, value: Any) -> str:
 
 def read_field(name: str, value: Any) -> Any:
     """What the field ``name`` is in a rule, from its YAML form."""
-    return _about(name, _READ.get(name, lambda plain: plain), value)
+    return _about(name, _FIELDS[name].from_data, value) if name in _FIELDS else value
 
 
 def _about(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
@@ -277,7 +300,7 @@ def _about(name: str, convert: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _default(rule: Rule, name: str) -> Any:
-    fixed = {"action": None, "on": TARGETS[rule.action][0], "norm": L2(), "per": "tensor"}
+    fixed = {"action": None, "on": ACTIONS[rule.action].targets[0], "norm": L2(), "per": "tensor"}
     return fixed[name] if name in fixed else getattr(Rule, name)
 
 
@@ -285,17 +308,17 @@ def _default(rule: Rule, name: str) -> Any:
 
 
 def _check_target(rule: Rule) -> None:
-    kinds.word(rule.on, "on", ON)
-    allowed = TARGETS[rule.action]
+    rule_fields.word(rule.on, "on", ON)
+    allowed = ACTIONS[rule.action].targets
     if rule.on not in allowed:
         raise FieldError(f"action {rule.action!r} has no meaning on={rule.on!r}. Allowed for it: {', '.join(allowed)}.", "on")
 
 
 def _check_uses(rule: Rule) -> None:
-    optional = set().union(*USES.values())
-    for name in sorted(optional - USES[rule.action]):
+    optional = set[str]().union(*(action.uses for action in ACTIONS.values()))
+    for name in sorted(optional - ACTIONS[rule.action].uses):
         if getattr(rule, name) != _default(rule, name):
-            known = ", ".join(sorted(USES[rule.action]))
+            known = ", ".join(sorted(ACTIONS[rule.action].uses))
             raise FieldError(f"action {rule.action!r} does not use {name}: leave it out. It uses {known}.", name)
     for name in WEIGHT_ONLY:
         if rule.on != "weight" and getattr(rule, name) != _default(rule, name):
@@ -303,7 +326,7 @@ def _check_uses(rule: Rule) -> None:
 
 
 def _check_needs(rule: Rule) -> None:
-    needed = NEEDS[rule.action]
+    needed = ACTIONS[rule.action].needs
     if needed and getattr(rule, needed) is None and (isinstance(rule.norm, Norm) or needed == "strength"):
         example = "a number > 0, a schedule or 'init'" if needed == "radius" else "a number >= 0 or a schedule"
         raise FieldError(f"action {rule.action!r} needs {needed}=: {example}.", needed)
@@ -312,27 +335,27 @@ def _check_needs(rule: Rule) -> None:
 def _check_norm(rule: Rule) -> None:
     if isinstance(rule.norm, Set):
         _check_set(rule, rule.norm)
-    label = kinds.norm_label(rule.norm)
+    label = rule_fields.norm_label(rule.norm)
     if rule.norm.matrix and rule.per in VECTOR_PER:
         allowed = ", ".join(per for per in PER if per not in VECTOR_PER)
         raise FieldError(f"norm {label!r} is a norm of matrices, and per={rule.per!r} has none. Allowed per: {allowed}.", "per")
-    if rule.per == "global" and isinstance(rule.norm, Norm) and not kinds.is_entrywise(rule.norm):
+    if rule.per == "global" and isinstance(rule.norm, Norm) and rule.norm.p is None:
         raise FieldError(f"per='global' is defined for the norms l1, l2 and linf, given {label!r}.", "per")
     if rule.tolerance and not (isinstance(rule.norm, Spectral) and rule.on == "weight"):
         raise FieldError(f"tolerance is for projecting weights under the norm 'spectral', given {label!r} on={rule.on!r}.", "tolerance")
-    if rule.action == "prox" and rule.power == 2 and not isinstance(rule.norm, L2):
+    if rule.action == "prox" and rule.power == 2 and not (isinstance(rule.norm, Norm) and rule.norm.p == 2):
         raise FieldError(f"prox with power=2 is defined for norm l2, given {label!r}: use power=1, or a penalty.", "power")
 
 
 def _check_set(rule: Rule, norm: Set) -> None:
-    label = kinds.norm_label(norm)
+    label = rule_fields.norm_label(norm)
     if rule.action == "penalty" and isinstance(norm, Orthogonal) and rule.center is None and rule.power == 1:
         return
     if rule.action != "project":
         raise FieldError(f"{label!r} is a set, not a norm: use it with action 'project', given {rule.action!r}.", "norm")
     if not norm.needs_radius and rule.radius is not None:
         raise FieldError(f"norm {label!r} takes no radius: leave it out.", "radius")
-    if isinstance(rule.radius, schedules.Init | schedules.Relative | schedules.RadiusRule):
+    if isinstance(rule.radius, radii.Init | radii.Relative | radii.RadiusRule):
         raise FieldError(f"norm {label!r} takes a number or a schedule as its radius, given {rule.radius.label()!r}.", "radius")
     if rule.center is not None:
         raise FieldError(f"norm {label!r} takes no center: use norm 'linf' for a box around a center.", "center")
@@ -342,13 +365,11 @@ def _check_set(rule: Rule, norm: Set) -> None:
 
 def _check_radius(rule: Rule) -> None:
     radius = rule.radius
-    if isinstance(radius, schedules.Init) and rule.on != "weight":
-        raise FieldError(f"radius 'init' has a meaning on='weight' only, given on={rule.on!r}: use nw.Relative(scale).", "radius")
-    if isinstance(radius, schedules.Relative) and rule.on == "weight":
+    if isinstance(radius, radii.Init) and rule.on != "weight":
+        raise FieldError(f"radius 'init' has a meaning on='weight' only, given on={rule.on!r}: use nw.radii.Relative(scale).", "radius")
+    if isinstance(radius, radii.Relative) and rule.on == "weight":
         raise FieldError("a relative radius is for on='grad' or on='update'; for weights use 'init' or a multiple of it.", "radius")
-    if isinstance(radius, schedules.Init) and rule.center == "init":
-        raise FieldError("radius 'init' around center 'init' is zero: give the radius as a number or a schedule.", "radius")
-    if rule.floor is not None and not (isinstance(radius, schedules.Init) or getattr(radius, "of", "number") != "number"):
+    if rule.floor is not None and not (isinstance(radius, radii.Init) or getattr(radius, "of", "number") != "number"):
         raise FieldError("floor belongs to radius='init' (or a multiple of it): leave it out.", "floor")
     if rule.min_radius is not None and schedules.is_number(radius) and rule.min_radius > radius:  # type: ignore[operator]
         raise FieldError(f"min_radius {rule.min_radius:g} is above radius {radius:g}: give min_radius <= radius.", "min_radius")
@@ -357,18 +378,19 @@ def _check_radius(rule: Rule) -> None:
 def _check_found(rule: Rule) -> None:
     """Radii that are rules themselves, and the actions that a single method is made of."""
     radius = rule.radius
-    if isinstance(radius, schedules.RadiusRule) and (rule.action, rule.on) not in radius.allowed:
+    if isinstance(radius, radii.RadiusRule) and (rule.action, rule.on) not in radius.allowed:
         allowed = ", ".join(f"{action} on={on!r}" for action, on in radius.allowed)
         raise FieldError(f"radius {radius.label()!r} has no meaning for {rule.action} on={rule.on!r}. Allowed: {allowed}.", "radius")
-    if rule.action in ("cpr", "qk_clip") and isinstance(radius, schedules.Relative):
+    if rule.action in ("cpr", "qk_clip") and isinstance(radius, radii.Relative):
         raise FieldError(f"a relative radius is for on='grad' or on='update'; give {rule.action} a number.", "radius")
-    if rule.action == "qk_clip" and isinstance(radius, schedules.Init):
+    if rule.action == "qk_clip" and isinstance(radius, radii.Init):
         raise FieldError("qk_clip's radius is a bound on attention logits: give a number or a schedule, such as 100.", "radius")
-    if isinstance(radius, Brake) and (rule.center is not None or rule.min_radius is not None or rule.rate != 1):
+    if isinstance(radius, radii.Brake) and (rule.center is not None or rule.min_radius is not None or rule.rate != 1):
         raise FieldError("a brake takes no center, min_radius or rate: leave them out.", "radius")
-    kinds_of_block = {StepLength: NOT_GLOBAL, Quantile: WHOLE, ZScore: WHOLE}.get(type(radius), PER if rule.action != "cpr" else HOLD_MANY)
+    own = {radii.StepLength: NOT_GLOBAL, radii.Quantile: WHOLE, radii.ZScore: WHOLE}
+    kinds_of_block = own.get(type(radius), PER if rule.action != "cpr" else HOLD_MANY)
     if rule.per not in kinds_of_block:
-        what = f"radius {radius.label()!r}" if isinstance(radius, schedules.RadiusRule) else f"action {rule.action!r}"
+        what = f"radius {radius.label()!r}" if isinstance(radius, radii.RadiusRule) else f"action {rule.action!r}"
         raise FieldError(f"{what} has no meaning per={rule.per!r}. Allowed per: {', '.join(kinds_of_block)}.", "per")
     if rule.heads is not None and rule.per != "head" and rule.action != "qk_clip":
         raise FieldError(f"heads has a meaning for per='head' only, given per={rule.per!r}: leave it out.", "heads")
@@ -377,33 +399,3 @@ def _check_found(rule: Rule) -> None:
 def _check_window(rule: Rule) -> None:
     if rule.stop is not None and rule.stop <= rule.start:
         raise FieldError(f"stop {rule.stop} is not after start {rule.start}: the rule would never act. Give stop > start.", "stop")
-
-
-# ----------------------------------------------------------------------------------------------------------- labels
-
-
-def _norm_label(rule: Rule) -> str:
-    if rule.action in ("weight_decay", "qk_clip"):
-        return ""
-    if rule.action == "cpr":
-        return f"mean square/{rule.per}"
-    name = f"half {kinds.norm_label(rule.norm)}^2" if rule.power == 2 else kinds.norm_label(rule.norm)
-    return name if isinstance(rule.norm, Set) and not rule.norm.matrix else f"{name}/{rule.per}"
-
-
-def _amount_label(rule: Rule) -> str:
-    around = " around init" if rule.center == "init" else " around given weights" if rule.center else ""
-    around += f" at rate {rule.rate:g}" if rule.rate != 1 else ""
-    around += f", rounding {rule.rounding}" if rule.rounding != "nearest" else ""
-    if rule.action in ("cpr", "qk_clip"):
-        rate = f" at rate {schedules.label(rule.strength)}" if rule.action == "cpr" else " on queries alone" if rule.power == 2 else ""
-        return f"<= {schedules.label(rule.radius)}{rate}"
-    if rule.strength is not None:
-        return f"x {schedules.label(rule.strength)}{around}"
-    if rule.radius is None:
-        return around.strip()
-    amount = schedules.label(rule.radius)
-    if rule.min_radius is not None:
-        return f"in [{rule.min_radius:g}, {amount}]{around}"
-    relation = "=" if rule.action == "normalize" or isinstance(rule.norm, Set) else "<="
-    return f"{relation} {amount}{around}"

@@ -12,19 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from normwise import schedules
-from normwise.errors import NormwiseError, PolicyError, nearest
-from normwise.layouts import Layout
-from normwise.policy.common import Common
-from normwise.policy.fields import FieldError, layout_from_data, layout_to_data
-from normwise.policy.named import NAMED
+from normwise.errors import NormwiseError, PolicyError, nearest, need
+from normwise.parameters.layouts import Layout
+from normwise.parameters.selectors import selector_to_data
+from normwise.policy import radii, schedules
+from normwise.policy.named import NAMED, Common
 from normwise.policy.rule import Rule, read_field
-from normwise.policy.select import selector_to_data
+from normwise.policy.rule_fields import FieldError, layout_from_data, layout_to_data
 
 KEYS = ("rules", "roles", "layouts")
+# Far above any policy; a file beyond them was not written by hand, or loops or explodes through its aliases. All are checked before the
+# text is parsed, or while it is: the parser reads about 300 KB a second.
 MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_RULES = 1 << 18, 20_000, 24, 1000
-"""Far above any policy; a file beyond them was not written by hand, or loops or explodes through its aliases. All are checked before the
-text is parsed, or while it is: the parser reads about 300 KB a second."""
 
 _WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -36,8 +35,8 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"([-+]?)\.(inf|nan)", re.IGNORECASE)
 
 
+# Rules, roles by selector, layouts by selector.
 Stated = tuple[list[Rule], dict[str, str], dict[str, Any]]
-"""Rules, roles by selector, layouts by selector."""
 
 
 def read(text: str, source: str = "the policy") -> Stated:
@@ -84,10 +83,9 @@ def plain_scalar(text: str) -> Any:
 
 
 def _yaml() -> ModuleType:
-    try:
-        import yaml
-    except ImportError as error:
-        raise PolicyError("policies as YAML need PyYAML: pip install 'normwise[yaml]'.") from error
+    need("yaml", "yaml", what="a policy as YAML")
+    import yaml
+
     return yaml
 
 
@@ -291,22 +289,21 @@ def _named(name: str, arguments: Any) -> list[Rule]:
 
 def _arguments(make: Callable[..., Any], arguments: Any) -> dict[str, Any]:
     names = _parameters(make)
-    if isinstance(arguments, Mapping) and len(arguments) == 1 and set(arguments) <= set(schedules.FORMS) - set(names):
+    if isinstance(arguments, Mapping) and len(arguments) == 1 and set(arguments) <= set(radii.FORMS) - set(names):
         arguments = [arguments]  # a schedule or a radius as the only argument: {max_norm: {linear: [3, 1, 100]}}
     for name in arguments if isinstance(arguments, Mapping) else ():
         if name not in names:
             raise FieldError(f"{make.__name__} has no argument {name!r}.{nearest(name, names)}", name)
     given = schedules.arguments_by_name(names, arguments, make.__name__)
-    return {name: read_field(_FIELD_OF.get(name, name), value) for name, value in given.items()}
+    written = inspect.get_annotations(make)
+    fields = {name: name if name in Rule.__dataclass_fields__ else _FIELD_OF.get(written.get(name, ""), name) for name in given}
+    return {name: read_field(fields[name], value) for name, value in given.items()}
+
+
+# Arguments of named rules that are no fields, by their annotations: each is read like the field that takes the same kind of value.
+_FIELD_OF = {"RadiusLike": "radius", "Varying": "strength", "Selector | None": "params", "NormLike": "norm"}
 
 
 def _parameters(make: Callable[..., Any]) -> list[str]:
     own = [p.name for p in inspect.signature(make).parameters.values() if p.kind != p.VAR_KEYWORD]
     return [*own, *Common.__annotations__]
-
-
-_FIELD_OF = {
-    "value": "radius", "max": "radius", "max_norm": "radius", "l1": "strength", "l2": "strength", "clipping": "strength",
-    "scale": "strength", "mu": "strength", "tau": "radius", "kappa": "radius", "query": "params", "key": "params",
-}  # fmt: skip
-"""Arguments of named rules that are a field under another name, and read like it."""

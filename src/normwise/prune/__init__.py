@@ -1,5 +1,5 @@
 """From zero to gone: units whose weights are exactly zero are removed for good, and the smaller network gives the same outputs."""
 
-from normwise.prune.shrink import Report, cut, shrink, targets
+from normwise.prune.remove_units import Report, cut, shrink, targets
 
 __all__ = ["Report", "cut", "shrink", "targets"]

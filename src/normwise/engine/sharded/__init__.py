@@ -1,10 +1,9 @@
 """Rules on DTensors: each rank works on its own part of every parameter, and little is sent.
 
-``place`` tells which part of a parameter lies here, ``comm`` sends and counts, ``together`` measures many norms in one collective,
-``owners`` brings whole matrices to one rank each, ``split`` is the pack that the rules work on.
+``placement`` tells which part of a parameter lies here, ``collectives`` sends and counts, ``norms`` measures many norms in one collective,
+``block_exchange`` brings whole matrices to one rank each, ``pack`` is what the rules work on, ``grouping`` makes packs of either kind.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,8 +25,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
             module.reshard()    # type: ignore[operator]
-
-
-def local_states(states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """What lies on this rank of the states of some parameters."""
-    return [{name: here(value) for name, value in s.items()} for s in states]

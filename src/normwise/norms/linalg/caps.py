@@ -24,15 +24,21 @@ METHODS = ("auto", "gram", "exact")
 
 
 def cap_singular_values(x: Tensor, cap: float | Tensor, method: str = "auto") -> Tensor:
-    """argmin ‖Y − X‖_F over σ₁(Y) <= cap: U min(Σ, cap) Vᵀ.
+    """argmin ‖Y − X‖_F over σ₁(Y) <= cap: U min(Σ, cap) Vᵀ, as a new tensor.
 
-    x: (..., m, n); cap: a number or one a matrix (b,), >= 0; returns a new tensor. Matrices that are surely inside (an upper
-    bound with its rounding says so) and those that are not finite come back bit for bit.
-    What exceeds is set to cap (1 − 32 eps), 4e-6 below for fp32, so that σ₁ <= cap (1 + 1e-6) in float64 after rounding; fp16 and
-    bf16 are computed in fp32, and rounding the result to them can add 2⁻⁹ of its Frobenius norm.
-    method: ``"gram"`` uses eigenvectors of the small Gram matrix, is several times faster, and is left for the SVD where σ₁ may
-    exceed 4 caps; ``"auto"`` is the same; ``"exact"`` always takes the SVD.
-    Reads which matrices exceed: one synchronisation on a GPU. Raises NormError for what is not a matrix, or a cap below zero.
+    Matrices that are surely inside (an upper bound with its rounding says so) and those that are not finite come back bit for bit.
+    What exceeds is set to cap (1 − 32 eps), 4e-6 below for fp32, so that σ₁ <= cap (1 + 1e-6) in float64 after rounding. fp16 and bf16
+    are computed in fp32, and rounding the result to them can add 2⁻⁹ of its Frobenius norm. Reading which matrices exceed takes one
+    synchronisation on a GPU.
+
+    Args:
+        x: (..., m, n).
+        cap: a number or one a matrix (b,), >= 0.
+        method: ``"gram"`` uses eigenvectors of the small Gram matrix, several times faster, and the SVD where σ₁ may exceed 4 caps;
+            ``"auto"`` is the same; ``"exact"`` always uses the SVD.
+
+    Raises:
+        NormError: x is not a stack of matrices, or a cap is below zero.
     """
     if method not in METHODS:
         raise NormError(f"unknown method {method!r} for capping singular values.{nearest(method, METHODS)}")

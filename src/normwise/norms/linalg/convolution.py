@@ -1,7 +1,7 @@
-"""Two norms of a convolution that are not the same number: of the operator it applies, and of its flattened filter.
+"""Two norms of a convolution that are different numbers: of the operator it applies, and of its flattened filter.
 
-The operator maps whole images to whole images; its norm depends on the padding and, a little, on the image's size. The flattened
-filter is the matrix (out, in × kernel) whose σ₁ is what a spectral rule on the weight measures.
+The operator maps whole images to whole images; its norm depends on the padding and slightly on the image's size. The flattened filter
+is the matrix (out, in × kernel) whose σ₁ a spectral rule on the weight measures.
 """
 
 from __future__ import annotations

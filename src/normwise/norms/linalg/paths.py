@@ -1,6 +1,6 @@
-"""Which way a batch of matrices is computed: the one place where looped or batched, direct or Gram, blocked or whole is chosen.
+"""Which path a batch of matrices takes: the one place that chooses looped or batched, direct or Gram, blocked or whole.
 
-Every way gives the same result up to rounding; the thresholds are measurements (``normwise bench polar``, docs/linalg.md).
+Every path gives the same result up to rounding; the thresholds are measurements (``normwise bench polar``, docs/linalg.md).
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ METHODS = {
 }
 
 
-def polar(x: Tensor, method: str = "fast", steps: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def polar(
+    x: Tensor, method: str | Sequence[Step] = "fast", steps: int | None = None, dtype: torch.dtype | None = None, floor: float = 0.0
+) -> Tensor:
     """The polar factor: argmax over ‖Y‖₂ <= 1 of ⟨X, Y⟩, which is U Vᵀ for X = U Σ Vᵀ.
 
     x: real matrices (..., m, n), each its own; returns a new tensor of the same shape and dtype.
@@ -59,7 +61,9 @@ def polar(x: Tensor, method: str = "fast", steps: int | None = None, dtype: torc
       ``"exact"``          SVD in fp32 or float64; singular values below max(m, n) eps σ₁ count as zero
     The scale s is 1.01 ‖X‖ in the Schatten-8 norm: σ₁ <= s <= 1.01 r^(1/8) σ₁ for rank r, and costs nothing since the
     first step forms (X Xᵀ)². Below the domain a value is still moved towards one, by the product of the steps' slopes.
+    Instead of a name, the steps (a, b, c) of an iteration of your own, which runs as the quintic does.
     steps: how many, where the method takes a number. dtype: the iteration's, instead of the method's.
+    floor: the least Frobenius norm that the quintic, or an iteration of your own, divides by; torch.optim.Muon's ``eps``.
 
     A zero matrix stays zero; tiny ones (1e-30) are like any other; a matrix that is not finite becomes NaN, alone. Rounding to bf16
     gives a rank-deficient matrix small singular values, which grow like all others; ``"accurate"`` and ``"exact"`` keep the rank.
@@ -68,11 +72,11 @@ def polar(x: Tensor, method: str = "fast", steps: int | None = None, dtype: torc
     batch = as_batch(x)
     if method == "exact":
         return like_input(_exact(batch), x)
-    row = _row(method)
+    row = _row(method if isinstance(method, str) else "quintic")
     work = dtype or _work_dtype(row, x.dtype)
-    coefficients = row.coefficients(_step_count(row, steps, work), work)
+    coefficients = row.coefficients(_step_count(row, steps, work), work) if isinstance(method, str) else method
     group = min(row.steps_per_gram, paths.steps_per_gram(batch.shape))
-    iterate = partial(_iterate, coefficients=coefficients, scale=row.scale, dtype=work, group=group)
+    iterate = partial(_iterate, coefficients=coefficients, scale=row.scale, dtype=work, group=group, floor=floor)
     with torch.no_grad():
         return like_input(paths.run(iterate, batch), x)
 
@@ -111,11 +115,13 @@ def _step_count(row: Method, steps: int | None, dtype: torch.dtype) -> int:
     return count
 
 
-def _iterate(x: Tensor, coefficients: Sequence[Step], scale: str, dtype: torch.dtype, group: int) -> Tensor:
+def _iterate(x: Tensor, coefficients: Sequence[Step], scale: str, dtype: torch.dtype, group: int, floor: float) -> Tensor:
     """Scale, then ``group`` steps at a time: their product Q(G) is formed on the Gram matrix and applied once."""
-    y = up(x) / peak(x)
+    highest = peak(x)
+    y = up(x) / highest
     if scale == "frobenius":
-        y = y / positive(torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True))
+        length = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
+        y = y / (torch.maximum(length, floor / highest) if floor else positive(length))
     y = y.to(dtype)
     for start in range(0, len(coefficients), group):
         y = _advance(y, coefficients[start:start + group], rescale=scale == "schatten8" and start == 0)

@@ -16,14 +16,19 @@ from normwise.norms.reduce import up, wide
 def ridge_inverse(x: Tensor, damping: float) -> Tensor:
     """``(Y Yᵀ + δ I)⁻¹ Y`` of Y = X / s: each singular value t of Y becomes t / (t² + δ). s² is the mean of X's squared singular values.
 
-    x: real matrices (..., m, n), each its own; returns a new tensor of the same shape and dtype. damping: δ > 0. For δ → 0 this is
-    the transposed pseudo-inverse (Moore-Penrose), for δ → ∞ X itself but for a factor; no result exceeds 1/(2√δ), which t = √δ becomes.
-    Whatever the scale of X, the result is the same. It is the u that minimises ½‖Yᵀu‖² + ½δ‖u‖² − ⟨y, u⟩ for every column y of Y: a
-    natural gradient by the direction's own second moment (Amari 1998), damped as by Levenberg (1944) and Marquardt (1963).
+    For δ → 0 this is the transposed pseudo-inverse (Moore-Penrose), for δ → ∞ X itself up to a factor; no result exceeds 1/(2√δ),
+    which t = √δ becomes. The scale of X does not matter. It is the u that minimises ½‖Yᵀu‖² + ½δ‖u‖² − ⟨y, u⟩ for every column y of Y:
+    a natural gradient by the direction's own second moment (Amari 1998), damped as by Levenberg (1944) and Marquardt (1963).
 
-    Two products and an inverse by Cholesky on the smaller side: 4 m² n + m³ operations for m <= n, in fp32 or float64.
-    A zero matrix stays zero; a matrix that is not finite becomes NaN, alone.
-    Raises NormError for what is not a real floating-point matrix, and for a damping that is no number above zero.
+    It takes two products and an inverse by Cholesky on the smaller side: 4 m² n + m³ operations for m <= n, in fp32 or float64. A zero
+    matrix stays zero; a matrix that is not finite becomes NaN, and the others do not.
+
+    Args:
+        x: real matrices (..., m, n), each for itself.
+        damping: δ > 0.
+
+    Raises:
+        NormError: x is not a real floating-point matrix, or damping is not a number above zero.
     """
     if not (isinstance(damping, int | float) and not isinstance(damping, bool) and 0 < damping < math.inf):
         raise NormError(f"a ridge needs a damping > 0, given {damping!r}: 0.03 of the mean square is a good start")

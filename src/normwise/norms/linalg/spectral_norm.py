@@ -1,4 +1,4 @@
-"""The spectral norm σ₁ without a decomposition: lower bounds by power iteration, upper bounds with their rounding in them."""
+"""The spectral norm σ₁ without a decomposition: lower bounds by power iteration, upper bounds that include their rounding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from normwise.norms.reduce import root_sum_squares, up, wide
 def power_iteration(x: Tensor, v: Tensor | None = None, steps: int = 1) -> tuple[Tensor, Tensor]:
     """A lower bound of σ₁ and the vector that attains it: v ← xᵀx v / ‖xᵀx v‖, then ‖x v‖.
 
-    x: (b, m, n); v: (b, n) from the call before (warm start), or None for a fixed pseudo-random start; it is not changed.
-    Returns (bound (b,), v (b, n)), fp32 or float64. ‖x v‖ <= σ₁ for every unit v; what rounding may add is taken off, so
-    the bound stays below σ₁ of the numbers given. From a random start its relative error after k steps is expected to be
-    at most 0.44 ln(n) / (k - 1) (Kuczyński, Woźniakowski 1992), and falls as (σ₂/σ₁)^(4k). Zero matrices give 0; matrices that
-    are not finite give NaN, and their v starts anew next time.
+    ‖x v‖ <= σ₁ for every unit v. What rounding may add is taken off, so the bound stays below σ₁ of the numbers given. From a random
+    start its relative error after k steps is expected to be at most 0.44 ln(n) / (k - 1) (Kuczyński, Woźniakowski 1992), and it falls
+    as (σ₂/σ₁)^(4k). Zero matrices give 0; matrices that are not finite give NaN, and their v starts again next time.
+
+    Args:
+        x: (b, m, n).
+        v: (b, n) from the previous call (warm start), or None for a fixed pseudo-random start; it is not changed.
+
+    Returns:
+        (bound (b,), v (b, n)), fp32 or float64.
     """
     batch = up(as_batch(x))
     if v is None:

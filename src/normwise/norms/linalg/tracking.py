@@ -71,6 +71,7 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
     Memory: one copy of the matrices. Reads two flags a call, each a synchronisation on a GPU.
     Zhou, Saad 2006, "A Chebyshev–Davidson algorithm"; Higham, Mary 2019, "A new approach to probabilistic rounding error analysis".
     """
+    # The state is cloned: a caller may keep the old one, as a checkpoint does.
     batch = as_batch(x)
     own = None if state is None else Tracked(*(t.clone() for t in state))
     cut, own = follow([batch], bounds(radius, batch), own, tolerance)
@@ -136,6 +137,7 @@ def _distance(parts: Sequence[Tensor], reference: Tensor) -> Tensor:
             found.append(torch.stack([_length_of_difference(*pair) for pair in zip(part.flatten(1), before.flatten(1), strict=True)]))
         else:
             found.append(root_sum_squares((up(part) - up(before)).flatten(1)).to(wide(part.device)))
+    # The bound must not be below the true distance: fp32 sums of squares may err by a part in 10⁴.
     return torch.cat(found) * (1 + 1e-3)
 
 
@@ -166,6 +168,7 @@ def _look(x: Tensor, limit: Tensor, vectors: Tensor, known: Tensor, tolerance: f
     cut: dict[int, Tensor] = {}
     if vectors.shape[1] and bool(known.any()):
         cut, vectors, reach = _search(x, limit, vectors, known, tolerance)
+    # Not certified: a direction was missed, or the matrix is new. Decomposing is exact, and rare.
     lost = (~reach.isfinite()).nonzero().flatten().tolist()
     if not lost:
         return Found(cut, vectors, reach)
@@ -202,6 +205,7 @@ def _search(x: Tensor, limit: Tensor, vectors: Tensor, known: Tensor, tolerance:
     near = left * (1 + MARGIN * tolerance)
     far = torch.where(1.05 * left < bound, 1.05 * left, bound * (1 + MARGIN * tolerance))
     reach = torch.full_like(left, math.inf)
+    # The near guess is tight and costs a second proof only if it fails; the far one saves later looks.
     for guess in (near, torch.maximum(near, far)):
         open_ = (reach.isinf()[:, 0] & known & usable).nonzero().flatten().tolist()
         if open_:
@@ -226,10 +230,12 @@ def _turned(gram: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     step = vectors @ gram
     mean = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     least = (step * vectors).sum(2).amin(1, keepdim=True)
+    # Below the mean eigenvalue nothing is worth following, and a β of 0 would divide by it.
     share = (2 / positive(torch.maximum(least, mean)))[..., None]
     before, now = vectors, share * step - vectors
     for _ in range(DEGREE - 1):
         before, now = now, torch.baddbmm(before + 2 * now, 2 * share * now, gram, beta=-1)
+    # Six steps grow like σ¹²: without scaling QR would overflow in fp32.
     now = now / positive(now.abs().amax((1, 2), keepdim=True))
     usable = now.isfinite().flatten(1).all(1) & mean[:, 0].isfinite()    # no entry of a Gram matrix is larger than its trace
     if not bool(usable.all()):

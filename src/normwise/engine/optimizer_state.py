@@ -1,0 +1,247 @@
+"""The control's state in its optimizers' ``state_dict()``: whoever saves an optimizer saves the rules that are attached to it.
+
+It lies in the first parameter group, under one key, as a list of one part a control. There torch's own ``load_state_dict`` keeps it as it
+is (what lies in ``state`` it casts to the parameter's dtype, and what lies beside the groups it drops), an optimizer without a control
+carries it along until one is attached, and ``torch.distributed.checkpoint``, which knows nothing but ``state`` and ``param_groups``, takes
+it with the group.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from normwise.engine.sharded import is_sharded
+from normwise.engine.state import KEPT, Saved
+from normwise.errors import PolicyError
+
+KEY = "normwise"
+"""Of the parameter group. While a control is attached the group itself has it, with nothing in it: ``flatten_optimizer_state_dict`` loads
+only the keys that the groups of the optimizer have."""
+Part = dict[str, Any]
+Group = MutableMapping[str, Any]
+
+
+class Traveller:
+    """What one control has in one optimizer's ``state_dict()``: made by ``pack``, given back by ``unpack``.
+
+    unpack: checks a part and returns what loads it; it raises PolicyError before anything is changed. forgets: whether the rules have
+    anything to lose where a state has no part of them.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, pack: Callable[[], Part], unpack: Callable[[Part], Callable[[], None]], forgets: Callable[[], bool]
+    ) -> None:
+        self.optimizer, self._pack, self._unpack, self._forgets = optimizer, pack, unpack, forgets
+        self._pending: Callable[[], None] | None = None
+        self._warned = False
+        self._adopt()
+        _ATTACHED.setdefault(optimizer, []).append(self)
+        _mark(optimizer)
+        self._handles = [
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off, and the mark out of the group where this was the last control."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        left = _ATTACHED.get(self.optimizer, [])
+        if self in left:
+            left.remove(self)
+        group = _home(self.optimizer.param_groups)
+        if not left and group is not None and group.get(KEY) == []:
+            del group[KEY]
+
+    def _adopt(self) -> None:
+        """Takes what was loaded into the optimizer before the control was attached, as in a callback that trainers call after loading."""
+        group = _holder(self.optimizer.param_groups)
+        if group is not None:
+            self._unpack(group[KEY][0])()
+            group[KEY] = group[KEY][1:]
+
+    def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Puts this control's part in its place among those of all that are attached; what waits for a later one comes last."""
+        group = _home(state["param_groups"])
+        if group is not None:
+            parts = list(group.get(KEY) or [])
+            parts.insert(_ATTACHED[optimizer].index(self), self._pack())
+            group[KEY] = parts
+
+    def _before_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Takes the first part out; ``state`` is a shallow copy of what the user gave, which stays as it is."""
+        self._pending = None
+        groups = state.get("param_groups")
+        if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
+            return    # torch says what is wrong
+        groups = state["param_groups"] = [dict(g) for g in groups]
+        group = _holder(groups)
+        if group is not None:
+            self._pending = self._unpack(group[KEY][0])
+            group[KEY] = group[KEY][1:]
+        elif self._forgets() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the optimizer's state was saved without these rules, or by an earlier version: they start anew, with their schedules, "
+                "radii 'init' and what they find in training. If their state was saved apart, load it with control.load_state_dict().",
+                stacklevel=4,
+            )
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        if self._pending is not None:
+            self._pending()
+            self._pending = None
+        _mark(optimizer)
+
+
+_ATTACHED: WeakKeyDictionary[Optimizer, list[Traveller]] = WeakKeyDictionary()
+"""The travellers of each optimizer, in the order in which their hooks run."""
+
+
+def waiting(optimizer: Optimizer) -> list[Part]:
+    """The parts in an optimizer's groups that no control has taken."""
+    group = _holder(optimizer.param_groups)
+    return [] if group is None else list(group[KEY])
+
+
+def with_part(state: Mapping[str, Any], part: Part) -> dict[str, Any]:
+    """An optimizer's state with a part in it."""
+    groups = [dict(g) for g in state["param_groups"]]
+    home = _home(groups)
+    if home is not None:
+        home[KEY] = [part, *(home.get(KEY) or [])]
+    return {**state, "param_groups": groups}
+
+
+def _home(groups: Sequence[Group]) -> Group | None:
+    """The group in which the parts are put: the first that has parameters, which distributed checkpoints know it by."""
+    return next((g for g in groups if g["params"]), groups[0] if groups else None)
+
+
+def _holder(groups: Sequence[Group]) -> Group | None:
+    """The group that has parts; groups may have been put together in another order."""
+    return next((g for g in groups if isinstance(g.get(KEY), list) and g[KEY]), None)
+
+
+def _mark(optimizer: Optimizer) -> None:
+    group = _home(optimizer.param_groups)
+    if group is not None and _holder(optimizer.param_groups) is None:
+        group[KEY] = []
+
+
+# ---------------------------------------------------------------------------------------------------- few tensors
+
+
+def fold(rules: Sequence[Saved], growing: Sequence[Sequence[str]], device: torch.device) -> Part:
+    """The states of rules as one JSON text and a tensor a dtype, end to end; DTensors stay by themselves.
+
+    Few entries, since flattened distributed checkpoints repeat those of a group for each of its parameters. growing: of each rule what is
+    found with shapes that change in training. It is in the text: distributed checkpoints read tensors into ones of equal shape.
+    """
+    ends: dict[str, int] = {}
+    parts: dict[str, list[Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+
+    def put(kind: str, t: Tensor) -> list[Any]:
+        if is_sharded(t):
+            wide = t.int() if t.dtype == torch.int16 else t    # a carry; neither gloo nor NCCL can gather int16
+            whole[f"{kind}_whole_{len(whole)}"] = wide
+            return [list(whole)[-1]]
+        name = f"{kind}_{_dtype(t)}"
+        start = ends.get(name, 0)
+        ends[name] = start + t.numel()
+        parts.setdefault(name, []).append(t.detach().reshape(-1).to(device))
+        return [name, start, list(t.shape)]
+
+    tree = []
+    for rule, texts in zip(rules, growing, strict=True):
+        kept = {what: {n: put("kept", t) for n, t in rule[what].items()} for what in KEPT}
+        found = {n: {w: as_text(t) if w in texts else put("found", t) for w, t in own.items()} for n, own in rule["found"].items()}
+        tree.append({"rule": rule["rule"], **kept, "found": found})
+    return {"rules": json.dumps(tree), **{name: torch.cat(each) for name, each in parts.items()}, **whole}
+
+
+def unfold(part: Mapping[str, Any]) -> list[Saved]:
+    """The inverse of :func:`fold`; PolicyError for what it did not make."""
+
+    def take(place: Any) -> Tensor:
+        if isinstance(place, str):
+            return from_text(place)
+        name, *where = place
+        held = part[name]
+        if not isinstance(held, Tensor):
+            raise TypeError(f"{name} is no tensor")
+        return held[where[0] : where[0] + math.prod(where[1])].view(where[1]) if where else held
+
+    try:
+        return [
+            {"rule": rule["rule"], **{what: {n: take(t) for n, t in rule[what].items()} for what in KEPT},
+             "found": {n: {w: take(t) for w, t in own.items()} for n, own in rule["found"].items()}}
+            for rule in json.loads(part["rules"])
+        ]  # fmt: skip
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise PolicyError(f"the state in the optimizer's is none that a control put there ({error!r}).") from error
+
+
+def as_text(value: Tensor) -> str:
+    """A tensor as ``dtype:shape:bytes``, exactly."""
+    plain = value.detach().cpu().contiguous()
+    data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return f"{_dtype(plain)}:{'x'.join(map(str, plain.shape))}:{base64.b64encode(data).decode()}"
+
+
+def from_text(text: str) -> Tensor:
+    """The inverse of :func:`as_text`; ValueError or KeyError for what it did not make."""
+    name, shape, data = text.split(":")
+    raw = bytearray(base64.b64decode(data, validate=True))
+    flat = torch.frombuffer(raw, dtype=DTYPES[name]).clone() if raw else torch.empty(0, dtype=DTYPES[name])
+    return flat.reshape([int(n) for n in shape.split("x") if n])
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)}
+
+
+# ---------------------------------------------------------------------------------------------------- the step that makes state
+
+
+MAKERS = ("_init_optim_state",)
+"""Functions of ``torch.distributed.checkpoint.state_dict`` that take a step for the sake of the state that it makes."""
+
+
+@_disable_dynamo    # as the control's hooks
+def makes_state(optimizer: Optimizer) -> bool:
+    """Whether the step that is about to be taken only makes the optimizer's state, as that of ``torch.distributed.checkpoint`` does before
+    it gets or sets one, with rates and gradients of zero. No rule acts in it.
+
+    Told by who takes it: a first step of a user's own, with a rate and gradients of zero, looks the same, and has its rules. Costs a look
+    at a dictionary from the second step on; frames are looked at in steps with a rate of zero alone.
+    """
+    if optimizer.state or not all(_is_zero(g.get("lr")) for g in optimizer.param_groups):
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name not in MAKERS:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_zero(rate: Any) -> bool:
+    return rate is not None and not bool(rate.any() if isinstance(rate, Tensor) else rate)

@@ -1,0 +1,99 @@
+"""Rules that shrink weights by a little at each step, decoupled from the gradient: weight decay and prox, in any rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwise.engine.block_tensors import recenter_, weights_of
+from normwise.engine.pack import Pack
+from normwise.engine.rules.base import BoundRule
+from normwise.engine.step import Turn
+from normwise.low_precision import memory, narrow_, rounds, widened
+from normwise.norms import Norm, Radius
+from normwise.norms.reduce import may_branch
+from normwise.parameters.inventory import Entry
+from normwise.policy import Rule
+
+SHRINKING = ("weight_decay", "prox")
+
+
+class Shrinking(BoundRule):
+    """``weight_decay`` and ``prox``. With ``rounding``, each fp16 or bf16 weight has in ``store`` what that needs to remember."""
+
+    def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
+        super().__init__(rule, entries, owner, index)
+        for k, m in enumerate(self.members):
+            needed = memory(m.weight, rule.rounding, 4096 * index + k)
+            if needed:
+                self.store[m.name] = needed
+
+    def _run_pack(self, part: Pack, turn: Turn) -> None:
+        states: Sequence[dict[str, Any]] = [self.store.get(m.name, {}) for m in part.members] if self.store else []
+        if rounds(states) and turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
+            return    # what is remembered advances where the step happens
+        mine, states = weights_of(part), part.local_states(states)
+        weights = widened(mine, states)
+        if self.phase == "decay":
+            self._decay(part, weights, turn)
+        else:
+            self._prox(part, weights, turn)
+        narrow_(mine, weights, states, part.noise_numbers(states))
+
+    def _decay(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
+        strength = self.strength(turn)
+        for eta, chosen in _by_rate(part, turn):
+            share = eta * strength if turn.happened is None else eta * strength * turn.happened.to(weights[0].device)
+            mine = [weights[i] for i in chosen]
+            centers = part.local([c for i in chosen if (c := part.members[i].center) is not None])
+            if centers:
+                pull = torch._foreach_sub(mine, centers)
+                torch._foreach_mul_(pull, -share)
+                torch._foreach_add_(mine, pull)
+            else:
+                _shrink_(mine, 1 - share)
+
+    def _prox(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
+        strength = self.strength(turn)
+        if self.flat:
+            self._prox_members(part, weights, turn.rate(part.members[0]) * strength, turn)
+            return
+        for eta, chosen in _by_rate(part, turn):
+            wanted = {id(part.members[i]) for i in chosen}
+            mine = part if len(chosen) == len(part.members) else part.only(lambda m, wanted=wanted: id(m) in wanted)    # type: ignore[misc]
+            assert mine is not None
+            self._prox_members(mine, [weights[i] for i in chosen], eta * strength, turn)
+
+    def _prox_members(self, part: Pack, weights: list[Tensor], step: Radius, turn: Turn) -> None:
+        assert isinstance(self.norm, Norm)
+        if turn.happened is not None:
+            step = step * turn.happened
+        centers = part.local([m.center for m in part.members if m.center is not None])
+        offsets = list(torch._foreach_sub(weights, centers)) if centers else weights
+        amount = step.expand(part.count) if isinstance(step, Tensor) else step
+        moved = part.prox(self.norm, offsets, amount, self.rule.power)
+        if centers:
+            recenter_(weights, centers, offsets, moved)
+        else:
+            torch._foreach_copy_(weights, moved)
+
+
+def _by_rate(part: Pack, turn: Turn) -> list[tuple[Any, list[int]]]:
+    """The step sizes η of a pack, each with the members that have it, by their place."""
+    places: dict[Any, list[int]] = {}
+    rates: dict[Any, Any] = {}
+    for i, m in enumerate(part.members):
+        eta = turn.rate(m)
+        key = id(eta) if isinstance(eta, Tensor) else eta
+        rates[key] = eta
+        places.setdefault(key, []).append(i)
+    return [(rates[key], chosen) for key, chosen in places.items()]
+
+
+def _shrink_(weights: list[Tensor], factor: Any) -> None:
+    if isinstance(factor, Tensor):
+        factor = factor.to(weights[0].device)
+    torch._foreach_mul_(weights, factor)

@@ -1,0 +1,1 @@
+"""Experiments: which policy helps on a task, by how much, at what cost."""

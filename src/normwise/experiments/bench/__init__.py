@@ -1,0 +1,1 @@
+"""Benchmarks, one module each. To add one, add a file: see ``runner``."""

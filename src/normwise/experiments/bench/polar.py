@@ -1,0 +1,165 @@
+"""``normwise bench polar``: the polar factor against torch.optim.Muon's own iteration.
+
+Speed and error, in one process.
+
+Both orthogonalise the same fp32 matrices; torch's function is called one matrix after the other, as torch.optim.Muon calls it.
+The two are timed alternately, so that what else the machine does falls on both, in a process that has freed a block of 30 MB before, as
+any training step has: until then malloc hands every temporary of a few megabytes back to the system, and both pay for fresh pages.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normwise.experiments.bench.runner import Bar
+from normwise.norms.decompose import svd
+from normwise.norms.linalg import polar
+
+BARS = (Bar("faster", sense="at least"), Bar("ours_max", "torch_max"), Bar("ours_median", "torch_median"))
+FASTER = {(200, 64, 64): 10.0, (24, 256, 256): 1.5, (12, 1024, 256): 1.3, (8, 1024, 1024): 1.25}
+TORCH_STEPS = (3.4445, -4.7750, 2.0315)
+MEASURED = 12     # how many matrices of a batch the error is measured on: a float64 SVD costs far more than the iteration
+FREED = 30 << 20  # bytes: a block that large is freed once before anything is timed; above 32 MB glibc would learn nothing from it
+RELEVANT = 0.01   # errors are summarised over the singular values above this share of the largest
+
+
+def run(repeats: int = 15, threads: int = 2) -> dict[str, Any]:
+    """Measures every shape on every kind of input; returns ``{"rows": [...], ...}``, one row a shape and input.
+
+    repeats: timed rounds a cell. threads: torch's intra-op threads while it runs.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.ones(FREED, dtype=torch.uint8)    # and freed at once
+        rows = []
+        for shape in FASTER:
+            for kind, make in INPUTS.items():
+                print(f"{shape[0]} of {shape[1]}×{shape[2]}, {kind} …", file=sys.stderr, flush=True)
+                rows.append(_measure(kind, shape, make, repeats))
+    finally:
+        torch.set_num_threads(before)
+    return {"bench": "polar", "repeats": repeats, "threads": threads, "torch": torch.__version__, "machine": _machine(), "rows": rows}
+
+
+def torch_iteration(x: Tensor) -> Tensor:
+    """torch.optim.Muon's five bf16 steps, matrix by matrix."""
+    function = import_module("torch.optim._muon")._zeropower_via_newtonschulz
+    return torch.stack([function(matrix, TORCH_STEPS, 5, 1e-7) for matrix in x.unbind()])
+
+
+def _measure(kind: str, shape: tuple[int, int, int], make: Callable[[tuple[int, int, int]], Tensor], repeats: int) -> dict[str, Any]:
+    x = make(shape)
+    function = import_module("torch.optim._muon")._zeropower_via_newtonschulz
+    theirs, ours = _alternately(lambda: [function(m, TORCH_STEPS, 5, 1e-7) for m in x.unbind()], lambda: polar(x), repeats)
+    few = x[:MEASURED if shape[1] * shape[2] < 1 << 20 else 2]
+    torch_max, torch_median = errors(few, torch_iteration(few))
+    ours_max, ours_median = errors(few, polar(few))
+    faster = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+    met = faster >= FASTER[shape] and ours_max <= torch_max and ours_median <= torch_median
+    return {"matrices": "{} of {}×{}".format(*shape), "input": kind, "torch_ms": 1e3 * statistics.median(theirs),
+            "ours_ms": 1e3 * statistics.median(ours), "faster": faster, "bar": FASTER[shape], "torch_max": torch_max,
+            "ours_max": ours_max, "torch_median": torch_median, "ours_median": ours_median, "met": met}
+
+
+def errors(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(max, median) of ``|σ - 1|`` over the input's singular values above 0.01 σ₁, by float64 SVD of the input.
+
+    σ of a result Y is uᵀ Y v on the input's own singular vectors: what became of that singular value.
+    """
+    u, s, vh = svd(x.double())
+    became = torch.einsum("bmk,bmn,bkn->bk", u, y.double(), vh)
+    error = (became - 1).abs()[s > RELEVANT * s[:, :1]]
+    return float(error.max()), float(error.median())
+
+
+def _alternately(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
+    times: tuple[list[float], list[float]] = ([], [])
+    for k in range(repeats + 2):
+        for function, into in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            function()
+            if k >= 2:
+                into.append(time.perf_counter() - start)
+    return times
+
+
+def gaussian(shape: tuple[int, int, int]) -> Tensor:
+    """Independent standard normal entries."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def log_uniform(shape: tuple[int, int, int]) -> Tensor:
+    """Singular values log-uniform in [1e-3, 1], the largest exactly 1, between random orthogonal factors."""
+    batch, m, n = shape
+    generator = torch.Generator().manual_seed(1)
+    left, _ = torch.linalg.qr(torch.randn(batch, m, min(m, n), generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(batch, n, min(m, n), generator=generator))
+    s = 10 ** (-3 * torch.rand(batch, 1, min(m, n), generator=generator))
+    s[..., 0] = 1.0
+    return (left * s) @ right.mT
+
+
+def momenta(shape: tuple[int, int, int]) -> Tensor:
+    """Momentum buffers (0.95) of the (m, n) matrices of a residual character model, recorded while it trains."""
+    batch, m, n = shape
+    torch.manual_seed(2)
+    model = _CharacterModel(m, n, layers=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.95, nesterov=True)
+    text, recorded = _text(), []
+    generator = torch.Generator().manual_seed(3)
+    for step in range(10 + -(-batch // 4)):
+        starts = torch.randint(0, len(text) - CONTEXT - 1, (128,), generator=generator)
+        window = text[starts[:, None] + torch.arange(CONTEXT + 1)]
+        optimizer.zero_grad()
+        torch.autograd.backward(nn.functional.cross_entropy(model(window[:, :-1]), window[:, -1]))
+        optimizer.step()
+        if step >= 10:
+            recorded += [optimizer.state[weight]["momentum_buffer"].clone() for weight in model.up_projections()]
+    return torch.stack(recorded[:batch])
+
+
+INPUTS: dict[str, Callable[[tuple[int, int, int]], Tensor]] = {
+    "Gaussian": gaussian, "log-uniform": log_uniform, "momenta": momenta}
+CONTEXT = 16
+
+
+class _CharacterModel(nn.Module):
+    """The next character from the ``CONTEXT`` before it: an embedding of each place, then residual blocks n -> m -> n."""
+
+    def __init__(self, m: int, n: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256 * CONTEXT, n)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(n, m, bias=False), nn.ReLU(), nn.Linear(m, n, bias=False)) for _ in range(layers))
+        self.head = nn.Linear(n, 256)
+
+    def up_projections(self) -> list[nn.Parameter]:
+        """The (m, n) weights, block by block."""
+        return [p for name, p in self.blocks.named_parameters() if name.endswith(".0.weight")]
+
+    def forward(self, window: Tensor) -> Tensor:
+        x = self.embedding(window + 256 * torch.arange(CONTEXT)).sum(1) / CONTEXT**0.5
+        for block in self.blocks:
+            x = x + block(nn.functional.layer_norm(x, x.shape[-1:]))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def _text() -> Tensor:
+    """The language reference that comes with Python, as bytes: text that needs no download."""
+    topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    return torch.tensor(list("".join(topics[k] for k in sorted(topics)).encode("latin-1", "replace")))
+
+
+def _machine() -> str:
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

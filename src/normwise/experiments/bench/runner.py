@@ -1,0 +1,84 @@
+"""Benchmarks by name: every other module of this folder is one.
+
+A benchmark has a docstring that begins with its name and says in the same line what it measures; ``run()``, which gives
+``{"rows": [{column: value, ...}, ...]}``; and ``BARS``, the columns that must keep to a bar.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TextIO
+
+from normwise.errors import StudyError, nearest, need
+from normwise.experiments.framework.printing import console, for_stream
+
+
+@dataclass(frozen=True)
+class Bar:
+    """In each row that has both columns, ``value`` is at most ``bar``, or at least: ``sense`` says which, or the row's own ``bar_is``."""
+
+    value: str
+    bar: str = "bar"
+    sense: str = "at most"
+
+
+def names() -> list[str]:
+    """All benchmarks there are."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", Path(__file__).stem))
+
+
+def listing() -> str:
+    """A line for each benchmark: its name, and what its docstring says first."""
+    lines = []
+    for name in names():
+        # Read, not imported: a list should not wait for torch.
+        about = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))) or ""
+        lines.append(f"{name:<8} {about.splitlines()[0].partition(': ')[2].rstrip('.')}")
+    return "\n".join(lines)
+
+
+def named(name: str) -> Any:
+    """The module of this benchmark. Raises StudyError, with the names that there are, for another."""
+    if name not in names():
+        raise StudyError(f"Benchmark {name!r} is not known.{nearest(name, names())}")
+    return import_module(f"{__package__}.{name}")
+
+
+def missed(bench: Any, measured: Mapping[str, Any]) -> list[str]:
+    """A sentence for each bar that a row misses."""
+    sentences = []
+    for row in measured["rows"]:
+        case = ", ".join(value for column, value in row.items() if isinstance(value, str) and column != "bar_is")
+        for bar in getattr(bench, "BARS", ()):
+            if bar.value not in row or bar.bar not in row:
+                continue
+            value, limit, sense = row[bar.value], row[bar.bar], row.get("bar_is", bar.sense)
+            if not (value <= limit if sense == "at most" else value >= limit):  # a NaN keeps to no bar
+                sentences.append(f"{case}: {bar.value} is {_text(value)}, the bar {sense} {_text(limit)}.")
+    return sentences
+
+
+def show(measured: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Prints the rows as tables: rows with the same columns stand together."""
+    need("study", "rich", what="a table")
+    from rich import box
+    from rich.table import Table
+
+    out = stream or sys.stdout
+    wide = console(out)
+    rows = list(measured["rows"])
+    for columns in dict.fromkeys(tuple(row) for row in rows):
+        table = Table(*(for_stream(column, out) for column in columns), box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            if tuple(row) == columns:
+                table.add_row(*(for_stream(_text(row[column]), out) for column in columns))
+        wide.print(table)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""``normwise compare``: every strategy with every optimizer, each tuned equally."""

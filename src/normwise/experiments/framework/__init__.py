@@ -1,0 +1,1 @@
+"""What every study stands on: workers, finished runs kept on disk, progress, interruption, timing."""

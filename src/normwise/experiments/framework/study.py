@@ -1,0 +1,208 @@
+"""What every study of the command line has in common: options, its place for finished runs, and how its results are delivered.
+
+``opened`` gives a study its driver; ``deliver`` is a command from its options to its files: outputs are tried before any work, results are
+saved before they are printed. Exit statuses are in docs/command-line.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from normwise import files
+from normwise.errors import DataError, OutputError, StudyError, nearest
+from normwise.experiments.framework import interrupts
+from normwise.experiments.framework.driver import Driver
+from normwise.experiments.framework.elsewhere import check_address
+from normwise.experiments.framework.lock import locked
+from normwise.experiments.framework.printing import printed, tell
+from normwise.experiments.framework.progress import Progress
+from normwise.experiments.framework.store import Store
+from normwise.files import check_file, check_folder
+
+# Every choice is made with this seed, or with those right after it; reported seeds count from 0, so no choice was made on their luck.
+TUNING_SEED = 1000
+MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a study is asked to do; ``None`` stands for what the study or its budget has by default.
+
+    Args:
+        task: what is trained.
+        data: a folder, a file or ``hf:NAME``; by default data that come with the packages.
+        budget: a name among the study's budgets.
+        only: what is studied, beside the baselines, which always are.
+        seeds: how many are reported.
+        workers: processes on this machine.
+        state: the file of finished runs; they are kept in memory only for None.
+        executor: a cluster in place of ``workers``: ``dask://HOST:PORT``, or any executor.
+        size: ``"tiny"`` for models that train in seconds.
+        hold: of ``prune``: whether weights under the lasso keep their layer's norm.
+    """
+
+    task: str = "cnn"
+    data: Path | str | None = None
+    budget: str = "standard"
+    only: Sequence[str] | None = None
+    seeds: int | None = None
+    workers: int = 1
+    state: Path | None = None
+    executor: Executor | str | None = None
+    size: str = "standard"
+    hold: bool = False
+
+    def check(self, budgets: Mapping[str, Any]) -> None:
+        """Before anything is loaded: StudyError for what no study can do."""
+        if self.budget not in budgets:
+            raise StudyError(f"There is no budget {self.budget!r}.{nearest(self.budget, budgets)}")
+        for name, number in (("seeds", self.seeds), ("workers", self.workers)):
+            if number is not None and not 1 <= number <= MOST_SEEDS:
+                raise StudyError(f"{name} is {number}, but must be a whole number from 1 to {MOST_SEEDS}.")
+        if isinstance(self.executor, str):
+            check_address(self.executor)
+
+
+def chosen(names: Sequence[str] | None, usual: Sequence[str] | None, table: Mapping[str, Any], what: str) -> list[str]:
+    """The names in the table's order; where None are given the usual ones, where those are None all. StudyError for an unknown one."""
+    names = usual if names is None else names
+    for name in names or ():
+        if name not in table:
+            raise StudyError(f"There is no {what} {name!r}.{nearest(name, table)}")
+    return [name for name in table if names is None or name in names]
+
+
+@contextmanager
+def opened(options: Options, progress: Progress | None = None) -> Iterator[Driver]:
+    """A driver over the study's finished runs, on which no other study works within.
+
+    Raises:
+        StudyError: where another study works on ``options.state``.
+        DataError: where that file is another kind of file, or cannot be locked.
+    """
+    told = progress or Progress()
+    with locked(options.state, told.note):
+        driver = Driver(Store(options.state), told, options.workers, options.executor)
+        if driver.store.note:
+            told.note(driver.store.note)
+        try:
+            yield driver
+        finally:
+            driver.close()
+            told.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the results go beside the table: a JSON file, a folder for the page."""
+
+    json: Path | None = None
+    report: Path | None = None
+
+    def default_state(self, name: str) -> Path:
+        """Finished runs stand beside the results; in the current folder, as ``NAME.runs.jsonl``, where no output was asked for."""
+        if self.json is not None:
+            return self.json.with_suffix(".runs.jsonl")
+        return (self.report or Path()) / f"{name}.runs.jsonl"
+
+
+def deliver(
+    work: Callable[[Path | None], Mapping[str, Any]], show: Callable[[Mapping[str, Any]], None], json: Path | None, state: Path | None,
+    report: Path | None = None, keeps: bool = True, complaints: Callable[[Mapping[str, Any]], Sequence[str]] = lambda results: (),
+) -> bool:
+    """``work(state)`` with its outputs checked before it; after it they are written, and only then ``show`` prints the results, so that
+    nothing that happens to a terminal or a pipe costs them. state: where finished runs stand; keeps: whether there are any. complaints:
+    what is wrong with the results, for standard error; False where there is something.
+
+    Raises OutputError, at the end of all this, for what could not be written or printed.
+    """
+    check_outputs(json, state, report)
+    if report is not None:
+        import_module("normwise.experiments.report")  # an extra that is missing is told now, not after the work
+    interrupts.say(partial(_how_to_go_on, state, keeps))
+    results = work(state)
+    with interrupts.held():
+        written, failed = _save(results, json, report)
+        interrupts.say(lambda: f"Interrupted: {_whereabouts(written, state)}.")
+    try:
+        printed(partial(_print, show, results, written), _whereabouts(written, state))
+    except OutputError as error:
+        failed.append(str(error).rstrip("."))
+    wrong = complaints(results)
+    for message in wrong:
+        tell(message)
+    if failed:
+        raise OutputError(f"{'; '.join(failed)}.")
+    return not wrong
+
+
+def _save(results: Mapping[str, Any], json: Path | None, report: Path | None) -> tuple[dict[str, Path], list[str]]:
+    """Where everything is now, and what is wrong with the rest."""
+    written: dict[str, Path] = {}
+    failed = []
+    if json is not None:
+        try:
+            write_json(json, results)
+            written["Results"] = json
+        except (OSError, DataError) as error:
+            failed.append(f"the results could not be written ({str(error).rstrip('.')})")
+    if report is not None:
+        try:
+            written["Report"] = import_module("normwise.experiments.report").write(results, report)
+        except (OSError, DataError) as error:
+            failed.append(f"the report could not be written ({str(error).rstrip('.')})")
+    return written, failed
+
+
+def _print(show: Callable[[Mapping[str, Any]], None], results: Mapping[str, Any], written: Mapping[str, Path]) -> None:
+    show(results)
+    for name, path in written.items():
+        print(f"{name}: {path}")
+
+
+def _whereabouts(written: Mapping[str, Path], state: Path | None) -> str:
+    if written:
+        return f"the results are in {' and '.join(map(str, written.values()))}"
+    return f"finished runs are in {state}" if state else "with --json FILE they are kept"
+
+
+def _how_to_go_on(state: Path | None, keeps: bool) -> str:
+    if not keeps:
+        return "Interrupted: nothing is kept of it; start the same command again."
+    if state is None:
+        return "Interrupted: nothing is kept; give --state FILE to be able to go on."
+    if not state.exists() or not state.stat().st_size:
+        return f"Interrupted before the first run was finished; the same command starts anew, and keeps its runs in {state}."
+    return f"Interrupted: finished runs are in {state}; the same command resumes there."
+
+
+def check_outputs(json: Path | None, state: Path | None, report: Path | None = None) -> None:
+    """DataError, before the work, where a result cannot be written, or would take the place of the finished runs."""
+    check_file(json)
+    check_file(state)
+    pages = [] if report is None else [report / name for name in ("index.html", "results.json")]
+    if report is not None:
+        check_folder(report)
+    for page in pages:
+        check_file(page)
+    for other in (json, *pages):
+        if state is not None and other is not None and os.path.realpath(state) == os.path.realpath(other):
+            raise DataError(f"{state}: the finished runs and the results cannot be written to one place; give two files.")
+
+
+def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
+    """Writes the whole file or none of it; nothing for None. OutputError where it cannot be written."""
+    if path is not None:
+        files.replace(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())

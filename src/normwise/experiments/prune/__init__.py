@@ -1,0 +1,1 @@
+"""``normwise prune``: from a smaller norm to a smaller model."""

@@ -1,0 +1,168 @@
+"""One run of a race: a contender at its numbers, for so many samples, with one seed, to the numbers that come out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.framework.figures import finite
+from normwise.experiments.framework.lattice import Value
+from normwise.experiments.framework.store import MAYBE, NUMBER, Form
+from normwise.experiments.framework.timing import WARM_UP, milliseconds, seconds_each
+from normwise.experiments.tasks.initial_weights import prepare
+from normwise.experiments.tasks.task import Batch, Part, Score, Task
+
+WARMING = 0.05
+BURST = 4
+RECENT, SPIKE = 32, 5.0
+PARTS: tuple[Part, Part] = ("test", "train")
+
+
+@dataclass(frozen=True)
+class RaceRun:
+    """Everything that decides a run's outcome. task: its key. samples: the horizon. full: a run to report, with the test part.
+    protocol: of the race. version: of torch."""
+
+    task: str
+    contender: str
+    numbers: tuple[tuple[str, Value], ...]
+    samples: int
+    seed: int
+    full: bool
+    protocol: int
+    version: str
+
+    def settings(self) -> dict[str, Any]:
+        """As plain data, for the key of the run and for the file of finished runs."""
+        return {"kind": "race", **asdict(self), "numbers": dict(self.numbers)}
+
+    @property
+    def form(self) -> Form:
+        """What a kept result must hold."""
+        trial: dict[str, Form] = {"result": MAYBE, "loss": MAYBE, "accuracy": NUMBER, "steps": int, "seconds": NUMBER, "diverged": bool}
+        part: Form = {"loss": MAYBE, "accuracy": NUMBER}
+        return trial | dict.fromkeys(PARTS, part) | {"sparsity": NUMBER, "breaches": list} if self.full else trial
+
+    def told(self, result: Mapping[str, Any]) -> str:
+        """In a few words."""
+        value = result["result"]
+        return f"{self.contender} {self.samples} samples, seed {self.seed}: {'diverged' if value is None else f'{value:.4f}'}"
+
+    def train(self, task: Task) -> dict[str, Any]:
+        """Trains and measures, see :func:`train`."""
+        return train(self, task)
+
+
+@dataclass
+class Lane:
+    """A model on its way."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    control: Any
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    stream: Iterator[Batch]
+    clip: float
+    task: Task
+
+    def step(self) -> float:
+        """One step; the batch's loss before it. A loss that is not finite changes nothing."""
+        self.optimizer.zero_grad()
+        loss = self.task.loss(self.model, next(self.stream))
+        value = loss.item()
+        if not math.isfinite(value):
+            return value
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        return value
+
+
+def lane(run: RaceRun, task: Task, steps: int) -> Lane:
+    """The model with its initial weights, its optimizer, its rules and its schedule."""
+    numbers = dict(run.numbers)
+    torch.manual_seed(run.seed)
+    model = task.build()
+    prepare(model, str(numbers["init"]))
+    optimizer, control = CONTENDERS[run.contender].build(model, numbers)
+    family = str(numbers["schedule"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, steps, family))
+    return Lane(model, optimizer, control, schedule, task.batches(batch_of(numbers, task.batch), run.seed), float(numbers["clip"]), task)
+
+
+def batch_of(numbers: Mapping[str, Value], batch: int) -> int:
+    """Samples a step. batch: the task's."""
+    return max(1, round(batch * float(numbers["batch"])))
+
+
+def share_of_rate(step: int, steps: int, family: str) -> float:
+    """The rate as a share of its peak: a linear warm-up, then ``"linear"`` to zero, or ``"hold"`` until half of the run and then linear."""
+    warm = max(1, round(WARMING * steps))
+    if step < warm:
+        return (step + 1) / warm
+    start = warm if family == "linear" else max(warm, steps // 2)
+    return min(1.0, max(0.0, (steps - step) / max(1, steps - start)))
+
+
+def train(run: RaceRun, task: Task) -> dict[str, Any]:
+    """Trains to the horizon and measures. Plain numbers; None in place of those that are not finite.
+
+    ``result``: what the task is judged by, on validation. ``loss``, ``accuracy``, ``steps``, ``seconds``, ``diverged``, ``spikes``; of a
+    full run also ``test``, ``train`` (loss and accuracy each), ``sparsity`` and ``breaches``.
+    """
+    steps = max(1, round(run.samples / batch_of(dict(run.numbers), task.batch)))
+    going, losses, spikes, diverged = lane(run, task, steps), deque[float](maxlen=RECENT), 0, False
+    started = time.perf_counter()
+    for _ in range(steps):
+        value = going.step()
+        if not math.isfinite(value):
+            diverged = True
+            break
+        spikes += is_spike(value, losses)
+        losses.append(value)
+    seconds = time.perf_counter() - started
+    score = Score(math.inf, 0.0) if diverged else task.evaluate(going.model, "validation")
+    result = {
+        "result": finite(getattr(score, task.metric)), "loss": finite(score.loss), "accuracy": score.accuracy, "steps": steps,
+        "seconds": round(seconds, 2), "diverged": diverged or not math.isfinite(score.loss), "spikes": spikes,
+    }  # fmt: skip
+    return result | _reported(going, task, diverged) if run.full else result
+
+
+def is_spike(value: float, losses: deque[float]) -> bool:
+    """Whether a loss lies more than five standard deviations above the mean of the last 32."""
+    if len(losses) < RECENT:
+        return False
+    return value > statistics.fmean(losses) + SPIKE * statistics.pstdev(losses)
+
+
+def _reported(going: Lane, task: Task, diverged: bool) -> dict[str, Any]:
+    worst = Score(math.inf, 0.0)
+    parts = {part: worst if diverged else task.evaluate(going.model, part) for part in PARTS}
+    weights = list(going.model.parameters())
+    zeros = sum(int((p == 0).sum()) for p in weights)
+    breaches = [] if going.control is None or diverged else [str(b) for b in going.control.verify().breaches]
+    return {
+        **{name: {"loss": finite(s.loss), "accuracy": s.accuracy} for name, s in parts.items()},
+        "sparsity": zeros / sum(p.numel() for p in weights), "breaches": breaches,
+    }  # fmt: skip
+
+
+def step_times(runs: Sequence[RaceRun], task: Task, rounds: int) -> list[float]:
+    """Milliseconds a step of each run: all take turns in bursts of four steps; medians over ``rounds`` bursts after two to warm up."""
+
+    def burst(going: Lane) -> Callable[[], float]:
+        return lambda: seconds_each(lambda _: going.step(), range(BURST))
+
+    return milliseconds([burst(lane(run, task, BURST * (rounds + WARM_UP))) for run in runs], rounds)

@@ -1,0 +1,214 @@
+"""The results of races as words: the target in a sentence, rows for a terminal, tables for docs/results.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, geometric_mean
+from normwise.experiments.framework.printing import markdown
+from normwise.experiments.framework.provenance import where
+
+SUPERVISED = ("cnn", "resnet", "lstm", "gpt")
+Results = Mapping[str, Any]
+Row = dict[str, str]
+
+
+def title(results: Results) -> str:
+    """The target in one sentence."""
+    if results["target"] is None:
+        return f"{results['race']}: the baselines are still being tuned, so there is no target yet."
+    horizon, seeds = results["horizon"], results["protocol"]["seeds"]
+    end = "saturated" if horizon["saturated"] else "not saturated: the budget ends it there"
+    return (
+        f"{results['race']}: the target is a validation {results['metric']} of {results['target']:.4f}, the median over {seeds} seeds of "
+        f"{results['leader']} at {horizon['samples']} samples ({horizon['steps']} steps of the task's batch; {end})."
+    )
+
+
+def verdict(results: Results) -> str:
+    """Who is soonest, and whether that may be said: only of those whose intervals do not overlap. Empty where nothing can be said yet."""
+    racing = [line for line in _ranked(results) if not line["sets_target"] and line["share"] is not None]
+    if results["target"] is None or not results["contenders"]:
+        return ""
+    if not racing:
+        return f"Nobody reaches what {results['leader']} reaches."
+    first, *others = racing
+    low, high = interval = _interval(first)
+    said = f"{first['label']} needs {share(first)} of the samples that {results['leader']} needs"
+    if low <= 1.0 <= high:
+        return f"{said}: {NO_DIFFERENCE}, since the interval holds 1."
+    alike = [line["label"] for line in others if not differ(interval, _interval(line))]
+    if not alike:
+        return f"{said}, the fewest."
+    return f"{said}, the fewest. {NO_DIFFERENCE.capitalize()} between it and {', '.join(alike)}: their intervals overlap."
+
+
+def _interval(line: Results) -> tuple[float, float]:
+    return tuple(math.inf if end is None else end for end in (line["low"], line["high"]))    # type: ignore[return-value]
+
+
+def rows(results: Results) -> list[Row]:
+    """A row a contender, the fastest first, for a terminal."""
+    return [_cells(line, results) | _rate(line) for line in _ranked(results)]
+
+
+def ranked(results: Mapping[str, Results]) -> list[str]:
+    """Every contender that has a line in some race: the most races, then the smallest mean share first; baselines last."""
+    lines = [line for one in results.values() for line in one["contenders"]]
+    names = list(dict.fromkeys(line["name"] for line in lines))
+    return sorted(names, key=lambda name: _rank([line for line in lines if line["name"] == name]))
+
+
+def _rank(lines: Sequence[Results]) -> tuple[bool, int, int, float]:
+    shares = [line["share"] for line in lines if line["share"] is not None]
+    mean = geometric_mean(shares) if shares else math.inf
+    return bool(lines[0]["baseline"]), sum(line["share"] is None for line in lines), -len(shares), mean
+
+
+# -------------------------------------------------------------------------------------------------------- docs/results.md
+
+
+def page(results: Results) -> str:
+    """One task: the target, what every contender needed for it and gives beside that, its tuned numbers, and where it was measured."""
+    parts = [title(results)]
+    if results["contenders"]:
+        parts += [markdown(_full(results)), _doubled(results), "Tuned numbers, to use as they are:", markdown(numbers(results))]
+    return "\n\n".join([*parts, *_left(results), _where(results)])
+
+
+def summary(results: Mapping[str, Results]) -> str:
+    """All tasks: contender × task, shares of samples / of seconds, and their geometric means over the supervised tasks."""
+    known = {task: results[task] for task in SUPERVISED if task in results}
+    table = [_summed(name, known) for name in ranked(known)]
+    said = [
+        "Share of the baseline's horizon that each contender needs for the baseline's result: of its samples / of its seconds. "
+        "Below 1 is sooner, above 1 later; missed: half of the seeds or more did not get there at all; "
+        "-: not measured, and the means then have no value."
+    ]
+    return "\n\n".join([*said, *([markdown(table)] if table else []), _unfinished(known)])
+
+
+def _summed(name: str, results: Mapping[str, Results]) -> Row:
+    lines = {task: _line(one, name) for task, one in results.items()}
+    label = next(line["label"] for line in lines.values() if line)
+    means = {f"mean, {of}": _mean_share([lines.get(task) for task in SUPERVISED], key)
+             for of, key in (("samples", "share"), ("seconds", "seconds_share"))}  # fmt: skip
+    return {"contender": label, **{task: _pair(lines.get(task)) for task in SUPERVISED}, **means}
+
+
+def _line(results: Results, name: str) -> Results | None:
+    return next((line for line in results["contenders"] if line["name"] == name), None)
+
+
+def _pair(line: Results | None) -> str:
+    if line is None:
+        return "-"
+    return "missed" if line["share"] is None else f"{line['share']:.2f} / {number(line['seconds_share'])}"
+
+
+def _mean_share(lines: Sequence[Results | None], key: str) -> str:
+    shares = [None if line is None else line[key] for line in lines]
+    return "-" if None in shares else f"{geometric_mean([float(s) for s in shares if s is not None]):.2f}"
+
+
+def _unfinished(results: Mapping[str, Results]) -> str:
+    """What is not finished, in a sentence."""
+    missing = [f"{task} (no runs)" for task in SUPERVISED if task not in results]
+    partly = [f"{task} ({', '.join(one['unfinished'])})" for task, one in results.items() if one["unfinished"]]
+    return f"Not finished: {'; '.join(missing + partly)}." if missing or partly else "All four races are finished."
+
+
+def _left(results: Results) -> list[str]:
+    return [f"Not finished: {', '.join(results['unfinished'])}."] if results["unfinished"] else []
+
+
+def _where(results: Results) -> str:
+    """Task, machine, versions, seeds and budget in one sentence."""
+    protocol, seeds = results["protocol"], results["protocol"]["seeds"]
+    data = f" on {results['data']}" if results["data"] else ""
+    return (
+        f"Task `{results['task']}`{data}, protocol {protocol['number']}, budget {results['budget']}: "
+        f"{protocol['trials']} trials a contender, reported seeds 0 to {seeds - 1}; "
+        f"{where(results['machine'])}."
+    )
+
+
+def _doubled(results: Results) -> str:
+    (_, before), (samples, after) = results["horizon"]["results"][-2:]
+    return f"One more doubling of the horizon, to {samples} samples, took untuned AdamW from {number(before, 4)} to {number(after, 4)}."
+
+
+def _full(results: Results) -> list[Row]:
+    return [_cells(line, results) | _beside(line) for line in _ranked(results)]
+
+
+def _beside(line: Results) -> Row:
+    ends = line["ends"]
+    zeros, broken = _mean([end["sparsity"] for end in ends]), sum(len(end["breaches"]) for end in ends)
+    return {"zero weights, %": number(None if zeros is None else 100 * zeros, 1), "bounds broken": str(broken)}
+
+
+def numbers(results: Results) -> list[Row]:
+    return [
+        {
+            "contender": line["label"], "trials": str(line["tuned"]["trials"]),
+            f"validation {results['metric']}, tuned": number(line["tuned"]["result"], 4),
+            "numbers": ", ".join(f"{name} {_short(value)}" for name, value in line["tuned"]["numbers"].items()) + _edge(line),
+            "share of each seed": " ".join("missed" if s is None else f"{s:.2f}" for s in line["shares"]),
+        }
+        for line in _ranked(results)
+    ]  # fmt: skip
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ cells
+
+
+def _ranked(results: Results) -> list[Results]:
+    """The fastest first, those that missed last."""
+    return sorted(results["contenders"], key=lambda c: math.inf if c["share"] is None else c["share"])
+
+
+def _cells(c: Results, results: Results) -> Row:
+    metric = results["metric"]
+    ends = [end["test"][metric] for end in c["ends"] if end["test"][metric] is not None]
+    gaps = [end["test"]["loss"] - end["train"]["loss"] for end in c["ends"] if None not in (end["test"]["loss"], end["train"]["loss"])]
+    return {
+        "contender": c["label"], "share of samples": share(c), "of seconds": number(c["seconds_share"]),
+        "missed": f"{c['missed']} of {len(c['shares'])}", f"test {metric} there": number(_mean(ends), 3),
+        "gap in loss": number(_mean(gaps), 2),
+        "step, ms": number(c["step_ms"], 0 if (c["step_ms"] or 0) >= 10 else 2), "batch": str(c["batch"]),
+        "spikes": str(sum(end["spikes"] for end in c["ends"])),
+        "result at rate × 0.1, 0.3, 1, 3, 10": " ".join(number(r["result"], 2) for r in c["robustness"]) or "-",
+    }  # fmt: skip
+
+
+def _rate(c: Results) -> Row:
+    return {"rate": f"{c['tuned']['numbers']['lr']:g}{_edge(c)}"}
+
+
+def _edge(c: Results) -> str:
+    return " (rate at the edge of those tried)" if c["tuned"]["on_edge"] else ""
+
+
+def share(c: Results) -> str:
+    """The median over seeds with its interval, whose upper end may be that the target is missed. The baseline that set the target has
+    no interval: it is what the others are measured in."""
+    if c["sets_target"]:
+        return "1 (sets the target)"
+    if c["share"] is None:
+        return "missed" if c["low"] is None else f"missed [{c['low']:.2f}, missed]"
+    return f"{c['share']:.2f} [{number(c['low'])}, {'missed' if c['high'] is None else number(c['high'])}]"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

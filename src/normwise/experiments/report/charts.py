@@ -1,0 +1,185 @@
+"""The page's charts as Vega-Lite specifications.
+
+Every chart holds all optimizers and listens to two signals: ``optimizer``, the one shown, and ``focus``, the strategies
+that the reader has picked out (empty: all). The page's own buttons set them, so that all charts move together and no
+legend takes room from a phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from normwise.experiments.catalog import BASELINE
+from normwise.experiments.report import tidy
+from normwise.experiments.report.scale import ErrorScale, fit
+from normwise.experiments.report.tidy import Cell, Look, Row, stat
+
+if TYPE_CHECKING:
+    import altair as alt
+
+    Axis = Callable[[str], alt.Y]
+
+MOST_LAYERS = 12  # small multiples beyond that are scrolled past; the numbers are in results.json
+PICKED = "length(focus) > 0 && indexof(focus, datum.strategy) >= 0"
+FADED = f"length(focus) > 0 && !({PICKED})"
+ACCURACY_TEXT = "format(1 - datum.value, '.2~%')"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its heading (of small multiples: the parameter's name) and what it shows in one sentence."""
+
+    title: str
+    text: str
+    spec: dict[str, Any]
+
+
+def learning_curves(cells: Sequence[Cell], samples: Any) -> Figure:
+    """Validation accuracy over steps: the mean of the seeds; their range where a strategy is picked out."""
+    curves = [tidy.curve(cell, "validation_accuracy") for cell in cells]
+    scale = fit((value for one in curves for value in one["mean"]), samples)
+    rows = [_errors(tidy.identity(i, cell) | one, scale) for i, (cell, one) in enumerate(zip(cells, curves, strict=True))]
+    chart = _lines(rows, cells, _accuracy(scale, "Validation accuracy"), ("Accuracy", ".2%", "1 - datum.mean"))
+    text = "Validation accuracy over training steps, one line for each strategy."
+    return Figure("Learning curves", text, _spec(chart, cells, 400))
+
+
+def norm_trajectories(cells: Sequence[Cell]) -> list[Figure]:
+    """One small chart for each parameter, weights first, at most ``MOST_LAYERS``."""
+    return [_trajectory(cells, name) for name in tidy.parameters(cells)[:MOST_LAYERS]]
+
+
+def cost(cells: Sequence[Cell], samples: Any) -> Figure:
+    """Test accuracy against the control's share of the step, with the spread over seeds."""
+    rows = [row for i, cell in enumerate(cells) if (row := _point(i, cell))]
+    scale = fit((value for row in rows for value in (row["low"], row["mean"], row["high"])), samples)
+    chart = _scatter([_errors(row, scale) for row in rows], cells, scale)
+    return Figure("Accuracy against control cost", "Test accuracy against the control's share of a step.",
+                  _spec(chart, cells, 360))
+
+
+def _errors(row: Row, scale: ErrorScale) -> Row:
+    """``row`` with its accuracies as errors on ``scale``: lists as lists."""
+    return row | {key: _each(row[key], scale) for key in ("mean", "low", "high")}
+
+
+def _each(value: Any, scale: ErrorScale) -> Any:
+    return [scale.error(one) for one in value] if isinstance(value, list) else scale.error(value)
+
+
+def _point(index: int, cell: Cell) -> Row | None:
+    share, mean = stat(cell, "control_share"), stat(cell, "test_accuracy")
+    if share is None or mean is None:
+        return None
+    std = stat(cell, "test_accuracy", "std") or 0.0
+    own = tidy.rounded((stat(cell, "step_ms") or 0.0) * share)
+    return tidy.identity(index, cell) | {"share": share, "ms": own, "mean": mean, "low": mean - std, "high": mean + std}
+
+
+def _trajectory(cells: Sequence[Cell], name: str) -> Figure:
+    import altair as alt
+
+    rows = [tidy.identity(i, cell) | tidy.norm_curve(cell, name) for i, cell in enumerate(cells)]
+
+    def axis(field: str) -> alt.Y:
+        return alt.Y(f"{field}:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4))
+
+    chart = _lines(rows, cells, axis, ("Norm", ".4~r", "datum.mean"))
+    return Figure(name, f"Norm of {name} over training steps, one line for each strategy.", _spec(chart, cells, 200))
+
+
+def _lines(rows: list[Row], cells: Sequence[Cell], y: Axis, tip: tuple[str, str, str]) -> alt.LayerChart | alt.FacetChart:
+    """Lines over steps. ``y`` gives the vertical axis for a field; ``tip`` is the tooltip's title, format and expression."""
+    import altair as alt
+
+    title, form, value = tip
+    base = alt.Chart(alt.InlineData(values=rows)).transform_filter("datum.optimizer === optimizer")
+    base = base.transform_flatten(["step", "mean", "low", "high"]).transform_calculate(shown=value)
+    base = base.encode(
+        x=alt.X("step:Q", title="Step", scale=alt.Scale(nice=False), axis=alt.Axis(tickCount=5, format=",d")),
+        color=_colour(cells), detail="cell:N",
+    )
+    band = base.mark_area(clip=True).encode(y=y("low"), y2=alt.Y2("high:Q"), opacity=_when(PICKED, 0.18, 0.0))
+    line = base.mark_line(clip=True, strokeCap="round").encode(
+        y=y("mean"), strokeDash=_dash(cells), opacity=_when(FADED, 0.12, 1.0),
+        strokeWidth=_when(f"datum.strategy === '{BASELINE}'", 3.2, 1.8),
+    )
+    dots = base.mark_circle(size=70, opacity=0, clip=True).encode(y=y("mean"), tooltip=[
+        alt.Tooltip("label:N", title="Strategy"), alt.Tooltip("step:Q", title="Step", format=","),
+        alt.Tooltip("shown:Q", title=title, format=form),
+    ])
+    return alt.layer(band, line, dots)
+
+
+def _scatter(rows: list[Row], cells: Sequence[Cell], scale: ErrorScale) -> alt.LayerChart | alt.FacetChart:
+    import altair as alt
+
+    base = alt.Chart(alt.InlineData(values=rows)).transform_filter("datum.optimizer === optimizer")
+    base = base.transform_calculate(shown="1 - datum.mean").encode(
+        x=alt.X("share:Q", title="Control’s share of the step", axis=alt.Axis(format="~%", tickCount=6)),
+        color=_colour(cells), opacity=_when(FADED, 0.12, 1.0),
+    )
+    y = _accuracy(scale, "Test accuracy")
+    bars = base.mark_rule(strokeWidth=1.6).encode(y=y("low"), y2=alt.Y2("high:Q"))
+    points = base.mark_point(filled=True, size=110).encode(y=y("mean"), shape=_shape(cells), tooltip=[
+        alt.Tooltip("label:N", title="Strategy"), alt.Tooltip("shown:Q", title="Test accuracy", format=".2%"),
+        alt.Tooltip("share:Q", title="Share of the step", format=".1%"), alt.Tooltip("ms:Q", title="Control, ms a step"),
+    ])
+    return alt.layer(bars, points)
+
+
+def _accuracy(scale: ErrorScale, title: str) -> Axis:
+    import altair as alt
+
+    def axis(field: str) -> alt.Y:
+        return alt.Y(f"{field}:Q", title=title, axis=alt.Axis(values=scale.ticks(), labelExpr=ACCURACY_TEXT),
+                     scale=alt.Scale(type="log", domain=[scale.best, scale.worst], reverse=True, nice=False))
+
+    return axis
+
+
+def _when(test: str, then: float, otherwise: float) -> Any:
+    import altair as alt
+
+    return alt.condition(test, alt.value(then), alt.value(otherwise))
+
+
+def _scale(cells: Sequence[Cell], field: str) -> alt.Scale:
+    import altair as alt
+
+    every = tidy.looks(cells)
+    return alt.Scale(domain=[look.strategy for look in every], range=[asdict(look)[field] for look in every])
+
+
+def _colour(cells: Sequence[Cell]) -> alt.Color:
+    import altair as alt
+
+    return alt.Color("strategy:N", scale=_scale(cells, "colour"), legend=None)
+
+
+def _dash(cells: Sequence[Cell]) -> alt.StrokeDash:
+    import altair as alt
+
+    return alt.StrokeDash("strategy:N", scale=_scale(cells, "dash"), legend=None)
+
+
+def _shape(cells: Sequence[Cell]) -> alt.Shape:
+    import altair as alt
+
+    return alt.Shape("strategy:N", scale=_scale(cells, "shape"), legend=None)
+
+
+def _spec(chart: alt.LayerChart | alt.FacetChart, cells: Sequence[Cell], height: int) -> dict[str, Any]:
+    import altair as alt
+
+    shown = chart.add_params(alt.param(name="optimizer", value=cells[0]["optimizer"]), alt.param(name="focus", value=[]))
+    spec: dict[str, Any] = shown.properties(width="container", height=height).to_dict()
+    # The schema is an address that nothing fetches; without it the page can be searched for addresses in earnest.
+    return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
+
+
+def legend(cells: Sequence[Cell]) -> list[Look]:
+    """The looks behind the page's buttons."""
+    return tidy.looks(cells)

@@ -1,0 +1,209 @@
+"""The pages of ``race``, ``gan`` and ``prune``: a verdict, pictures, sorted tables, and how it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from normwise.experiments.catalog import BASELINE
+from normwise.experiments.framework.figures import NO_DIFFERENCE
+from normwise.experiments.gan import tables as gan_tables
+from normwise.experiments.prune import tables as prune_tables
+from normwise.experiments.race import tables as race_tables
+from normwise.experiments.report import tidy
+from normwise.experiments.report.picture import render, theme
+from normwise.experiments.report.race import drawable, ladders
+from normwise.experiments.tasks.models.dcgan import LOSSES
+
+if TYPE_CHECKING:
+    import altair as alt
+
+Results = Mapping[str, Any]
+Table = tuple[str, list[tuple[str, bool]], list[list[str]]]
+"""A heading, columns with whether they are words rather than figures, rows."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A sentence under the title. kind: ``better``, ``worse``, ``none`` or ``unknown``, for its colour. about: what it is about."""
+
+    text: str
+    kind: str = "none"
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Text, then a picture (SVG; alt says what it shows), then tables, then what is folded away (title, text)."""
+
+    title: str
+    text: str = ""
+    picture: Any = None
+    alt: str = ""
+    tables: Sequence[Table] = ()
+    details: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the template prints, from top to bottom."""
+
+    task: str
+    headline: str
+    verdicts: Sequence[Said]
+    about: Sequence[tuple[str, str]]
+    sections: Sequence[Section]
+    warning: str = ""
+    warnings: Sequence[str] = field(default_factory=list)
+
+
+def _table(rows: Sequence[Mapping[str, str]], name: str = "") -> Table:
+    """Rows of equal columns. Figures are read by their last digits, so that they stand to the right; words to the left."""
+    words = [(column, sum(not row[column][:1].isdigit() for row in rows) * 2 > len(rows)) for column in (rows[0] if rows else ())]
+    return name, words, [list(row.values()) for row in rows]
+
+
+def _svg(spec: dict[str, Any]) -> Any:
+    """A picture in the page: Vega escapes the text in it."""
+    from markupsafe import Markup
+
+    return Markup(render(spec, ".svg").decode())
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    shown = ("cpu", "cores", "torch", "python", "commit", "date")
+    return " · ".join(f"{machine[key]}" if key in ("cpu", "date") else f"{key} {machine[key]}" for key in shown if machine.get(key))
+
+
+# ------------------------------------------------------------------------------------------------------------------ race
+
+
+def race(results: Results) -> Page:
+    """Who needs how much of the baseline's training."""
+    said = race_tables.verdict(results)
+    sections = []
+    if drawable(results):
+        spec = ladders(results)
+        sections = [
+            Section("How much of the baseline’s training each needs",
+                    "Sorted by the share of samples, with the 95% bootstrap interval of its median over seeds. Below 1 is sooner.",
+                    tables=[_table(race_tables.rows(results))]),
+            Section("Validation result against horizon",
+                    "One panel for each contender, one mark for each run. The dashed line is the target; the line joins the medians.",
+                    _svg(spec), "Validation result of every run against its share of the horizon, one panel for each contender."),
+            Section("Tuned numbers", "What validation chose, to use as it is.", tables=[_table(race_tables.numbers(results))]),
+        ]  # fmt: skip
+    broken = sorted({breach for line in results["contenders"] for end in line["ends"] for breach in end["breaches"]})
+    return Page(
+        f"race {results['race']}", said or race_tables.title(results), [Said(race_tables.title(results))] if said else [],
+        [("Data", str(results.get("data") or "bundled data")), ("Machine", _machine(results["machine"])), ("Budget", results["budget"])],
+        sections, "Bounds were broken." if broken else "Not everything is finished.",
+        broken + [f"Not finished: {', '.join(results['unfinished'])}."] * bool(results["unfinished"]),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------- gan
+
+
+def gan(results: Results) -> Page:
+    """Which strategy draws the best images, by loss."""
+    cells = sorted(results["cells"], key=gan_tables.rank)
+    said = gan_tables.verdict(cells)
+    claimed = [one for one in said if NO_DIFFERENCE not in one]
+    none = "No strategy draws better images than the baseline at equal time, as far as these seeds can show."
+    by_loss = {LOSSES[name].label: [cell for cell in cells if cell["loss"] == name] for name in LOSSES}
+    tables = [(name, [{k: v for k, v in row.items() if k != "loss"} for row in gan_tables.rows(group)]) for name, group in by_loss.items()]
+    breaches = sorted({breach for cell in cells for breach in cell["breaches"]})
+    policies = [(f"{cell['label']}, loss {cell['loss']}", cell["policy_yaml"].strip()) for cell in cells if cell["policy_yaml"]]
+    return Page(
+        "gan", claimed[0] if claimed else none, [Said(one) for one in said if one not in claimed[:1]],
+        [("Setting", results["setting"]), ("Machine", _machine(results["machine"])), ("Budget", results["budget"])],
+        [
+            Section("Distance of the drawn images from real ones",
+                    "Fréchet distance at equal time: median over seeds, lowest to highest. Further left is better; grey is the baseline.",
+                    _svg(_distances(cells)), "Fréchet distance of each strategy, one panel for each loss.",
+                    [_table(rows, name) for name, rows in tables if rows]),
+            Section("What to know", " ".join(gan_tables.remarks(cells)) or "No cell is at the edge of what was tried."),
+            Section("Policies", "What was attached, to load as it is.", details=policies),
+        ],
+        "Bounds were broken.", breaches,
+    )  # fmt: skip
+
+
+def _distances(cells: Sequence[Results]) -> dict[str, Any]:
+    import altair as alt
+
+    rows = []
+    for cell in cells:
+        known = [value for value in cell["distance_at_equal_time"]["values"] if value is not None]
+        if known and cell["distance_at_equal_time"]["median"] is not None:
+            rows.append({"loss": LOSSES[cell["loss"]].label, "label": cell["label"], "base": cell["strategy"] == BASELINE,
+                         "low": min(known), "middle": cell["distance_at_equal_time"]["median"], "high": max(known)})  # fmt: skip
+    base = alt.Chart().encode(
+        y=alt.Y("label:N", title=None, sort=tidy.unique(row["label"] for row in rows), axis=alt.Axis(grid=True, labelLimit=260)),
+        color=alt.condition("datum.base", alt.value(tidy.GREY), alt.value(tidy.COLOURS[0])),
+    )
+    x = alt.X("low:Q", title="Fréchet distance", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(tickCount=5))
+    bars = base.mark_rule(strokeWidth=2.2).encode(x=x, x2=alt.X2("high:Q"))
+    points = base.mark_circle(size=75, opacity=1).encode(x=alt.X("middle:Q"))
+    return _panels(alt.layer(bars, points).properties(width=230, height=alt.Step(24)), "loss", rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------- prune
+
+
+def prune(results: Results) -> Page:
+    """How much smaller the network is, and what that costs."""
+    tried = [line for line in results["strengths"] if "failed" not in line]
+    return Page(
+        f"prune {results['task']}", prune_tables.verdict(results), [],
+        [("Data", str(results["data"])), ("Machine", _machine(results["machine"])), ("Budget", results["budget"]),
+         ("Chosen", f"learning rate {results['lr']:.3g}, strength {results['strength']:.3g}")],
+        [
+            Section("The networks", "On the test part; mean ± standard deviation over seeds. The last row: the smaller network’s share of "
+                    f"the full one. Removing the units changed no output by more than {results['summary']['difference']:.1e} (in float64).",
+                    tables=[_table(prune_tables.networks(results))]),
+            Section("Strengths of the group lasso", "With the tuning seed, on validation, fine-tuned. Further left is smaller, further up "
+                    "is better; the orange mark is the choice.", _svg(_sizes(tried, results["strength"])) if tried else None,
+                    "Validation accuracy against the parameters that are left, one mark for each strength.",
+                    [_table([prune_tables.trial(line) for line in results["strengths"]])]),
+        ],
+    )  # fmt: skip
+
+
+def _sizes(tried: Sequence[Results], chosen: float) -> dict[str, Any]:
+    import altair as alt
+
+    rows = [
+        {"parameters": line["parameters"], "accuracy": line["fine_tuned"], "chosen": line["strength"] == chosen,
+         "strength": f"{line['strength']:.2g}"}
+        for line in tried
+    ]  # fmt: skip
+    wide = alt.Scale(type="log", nice=False, padding=20)
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("parameters:Q", title="Parameters left", scale=wide, axis=alt.Axis(format="~s", tickCount=6)),
+        y=alt.Y("accuracy:Q", title="Validation accuracy", scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(format=".1~%")),
+    )
+    colour = alt.condition("datum.chosen", alt.value(tidy.COLOURS[1]), alt.value(tidy.COLOURS[0]))
+    marks = base.mark_circle(size=90, opacity=1).encode(color=colour)
+    names = base.mark_text(dy=-12, fontSize=11).encode(text="strength:N")
+    spec: dict[str, Any] = alt.layer(marks, names).properties(width=620, height=260).configure(**theme()).to_dict()
+    return spec
+
+
+def _panels(layered: alt.LayerChart | alt.FacetChart, by: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    import altair as alt
+
+    column = alt.Column(f"{by}:N", title=None, sort=tidy.unique(row[by] for row in rows))
+    spec: dict[str, Any] = layered.facet(column=column, data=alt.InlineData(values=rows)).configure(**theme()).to_dict()
+    return spec
+
+
+PAGES: dict[str, Callable[[Results], Page]] = {"race": race, "gan": gan, "prune": prune}
+_KEYS = {"race": {"race", "contenders", "horizon"}, "gan": {"judge", "cells"}, "prune": {"summary", "strengths", "timing"}}
+
+
+def is_of(kind: str, results: Results) -> bool:
+    """Whether the results are those of this study."""
+    return results.keys() >= _KEYS[kind]

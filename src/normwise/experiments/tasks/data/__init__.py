@@ -1,0 +1,1 @@
+"""Loaders: images and text in three disjoint parts."""

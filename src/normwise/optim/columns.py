@@ -1,0 +1,327 @@
+"""The exchangeable parts of a step under a norm. A method is a row: one choice a column, plain values that live in a parameter group.
+
+A step of one group: decay ("gradient") → direction → decay ("direction") → act → rows → scale → velocity → decay ("weight", "cautious") →
+apply → hold → rounding.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from normwise.errors import PolicyError, nearest
+from normwise.low_precision import ROUNDINGS
+from normwise.norms import Norm, get_norm
+from normwise.norms.linalg import METHODS
+from normwise.parameters.layouts import PER
+
+Row = dict[str, Any]
+Radius = float | Sequence[float]
+
+CHOICES: dict[str, dict[str, str]] = {
+    "direction": {
+        "plain": "the gradient g",
+        "heavy_ball": "b ← μ·b + g; b (torch's SGD)",
+        "nesterov": "b ← μ·b + g; g + μ·b (torch's SGD)",
+        "ema": "b ← μ·b + (1 − μ)·g; b",
+        "ema_nesterov": "b ← μ·b + (1 − μ)·g; (1 − μ)·g + μ·b (Muon)",
+        "adam": "bias-corrected first moment over the root of the second, betas and eps (Kingma & Ba, 2015)",
+        "lion": "β₁·b + (1 − β₁)·g, then b ← β₂·b + (1 − β₂)·g (Chen et al., 2023)",
+    },
+    "act": {
+        "none": "the direction as it is",
+        "lmo": "−lmo(d, 1) under the norm: the steepest direction of the unit ball",
+        "normalize": "d / ‖d‖",
+        "ridge": "(y·yᵀ + damping)⁻¹·y, y = d over the root mean square of its singular values: each t becomes t/(t² + damping)",
+    },
+    "scale": {
+        "absolute": "1",
+        "original": "√max(1, d_out/d_in) (Jordan et al., 2024; torch's Muon)",
+        "match_rms_adamw": "0.2·√max(d_out, d_in): the update's RMS is AdamW's (Liu et al., 2025, Moonlight)",
+        "rms_rms": "√(d_out/d_in): one learning rate for every width (Large et al., 2024)",
+        "conv_rms_rms": "√(c_out/c_in)/k for a kernel of k entries; √(d_out/d_in) without one (Pethick et al., 2025, Scion)",
+        "relative": "max(‖w‖, 0.001·√n)/‖u‖ of n entries: the learning rate is the relative change (floor: Shazeer & Stern, 2018)",
+        "init": "R/‖u‖ with R = ‖w‖ when first stepped: the same relative to the initial weight (Hyperball, 2026)",
+        "lars": "trust·‖w‖/(‖g‖ + λ‖w‖), 1 where ‖w‖ or ‖g‖ is 0 (You et al., 2017)",
+        "lamb": "‖w‖/‖u‖, 1 where either is 0 (You et al., 2020)",
+        "normuon": "0.2·√(d_out·d_in)/‖u‖ (Li et al., 2025)",
+    },
+    "decay": {
+        "none": "no decay",
+        "gradient": "g ← g + λ·w, before the direction (torch's SGD)",
+        "direction": "d ← d + λ·w, after it (LAMB)",
+        "weight": "w ← (1 − ηλ)·w, decoupled (Loshchilov & Hutter, 2019)",
+        "cautious": "the same, only on entries where the update shrinks the weight too (Chen et al., 2025)",
+    },
+    "hold": {
+        "none": "the weights go where the step takes them",
+        "sphere": "w ← R·w/‖w‖ with R = ‖w‖ when first stepped (Hyperball)",
+        "ball": "w ← w·min(1, limit/‖w‖)",
+        "frank_wolfe": "w ← (1 − η)·w − η·u: stays in the hull of the norm's ball (Pethick et al., 2025)",
+        "row_floor": "units shorter than limit·R/√units are stretched to that, R = ‖w‖ when first stepped",
+        "radial_brake": "of the growth of ‖w‖ by the step, the share limit is kept; a shrinking is kept whole",
+    },
+    "rounding": ROUNDINGS,
+}  # fmt: skip
+"""Every column with its choices and what each means; u is what came out of the columns before, η the learning rate, λ the decay."""
+
+DEFAULTS: Row = {
+    "lr": 1e-3, "direction": "plain", "momentum": 0.9, "betas": (0.9, 0.999), "eps": 1e-8, "act": "none", "norm": "l2", "per": "matrix",
+    "polar": "fast", "damping": 0.03, "row_beta": 0.0, "scale": "absolute", "radius": 1.0, "trust": 1e-3, "velocity": 0.0,
+    "decay": "weight", "weight_decay": 0.0, "hold": "none", "limit": 1.0, "maximize": False, "rounding": "nearest", "seed": 0,
+}  # fmt: skip
+"""What a row leaves out. ``radius`` multiplies every scale, a tuple each block of a tensor by its own (q, k, v); ``limit`` belongs to
+``hold``; ``row_beta`` > 0 divides each unit by the root of its second moment (NorMuon); ``velocity`` is momentum on the scaled step (LARS);
+``rounding`` concerns weights in fp16 and bf16, ``seed`` its random numbers. ``momentum`` is 0 where neither the direction nor a velocity
+has one."""
+
+STATE: dict[str, tuple[str, ...]] = {
+    "plain": (), "heavy_ball": ("momentum_buffer",), "nesterov": ("momentum_buffer",), "ema": ("momentum_buffer",),
+    "ema_nesterov": ("momentum_buffer",), "lion": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"),
+}  # fmt: skip
+"""The buffers of the parameter's own shape that a direction keeps."""
+
+
+NESTEROV = {"heavy_ball": "nesterov", "ema": "ema_nesterov"}
+"""Directions without and with Nesterov's look ahead."""
+
+QUINTIC = (3.4445, -4.775, 2.0315)
+"""Jordan et al.'s Newton–Schulz coefficients, which torch.optim.Muon iterates."""
+
+TORCHS = {
+    **dict.fromkeys(("foreach", "fused"), "is torch's choice between its own loops, and the fastest is always taken here"),
+    "capturable": "is torch's switch for CUDA graphs, for which there is no other step here",
+    "differentiable": "would record the step for autograd, and the steps here are taken under no_grad",
+    "amsgrad": "keeps the largest second moment, which no direction here does",
+    "dampening": "is not here: direction='ema' averages gradients, each with the weight 1 - momentum",
+    "decoupled_weight_decay": "is said by decay='weight', or 'gradient' for L2",
+    "ns_steps": "is Muon's; in a row polar= says it: a name, or a tuple of steps (a, b, c)",
+    "ns_coefficients": "is Muon's; in a row polar= says it: a name, or a tuple of steps (a, b, c)",
+    "adjust_lr_fn": "is Muon's; in a row scale= says it",
+}
+"""Options of torch's optimizers that are none here, and why."""
+
+NEUTRAL: tuple[Any, ...] = (None, False, 0)
+"""Values of torch's options that ask for nothing."""
+
+USERS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "momentum": lambda row: has_momentum(row),
+    "betas": lambda row: row["direction"] in ("adam", "lion"),
+    "eps": lambda row: row["direction"] == "adam" or bool(row["row_beta"]) or polar_floor(row) > 0,
+    "trust": lambda row: row["scale"] == "lars",
+    "damping": lambda row: row["act"] == "ridge",
+    "limit": lambda row: row["hold"] in ("ball", "row_floor", "radial_brake"),
+}
+"""Numbers that only some parts use, and whether those of a row do."""
+
+
+def has_momentum(row: Mapping[str, Any]) -> bool:
+    """Whether ``momentum`` is what the row's step uses; Adam and Lion have betas instead."""
+    return row["direction"] in ("heavy_ball", "nesterov", "ema", "ema_nesterov") or (row["direction"] == "plain" and bool(row["velocity"]))
+
+
+def newton_schulz(coefficients: Sequence[float], steps: int) -> str | tuple[tuple[float, ...], ...]:
+    """The column ``polar`` of torch's ``ns_coefficients`` and ``ns_steps``: the name where there is one, else step by step."""
+    abc = tuple(map(float, coefficients))
+    if len(abc) != 3 or type(steps) is not int or not 1 <= steps < 100:
+        raise ValueError(f"ns_coefficients={coefficients!r} and ns_steps={steps!r}: three numbers are needed, and 1 to 99 steps.")
+    return "quintic" if (abc, steps) == (QUINTIC, 5) else (abc,) * steps
+
+
+def polar_floor(row: Mapping[str, Any]) -> float:
+    """The least Frobenius norm that a polar iteration divides by: ``eps``, where no other part of the row has it."""
+    iterates = row["act"] == "lmo" and (row["polar"] == "quintic" or not isinstance(row["polar"], str))
+    mine = iterates and row["direction"] != "adam" and not row["row_beta"] and get_norm(row["norm"]).polar
+    return float(row["eps"]) if mine else 0.0
+
+
+def complete(given: Mapping[str, Any], name: str, base: Mapping[str, Any] | None = None) -> Row:
+    """What is ``given`` over ``base`` (the defaults), its numbers as plain ones, and ``nesterov`` told as a direction."""
+    stated = {column: as_plain(value, column) for column, value in given.items()}
+    row = {**(DEFAULTS if base is None else base), **stated}
+    wanted = row.pop("nesterov", None)
+    if row["direction"] not in STATE:
+        return row    # check_row says which there are
+    if row["direction"] == "plain" and not row["velocity"]:
+        if stated.get("momentum") and "direction" not in stated:
+            row["direction"] = "heavy_ball"    # as in torch's SGD, where it is the momentum that says so
+        elif "momentum" not in stated:
+            row["momentum"] = 0.0
+    elif row["direction"] == "plain" and row["velocity"] is not True:    # which is then the momentum: one number, by both names
+        if "velocity" in stated or "momentum" not in stated:
+            row["momentum"] = row["velocity"]
+        else:
+            row["velocity"] = bool(row["momentum"])
+    if wanted is not None:
+        set_nesterov(row, wanted, name)
+    return row
+
+
+def refuse_unused(given: Mapping[str, Any], row: Mapping[str, Any], name: str) -> None:
+    """PolicyError for a number that somebody gave, and nothing in the complete ``row`` uses."""
+    for column, used in USERS.items():
+        if column not in given or used(row) or as_plain(given[column], column) in (DEFAULTS[column], 0):
+            continue
+        if column == "momentum" and row["direction"] in ("adam", "lion") and as_plain(given[column], column) == row["betas"][0]:
+            continue    # another name of the same number, as in a copy of a group
+        parts = ", ".join(f"{c}={row[c]!r}" for c in ("direction", "act", "scale", "hold") if row[c] != DEFAULTS[c] or c == "direction")
+        raise PolicyError(
+            f"{name} has {column}={given[column]!r}, which no part of it uses ({parts}), so that it would be left out in silence. "
+            f"{_INSTEAD.get(column, '')}Give it to the row that it is meant for (adamw={{...}}, by_role={{...}}, override={{...}}), "
+            "or leave it out."
+        )
+
+
+_INSTEAD = {"momentum": "Adam and Lion have betas, a plain direction has none. ", "betas": "A direction with one buffer has momentum=. "}
+
+
+def set_nesterov(row: Row, wanted: Any, name: str) -> None:
+    """Turns the direction into its twin with, or without, Nesterov's look ahead; PolicyError where it has none."""
+    direction = row["direction"]
+    plain = {v: k for k, v in NESTEROV.items()}.get(direction, direction)
+    if not wanted:
+        row["direction"] = plain
+    elif plain in NESTEROV:
+        row["direction"] = NESTEROV[plain]
+    else:
+        raise PolicyError(f"{name} has nesterov={wanted!r}, and direction={direction!r}, which has no momentum to look ahead with.")
+
+
+def as_plain(value: Any, column: str) -> Any:
+    """Numbers of numpy and tensors of one number as Python's, which checkpoints and kernels take. ``lr`` stays a tensor, without axes."""
+    if column == "betas" and not isinstance(value, str | Mapping):
+        try:
+            return tuple(as_plain(beta, "beta") for beta in value)
+        except TypeError:
+            return value
+    if column == "lr" and isinstance(value, Tensor):
+        return value.reshape(()) if value.numel() == 1 else value    # a view: who keeps the tensor may go on filling it
+    if column in DEFAULTS or column == "beta":
+        return as_number(value)
+    return value
+
+
+def as_number(value: Any) -> Any:
+    """A number of numpy's or of torch's as Python's; anything else as it is."""
+    if isinstance(value, bool | int | float | str) and type(value) in (bool, int, float, str):
+        return value
+    single = getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1)
+    return value.item() if single and hasattr(value, "item") else value
+
+
+def refused_option(preset: str, option: str, value: Any, known: Collection[str]) -> PolicyError:
+    """The error for an option that a preset does not take."""
+    if option in TORCHS:
+        return PolicyError(f"{preset} has {option}={value!r}, which is no option: it {TORCHS[option]}. Leave it out.")
+    if option in ("direction", "act", "norm", "scale"):
+        return PolicyError(
+            f"{preset} has {option}={value!r}, and its {option} is what makes it {preset}: state a row of your own, by override={{...}} or "
+            "NormOptimizer(model, rows, roles, main)."
+        )
+    if option in DEFAULTS:
+        return PolicyError(
+            f"{preset} has {option}={value!r}, which no part of it uses. {_INSTEAD.get(option, '')}Give it to the row that it is meant for "
+            "(adamw={...}, by_role={...}, override={...}), or leave it out."
+        )
+    return PolicyError(f"{preset} has the unknown option {option!r}.{nearest(option, known)}")
+
+
+def check_row(row: Mapping[str, Any], name: str = "a group", besides: Collection[str] = (), extras: bool = False) -> None:
+    """Refuses unknown columns (but those named in ``besides``), unknown choices, and numbers out of their range.
+
+    extras: keys that are like no column may stand there, as in any group of torch's; what looks like a slip of the pen may not, nor an
+    option of torch's that asks for something.
+    """
+    for unknown in sorted(set(row) - set(DEFAULTS) - set(besides)):
+        if unknown in TORCHS and not (extras and (row[unknown] in NEUTRAL or unknown in ("foreach", "fused", "decoupled_weight_decay"))):
+            raise PolicyError(f"{name} has {unknown}={row[unknown]!r}, which is no option: it {TORCHS[unknown]}. Leave it out.")
+        if not extras or difflib.get_close_matches(unknown, DEFAULTS, n=1, cutoff=0.8):
+            raise PolicyError(f"{name} has the unknown option {unknown!r}.{nearest(unknown, DEFAULTS)}")
+    for column, choices in CHOICES.items():
+        _word(row, column, choices, name)
+    _word(row, "per", PER, name)
+    if not _are_steps(row["polar"]):
+        _word(row, "polar", (*METHODS, "exact"), name)
+    if not isinstance(get_norm(row["norm"]), Norm):
+        raise PolicyError(f"{name} has norm={row['norm']!r}, which is a set: a step needs a norm.")
+    _check_numbers(row, name)
+
+
+def _are_steps(polar: Any) -> bool:
+    """Whether it is an iteration, step by step, each (a, b, c)."""
+    steps = polar if isinstance(polar, tuple | list) else ()
+    return bool(steps) and all(len(s) == 3 and all(isinstance(x, int | float) and math.isfinite(x) for x in s) for s in steps)
+
+
+def _word(row: Mapping[str, Any], column: str, allowed: Collection[str], name: str) -> None:
+    if row[column] not in allowed:
+        raise PolicyError(f"{name} has {column}={row[column]!r}.{nearest(str(row[column]), allowed)}")
+
+
+def _check_numbers(row: Mapping[str, Any], name: str) -> None:
+    for column in ("lr", "eps", "weight_decay", "trust", "limit", "damping"):
+        _number(row[column], column, name)
+    for radius in row["radius"] if apart(row) and row["radius"] else [row["radius"]]:
+        _number(radius, "radius", name)
+    if row["act"] == "ridge" and not row["damping"]:
+        raise ValueError(f"{name} has act='ridge' and damping=0, and needs a damping > 0: 0.03 is the default.")
+    for column in ("momentum", "row_beta", "velocity"):
+        if column != "velocity" or row[column] is not True:
+            _number(row[column], column, name, 1.0)
+    if not isinstance(row["betas"], tuple | list) or len(row["betas"]) != 2:
+        raise ValueError(f"{name} has betas={row['betas']!r}, and needs two numbers in [0, 1).")
+    for beta in row["betas"]:
+        _number(beta, "betas", name, 1.0)
+    if not isinstance(row["maximize"], bool):
+        raise ValueError(f"{name} has maximize={row['maximize']!r}, and needs True or False.")
+    if type(row["seed"]) is not int or not 0 <= row["seed"] < 2**32:
+        raise ValueError(f"{name} has seed={row['seed']!r}, and needs an integer from 0 to 2**32 - 1.")
+
+
+def _number(value: Any, column: str, name: str, below: float = math.inf) -> None:
+    single = isinstance(value, Tensor) and value.numel() == 1
+    number = float(value) if single or (isinstance(value, int | float) and not isinstance(value, bool)) else math.nan
+    if not 0 <= number < below:
+        wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
+        raise ValueError(f"{name} has {column}={value!r}, and needs {wanted}.")
+
+
+def needs_matrices(row: Mapping[str, Any]) -> bool:
+    """Whether the blocks of a group must be matrices: for a norm of matrices, or a part that asks for units."""
+    norm = get_norm(row["norm"])
+    by_norm = row["act"] != "none" and norm.matrix
+    return by_norm or row["act"] == "ridge" or row["scale"] in SHAPED or row["row_beta"] > 0 or row["hold"] == "row_floor"
+
+
+def acts_on_blocks(row: Mapping[str, Any]) -> bool:
+    """Whether a step of the group needs blocks at all; a row of elementwise parts takes tensors of any shapes together."""
+    holds = row["hold"] not in ("none", "frank_wolfe")
+    return row["act"] != "none" or row["scale"] != "absolute" or holds or row["row_beta"] > 0 or apart(row)
+
+
+def apart(row: Mapping[str, Any]) -> bool:
+    """Whether each block of a tensor has a radius of its own."""
+    return isinstance(row["radius"], tuple | list)
+
+
+def stores_radius(row: Mapping[str, Any]) -> bool:
+    """Whether the blocks' initial norms R belong to the state."""
+    return row["scale"] == "init" or row["hold"] in ("sphere", "row_floor")
+
+
+SHAPED = ("original", "match_rms_adamw", "rms_rms", "conv_rms_rms", "normuon")
+
+
+def shape_scale(scale: str, rows: int, columns: int, kernel: int) -> float:
+    """The scales that depend on the block's shape alone: ``(d_out, d_in)``, the kernel's entries counted in d_in."""
+    return {
+        "original": math.sqrt(max(1.0, rows / columns)),
+        "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+        "rms_rms": math.sqrt(rows / columns),
+        "conv_rms_rms": math.sqrt(rows * kernel / columns) / kernel,
+        "normuon": 0.2 * math.sqrt(rows * columns),
+    }.get(scale, 1.0)

@@ -1,0 +1,90 @@
+"""What each action does to a batch of blocks: pure functions of (norm, blocks, radius). The rules for zero blocks and for blocks that
+are not finite stand in ``norms.base.radial_factor``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normwise.norms import Norm, Radius, Set
+from normwise.norms.base import column, radial_factor
+from normwise.norms.linalg.checks import peak
+from normwise.norms.reduce import may_branch, up
+
+LARGE = 1e10    # entries from here on are multiplied at unit scale: three of them leave fp32's range
+# Actions that only scale a block: they need its norm, never its entries.
+RADIAL = ("clip_norm", "normalize")
+
+
+def wanted_norm(action: str, value: Tensor, radius: Radius, min_radius: Radius | None = None, rate: float = 1.0) -> Tensor:
+    """The norm that a block of norm ``value`` is scaled to, ``(b,)``.
+
+    ``normalize``: the radius. ``clip_norm``: value clamped into [min_radius, radius]. Of the way there the share ``rate`` is gone
+    (Keras's MinMaxNorm: rate·clip(value) + (1 − rate)·value).
+    """
+    if action == "clip_norm" and rate == 1 and min_radius is None and not isinstance(radius, Tensor):
+        return value.clamp(max=radius)
+    limit = torch.as_tensor(radius, dtype=value.dtype, device=value.device).expand_as(value)
+    wanted = limit if action == "normalize" else torch.minimum(value, limit)
+    if min_radius is not None:
+        wanted = wanted.clamp(min=min_radius)
+    return wanted if rate == 1 else torch.lerp(value, wanted, rate)
+
+
+def factor(action: str, value: Tensor, radius: Radius, min_radius: Radius | None = None, rate: float = 1.0) -> Tensor:
+    """What each block is multiplied by, ``(b,)``; exactly 1 for a block that stays as it is."""
+    return radial_factor(value, wanted_norm(action, value, radius, min_radius, rate))
+
+
+def project(norm: Norm | Set, x: Tensor, radius: Radius) -> Tensor:
+    """The Euclidean nearest point of the ball or the set."""
+    return norm.project(x, radius)
+
+
+def steepest(norm: Norm, x: Tensor) -> Tensor:
+    """−lmo(x, 1): the unit step that increases ⟨x, ·⟩ fastest under the norm."""
+    return -norm.lmo(x, 1.0)
+
+
+def prox(norm: Norm, x: Tensor, step: Radius, power: int) -> Tensor:
+    """argmin ½‖y − x‖₂² + step·‖y‖ for ``power=1``; of ½‖y‖₂², which is x / (1 + step), for L2 and ``power=2``."""
+    if power == 1:
+        return norm.prox(x, step)
+    return (up(x) / (1 + column(step, x))).to(x.dtype)
+
+
+def penalty_gradient(norm: Norm, x: Tensor, power: int) -> Tensor:
+    """A (sub)gradient of ‖x‖ (``power=1``) or of ½‖x‖² (``power=2``), in the compute dtype."""
+    work = up(x)
+    if power == 2 and norm.p == 2:
+        return work
+    direction = norm.subgradient(work)
+    if power == 1:
+        return direction
+    return direction * column(norm.value(work).clamp(max=torch.finfo(work.dtype).max), work)    # 0 times infinity is no number
+
+
+def penalty_value(value: Tensor, power: int) -> Tensor:
+    """Σ over the blocks' norms ``value`` (b,) of ‖x‖ (``power=1``) or ½‖x‖² (``power=2``), a scalar."""
+    return value.sum() if power == 1 else value.square().sum() / 2
+
+
+def orthogonality_gradient(x: Tensor) -> Tensor:
+    """The gradient (xxᵀ − I)x of ¼‖xxᵀ − I‖_F², on the shorter side of each matrix ``(b, m, n)``; in the compute dtype."""
+    work = up(x)
+    if x.numel() and may_branch(x) and not float(work.abs().amax()) < LARGE:    # a product that overflows is met by one of the other sign
+        size = peak(work)
+        unit = work / size
+        excess = _gram_excess(unit, 1 / size / size)
+        return (excess @ unit if x.shape[1] <= x.shape[2] else unit @ excess) * size * size * size
+    return _gram_excess(work) @ work if x.shape[1] <= x.shape[2] else work @ _gram_excess(work)
+
+
+def orthogonality_value(x: Tensor) -> Tensor:
+    """¼‖xxᵀ − I‖_F² of each block, ``(b,)``."""
+    return _gram_excess(up(x)).square().sum((1, 2)) / 4
+
+
+def _gram_excess(x: Tensor, of: Tensor | float = 1.0) -> Tensor:
+    gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
+    return gram - of * torch.eye(gram.shape[1], dtype=x.dtype, device=x.device)

@@ -1,0 +1,101 @@
+"""What a zero unit still gives to its readers: a constant, which moves into their biases if that is exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normwise.prune.dependency_groups import Group, Layer, Reader, Writer
+
+_SAME = 1e-9  # relative; measured in float64, where a constant differs from place to place by rounding alone
+_NOTHING = 1e-12  # what is left of a running mean after a few hundred steps is not a reason to keep a unit
+
+
+@torch.no_grad()
+def inputs(model: nn.Module, probe: Tensor, layers: Iterable[Layer]) -> dict[Layer, Tensor]:
+    """For each layer the value of each of its input columns over all samples and places of ``probe``; nan where it varies."""
+    values: dict[Layer, Tensor] = {}
+
+    def keep(layer: Any, given: tuple[Tensor, ...]) -> None:
+        values[layer] = _constants(given[0], -1 if isinstance(layer, nn.Linear) else 1)
+
+    # Measured where it is read: whatever lies between, a pooling or a padding, has then acted on it.
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    model(probe)
+    for hook in hooks:
+        hook.remove()
+    return values
+
+
+def _constants(x: Tensor, axis: int) -> Tensor:
+    columns = x.movedim(axis, -1).flatten(0, -2)
+    low, high = columns.amin(0), columns.amax(0)
+    # The middle of the extremes: a mean over many places would add their rounding.
+    middle = (low + high) / 2
+    return torch.where(high - low <= _SAME * (1 + middle.abs()), middle, math.nan)
+
+
+def nearest_to_zero(writer: Writer) -> float:
+    """Of all units the smallest: by the L2 norm of its weights or, behind a BatchNorm with a gain, by that where it is smaller."""
+    lengths = writer.layer.weight.detach().flatten(1).norm(dim=1)
+    for norm in writer.norms:
+        if norm.affine:
+            lengths = torch.minimum(lengths, norm.weight.detach().abs().to(lengths))
+    return float(lengths.min()) if len(lengths) else 0.0
+
+
+def is_zero(writer: Writer, unit: int) -> bool:
+    """Whether the unit's value does not depend on the input: its row is zero, or the gain of every BatchNorm on it."""
+    if not writer.layer.weight[unit].any():
+        return True
+    gains = [norm.weight for norm in writer.norms]
+    return bool(gains) and all(gain is not None and not gain[unit] for gain in gains)
+
+
+def is_unread(group: Group, unit: int) -> bool:
+    """Whether no reader looks at the unit: its columns are zero in all of them."""
+    return all(not reader.layer.weight[:, reader.columns[unit]].any() for reader in group.readers)
+
+
+def stays_because(group: Group, unit: int, values: dict[Layer, Tensor]) -> str | None:
+    """Why a zero unit cannot be removed exactly, or None where its constant is nothing or moves into its readers' biases."""
+    for reader in group.readers:
+        columns = reader.columns[unit]
+        constants = values[reader.layer][columns]
+        if not reader.layer.weight[:, columns].any() or (constants.abs() <= _NOTHING).all():
+            continue
+        if constants.isnan().any():
+            return "the value still varies where it is read"
+        if _pads_with_zeros(reader.layer):
+            return "a constant other than zero meets a convolution padded with zeros"
+    return None
+
+
+@torch.no_grad()
+def move(reader: Reader, units: Sequence[int], values: Tensor) -> None:
+    """Adds what the units give to this reader to its bias, or, where it has none, takes it off its BatchNorm's running mean.
+
+    Both are exact in evaluation. In training a BatchNorm subtracts the batch's own mean, so a constant before it has no effect.
+    """
+    columns = [column for unit in units for column in reader.columns[unit]]
+    layer = reader.layer
+    weight = layer.weight[:, columns].flatten(2).sum(2) if layer.weight.ndim > 2 else layer.weight[:, columns]
+    given = weight @ values[columns].nan_to_num()  # a value that varies is met by zero weights alone
+    if not given.any():
+        return
+    if layer.bias is not None:
+        layer.bias += given
+    elif reader.norm is not None and reader.norm.running_mean is not None:
+        reader.norm.running_mean -= given
+    else:
+        layer.bias = nn.Parameter(given)
+
+
+def _pads_with_zeros(layer: Layer) -> bool:
+    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
+        return False
+    return layer.padding != "valid" if isinstance(layer.padding, str) else any(layer.padding)

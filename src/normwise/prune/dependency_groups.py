@@ -1,0 +1,178 @@
+"""Which units of a model can go only together: the groups of torch-pruning's dependency graph, in our own words.
+
+A *group* is one axis of channels or features with everything that has it: the layers that write it (their rows), the BatchNorms on it,
+the layers that read it (their columns). A shortcut adds two layers' outputs, so both write one group.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from normwise.errors import need
+
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+# What keeps channels apart and a constant channel constant, by the name of its backward node. A product with something that varies
+# and an average over a zero border do not: those show when the constant is measured.
+_CHANNEL_BY_CHANNEL = frozenset({
+    "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Tanh", "Sigmoid", "Softplus", "Hardtanh", "Hardswish", "Hardsigmoid",
+    "MaxPool1D", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D",
+    "ReflectionPad1D", "ReflectionPad2D", "ReplicationPad1D", "ReplicationPad2D",
+    "Add", "Sub", "Mul", "Div", "Clone", "ToCopy", "Mean",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A layer whose rows are the units; ``norms``: the BatchNorms that read it, if nothing else does."""
+
+    name: str
+    layer: Layer
+    norms: tuple[_BatchNorm, ...]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer with ``columns[unit]``, its input columns of each unit: several after a flattened image. ``norm``: its one BatchNorm."""
+
+    layer: Layer
+    columns: list[list[int]]
+    norm: _BatchNorm | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units 0 … size−1 with all that writes and reads them. ``obstacle``: why none of them can be removed, or None."""
+
+    name: str
+    size: int
+    writers: list[Writer]
+    readers: list[Reader]
+    obstacle: str | None
+    remove: Callable[[list[int]], None]
+
+
+def groups(model: nn.Module, example: Tensor) -> list[Group]:
+    """Every group that a convolution or a linear layer writes. ``model``: in evaluation mode, all parameters with gradients.
+
+    Raises MissingExtraError without torch-pruning.
+    """
+    pruning = _library()
+    # torch-pruning follows the backward graph.
+    with torch.enable_grad():
+        graph = pruning.DependencyGraph().build_dependency(model, (example,), verbose=False)
+    unfit, names = _unfit(model, example), {module: name for name, module in model.named_modules()}
+    return [_group(graph, found, names, unfit) for found in graph.get_all_groups(root_module_types=LAYERS)]
+
+
+def _library() -> Any:
+    need("prune", "torch_pruning", what="removing units")
+    import torch_pruning
+
+    return torch_pruning
+
+
+def _unfit(model: nn.Module, example: Tensor) -> dict[nn.Module, str]:
+    """Layers that must keep their shape, and why."""
+    calls = _calls(model, example)
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    whys = {module: _why_unfit(module, calls[module], owners) for module in model.modules()}
+    return {module: f"{name} {whys[module]}" for name, module in model.named_modules() if whys[module]}
+
+
+def _why_unfit(module: nn.Module, calls: int, owners: Counter[int]) -> str | None:
+    if calls > 1:
+        return f"is called {calls} times"
+    if parametrize.is_parametrized(module):
+        return "is parametrized"
+    if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+        return "shares a parameter"
+    groups = getattr(module, "groups", 1)    # of a user's own module it may be anything
+    return "is a grouped convolution" if isinstance(groups, int) and groups > 1 else None
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, example: Tensor) -> Counter[nn.Module]:
+    calls: Counter[nn.Module] = Counter()
+    hooks = [m.register_forward_hook(lambda module, given, out: calls.update([module])) for m in model.modules()]
+    model(example)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _group(graph: Any, found: Any, names: dict[nn.Module, str], unfit: dict[nn.Module, str]) -> Group:
+    root = found[0].dep.target.module
+    handler, size = found[0].dep.handler, len(found[0].idxs)
+
+    def remove(units: list[int]) -> None:
+        graph.get_pruning_group(root, handler, units).prune()
+
+    layers = [item for item in found if isinstance(item.dep.target.module, LAYERS)]
+    writers = [_writer(item.dep.target, names) for item in layers if graph.is_out_channel_pruning_fn(item.dep.handler)]
+    readers = [_reader(item, size) for item in layers if graph.is_in_channel_pruning_fn(item.dep.handler)]
+    read = {id(reader.layer) for reader in readers}
+    obstacle = next((why for item in found if (why := _obstacle(item.dep.target, read, unfit))), None)
+    return Group(names[root], size, writers, readers, obstacle, remove)
+
+
+def _writer(node: Any, names: dict[nn.Module, str]) -> Writer:
+    after = [output.module for output in node.outputs]
+    return Writer(names[node.module], node.module, tuple(after) if all(isinstance(m, _BatchNorm) for m in after) else ())
+
+
+def _reader(item: Any, size: int) -> Reader:
+    columns: list[list[int]] = [[] for _ in range(size)]
+    for column, unit in zip(item.idxs, item.root_idxs, strict=True):
+        columns[unit].append(column)
+    after = [output.module for output in item.dep.target.outputs]
+    norm = after[0] if len(after) == 1 and isinstance(after[0], _BatchNorm) else None
+    return Reader(item.dep.target.module, columns, norm)
+
+
+def _obstacle(node: Any, read: set[int], unfit: dict[nn.Module, str]) -> str | None:
+    """Why a group with this node must stay as it is; None where its channels stay apart. ``read``: the layers that end the group."""
+    module = node.module
+    if module in unfit or id(module) in read:
+        return unfit.get(module)
+    if not node.outputs:
+        return "it is the model's output"
+    kind = type(module).__name__.strip("_")
+    if isinstance(module, (*LAYERS, _BatchNorm)) or kind == "ReshapeOp":
+        return None
+    operation = re.sub(r"Backward\d*$", "", node.grad_fn.name())
+    if _within_linear(node, operation):
+        return None
+    apart = kind == "ElementWiseOp" and operation in _CHANNEL_BY_CHANNEL and (operation != "Mean" or _over_space(node.grad_fn))
+    return None if apart else f"it passes through {node.name or operation}"
+
+
+def _within_linear(node: Any, operation: str) -> bool:
+    """A linear layer's own weight, transposed; its own product where it folds more axes than two into one and back."""
+    if operation == "T":
+        return not node.inputs
+    ends = [output.grad_fn for output in node.outputs if isinstance(output.module, nn.Linear)]
+    folded = all("View" in end.name() and end.next_functions[0][0] is node.grad_fn for end in ends)
+    return operation in ("Addmm", "Mm") and folded and len(ends) == len(node.outputs) == 1
+
+
+def _over_space(grad_fn: Any) -> bool:
+    """Whether a mean is over the places of (n, channels, places…), not over channels."""
+    dimensions = len(grad_fn._saved_self_sym_sizes)
+    axes = {axis % dimensions for axis in _signed(grad_fn._saved_dim)}
+    return dimensions > 3 and axes <= set(range(2, dimensions))
+
+
+def _signed(axes: Sequence[int]) -> Iterator[int]:
+    """Axes as autograd keeps them, where −1 is 2⁶⁴ − 1."""
+    return (axis - 2**64 if axis >= 2**63 else axis for axis in axes)

@@ -1,0 +1,109 @@
+"""The recipes of CONTRIBUTING.md work as they stand: their blocks of code are put into a copy of the package, and the result is tried."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```python\n# ((?:src|tests)/[\w/.]+), (new|at the end)\n(.*?)```", re.DOTALL)
+
+
+class Copy:
+    """A copy of the package and of the tests' helpers, outside the repository."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ignore = shutil.ignore_patterns("__pycache__", "test_*.py")
+        shutil.copytree(ROOT / "src" / "normwise", folder / "src" / "normwise", ignore=ignore)
+        shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "test_*.py", "data", "census"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+
+    def follow(self, heading: str) -> list[Path]:
+        """Does what the recipe says, and gives the files that it touches."""
+        recipe = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        blocks = BLOCK.findall(recipe)
+        assert blocks and len(blocks) == recipe.count("```python"), f"a block of {heading!r} does not say where it goes"
+        for name, where, code in blocks:
+            path = self.folder / name
+            assert path.exists() == (where == "at the end"), f"{name} is {'' if path.exists() else 'not '}there"
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"\n\n{code}" if where == "at the end" else code)
+        return [Path(name) for name, _, _ in blocks]
+
+    def python(self, *arguments: str) -> str:
+        """Runs Python on the copy; what it prints. The copy alone is found, not the package that is tested here."""
+        environment = os.environ | {"PYTHONPATH": f"{self.folder / 'src'}{os.pathsep}{self.folder / 'tests'}", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    made = Copy(tmp_path)
+    assert str(tmp_path) in made.python("-c", "import normwise; print(normwise.__file__)")
+    return made
+
+
+def test_the_recipe_for_a_norm(copy: Copy) -> None:
+    """One file and its test; every law holds; a rule with it trains, holds and goes through YAML."""
+    source, test = copy.follow("A norm")
+    assert source.parts[:3] == ("src", "normwise", "norms") and test.parts[0] == "tests"
+    shutil.copy(ROOT / "tests" / "test_norm_laws.py", copy.folder / "tests")
+    printed = copy.python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/test_norm_laws.py", "-k", LAWS)
+    passed = re.search(r"(\d+) passed", printed)
+    assert passed and int(passed[1]) > 60, printed
+    copy.python("-c", USE_OF_A_NORM)
+
+
+LAWS = "_of_fours and (float64 or bfloat16)"    # the exact numbers, and the dtype that rounds most: the laws take a second each
+USE_OF_A_NORM = """
+import torch, normwise as nw
+torch.manual_seed(0)
+rule = nw.Rule(action="project", norm="sum_of_fours", per="unit", radius=0.5)
+policy = nw.Policy([rule])
+assert nw.Policy.from_yaml(policy.to_yaml()) == policy
+model = torch.nn.Linear(8, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+control = nw.attach(model, optimizer, policy)
+for _ in range(3):
+    model(torch.randn(16, 8)).square().mean().backward()
+    optimizer.step()
+assert control.verify(), control.verify()
+assert 0 < len(control.verify().rules)
+"""
+
+
+def test_the_recipe_for_a_task(copy: Copy) -> None:
+    """One file; the task is known by its name, its batches are decided by the seed, and a tiny model learns in a few dozen steps."""
+    (source,) = copy.follow("A task")
+    assert source.parts[:4] == ("src", "normwise", "experiments", "tasks")
+    copy.python("-c", USE_OF_A_TASK)
+
+
+USE_OF_A_TASK = """
+import torch
+from normwise.experiments.tasks.load import TASKS, load_task
+assert "mlp" in TASKS
+task = load_task("mlp", size="tiny")
+torch.manual_seed(0)
+model = task.build()
+optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+before = task.evaluate(model, "validation")
+for batch, again, _ in zip(task.batches(64, seed=1), task.batches(64, seed=1), range(80)):
+    assert all(map(torch.equal, batch, again))
+    optimizer.zero_grad()
+    task.loss(model, batch).backward()
+    optimizer.step()
+after = task.evaluate(model, "validation")
+assert after.loss < before.loss / 2 and after.accuracy > 0.8, (before, after)
+"""
