@@ -756,7 +756,7 @@ def record(name: str) -> None:
 
 def _lines(value: Found, depth: int = 0) -> str:
     """JSON with a line for each innermost mapping and for each entry of the others, so that a change shows as the lines that changed."""
-    if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+    if isinstance(value, dict) and value and (depth < 2 or any(isinstance(inner, dict) for inner in value.values())):
         inner = ",\n".join(" " * (depth + 1) + f"{json.dumps(k, ensure_ascii=False)}: {_lines(v, depth + 1)}" for k, v in value.items())
         return "{\n" + inner + "\n" + " " * depth + "}"
     return json.dumps(value, ensure_ascii=False)
