@@ -197,7 +197,7 @@ def race(task: str, planted: float = 1.0, racers: Iterable[str] = RACERS) -> dic
 
 def _race(name: str, contender: str, planted: float) -> Found:
     task = load_task(name, text_file() if name in ("lstm", "gpt") else None, size="tiny")
-    numbers = CONTENDERS[contender].numbers([0] * len(CONTENDERS[contender].axes)) | RACERS[contender]
+    numbers = CONTENDERS[contender].numbers((0,) * len(CONTENDERS[contender].axes)) | RACERS[contender]
     numbers |= {key: planted * float(numbers[key]) for key in ("lr", "rest") if key in numbers}
     run = RaceRun(task.key, contender, tuple(numbers.items()), STEPS * batch_of(numbers, task.batch), SEED, True, 1, "")
     seen, models, loss, evaluate = [], [], task.loss, task.evaluate
@@ -610,10 +610,10 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "vector to Muon": lambda: nw.optim.Muon([nn.Parameter(torch.ones(3))]),
     "vector to Muon by override": lambda: nw.optim.Muon(small(), override={"fc.bias": "muon"}),
     "tensor of unknown axes to Muon": lambda: nw.optim.Muon([nn.Parameter(torch.ones(2, 3, 4))]),
-    "adjust misspelt": lambda: nw.optim.Muon(small(), adjust="match_rms"),
-    "column misspelt": lambda: nw.optim.Muon(small(), polr="fast"),
-    "column that nothing uses": lambda: nw.optim.AdamW(small(), momentum=0.5),
-    "option of torch's": lambda: nw.optim.AdamW(small(), amsgrad=True),
+    "adjust misspelt": lambda: nw.optim.Muon(small(), adjust="match_rms"),    # type: ignore[call-arg]
+    "column misspelt": lambda: nw.optim.Muon(small(), polr="fast"),    # type: ignore[call-arg]
+    "column that nothing uses": lambda: nw.optim.AdamW(small(), momentum=0.5),    # type: ignore[call-arg]
+    "option of torch's": lambda: nw.optim.AdamW(small(), amsgrad=True),    # type: ignore[call-arg]
     "learning rate below zero": lambda: nw.optim.Lion(small(), lr=-1.0),
     "override that matches nothing": lambda: nw.optim.Muon(small(), override={"fc9.weight": "adamw"}),
     "state of another preset": lambda: nw.optim.Muon(small()).load_state_dict(nw.optim.AdamW(small()).state_dict()),
