@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import normwise as nw
-from normwise.engine.rules.adaptive import Braked, Constrained, Stepped
+from normwise.engine.rules.cpr import Constrained
+from normwise.engine.rules.step_length import Braked, Stepped
 from normwise.optim import AdamH, Muon, MuonH
 
 F64 = torch.float64

@@ -167,7 +167,7 @@ def test_a_global_norm_over_two_optimizers_unscaled_first(fused):
 @pytest.mark.parametrize("name", ["fused SGD", "fused AdamW"])
 def test_a_device_that_is_not_read_masks_the_rules_of_a_skipped_step(name, monkeypatch):
     """Where knowing whether the step is skipped would wait for the device, the same results come from multiplying by it."""
-    for module in ("engine.program", "engine.rules.base", "engine.pack"):
+    for module in ("engine.program", "engine.rules.bounds", "engine.pack"):
         monkeypatch.setattr(f"normwise.{module}.may_branch", lambda x: False)
     bad = (2, 5) if name == "fused SGD" else (0, 2, 5)
     masked, control = scaled_run(OPTIMIZERS[name], scaled=True, bad=bad)

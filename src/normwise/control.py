@@ -26,7 +26,7 @@ from normwise.engine.detached_control import Detached, yaml_of
 from normwise.engine.nonfinite import OnNonFinite, check_choice
 from normwise.engine.norm_report import NormLog, NormReport, Radii, Zeros
 from normwise.engine.optimizer_state import Part, Traveller, fold, makes_state, unfold
-from normwise.engine.rules.adaptive import report
+from normwise.engine.rules.qk_clip import report
 from normwise.engine.sharded import reshard
 from normwise.engine.sharded.collectives import TRAFFIC, Traffic
 from normwise.engine.verify import Rested, Verification, verify

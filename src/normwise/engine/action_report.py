@@ -10,9 +10,6 @@ from normwise.engine.program import Engine
 from normwise.engine.rules.base import BoundRule
 from normwise.reports import Loggable, unique
 
-COUNTED = ("gradient", "cpr", "update", "qk_clip", "weight")
-"""Phases whose rules know how many blocks they changed."""
-
 
 @dataclass(frozen=True)
 class Acted:
@@ -71,7 +68,7 @@ class Receipt(Loggable):
 
 def _acted(bound: BoundRule, steps: Sequence[int], silent: Mapping[int, str]) -> Acted:
     rule, members = bound.rule, bound.members
-    counted = bound.violations() if bound.phase in COUNTED else None
+    counted = bound.violations() if bound.counted else None
     asleep = sorted({silent.get(k, "its optimizer has not stepped yet") for k in bound.optimizers if not steps[k]})
     note = f" ({'; '.join(asleep)})" if asleep else ""
     last = max((steps[k] for k in bound.optimizers), default=0) - 1

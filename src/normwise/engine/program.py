@@ -15,8 +15,9 @@ from normwise.engine.binding_changes import Bindings, on_meta, replaced
 from normwise.engine.block_tensors import own_grads, refuse_overlap
 from normwise.engine.computed_weights import refuse_computed
 from normwise.engine.pack import Member, Pack
-from normwise.engine.rules.adaptive import bind, refuse_foreign_decay
 from normwise.engine.rules.base import BoundRule
+from normwise.engine.rules.registry import bind
+from normwise.engine.rules.step_length import refuse_foreign_decay
 from normwise.engine.sharded import here, is_sharded, reshard
 from normwise.engine.sharded.prefetch import align, fulfil, run_all
 from normwise.engine.step import Turn

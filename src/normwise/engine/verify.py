@@ -22,16 +22,6 @@ SPHERE_ULP = 2
 """How many ulp of the weights' dtype a norm may be away from its sphere."""
 SHOWN = 20
 """Breaches that are printed."""
-BOUNDS_NOTHING = {
-    "penalty": "a penalty pulls, and bounds nothing",
-    "gradient": "it acts on gradients",
-    "decay": "a decay pulls, and bounds nothing",
-    "cpr": "it pulls towards its bound, and may be above it",
-    "update": "it acts on updates",
-    "prox": "a prox pulls, and bounds nothing",
-    "qk_clip": "only a forward pass shows attention logits",
-}
-"""By phase: why a rule leaves nothing on the weights to measure."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +138,7 @@ def verify(
     present = {id(e.param): e for e in inventory}
     for i, bound in enumerate(engine.rules):
         label = bound.rule.label()
-        if (reason := _nothing_to_measure(bound)) is not None:
+        if (reason := bound.nothing_to_verify) is not None:
             result.unchecked.append(f"{label}: {reason}")
             continue
         result.never_ran += [f"{label}: {what}" for what in _outside(bound, engine, inventory, present)]
@@ -181,14 +171,6 @@ def verify(
         elif resting or not packs:
             result.not_enforced.append(label if resting else f"{label}: all that it matches is frozen")
     return result
-
-
-def _nothing_to_measure(bound: BoundRule) -> str | None:
-    if bound.phase != "weight":
-        return BOUNDS_NOTHING[bound.phase]
-    if not bound.promises:
-        return "it brakes a step, and bounds no norm"
-    return None if bound.rule.rate == 1 else f"at rate={bound.rule.rate:g} the bound is reached by and by"
 
 
 def _outside(bound: BoundRule, engine: Engine, inventory: Inventory, present: Mapping[int, Entry]) -> list[str]:

@@ -1,6 +1,6 @@
 """Radii that a rule measures or finds in training: step lengths, brakes, quantiles and z-scores of gradient norms, CPR's bounds.
 
-All are plain data, as the schedules are: they compare by value and go to YAML. ``normwise.engine.rules.adaptive`` computes them.
+All are plain data, as the schedules are: they compare by value and go to YAML. ``normwise.engine.rules`` computes them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rules that shrink weights by a little at each step, decoupled from the gradient: weight decay and prox, in any rounding."""
+"""``weight_decay`` and ``prox``: weights a little smaller at each step, decoupled from the gradient, in any rounding."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from torch import Tensor
 from normwise.engine.block_tensors import recenter_, weights_of
 from normwise.engine.pack import Pack
 from normwise.engine.rules.base import BoundRule
+from normwise.engine.rules.penalty import Priced
+from normwise.engine.rules.registry import runs
 from normwise.engine.step import Turn
 from normwise.low_precision import memory, narrow_, rounds, widened
 from normwise.norms import Norm, Radius
 from normwise.norms.reduce import may_branch
 from normwise.parameters.inventory import Entry
+from normwise.parameters.layouts import BlockView, block_view
 from normwise.policy import Rule
-
-SHRINKING = ("weight_decay", "prox")
 
 
 class Shrinking(BoundRule):
-    """``weight_decay`` and ``prox``. With ``rounding``, each fp16 or bf16 weight has in ``store`` what that needs to remember."""
+    """With ``rounding``, each fp16 or bf16 weight has in ``store`` what that needs to remember."""
+
+    paced = True
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> None:
         super().__init__(rule, entries, owner, index)
@@ -31,19 +34,31 @@ class Shrinking(BoundRule):
             if needed:
                 self.store[m.name] = needed
 
-    def _run_pack(self, part: Pack, turn: Turn) -> None:
+    def run_pack(self, part: Pack, turn: Turn) -> None:
         states: Sequence[dict[str, Any]] = [self.store.get(m.name, {}) for m in part.members] if self.store else []
         if rounds(states) and turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
             return    # what is remembered advances where the step happens
         mine, states = weights_of(part), part.local_states(states)
         weights = widened(mine, states)
-        if self.phase == "decay":
-            self._decay(part, weights, turn)
-        else:
-            self._prox(part, weights, turn)
+        self.shrink_(part, weights, turn)
         narrow_(mine, weights, states, part.noise_numbers(states))
 
-    def _decay(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
+    def shrink_(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
+        """Acts on the weights, or on what stands for them until they are rounded."""
+        raise NotImplementedError
+
+
+@runs("weight_decay")
+class WeightDecay(Shrinking):
+    """w − η·strength·(w − center)."""
+
+    nothing_to_verify = "a decay pulls, and bounds nothing"
+
+    def view(self, entry: Entry) -> BlockView:
+        """Of the whole parameter: a decay knows no blocks, and so asks for no orientation."""
+        return block_view(entry.layout, "tensor", False, name=entry.name)
+
+    def shrink_(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
         strength = self.strength(turn)
         for eta, chosen in _by_rate(part, turn):
             share = eta * strength if turn.happened is None else eta * strength * turn.happened.to(weights[0].device)
@@ -56,7 +71,14 @@ class Shrinking(BoundRule):
             else:
                 _shrink_(mine, 1 - share)
 
-    def _prox(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
+
+@runs("prox")
+class Prox(Shrinking, Priced):
+    """The prox of η·strength·‖w − center‖."""
+
+    nothing_to_verify = "a prox pulls, and bounds nothing"
+
+    def shrink_(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
         strength = self.strength(turn)
         if self.flat:
             self._prox_members(part, weights, turn.rate(part.members[0]) * strength, turn)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from normwise.engine.pack import SCRATCH_BYTES, Member, Pack, pack
-from normwise.engine.rules.base import BoundRule
+from normwise.engine.rules.bounds import Bound
+from normwise.engine.rules.registry import runs
 from normwise.engine.step import Turn
 from normwise.norms import Radius
 from normwise.norms.linalg import Tracked, follow
@@ -20,7 +21,8 @@ from normwise.policy import Rule
 APART_FROM = 1 << 15    # numbers of a tensor from which it is read where it lies: a copy of it costs more than a call
 
 
-class TrackedCap(BoundRule):
+@runs("project", when=lambda rule: rule.tolerance > 0, whole=True)
+class TrackedCap(Bound):
     """``project`` under the spectral norm with ``tolerance`` > 0, see :func:`normwise.norms.linalg.cap`.
 
     What is known of a pack's matrices lies in one batch, of which ``store`` has each parameter's part as a view.
@@ -88,7 +90,7 @@ class TrackedCap(BoundRule):
         """Writes the matrices that were cut, where the step is taken."""
         count = part.view.count
         acted = torch.zeros(len(cut), device=tensors[0].device)
-        self._note(part, acted if turn.happened is None else 1 - turn.happened.to(acted).expand(len(cut)), turn)
+        self.note(part, acted if turn.happened is None else 1 - turn.happened.to(acted).expand(len(cut)), turn)
         for k in sorted({i // count for i in cut}):
             blocks = part.view.blocks(tensors[k])
             new = torch.stack([cut.get(k * count + i, block) for i, block in enumerate(blocks.unbind())])

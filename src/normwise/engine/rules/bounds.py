@@ -1,0 +1,193 @@
+"""``clip_norm``, ``project``, ``normalize`` and ``lmo``: blocks of weights, gradients or updates, scaled or moved to where they may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from normwise.engine.block_tensors import centers_of, grads_of, offsets_of, recenter_, starts_of, weights_of
+from normwise.engine.margins import inside, least, relative_margin, room, shy
+from normwise.engine.pack import Pack, nothing_to_do
+from normwise.engine.rules.base import BoundRule
+from normwise.engine.rules.registry import runs
+from normwise.engine.step import Turn
+from normwise.norms import Norm, Radius
+from normwise.norms.base import beyond
+from normwise.norms.reduce import may_branch, wide
+from normwise.policy import actions
+from normwise.policy.radii import Relative
+
+EARLY = 20
+"""Norms of gradients that are looked at for a threshold that something else has put on them."""
+
+
+@runs("clip_norm", "project", "normalize", "lmo")
+class Bound(BoundRule):
+    """Blocks brought under their radius, onto it, or onto a set; for ``lmo`` replaced by the steepest step."""
+
+    counted = True
+    _told = False
+    _early: list[Tensor] | None = None
+    _inline_turn: Turn | None = None
+
+    @property
+    def nothing_to_verify(self) -> str | None:    # type: ignore[override]
+        if self.phase != "weight":
+            return f"it acts on {self.phase}s"
+        return None if self.rule.rate == 1 else f"at rate={self.rule.rate:g} the bound is reached by and by"
+
+    def run_pack(self, part: Pack, turn: Turn) -> None:
+        """Acts on what the rule is on: gradients, updates, or weights with their distance from a center."""
+        if self.phase == "gradient":
+            self._act(part, grads_of(part), self.radius(part, turn), turn)
+        elif self.phase == "update":
+            self._around(part, starts_of(part, turn), self.radius(part, turn), turn)
+        elif part.members[0].center is not None:
+            self._around(part, centers_of(part), self._aimed(part, self.radius(part, turn)), turn)
+        else:
+            self._act(part, weights_of(part), self._aimed(part, self.radius(part, turn)), turn)
+
+    def run_on(self, part: Pack, changes: list[Tensor], turn: Turn) -> None:
+        if self.timed() and not self.rule.active(turn.step()):
+            return
+        change = {id(p): c for p, c in zip(part.params, changes, strict=True)}
+        if self._inline_turn is not turn:    # the first pack of a step
+            self._inline_turn, self._acted[turn.optimizer] = turn, []
+        for whole in self.packs:
+            mine = whole.only(lambda m: id(m.param) in change)
+            if mine is not None:
+                self._act(mine, [change[id(p)] for p in mine.params], self.radius(mine, turn), turn)
+
+    def to_measure(self, part: Pack, turn: Turn) -> list[tuple[Norm, Sequence[Tensor]]]:
+        if not isinstance(self.norm, Norm) or not self._is_radial():
+            return []
+        starts = [(self.norm, starts_of(part, turn))] if self._measures_starts() else []
+        return [*starts, (self.norm, self._measurable(part, self._acted_on(part, turn)))]
+
+    def _acted_on(self, part: Pack, turn: Turn) -> Sequence[Tensor]:
+        if self.phase == "update":
+            return torch._foreach_sub(weights_of(part), starts_of(part, turn))
+        return grads_of(part) if self.phase == "gradient" else offsets_of(part)
+
+    def _measures_starts(self) -> bool:
+        return isinstance(self.rule.radius, Relative)
+
+    def _aimed(self, part: Pack, radius: Radius) -> Radius:
+        """An inequality is aimed at from a hair inside; a sphere and a set are aimed at as they are."""
+        if self.rule.action == "normalize" or not isinstance(self.norm, Norm):
+            return radius
+        norms = [m.center_norm for m in part.members if m.center_norm is not None]
+        if part.margin:
+            radius = shy(radius, part.margin, torch.cat(norms) if norms else 0.0)
+        clamps = self.rule.action == "project" and self.norm.separable
+        aimed = inside(radius, self.norm, part.coarsest, part.block_shape, torch.cat(norms) if norms else 0.0, clamps)
+        return aimed if self.rule.min_radius is None else room(self.rule.min_radius, radius, aimed, self._hair(part))
+
+    def _around(self, part: Pack, centers: list[Tensor], radius: Radius, turn: Turn) -> None:
+        """Acts on weight − center."""
+        weights = weights_of(part)
+        old = torch._foreach_sub(weights, centers)
+        new = [o.clone() for o in old]
+        self._act(part, new, radius, turn)
+        recenter_(weights, centers, old, new)
+
+    def _act(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
+        """clip_norm, project, normalize or lmo, in place; nothing where GradScaler skips the step."""
+        if self._is_radial():
+            self._scale(part, tensors, radius, turn)
+            return
+        part = part.form(self.rule.action, self.norm)
+        blocks = part.gather(tensors)
+        moved = self._transform(blocks, part.mine(radius)) if len(blocks) else blocks
+        self._replace(part, tensors, blocks, moved, turn)
+
+    def _is_radial(self) -> bool:
+        """Projection onto an L2 ball is radial too."""
+        return self.rule.action in actions.RADIAL or (self.rule.action == "project" and isinstance(self.norm, Norm) and self.norm.radial)
+
+    def _transform(self, blocks: Tensor, radius: Radius) -> Tensor:
+        if self.rule.action == "lmo":
+            assert isinstance(self.norm, Norm)
+            return actions.steepest(self.norm, blocks)
+        moved = actions.project(self.norm, blocks, radius)
+        if self.phase == "weight" and blocks.dtype == torch.float64 and isinstance(self.norm, Norm):
+            # In float64 nothing is wider to project in: the threshold's error, many times over, may be more than a hair.
+            moved = self.norm.clip_norm(moved, radius)
+        return moved
+
+    def _replace(self, part: Pack, tensors: Sequence[Tensor], blocks: Tensor, moved: Tensor, turn: Turn) -> None:
+        """Writes what has become of the blocks, where the step is taken, and keeps count of those that changed."""
+        if turn.happened is not None:
+            moved = torch.where(turn.happened.to(blocks.device) > 0, moved, blocks)
+        acted = torch.where((moved != blocks).flatten(1).any(1), 0.0, 1.0)
+        self.note(part, part.told(acted), turn)
+        if not (part.may_branch(acted) and nothing_to_do(acted)):
+            part.write_(tensors, moved)
+
+    def _scale(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
+        rule = self.rule
+        assert isinstance(self.norm, Norm)
+        value = part.measure(self.norm, self._measurable(part, tensors))
+        only_clips = rule.action != "normalize" and rule.min_radius is None
+        if self.watches:
+            self._look_at(value, turn)
+        if only_clips and part.may_branch(value) and bool((value <= radius).all()):
+            return
+        self._look_for_nonfinite(value, turn)
+        low = None if rule.min_radius is None else least(rule.min_radius, radius, self._hair(part))
+        factor = actions.factor(rule.action, value, radius, low, rule.rate)
+        self.multiply(part, tensors, factor, turn)
+        if part.coarsest == torch.float64 and part.may_branch(factor) and beyond(factor):
+            self._scale(part, tensors, radius, turn)
+
+    def _measurable(self, part: Pack, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Float64 copies of fp32 weights where a measure in fp32 tells too little: a sphere is to be met to two ulp, and singular values
+        may be off by a hundred."""
+        exacting = self.rule.action == "normalize" or self.norm.matrix
+        if not exacting or self.phase != "weight" or part.coarsest != torch.float32:
+            return tensors
+        return [t.to(wide(t.device)) for t in tensors]
+
+    def _hair(self, part: Pack) -> float:
+        assert isinstance(self.norm, Norm)
+        return relative_margin(self.norm, part.coarsest, part.block_shape) + part.margin
+
+    def _look_for_nonfinite(self, value: Tensor, turn: Turn) -> None:
+        """Tells once of a norm that is not finite, where looking is free."""
+        if not self._told and may_branch(value) and value.numel() and not math.isfinite(float(value.max())):
+            self._told = True
+            what = {"gradient": "gradients", "update": "updates"}.get(self.phase, "weights")
+            turn.tell(
+                f"rule '{self.rule.label()}' found {what} whose norm is not finite, in step {turn.step() + 1}. They are left as they "
+                "are, and "
+                "training goes on with them; attach with on_nonfinite='raise' to have the parameters named, or 'skip'."
+            )
+
+    def _look_at(self, value: Tensor, turn: Turn) -> None:
+        """Keeps the norms of the first gradients; reading them waits for a device, so that there it is left to ``judge``."""
+        if self._early is None:
+            self._early = []
+        if len(self._early) < EARLY:
+            self._early.append(value.detach().reshape(()))
+            if len(self._early) == EARLY and may_branch(value):
+                self.judge(turn.tell)
+
+    def judge(self, tell: Callable[[str], None]) -> None:
+        """Tells once where the norms of the first gradients were all but the same: something clips them before they come here, and a
+        history of them is one of the other threshold."""
+        if self._early is None or len(self._early) < EARLY:
+            return
+        seen, self.watches, self._early = torch.stack(self._early).double(), False, None
+        middle = seen.median()
+        same = int(((seen - middle).abs() <= 1e-5 * middle).sum())
+        if same >= 0.9 * EARLY and bool(middle > 0):
+            tell(
+                f"the gradients that rule '{self.rule.label()}' sees had the norm {float(middle):.6g} in {same} of the first {EARLY} "
+                "steps: "
+                "something clips them before, such as a trainer's max_grad_norm or gradient_clip_val, or clip_grad_norm_ in the loop. "
+                "Turn one "
+                "of the two off."
+            )
