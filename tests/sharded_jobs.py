@@ -231,7 +231,7 @@ def preset(name: str, place: str, dtype: str, polar: str, policy: bool = False) 
     """Ten steps of an optimizer of normwise.optim on split parameters against those on whole ones."""
     make = nw.optim.PRESETS[name]
     spectral = name in ("Muon", "NorMuon", "Scion", "MuonH", "Ridge")
-    options = {"polar": polar} if spectral else {}
+    options = {"polar": polar} if spectral and name != "Ridge" else {}    # which inverts, and iterates nothing
     ways = PLACES(dist.get_world_size())
     if policy:    # rules within the step
         options["policy"] = [nw.Rule(params="*.weight", action="clip_norm", on="update", radius=0.1), nw.max_norm(1.0, "even.weight")]
