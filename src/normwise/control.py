@@ -6,9 +6,8 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -21,14 +20,14 @@ from normwise import validate as given
 from normwise.engine import Engine, Turn
 from normwise.engine import state as states
 from normwise.engine.action_report import Receipt
-from normwise.engine.binding_changes import Marks, grads, versions
 from normwise.engine.detached_control import Detached, yaml_of
 from normwise.engine.nonfinite import OnNonFinite, check_choice
 from normwise.engine.norm_report import NormLog, NormReport, Radii, Zeros
-from normwise.engine.optimizer_state import Part, Traveller, fold, makes_state, unfold
+from normwise.engine.optimizer_state import Part, Traveller, fold, unfold
 from normwise.engine.rules.qk_clip import report
 from normwise.engine.sharded import reshard
 from normwise.engine.sharded.collectives import TRAFFIC, Traffic
+from normwise.engine.step import Marks, Start, Stepper, grads, makes_state, may_nest, steps_under_way, versions, witnesses
 from normwise.engine.verify import Rested, Verification, verify
 from normwise.errors import PolicyError
 from normwise.parameters.inventory import Inventory, clean_name
@@ -39,8 +38,6 @@ VERSION = 1
 """Of the form of the control's state."""
 UNHEARD = 3
 """Changes of the weights between backward passes, without a hook that ran, after which the user is told."""
-WITNESSES = 8
-"""Tensors that are looked at to tell whether a step that raised is tried again with the same gradients: backward passes change all."""
 _AT_WORK: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[Control]]] = weakref.WeakKeyDictionary()
 """The controls of each optimizer, so that a second one does not act beside the first without a word."""
 
@@ -101,62 +98,6 @@ def attach(
     return Control(model, given.optimizers(optimizer), Policy(policy), on_nonfinite, log, timed, in_optimizer_state, replace)
 
 
-@dataclass
-class _Stepper:
-    """One optimizer: how many steps it has done, and what is known of the one that is under way."""
-
-    calls: int = 0
-    skips: Tensor | None = None
-    """What a fused GradScaler skipped, added up on the device, and read only when needed."""
-    heard: bool = False
-    """Whether a step hook ever ran."""
-    turn: Turn | None = None
-    """Begun and not ended: the step runs, or has raised."""
-    depth: int = 0
-    """Calls of ``super().step()`` within the step."""
-    evaluated: bool = False
-    """Whether the closure was evaluated before in this step."""
-    acted: Marks | None = None
-    """Gradients that the rules have changed already."""
-    decayed: Marks | None = None
-    """Weights that have decayed already."""
-    ready: Marks | None = None
-    """Gradients that the gradient phase of another optimizer has prepared."""
-    open: Marks | None = None
-    start: _Start | None = None
-    owed: list[Tensor] = field(default_factory=list)
-    """What decays add to the weights after the step, where the closure was evaluated at other weights than the step starts from."""
-    two_phase: bool = False
-    """Whether it has ever done that."""
-    closures: int = 0
-
-    def steps(self) -> int:
-        if self.skips is not None:    # read once a step, however many rules ask
-            self.calls, self.skips = self.calls - int(self.skips), None
-        return self.calls
-
-    def advance(self, happened: Tensor | None) -> None:
-        self.calls += 1
-        self.acted = self.decayed = self.start = None
-        if happened is not None:
-            skipped = 1 - happened.detach().reshape(())
-            self.skips = skipped if self.skips is None else self.skips.to(skipped.device) + skipped
-
-    def forget(self) -> None:
-        """Drops what is known of a step that was begun; a state that is loaded begins anew."""
-        self.turn = self.acted = self.decayed = self.ready = self.open = self.start = None
-        self.owed = []
-
-
-@dataclass
-class _Start:
-    """The weights that a step with a closure starts from: how often written to, and copies where the step may be evaluated elsewhere."""
-
-    params: list[nn.Parameter]
-    versions: list[int]
-    weights: list[Tensor] | None
-
-
 class Control:
     """A policy at work. Made by :func:`attach`."""
 
@@ -173,7 +114,8 @@ class Control:
         self._model = model
         self._kept: list[states.Saved] = [{} for _ in policy]
         self._rested: dict[tuple[int, str], int] = {}
-        self._steppers = [_Stepper() for _ in optimizers]
+        self._timed = timed
+        self._steppers = [Stepper() for _ in optimizers]
         self._noted: list[str] = []
         given.check_ranks(model, policy, on_nonfinite)
         if not isinstance(log, bool) and not (isinstance(log, int) and log >= 0):
@@ -188,10 +130,9 @@ class Control:
         self.on_nonfinite = on_nonfinite
         self.seconds = 0.0
         """Time spent in the hooks, with ``timed=True``."""
-        self._timed = timed
         self._told: set[str] = set()
         self._traffic = Traffic()
-        self._nests = [given.may_nest(type(o)) for o in optimizers]
+        self._nests = [may_nest(type(o)) for o in optimizers]
         self._born = [versions(self.engine.params(k)) for k in range(len(optimizers))]
         self._travellers: list[Traveller] = []
         if in_optimizer_state:
@@ -210,14 +151,13 @@ class Control:
         engine = Engine(self._model, inventory, self.policy, self.optimizers, resting)
         given.refuse_iterate_owners(engine, self.optimizers)
         self.inventory, self.engine = inventory, engine
+        self._counts_cost = self._timed or engine.sharded
         self._names = {id(module): clean_name(name) for name, module in self._model.named_modules(remove_duplicate=False)}
         self._log = NormLog(inventory, engine.owner, self._past) if log else None
 
-    def _follow(self) -> None:
+    def _rebind(self) -> None:
         """Binds the rules anew where parameters were added, frozen, unfrozen, converted, replaced or taken away; what was known stays, by
         name, and by the parameter itself where that has a new name."""
-        if not self.engine.outdated(self._model):
-            return
         old, known, inline = self.engine, self._states(), self.engine.inline
         self._bind(self._log is not None, resting=True)
         self.engine.inline = inline
@@ -260,13 +200,11 @@ class Control:
 
         @_disable_dynamo
         def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with self._clock():
-                return self._before(k, args, kwargs)
+            return self._before(k, args, kwargs)
 
         @_disable_dynamo
         def after(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            with self._clock():
-                self._after(k)
+            self._after(k)
 
         return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
@@ -298,9 +236,9 @@ class Control:
         return [handle]
 
     @contextmanager
-    def _clock(self) -> Any:
-        start = time.perf_counter() if self._timed else 0.0
-        sent = TRAFFIC.now()
+    def _working(self) -> Iterator[None]:
+        """Rules act without a graph, and what they cost is counted."""
+        start, sent = time.perf_counter(), TRAFFIC.now()
         with torch.no_grad():
             yield
         self._traffic.join(TRAFFIC.since(sent))
@@ -309,22 +247,25 @@ class Control:
 
     def _before(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A closure computes the gradients within the step, so the gradient phase runs after each of its evaluations."""
-        closure, stepper = kwargs.get("closure", args[1] if len(args) > 1 else None), self._steppers[k]
-        if closure is None and makes_state(self.optimizers[k]):
+        stepper, optimizer = self._steppers[k], self.optimizers[k]
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None and not optimizer.state and makes_state(optimizer):
             stepper.turn, stepper.depth = None, 0
             return None
         if self._nests[k] and self._within(k, closure):
             stepper.depth += 1
             return None
         stepper.heard = True
-        self._follow()
-        failed, stepper.turn = stepper.turn, None    # a turn that never ended: that step raised, and this one may be its repetition
-        stepper.depth, stepper.evaluated, stepper.owed = 0, False, []
-        if closure is None:
-            self._begin(k, failed)
-            return None
-        stepper.ready = None
-        stepper.start = self._start(k)
+        with self._working() if self._counts_cost else torch.no_grad():
+            if self.engine.outdated(self._model):
+                self._rebind()
+            failed, stepper.turn = stepper.turn, None    # a turn that never ended: that step raised, and this one may be its repetition
+            stepper.depth, stepper.evaluated, stepper.owed = 0, False, []
+            if closure is None:
+                self._begin(k, failed)
+                return None
+            stepper.ready = None
+            stepper.start = self._start(k)
         wrapped = self._wrap(k, closure)
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": wrapped}
@@ -333,7 +274,7 @@ class Control:
     def _wrap(self, k: int, closure: Closure) -> Closure:
         @_disable_dynamo
         def begin() -> None:
-            with self._clock():
+            with self._working():
                 self._begin(k)
 
         def evaluate() -> Any:
@@ -349,46 +290,46 @@ class Control:
         if closure is not None:
             return self in getattr(closure, "wrapped_by", ())
         marks = self._steppers[k].open
-        repeated = given.steps_under_way(self.optimizers[k]) == 1    # a step that raised and is tried again
+        repeated = steps_under_way(self.optimizers[k]) == 1    # a step that raised and is tried again
         return marks is not None and not repeated and marks.still(grads(self.engine.params(k)))
 
-    def _start(self, k: int) -> _Start | None:
+    def _start(self, k: int) -> Start | None:
         """Where a step with a closure starts. Copies are kept at the first one, and later where that was evaluated elsewhere: SAM moves the
         weights, evaluates, and puts them back, so that what a rule changes in between is lost."""
-        params, stepper = self.engine.started(k), self._steppers[k]
+        params, stepper = self.engine.programs[k].starts, self._steppers[k]
         if not params:
             return None
         stepper.closures += 1
         kept = [p.detach().clone() for p in params] if stepper.two_phase or stepper.closures == 1 else None
-        return _Start(params, versions(params), kept)
+        return Start(params, versions(params), kept)
 
     def _begin(self, k: int, failed: Turn | None = None) -> None:
         """All that happens between the gradients and the step. ``failed``: the turn of a step that raised just before."""
-        stepper, params = self._steppers[k], self.engine.params(k)
+        stepper, program = self._steppers[k], self.engine.programs[k]
+        params = program.params
         ready, stepper.ready = stepper.ready, None
         prepared = ready is not None and ready.still(grads(params))
         if prepared and ready is not None and ready.skip:
             return
-        if failed is not None and stepper.acted is not None and stepper.acted.still(_witnesses(grads(params))):
+        if failed is not None and stepper.acted is not None and stepper.acted.still(witnesses(grads(params))):
             turn = failed    # tried again with gradients that the rules have changed already
         else:
             turn = self._turn(k)
             if not prepared and not self._prepare(k, turn):
                 return
-        self._decay(k, turn)
+        if not stepper.evaluated:
+            self._decay(k, turn)
         stepper.evaluated = True
-        stepper.acted = Marks(_witnesses(grads(params)))
+        if program.once or self._log:
+            stepper.acted = Marks(witnesses(grads(params)))
         if self._nests[k]:
             stepper.open = Marks(grads(params))
         stepper.turn = turn
 
     def _decay(self, k: int, turn: Turn) -> None:
         """Once a step that happens, at the weights that it starts from."""
-        stepper, decaying = self._steppers[k], _witnesses(self.engine.started(k, decayed=True))
-        if stepper.evaluated:
-            return
+        stepper, decaying, start = self._steppers[k], witnesses(self.engine.programs[k].decaying), self._steppers[k].start
         again = stepper.decayed is not None and stepper.decayed.any_still(decaying)    # none: they were restored, and decay anew
-        start = stepper.start
         if start is None or versions(start.params) == start.versions:
             self.engine.decay_phase(turn, decays=not again)
         elif start.weights is not None:
@@ -400,62 +341,55 @@ class Control:
             torch._foreach_copy_([p.detach() for p in start.params], moved)
         else:
             raise PolicyError(
-                f"{type(self.optimizers[k]).__name__} evaluates its closure at other weights than its step starts from, which it did "
-                "not in its "
-                "first step: rules that decay weights, or act on updates, cannot tell where the step starts."
+                f"{type(self.optimizers[k]).__name__} evaluates its closure at other weights than its step starts from, which it did not "
+                "in its first step: rules that decay weights, or act on updates, cannot tell where the step starts."
             )
-        stepper.decayed = Marks(_witnesses(self.engine.started(k, decayed=True)))
+        if decaying:
+            stepper.decayed = Marks(decaying)
 
     def _prepare(self, k: int, turn: Turn) -> bool:
         """The gradient phase: of this optimizer, or of all of them where a rule spans several. False where the step must be skipped.
 
         Another optimizer finds its gradients prepared when it steps, unless they were computed or changed since.
         """
-        concerned = list(range(len(self.optimizers))) if self.engine.spanning else [k]
-        skip = self.engine.handle_nonfinite(concerned, "ignore" if _skips_itself(turn) else self.on_nonfinite)
-        if not skip:
+        spanning = self.engine.spanning
+        concerned = list(range(len(self.optimizers))) if spanning else [k]
+        # A fused GradScaler skips the step by itself; reading whether it does would synchronise.
+        looks = self.on_nonfinite != "ignore" and turn.happened is None
+        skip = looks and self.engine.handle_nonfinite(concerned, self.on_nonfinite)
+        if skip:
+            self.engine.drop_reports(concerned)
+        else:
             if self._log:
                 self._log.before(concerned, first=self._steppers[k].turn is None)
-            turn.spanning = self.engine.spanning
             self.engine.gradient_phase(turn)
-            turn.spanning = False
-        else:
-            self.engine.drop_reports(concerned)
-        for other in range(len(self.optimizers)):
-            found = Marks(grads(self.engine.params(other)), skip) if other in concerned and other != k else None
-            self._steppers[other].ready = found
+        for other, stepper in enumerate(self._steppers):
+            stepper.ready = Marks(grads(self.engine.params(other)), skip) if spanning and other != k else None
         return not skip
 
     def _turn(self, k: int) -> Turn:
         """The turn of optimizer ``k``; unscales the gradients that a fused GradScaler left scaled."""
-        optimizer = self.optimizers[k]
-        earlier = self._steppers[k].turn
-        turn = Turn(k, self._steppers[k].steps, lambda m: self.engine.rate(m.param), tell=self._tell)
-        if earlier is not None:
-            turn.before = earlier.before
-        if self.engine.maximizes():
-            turn.ascends = lambda m: self.engine.ascends(m.param)
+        engine, optimizer, stepper = self.engine, self.optimizers[k], self._steppers[k]
+        turn = Turn(k, stepper.steps, lambda m: engine.rate(m.param), tell=self._tell)
+        if stepper.turn is not None:
+            turn.before = stepper.turn.before
+        if engine.programs[k].ascends and engine.maximizes():
+            turn.ascends = lambda m: engine.ascends(m.param)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             turn.happened = 1 - found_inf.clamp(max=1)
-        self.engine.foresee(turn)
-        self._unscale(k, optimizer)
-        return turn
-
-    def _unscale(self, k: int, optimizer: Optimizer) -> None:
+        if engine.foreign:
+            engine.foresee(turn)
         scale = getattr(optimizer, "grad_scale", None)
-        if scale is None or not self._reads_gradients():
-            return
-        if self.engine.spanning:
-            raise PolicyError(
-                "a gradient norm over several optimizers met gradients that GradScaler has not unscaled: call scaler.unscale_(optimizer) "
-                "for each of them before the first step."
-            )
-        self.engine.unscale(k, scale)
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-
-    def _reads_gradients(self) -> bool:
-        return bool(self._log) or bool(self.engine.phase("penalty", "gradient"))
+        if scale is not None and (self._log or engine.phase("penalty", "gradient")):
+            if engine.spanning:
+                raise PolicyError(
+                    "a gradient norm over several optimizers met gradients that GradScaler has not unscaled: call "
+                    "scaler.unscale_(optimizer) for each of them before the first step."
+                )
+            engine.unscale(k, scale)
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+        return turn
 
     def _after(self, k: int) -> None:
         stepper = self._steppers[k]
@@ -466,11 +400,12 @@ class Control:
         turn, stepper.turn = stepper.turn, None
         if turn is None:    # skipped, or a closure that was never called
             return
-        if stepper.owed and stepper.start is not None:
-            torch._foreach_add_([p.detach() for p in stepper.start.params], stepper.owed)
-        self.engine.after_phase(turn)
-        if self._log:
-            self._log.after(k)
+        with self._working() if self._counts_cost else torch.no_grad():
+            if stepper.owed and stepper.start is not None:
+                torch._foreach_add_([p.detach() for p in stepper.start.params], stepper.owed)
+            self.engine.after_phase(turn)
+            if self._log:
+                self._log.after(k)
         stepper.advance(turn.happened)
 
     def report_max_logits(self, attention: str | nn.Module, maxima: Tensor) -> None:
@@ -613,8 +548,7 @@ class Control:
 
     def _restore(self, matched: states.Matched, steps: Mapping[int, int]) -> None:
         for k, done in steps.items():
-            self._steppers[k].forget()
-            self._steppers[k].calls, self._steppers[k].skips = done, None
+            self._steppers[k].resume(done)
         for i, (bound, saved) in enumerate(zip(self.engine.rules, matched.saved, strict=True)):
             if saved is not None:
                 self._kept[i] = states.together(self._kept[i], states.beyond(saved, bound))
@@ -740,15 +674,6 @@ def _same_kind(new: Control, other: Control) -> tuple[str, str, str] | None:
 def _renormalised(inventory: Inventory, param: nn.Parameter) -> bool:
     """Whether a forward pass changes the parameter, as ``nn.Embedding(max_norm=...)`` does."""
     return any(getattr(e.module, "max_norm", None) is not None for e in inventory if e.param is param)
-
-
-def _witnesses(tensors: Sequence[Any]) -> list[Any]:
-    return list(tensors[:: max(1, len(tensors) // WITNESSES)])
-
-
-def _skips_itself(turn: Turn) -> bool:
-    """A fused GradScaler skips the step by itself; reading whether it does would synchronise."""
-    return turn.happened is not None
 
 
 def _check_state(state: Any, control: Control) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -23,8 +21,6 @@ INNER = ("base_optimizer", "optim", "_optimizer", "inner_optimizer", "opt", "bas
 """Where wrappers that are not opened keep the optimizer that they drive."""
 FORWARDERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric", "transformers", "deepspeed", "torch")
 """Packages whose wrappers hand a step on and do nothing to the weights after it."""
-_STEP = Optimizer.profile_hook_step(lambda: None).__code__
-"""Of torch's wrapper around every ``step``, which runs the hooks."""
 
 
 def check_model(model: Any, optimizer: Any) -> None:
@@ -116,21 +112,6 @@ def check_ranks(model: nn.Module, policy: Policy, on_nonfinite: str) -> None:
             "every rank "
             "the same policy."
         )
-
-
-def may_nest(cls: type) -> bool:
-    """Whether an optimizer's class has a ``step`` of its own over that of another optimizer, which it may call."""
-    return sum("step" in vars(base) for base in cls.__mro__ if base is not Optimizer) > 1
-
-
-def steps_under_way(optimizer: Optimizer) -> int:
-    """How many of torch's step wrappers run for the optimizer at this moment: 2 within a ``super().step()``; 0 in compiled code."""
-    count = 0
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        count += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return count
 
 
 def refuse_iterate_owners(engine: Engine, given: Sequence[Optimizer]) -> None:

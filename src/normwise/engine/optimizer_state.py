@@ -11,16 +11,13 @@ from __future__ import annotations
 import base64
 import json
 import math
-import sys
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine.sharded import is_sharded
@@ -218,30 +215,3 @@ def _dtype(t: Tensor) -> str:
 
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)}
-
-
-# ---------------------------------------------------------------------------------------------------- the step that makes state
-
-
-MAKERS = ("_init_optim_state",)
-"""Functions of ``torch.distributed.checkpoint.state_dict`` that take a step for the sake of the state that it makes."""
-
-
-@_disable_dynamo    # as the control's hooks
-def makes_state(optimizer: Optimizer) -> bool:
-    """Whether the step that is about to be taken only makes the optimizer's state, as that of ``torch.distributed.checkpoint`` does before
-    it gets or sets one, with rates and gradients of zero. No rule acts in it.
-
-    Told by who takes it: a first step of a user's own, with a rate and gradients of zero, looks the same, and has its rules. Costs a look
-    at a dictionary from the second step on; frames are looked at in steps with a rate of zero alone.
-    """
-    if optimizer.state or not all(_is_zero(g.get("lr")) for g in optimizer.param_groups):
-        return False
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name not in MAKERS:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _is_zero(rate: Any) -> bool:
-    return rate is not None and not bool(rate.any() if isinstance(rate, Tensor) else rate)

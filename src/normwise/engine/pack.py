@@ -6,6 +6,7 @@ A pack of DTensors (``engine.sharded.pack``) has the same methods, and does more
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from normwise.norms import L2, Norm, Radius, Set
 from normwise.norms.base import two_steps
-from normwise.norms.reduce import compute_dtype, may_branch, up, wide
+from normwise.norms.reduce import compute_dtype, may_branch, root_sum_squares, up, wide
 from normwise.parameters.computed_weights import Computed
 from normwise.parameters.layouts import BlockView
 from normwise.policy import actions
@@ -191,6 +192,39 @@ class Pack:
         inverse = [0, *(view.order.index(axis) + 1 for axis in range(len(view.order)))]
         targets = list(tensors) if tensors[0].shape == view.shape else [view.open(t) for t in tensors]
         scale_tensors_(targets, list(opened.permute(inverse).unbind()))
+
+    def plain(self) -> bool:
+        """Whether :meth:`cap_` can work here: fp32 weights on a CPU, of which each block is one stretch after the other."""
+        whole = self.view.order == tuple(range(len(self.view.order))) and self.view.count > 0 and math.prod(self.block_shape) > 0
+        kinds = {(type(w) in (nn.Parameter, Tensor), w.is_cpu, w.dtype, w.layout) for w in self.weights}
+        return type(self) is Pack and whole and kinds == {(True, True, torch.float32, torch.strided)} and not self.computed
+
+    def cap_(self, radius: float) -> Tensor | None:
+        """Scales every block of the weights whose L2 norm is above ``radius`` onto it, in place.
+
+        Returns the factors, empty where all blocks are inside. None, with nothing changed, where a norm or a factor is too small or too
+        large for fp32; ``scale_`` takes care of that. The same numbers as ``measure`` and ``scale_`` give, bit for bit, in a few calls.
+        """
+        weights, view = self.weights, self.view
+        if torch.compiler.is_compiling():
+            return None
+        stacked = weights[0] if len(weights) == 1 else _stacked(weights)
+        value = root_sum_squares(stacked.reshape(len(weights) * view.count, -1))
+        low, high = torch.aminmax(value)
+        smallest, largest = float(low), float(high)
+        if largest <= radius:
+            return value[:0]
+        if not (smallest > 0 and largest < math.inf and radius >= 2 * torch.finfo(torch.float32).smallest_normal * largest):
+            return None
+        factor = value.clamp(max=radius) / value
+        sizes = view.shape[: view.batch]
+        shares = factor.to(torch.float32).view(len(weights), *sizes, *[1] * (len(view.shape) - len(sizes)))
+        targets = weights if weights[0].shape == view.shape else [w.view(view.shape) for w in weights]
+        if len(targets) == 1:
+            targets[0].mul_(shares[0])
+        else:
+            torch._foreach_mul_(targets, list(shares.unbind()))
+        return factor
 
     def write_(self, tensors: Sequence[Tensor], blocks: Tensor) -> None:
         """Replaces the tensors by the blocks."""

@@ -1,8 +1,11 @@
-"""The phases of a step over every bound rule."""
+"""A policy bound to what some optimizers hold, whether that still stands, and the prepared program that each step of one of them runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +14,6 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine import nonfinite
-from normwise.engine.binding_changes import Bindings, on_meta, replaced
 from normwise.engine.block_tensors import own_grads, refuse_overlap
 from normwise.engine.computed_weights import refuse_computed
 from normwise.engine.pack import Member, Pack
@@ -28,6 +30,95 @@ from normwise.parameters.roles import before_batch_norm
 from normwise.policy import Policy, Rule
 from normwise.policy.conflicts import check
 from normwise.policy.schedules import at
+
+_GROUPS, _HELD = operator.attrgetter("param_groups"), operator.itemgetter("params")
+_KIND = operator.attrgetter("requires_grad", "dtype", "shape")
+
+
+class Bindings:
+    """What rules were bound to: the parameters that some optimizers hold, their kinds, and where the model has its parameters.
+
+    ``stand()`` is asked at every step. It compares lists of references within C, a few calls however many parameters there are, and
+    reads nothing from a device.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = optimizers
+        registries: list[tuple[Mapping[str, Any], str, Any]] = []
+        for module in model.modules():
+            for registry in (module._parameters, module._modules):
+                registries += [(registry, name, value) for name, value in registry.items() if value is not None]
+        self._registries, self._names, self._registered = map(list, zip(*registries, strict=True)) if registries else ([], [], [])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes what the optimizers hold now for what was bound."""
+        self._groups = list(chain.from_iterable(map(_GROUPS, self.optimizers)))
+        self._counts = list(map(len, map(_HELD, self._groups)))
+        self._params: list[Tensor] = list(chain.from_iterable(map(_HELD, self._groups)))
+        self._kinds = list(map(_KIND, self._params))
+        self.group_of: dict[int, dict[str, Any]] = {id(p): g for g in self._groups for p in g["params"]}
+        """The group of each parameter that the optimizers hold, by id(parameter)."""
+
+    def stand(self) -> bool:
+        """Whether all is as it was: the model's parameters and modules, the optimizers' groups and what they hold, kinds, freezing."""
+        groups = list(chain.from_iterable(map(_GROUPS, self.optimizers)))
+        if len(groups) != len(self._groups) or not all(map(operator.is_, groups, self._groups)):    # load_state_dict makes new ones
+            return False
+        params = list(chain.from_iterable(map(_HELD, groups)))
+        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params)) and list(map(_KIND, params)) == self._kinds
+        return same and list(map(len, map(_HELD, groups))) == self._counts and not self.registered_elsewhere()
+
+    def registered_elsewhere(self) -> bool:
+        """Whether a module of the model has another parameter or submodule under one of its names: a new head, ``assign=True``."""
+        return not all(map(operator.is_, map(dict.get, self._registries, self._names), self._registered))
+
+    def converted(self) -> bool:
+        """Whether a parameter that was trained has another dtype or shape: ``model.bfloat16()``, ``p.data = ...``."""
+        return any(kind[0] and kind[1:] != _KIND(p)[1:] for p, kind in zip(self._params, self._kinds, strict=True))
+
+    def trained(self) -> set[int]:
+        """The ids of the parameters that were not frozen."""
+        return {id(p) for p, kind in zip(self._params, self._kinds, strict=True) if kind[0]}
+
+
+class Program:
+    """What one step of optimizer ``k`` runs.
+
+    Everything that can be known when rules are bound is looked up here, once: a step builds no list, and asks no rule whether it is
+    concerned.
+    """
+
+    def __init__(self, engine: Engine, k: int) -> None:
+        inline = engine.inline_rules()
+        self.params = engine.params(k)
+        of_gradients = engine.phase("penalty", "gradient")
+        # One norm of several optimizers' gradients is measured once for all: the gradient phase is then everybody's.
+        spanned = range(len(engine.optimizers)) if engine.spanning else [k]
+        self.aligned: list[Tensor] = [p for other in spanned for p in engine.params(other)] if engine.sharded else []
+        self.gradient = [b.run for b in of_gradients] if engine.spanning and not engine.sharded else engine.calls(of_gradients, k)
+        self.dense = [(b, part) for b in of_gradients for part in b.packs if engine.spanning or k in part.optimizers]
+        self.decays = engine.calls(engine.phase("decay", "cpr"), k)
+        self.after = engine.calls([b for b in engine.phase("update", "prox", "qk_clip", "weight") if b not in inline], k)
+        self.begins = [b for b in engine.rules if type(b).begin is not BoundRule.begin]
+        self.commits = [b for b in engine.rules if type(b).commit is not BoundRule.commit]
+        updated = [m for b in engine.phase("update") if b not in inline for m in b.members if m.optimizer == k]
+        self.snapshots: list[Member] = updated
+        """What rules on updates compare with, where the optimizer does not hand its updates over."""
+        early = [m for b in engine.phase("decay", "cpr") for m in b.members if m.optimizer == k]
+        looking = [m for b in engine.rules if b.looks_back for m in b.members if m.optimizer == k]
+        self.decaying = _of(early)
+        """The parameters that decay before the step."""
+        self.starts = _of([*early, *looking, *updated])
+        """The parameters whose weights at the start of a step matter to some rule: to decay, to compare with."""
+        self.once = bool(of_gradients or inline or updated or self.begins)
+        """Whether a step that raises and is tried again must not do everything a second time."""
+        self.ascends = bool(engine.phase("penalty"))
+        """Whether it matters that a group maximises."""
+
+
+def _of(members: Sequence[Member]) -> list[nn.Parameter]:
+    return list({id(p): p for m in members for p in (m.param, *m.depends_on)}.values())
 
 
 class Engine:
@@ -47,20 +138,32 @@ class Engine:
         self._bindings = Bindings(model, self.optimizers)
         self._params = [list(self.held(k).values()) for k in range(len(self.optimizers))]
         self.spanning = any(_spans(b) for b in self.phase("penalty", "gradient"))
-        _refuse_spanning(self.phase("update", "prox"))
-        self._groups: dict[int, tuple[tuple[tuple[int, int], ...], dict[int, dict[str, Any]]]] = {}
+        for bound in filter(_spans, self.phase("update", "prox")):    # each optimizer steps at its own time and rate
+            raise PolicyError(
+                f"rule '{bound.rule.label()}' takes parameters of several optimizers as one vector, which on={bound.rule.on!r} with action "
+                f"{bound.rule.action!r} has no meaning for: narrow params= to one optimizer's, or use another per=."
+            )
         for bound in self.rules:
             refuse_foreign_decay(bound, self._group)
         for bound in self.phase("gradient")[:1]:
             bound.watches = not self.phase("penalty") and bound.flat and bound.rule.action == "clip_norm"
-        self._paced = [b for b in self.rules if b.paced]
-        self.check_rates()
-        self._own = [(b, what, v) for b in self.rules for what, v in b.functions()]
+        self._check_rates()
+        self.foreign = [(b, what, v) for b in self.rules for what, v in b.functions()]
+        """The schedules that are the user's own functions."""
         self.sharded = any(is_sharded(p) for params in self._params for p in params)
         """Whether any parameter is a DTensor."""
-        self.inline = False
-        """The optimizer hands its updates over before it applies them, so that rules on them need no snapshot of the weights."""
         self._turn: Turn | None = None
+        self.inline = False
+
+    @property
+    def inline(self) -> bool:
+        """Whether the optimizer hands its updates over before it applies them, so that rules on them need no snapshot of the weights."""
+        return self._inline
+
+    @inline.setter
+    def inline(self, inline: bool) -> None:
+        self._inline = inline
+        self.programs = [Program(self, k) for k in range(len(self.optimizers))]
 
     # ------------------------------------------------------------------------------------------------ binding
 
@@ -69,21 +172,19 @@ class Engine:
         they were bound; where one that they act on is frozen or held no longer; where parameters have another dtype or shape, or other
         ones stand in their place in the model."""
         bindings = self._bindings
+        if bindings.stand():
+            return False
         if bindings.registered_elsewhere():
             if self.sharded:
                 reshard(model)
             if not self.sharded or bindings.registered_elsewhere():
                 return True
-        if not bindings.held_elsewhere():
-            return bindings.converted()
-        self._groups.clear()
         acted_on = {id(p) for b in self.rules for m in b.members for p in (m.param, *m.depends_on)}
-        known = {id(p) for p in bindings.params} | acted_on
         held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
-        gone = not acted_on <= held
+        fresh = held - bindings.trained() - acted_on
         owner = _owners(self.inventory, self.optimizers)
         moved = any(owner.get(p, k) != k for p, k in self.owner.items())
-        if gone or moved or any(id(p) in held - known for p in model.parameters()):
+        if bindings.converted() or not acted_on <= held or moved or any(id(p) in fresh for p in model.parameters()):
             return True
         bindings.refresh()
         return False
@@ -93,7 +194,9 @@ class Engine:
         held = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
         mine = {id(m.param) for b in self.rules for m in b.members}
         fresh = {id(e.param) for e in inventory}
-        lost = [name for name in replaced(self.inventory, inventory, held) if id(self.inventory.by_name[name].param) in mine - fresh]
+        known = {name: e.param for e in self.inventory for name in e.names}
+        others = [e.name for e in inventory if e.name in known and known[e.name] is not e.param and id(e.param) not in held]
+        lost = [name for name in others if id(self.inventory.by_name[name].param) in mine - fresh]
         if lost:
             shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
             raise PolicyError(
@@ -121,15 +224,15 @@ class Engine:
                 )
         return told
 
-    def check_rates(self) -> None:
+    def _check_rates(self) -> None:
         """PolicyError where a rule needs the learning rate and its parameters' group has none."""
-        for bound in self._paced:
-            for m in bound.members:
-                if self._group(m.param).get("lr") is None:
-                    raise PolicyError(
-                        f"rule '{bound.rule.label()}' needs the learning rate, and the group of {m.name!r} has lr="
-                        f"{self._group(m.param).get('lr')!r}: its optimizer finds its own. Give it a learning rate, or leave the rule out."
-                    )
+        for bound, m in ((b, m) for b in self.rules if b.paced for m in b.members):
+            rate = self._group(m.param).get("lr")
+            if rate is None:
+                raise PolicyError(
+                    f"rule '{bound.rule.label()}' needs the learning rate, and the group of {m.name!r} has lr={rate!r}: its optimizer "
+                    "finds its own. Give it a learning rate, or leave the rule out."
+                )
 
     def _targets(self, rule: Rule, resting: bool) -> list[Entry]:
         matched = rule.targets(self.inventory.entries if rule.phase == "gradient" else self.inventory.weights)
@@ -184,63 +287,50 @@ class Engine:
         return bool(self._group(param).get("maximize"))
 
     def _group(self, param: nn.Parameter) -> dict[str, Any]:
-        """The parameter's group now: ``load_state_dict`` replaces the optimizer's groups by new ones."""
-        k = self.owner[id(param)]
-        groups = self.optimizers[k].param_groups
-        token = tuple((id(g), len(g["params"])) for g in groups)
-        if k not in self._groups or self._groups[k][0] != token:
-            self._groups[k] = (token, {id(p): g for g in groups for p in g["params"]})
-        return self._groups[k][1][id(param)]
+        """The parameter's group now; :meth:`outdated` looks for new ones, as ``load_state_dict`` makes them."""
+        return self._bindings.group_of[id(param)]
 
     # ------------------------------------------------------------------------------------------------ phases
 
+    def calls(self, bounds: Sequence[BoundRule], k: int) -> list[Callable[[Turn], Any]]:
+        """What a phase of a step of optimizer ``k`` runs. On DTensors it is one call, which measures many norms in one collective."""
+        if self.sharded:
+            return [partial(run_all, bounds)] if bounds else []
+        return [b.prepared(k) for b in bounds if k in b.optimizers]
+
     def foresee(self, turn: Turn) -> None:
         """Asks the user's own schedules for this step's numbers before anything is changed: one that fails must not fail halfway."""
-        for bound, what, value in self._own:
+        for bound, what, value in self.foreign:
             if bound.rule.active(turn.step()):
                 at(value, turn.step(), what)
 
     def gradient_phase(self, turn: Turn) -> None:
         """Penalties, then gradient rules in the policy's order."""
-        self._refuse_sparse()
-        if self.sharded:
-            align(p for k in (range(len(self.optimizers)) if turn.spanning else [turn.optimizer]) for p in self.params(k))
-        self._run_all(self.phase("penalty", "gradient"), turn)
-
-    def _run_all(self, bounds: Sequence[BoundRule], turn: Turn) -> None:
-        if self.sharded:
-            run_all(bounds, turn)
-            return
-        for bound in bounds:
-            bound.run(turn)
+        program = self.programs[turn.optimizer]
+        for bound, part in program.dense:
+            _make_dense(bound, part)
+        if program.aligned:
+            align(program.aligned)
+        turn.spanning = self.spanning
+        for call in program.gradient:
+            call(turn)
+        turn.spanning = False
 
     def decay_phase(self, turn: Turn, decays: bool = True) -> None:
         """Decoupled weight decay and CPR's, then the snapshot that rules on updates need.
 
         decays: False where a step that raised is tried again, whose weights have decayed already.
         """
-        self._turn = turn
+        self._turn, program = turn, self.programs[turn.optimizer]
         if self.sharded:
-            fulfil([request for bound in self.rules for request in bound.before_begin(turn)])
-        for bound in self.rules:
+            fulfil([request for bound in program.begins for request in bound.before_begin(turn)])
+        for bound in program.begins:
             bound.begin(turn)
-        if decays:
-            self._run_all(self.phase("decay", "cpr"), turn)
-        for m in self._snapshot_members(turn.optimizer):
+        for call in program.decays if decays else ():
+            call(turn)
+        for m in program.snapshots:
             if m.param.grad is not None:
                 turn.before.setdefault(id(m.weight), m.now().clone())
-
-    def _snapshot_members(self, optimizer: int) -> list[Member]:
-        """What rules on updates compare with, where the optimizer does not hand its updates over."""
-        inline = self.inline_rules()
-        return [m for b in self.phase("update") if b not in inline for m in b.members if m.optimizer == optimizer]
-
-    def started(self, optimizer: int, decayed: bool = False) -> list[nn.Parameter]:
-        """The parameters whose weights at the start of a step matter to some rule: to decay (alone, if ``decayed``), to compare with."""
-        early = [m for b in self.phase("decay", "cpr") for m in b.members if m.optimizer == optimizer]
-        others = [] if decayed else [m for b in self.rules if b.looks_back for m in b.members if m.optimizer == optimizer]
-        others += [] if decayed else self._snapshot_members(optimizer)
-        return list({id(p): p for m in (*early, *others) for p in (m.param, *m.depends_on)}.values())
 
     def inline_rules(self) -> list[BoundRule]:
         """The rules on updates that run within the optimizer's step; one global vector is complete only after it."""
@@ -258,9 +348,10 @@ class Engine:
         if turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
             self.drop_reports([turn.optimizer])
             return
-        inline = self.inline_rules()
-        self._run_all([b for b in self.phase("update", "prox", "qk_clip", "weight") if b not in inline], turn)
-        for bound in self.rules:
+        program = self.programs[turn.optimizer]
+        for call in program.after:
+            call(turn)
+        for bound in program.commits:
             bound.commit(turn)
 
     def drop_reports(self, optimizers: Sequence[int]) -> None:
@@ -289,19 +380,18 @@ class Engine:
         for device, grads in by_device.items():
             torch._foreach_mul_(grads, scale.double().reciprocal().float().to(device))
 
-    def _refuse_sparse(self) -> None:
-        """And what is dense can be written in place from here on."""
-        for bound in self.phase("penalty", "gradient"):
-            for part in bound.packs:
-                grads = [p.grad for p in part.params]
-                if all([g is None or (g.layout == torch.strided and g.is_contiguous() and not g.is_neg()) for g in grads]):    # noqa: C419
-                    continue
-                own_grads(part.params)
-                if any(g is not None and g.layout != torch.strided for g in grads):
-                    raise PolicyError(
-                        f"a gradient that rule '{bound.rule.label()}' needs dense is sparse (among {part.members[0].name}, ...): use "
-                        "Embedding(sparse=False), or exclude the parameter."
-                    )
+
+def _make_dense(bound: BoundRule, part: Pack) -> None:
+    """Makes the gradients of a pack ones that can be written in place; PolicyError for a sparse one."""
+    grads = [p.grad for p in part.params]
+    if all([g is None or (g.layout == torch.strided and g.is_contiguous() and not g.is_neg()) for g in grads]):    # noqa: C419
+        return
+    own_grads(part.params)
+    if any(g is not None and g.layout != torch.strided for g in grads):
+        raise PolicyError(
+            f"a gradient that rule '{bound.rule.label()}' needs dense is sparse (among {part.members[0].name}, ...): use "
+            "Embedding(sparse=False), or exclude the parameter."
+        )
 
 
 def _owners(inventory: Inventory, optimizers: Sequence[Optimizer]) -> dict[int, int]:
@@ -317,7 +407,7 @@ def _owners(inventory: Inventory, optimizers: Sequence[Optimizer]) -> dict[int, 
 
 def _refuse(entry: Entry, rule: Rule) -> None:
     p = entry.param
-    if on_meta(p):
+    if p.device.type == "meta":
         raise PolicyError(
             f"{entry.name!r} is on the meta device and has no values yet: materialise the model (to_empty and load, or its own "
             "initialisation), then attach."
@@ -338,13 +428,3 @@ def _names_parameters(rule: Rule) -> bool:
 
 def _spans(bound: BoundRule) -> bool:
     return bound.flat and len({m.optimizer for m in bound.members}) > 1
-
-
-def _refuse_spanning(rules: Sequence[BoundRule]) -> None:
-    """Each optimizer steps at its own time and rate, so their updates are no one vector."""
-    for bound in rules:
-        if _spans(bound):
-            raise PolicyError(
-                f"rule '{bound.rule.label()}' takes parameters of several optimizers as one vector, which on={bound.rule.on!r} with action "
-                f"{bound.rule.action!r} has no meaning for: narrow params= to one optimizer's, or use another per=."
-            )

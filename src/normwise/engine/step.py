@@ -1,14 +1,27 @@
-"""One step of one optimizer, as the rules see it."""
+"""One step of one optimizer: what its rules are told, what is remembered while it runs, and who takes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
 
 from normwise.engine.pack import Member
+from normwise.engine.sharded import here
+
+WITNESSES = 8
+"""Tensors that are looked at to tell whether a step that raised is tried again with the same gradients: backward passes change all."""
+_STEP = Optimizer.profile_hook_step(lambda: None).__code__
+"""Of torch's wrapper around every ``step``, which runs the hooks."""
+MAKERS = ("_init_optim_state",)
+"""Functions of ``torch.distributed.checkpoint.state_dict`` that take a step for the sake of the state that it makes."""
 
 
 @dataclass
@@ -30,3 +43,146 @@ class Turn:
     """Whether the parameter's group has ``maximize=True``; None where no group has."""
     tell: Callable[[str], None] = lambda message: None
     """Warns the user, once a message."""
+
+
+# ---------------------------------------------------------------------------------------------------- what is remembered
+
+
+class Marks:
+    """Which tensors there were, and how often each had been written to: tells without a copy whether they are still the same.
+
+    ``skip``: what was decided about the step of gradients that are remembered so.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], skip: bool = False) -> None:
+        self.skip = skip
+        # Weak: a mark must not keep a gradient alive that zero_grad() drops. Plain references of Python's, since torch's TensorWeakRef
+        # costs a microsecond a tensor when it is made, which happens at every step, and helps only where one is read.
+        self._refs = [None if t is None else weakref.ref(t) for t in tensors]
+        self._versions = [0 if t is None else here(t)._version for t in tensors]
+
+    def still(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether none was computed, dropped or changed since."""
+        return len(tensors) == len(self._refs) and all(self._same(tensors))
+
+    def any_still(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether at least one has not changed since."""
+        return len(tensors) == len(self._refs) and any(self._same(tensors))
+
+    def _same(self, tensors: Sequence[Tensor | None]) -> Iterable[bool]:
+        for now, ref, version in zip(tensors, self._refs, self._versions, strict=True):
+            then: Any = None if ref is None else ref()
+            if then is not None:
+                then._fix_weakref()    # as TensorWeakRef does: a tensor that C++ alone holds must learn that Python holds it again
+            yield now is then and (ref is None) == (now is None) and (now is None or here(now)._version == version)
+
+
+def grads(params: Iterable[Tensor]) -> list[Tensor | None]:
+    """Their gradients."""
+    return [p.grad for p in params]
+
+
+def witnesses(tensors: Sequence[Any]) -> list[Any]:
+    """A few of many tensors, evenly spread."""
+    return list(tensors[:: max(1, len(tensors) // WITNESSES)])
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each was written to."""
+    return [here(t)._version for t in tensors]
+
+
+@dataclass
+class Start:
+    """The weights that a step with a closure starts from: how often written to, and copies where the step may be evaluated elsewhere."""
+
+    params: list[nn.Parameter]
+    versions: list[int]
+    weights: list[Tensor] | None
+
+
+@dataclass
+class Stepper:
+    """One optimizer: how many steps it has done, and what is known of the one that is under way."""
+
+    calls: int = 0
+    skips: Tensor | None = None
+    """What a fused GradScaler skipped, added up on the device, and read only when needed."""
+    heard: bool = False
+    """Whether a step hook ever ran."""
+    turn: Turn | None = None
+    """Begun and not ended: the step runs, or has raised."""
+    depth: int = 0
+    """Calls of ``super().step()`` within the step."""
+    evaluated: bool = False
+    """Whether the closure was evaluated before in this step."""
+    acted: Marks | None = None
+    """Gradients that the rules have changed already."""
+    decayed: Marks | None = None
+    """Weights that have decayed already."""
+    ready: Marks | None = None
+    """Gradients that the gradient phase of another optimizer has prepared."""
+    open: Marks | None = None
+    start: Start | None = None
+    owed: list[Tensor] = field(default_factory=list)
+    """What decays add to the weights after the step, where the closure was evaluated at other weights than the step starts from."""
+    two_phase: bool = False
+    """Whether it has ever done that."""
+    closures: int = 0
+
+    def steps(self) -> int:
+        """The number of steps done."""
+        if self.skips is not None:    # read once a step, however many rules ask
+            self.calls, self.skips = self.calls - int(self.skips), None
+        return self.calls
+
+    def advance(self, happened: Tensor | None) -> None:
+        """Counts a step, of which a device may know alone whether it was skipped."""
+        self.calls += 1
+        self.acted = self.decayed = self.start = None
+        if happened is not None:
+            skipped = 1 - happened.detach().reshape(())
+            self.skips = skipped if self.skips is None else self.skips.to(skipped.device) + skipped
+
+    def resume(self, calls: int) -> None:
+        """Begins anew after ``calls`` steps: what is known of a step that was begun is of the weights before a state was loaded."""
+        self.calls, self.skips, self.owed = calls, None, []
+        self.turn = self.acted = self.decayed = self.ready = self.open = self.start = None
+
+
+# ---------------------------------------------------------------------------------------------------- who takes it
+
+
+def may_nest(cls: type) -> bool:
+    """Whether an optimizer's class has a ``step`` of its own over that of another optimizer, which it may call."""
+    return sum("step" in vars(base) for base in cls.__mro__ if base is not Optimizer) > 1
+
+
+def steps_under_way(optimizer: Optimizer) -> int:
+    """How many of torch's step wrappers run for the optimizer at this moment: 2 within a ``super().step()``; 0 in compiled code."""
+    count = 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        count += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return count
+
+
+@_disable_dynamo    # as the control's hooks
+def makes_state(optimizer: Optimizer) -> bool:
+    """Whether the step that is about to be taken only makes the optimizer's state, as that of ``torch.distributed.checkpoint`` does before
+    it gets or sets one, with rates and gradients of zero. No rule acts in it.
+
+    Told by who takes it: a first step of a user's own, with a rate and gradients of zero, looks the same, and has its rules. Costs a look
+    at a dictionary from the second step on; frames are looked at in steps with a rate of zero alone.
+    """
+    if optimizer.state:
+        return False
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if rate is None or bool(rate.any() if isinstance(rate, Tensor) else rate):
+            return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name not in MAKERS:
+        frame = frame.f_back
+    return frame is not None

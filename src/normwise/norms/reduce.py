@@ -54,37 +54,32 @@ def max_abs(x: Tensor) -> Tensor:
 
 def root_sum_squares(x: Tensor) -> Tensor:
     """``(b, n) -> (b,)``, the L2 norm of each row, accumulated wide; the result may be wider than ``x``."""
-    if may_branch(x):
-        return _repair(x, _chunked(x, 2.0))
-    if x.dtype != torch.float64 and wide(x.device) == torch.float64:
-        return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    return _scaled(x)
+    if not may_branch(x):
+        if x.dtype != torch.float64 and wide(x.device) == torch.float64:
+            return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        return _scaled(x)
+    value = _chunked(x, 2.0)
+    if value.numel():
+        low, high = torch.aminmax(value)
+        trusted = TRUSTED_FROM[torch.float64 if x.dtype == torch.float64 else torch.float32]
+        if not (trusted <= float(low) and float(high) < math.inf):    # squares that left the range: such rows are measured again, scaled
+            doubtful = ~(value >= trusted) | value.isinf()
+            value[doubtful] = _scaled(x[doubtful]).to(value.dtype)
+    return value
 
 
 def _chunked(x: Tensor, order: float) -> Tensor:
+    """Of rows on a CPU."""
     rows, n = x.shape
     dtype = compute_dtype(x.dtype)
     if n <= CHUNK:
-        return torch.linalg.vector_norm(x, order, dim=1, dtype=dtype).to(wide(x.device))
+        return torch.linalg.vector_norm(x, order, dim=1, dtype=dtype).to(torch.float64)
     whole = n // CHUNK * CHUNK
     parts = torch.linalg.vector_norm(x[:, :whole].reshape(rows, -1, CHUNK), order, dim=2, dtype=dtype)
     if whole < n:
         parts = torch.cat([parts, torch.linalg.vector_norm(x[:, whole:], order, dim=1, keepdim=True, dtype=dtype)], 1)
     # Converted first: the CPU kernel with dtype=float64 on fp32 input is a hundred times slower.
-    return torch.linalg.vector_norm(parts.to(wide(x.device)), order, dim=1)
-
-
-def _repair(x: Tensor, value: Tensor) -> Tensor:
-    """Measures again, scaled, the rows whose squares left the range of fp32 or float64."""
-    trusted = TRUSTED_FROM[compute_dtype(x.dtype)]
-    if value.numel() == 0:
-        return value
-    low, high = torch.aminmax(value)
-    if trusted <= float(low) and float(high) < math.inf:
-        return value
-    doubtful = ~(value >= trusted) | value.isinf()
-    value[doubtful] = _scaled(x[doubtful]).to(value.dtype)
-    return value
+    return torch.linalg.vector_norm(parts.to(torch.float64), order, dim=1)
 
 
 def _scaled(x: Tensor) -> Tensor:

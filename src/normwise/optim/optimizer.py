@@ -13,8 +13,9 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine.block_tensors import refuse_overlap
-from normwise.engine.optimizer_state import KEY, makes_state, waiting, with_part
+from normwise.engine.optimizer_state import KEY, waiting, with_part
 from normwise.engine.sharded.prefetch import align, run_stages
+from normwise.engine.step import makes_state
 from normwise.errors import PolicyError
 from normwise.low_precision import NOISE
 from normwise.optim.columns import DEFAULTS, Radius, Row, check_row, complete, refuse_unused, refused_option
