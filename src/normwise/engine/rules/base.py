@@ -221,7 +221,7 @@ class BoundRule:
                 if factor is None:    # a norm that is zero, or not finite, or out of fp32's range: the whole care
                     self._scale(part, part.weights, aimed, turn)
                 else:
-                    acted.append(factor)
+                    acted.append((part, factor))
 
         return run
 
