@@ -21,7 +21,7 @@ from normwise.parameters.inventory import Entry
 from normwise.parameters.layouts import BlockView
 from normwise.policy import Rule
 from normwise.policy.radii import Init, Relative
-from normwise.policy.schedules import Scheduled, at, is_number
+from normwise.policy.schedules import Scheduled, at
 
 
 class BoundRule:
@@ -199,31 +199,8 @@ class BoundRule:
                     put_back(part)
 
     def prepared(self, optimizer: int) -> Callable[[Turn], None]:
-        """What each step of ``optimizer`` runs: :meth:`run`, or where nothing varies from step to step the same in fewer calls.
-
-        A fixed cap on the L2 norms of plain fp32 weights on a CPU knows its packs and how far inside to aim before the first step. On
-        small networks looking that up costs more than measuring, and most steps find every block inside.
-        """
-        rule, mine = self.rule, [p for p in self.packs if optimizer in p.optimizers]
-        fixed = type(self) is BoundRule and self.phase == "weight" and self.norm.name == "l2" and rule.action in ("clip_norm", "project")
-        free = rule.rate == 1 and rule.min_radius is None and rule.center is None and not self.flat and not self.timed()
-        if not (fixed and free and is_number(rule.radius) and all(p.plain() for p in mine)):
-            return self.run
-        caps: list[tuple[Pack, Any]] = [(p, self._aimed(p, float(rule.radius))) for p in mine]    # type: ignore[arg-type]
-
-        def run(turn: Turn) -> None:
-            if turn.happened is not None:
-                self.run(turn)
-                return
-            self._acted[optimizer] = acted = []
-            for part, aimed in caps:
-                factor = part.cap_(aimed)
-                if factor is None:    # a norm that is zero, or not finite, or out of fp32's range: the whole care
-                    self._scale(part, part.weights, aimed, turn)
-                else:
-                    acted.append((part, factor))
-
-        return run
+        """What each step of ``optimizer`` runs: :meth:`run`, or the same in fewer calls where nothing varies from step to step."""
+        return self.run
 
     def _present(self, whole: Pack, turn: Turn) -> Pack | None:
         """The members that take part: a parameter without a gradient takes no step, so only rules on weights mind it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from normwise.norms.base import beyond
 from normwise.norms.reduce import may_branch, wide
 from normwise.policy import actions
 from normwise.policy.radii import Relative
+from normwise.policy.schedules import is_number
 
 EARLY = 20
 """Norms of gradients that are looked at for a threshold that something else has put on them."""
@@ -49,6 +51,31 @@ class Bound(BoundRule):
             self._around(part, centers_of(part), self._aimed(part, self.radius(part, turn)), turn)
         else:
             self._act(part, weights_of(part), self._aimed(part, self.radius(part, turn)), turn)
+
+    def prepared(self, optimizer: int) -> Callable[[Turn], None]:
+        """A fixed cap on the L2 norms of plain fp32 weights on a CPU knows its packs and how far inside to aim before the first step. On
+        small networks looking that up costs more than measuring, and most steps find every block inside.
+        """
+        rule, mine = self.rule, [p for p in self.packs if optimizer in p.optimizers]
+        fixed = type(self) is Bound and self.phase == "weight" and self.norm.name == "l2" and rule.action in ("clip_norm", "project")
+        free = rule.rate == 1 and rule.min_radius is None and rule.center is None and not self.flat and not self.timed()
+        if not (fixed and free and is_number(rule.radius) and all(p.plain() for p in mine)):
+            return self.run
+        caps: list[tuple[Pack, Any]] = [(p, self._aimed(p, float(rule.radius))) for p in mine]    # type: ignore[arg-type]
+
+        def run(turn: Turn) -> None:
+            if turn.happened is not None:
+                self.run(turn)
+                return
+            self._acted[optimizer] = acted = []
+            for part, aimed in caps:
+                factor = part.cap_(aimed)
+                if factor is None:    # a norm that is zero, or not finite, or out of fp32's range: the whole care
+                    self._scale(part, part.weights, aimed, turn)
+                else:
+                    acted.append((part, factor))
+
+        return run
 
     def run_on(self, part: Pack, changes: list[Tensor], turn: Turn) -> None:
         if self.timed() and not self.rule.active(turn.step()):
