@@ -107,3 +107,36 @@ for batch, again, _ in zip(task.batches(64, seed=1), task.batches(64, seed=1), r
 after = task.evaluate(model, "validation")
 assert after.loss < before.loss / 2 and after.accuracy > 0.8, (before, after)
 """
+
+
+def test_the_recipe_for_an_action(copy: Copy) -> None:
+    """One file; the rule goes through YAML, acts as its formula says, is counted, and is saved and loaded."""
+    (source,) = copy.follow("An action")
+    assert source.parts[:4] == ("src", "normwise", "engine", "rules")
+    copy.python("-c", USE_OF_AN_ACTION)
+
+
+USE_OF_AN_ACTION = """
+import torch, normwise as nw
+policy = nw.Policy([nw.Rule(action="soft_clip", per="unit", radius=0.5)])
+assert nw.Policy.from_yaml(policy.to_yaml()) == policy
+try:
+    nw.Rule(action="soft_clip", radius=0.5, rounding="stochastic")
+except nw.PolicyError as error:
+    assert "soft_clip" in str(error)
+else:
+    raise AssertionError("a field that the action does not read was taken")
+torch.manual_seed(0)
+model = torch.nn.Linear(8, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+control = nw.attach(model, optimizer, policy)
+model(torch.randn(16, 8)).square().mean().backward()
+free = model.weight.detach().double() - 0.1 * model.weight.grad.double()
+optimizer.step()
+lengths = free.norm(dim=1, keepdim=True)
+wanted = free / lengths * 0.5 * torch.tanh(lengths / 0.5)
+assert torch.allclose(model.weight.detach().double(), wanted, rtol=1e-5, atol=1e-7)
+assert list(control.violations().values()) == [4], control.violations()
+assert not control.verify().breaches
+control.load_state_dict(control.state_dict())
+"""

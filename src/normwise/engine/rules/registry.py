@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -38,9 +37,8 @@ class _Runner:
 _RUNNERS: list[_Runner] = []
 
 
-@functools.cache
-def _load() -> None:
-    """Every file of the folder registers its classes when it is imported, so that a new one needs no list elsewhere."""
+def load() -> None:
+    """Every file of the folder registers its classes and actions when it is imported, so that a new one needs no list elsewhere."""
     for module in iter_modules(rules.__path__):
         import_module(f"{rules.__name__}.{module.name}")
 
@@ -69,5 +67,4 @@ def runs(
 
 def bind(rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> BoundRule:
     """The bound form of a rule: what its radius or its action asks for."""
-    _load()
     return next(r for r in _RUNNERS if r.takes(rule, entries)).cls(rule, entries, owner, index)
