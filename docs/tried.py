@@ -112,7 +112,8 @@ MUON = {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.3, "polar": "fast"}
 def muon_on_adam(model: nn.Module) -> Built:
     """Muon with another direction, which makes it another method: a row of our own."""
     routing = preset("Muon", **MUON)(model)[0].routing
-    rows = {**routing.rows, "muon": {**routing.rows["muon"], "direction": "adam", "betas": (0.8, 0.95), "eps": 1e-8}}
+    matrices = {column: value for column, value in routing.rows["muon"].items() if column != "momentum"}    # Adam has betas
+    rows = {**routing.rows, "muon": {**matrices, "direction": "adam", "betas": (0.8, 0.95), "eps": 1e-8}}
     roles = {entry.role: routing.of[entry.name] for entry in routing.entries}
     return nw.optim.NormOptimizer(model, rows, roles, "muon"), None
 

@@ -19,8 +19,9 @@ UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "
 SAFE_LOADERS = {"BaseLoader", "SafeLoader", "CSafeLoader"}
 
 
-OWN_PIPES = ("src/normwise/experiments/framework/pool.py", "src/normwise/experiments/framework/worker.py")
-"""What a study and the processes that it started itself tell each other, over pipes that nobody else can write into."""
+OWN_PIPES = tuple(f"src/normwise/experiments/framework/{name}.py" for name in ("pool", "worker", "elsewhere"))
+"""What a study and its workers tell each other: over pipes that nobody else can write into, or over an executor that the user named and
+that pickles every call itself, as Dask's does. None of it is read from a file."""
 
 
 def dangers(source: str) -> list[str]:
