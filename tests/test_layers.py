@@ -104,3 +104,35 @@ def test_nobody_outside_of_the_wall_asks_whether_a_pack_is_sharded(path):
     asked += [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "sharded" and where not in ENGINE_SHARDED]
     asked += [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "normwise.engine.sharded.pack"]
     assert not asked, f"{where} asks in lines {asked}"
+
+
+ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()} | {"tasks", "sharded"}
+
+
+def named_modules(text: str) -> set[str]:
+    """What a text calls by its place in the package: ``engine.rules.cpr``."""
+    found: list[str] = re.findall(r"``(?:normwise\.)?([a-z_]+(?:\.\w+)+)``", text)
+    return {name for name in found if name.split(".")[0] in ROOMS}
+
+
+def stands(name: str) -> bool:
+    """Whether there is such a module, or such a thing in one."""
+    start = {"tasks": "experiments.tasks", "sharded": "engine.sharded"}
+    first, _, rest = name.partition(".")
+    parts = [*start.get(first, first).split("."), *rest.split(".")]
+    for cut in range(len(parts), 0, -1):
+        place = PACKAGE.joinpath(*parts[:cut])
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if file.exists():
+            return all(re.search(rf"\b{part}\b", file.read_text(encoding="utf-8")) for part in parts[cut:])
+    return False
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_a_docstring_calls_by_its_place_stands_there(path):
+    assert {name for name in named_modules(path.read_text(encoding="utf-8")) if not stands(name)} == set()
+
+
+def test_a_place_that_is_no_more_is_found():
+    assert named_modules("``policy.computed`` and ``engine.sharded.pack``, not ``p.data``") == {"policy.computed", "engine.sharded.pack"}
+    assert not stands("policy.computed") and stands("engine.sharded.pack") and not stands("engine.sharded.pack.Split9")

@@ -1,7 +1,7 @@
 """Rules on weights that are computed from other tensors: what is refused, tried on a copy when a rule is bound.
 
-A rule works on the computed weight as on any other; then raw tensors are looked for that give it (``policy.computed``). Whether there are
-any depends on the change that the rule makes: a mask stays a mask under scaling but not under a projection of singular values.
+A rule works on the computed weight as on any other; then ``parameters.computed_weights`` looks for raw tensors that give it. Whether
+there are any depends on the change that the rule makes: a mask stays a mask under scaling but not under a projection of singular values.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ _Change = Callable[[Tensor, Callable[[], Tensor], torch.Generator], Tensor]
 def _changes(rule: Rule, member: Member) -> list[_Change]:
     """What the rule may do to a weight: (the weight, another weight of the same kind, random numbers) -> the changed weight."""
     norm, view = rule.norm, member.view
-    radial = rule.action in actions.RADIAL or (rule.action == "project" and isinstance(norm, Norm) and norm.radial)
+    radial = actions.scales(rule.action, norm)
 
     def scaled(old: Tensor, other: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
         center = member.center if member.center is not None else torch.zeros_like(old)

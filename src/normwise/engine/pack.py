@@ -202,11 +202,12 @@ class Pack:
     def cap_(self, radius: float) -> Tensor | None:
         """Scales every block of the weights whose L2 norm is above ``radius`` onto it, in place.
 
-        Returns the factors, empty where all blocks are inside. None, with nothing changed, where a norm or a factor is too small or too
-        large for fp32; ``scale_`` takes care of that. The same numbers as ``measure`` and ``scale_`` give, bit for bit, in a few calls.
+        Returns the factors, empty where all blocks are inside. None, with nothing changed, where the weights lie on a device by now, or
+        where a norm or a factor is too small or too large for fp32: ``scale_`` takes care of that. The same numbers as ``measure`` and
+        ``scale_`` give, bit for bit, in a few calls.
         """
         weights, view = self.weights, self.view
-        if torch.compiler.is_compiling():
+        if not weights[0].is_cpu:    # moved since: reading a norm would wait for the device
             return None
         stacked = weights[0] if len(weights) == 1 else _stacked(weights)
         value = root_sum_squares(stacked.reshape(len(weights) * view.count, -1))

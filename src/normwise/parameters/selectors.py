@@ -26,7 +26,7 @@ Selector: TypeAlias = "One | Sequence[One]"
 - a clean name, which means this parameter whatever characters it has, or a glob on the whole of it: ``"fc*"``, ``"*.weight"``,
   ``"blocks.[01].*"``;
 - a regular expression, found anywhere in the clean name: ``"re:fc[12]"`` or ``re.compile("fc[12]")``; any but one that refers back to
-  what another part matched (see ``policy.patterns``);
+  what another part matched (see ``parameters.regex``);
 - a role, or a group of roles: ``"role:bias"``, ``"role:matrix"``, ``"role:all"``;
 - a part of an attention, or two: ``"attention:q"``, ``"attention:qk"``, ``"attention:ov"``, ``"attention:all"``;
 - the class of the module that holds the parameter, or a base of it: ``"class:Linear"``, ``"class:torch.nn.Linear"``, ``nn.Linear``;

@@ -12,8 +12,11 @@ from normwise.norms.linalg.checks import peak
 from normwise.norms.reduce import may_branch, up
 
 LARGE = 1e10    # entries from here on are multiplied at unit scale: three of them leave fp32's range
-# Actions that only scale a block: they need its norm, never its entries.
-RADIAL = ("clip_norm", "normalize")
+
+
+def scales(action: str, norm: Norm | Set) -> bool:
+    """Whether the action only scales a block, so that it needs its norm and never its entries; so does projection onto a round ball."""
+    return action in ("clip_norm", "normalize") or (action == "project" and isinstance(norm, Norm) and norm.radial)
 
 
 def wanted_norm(action: str, value: Tensor, radius: Radius, min_radius: Radius | None = None, rate: float = 1.0) -> Tensor:

@@ -89,7 +89,7 @@ class Bound(BoundRule):
                 self._act(mine, [change[id(p)] for p in mine.params], self.radius(mine, turn), turn)
 
     def to_measure(self, part: Pack, turn: Turn) -> list[tuple[Norm, Sequence[Tensor]]]:
-        if not isinstance(self.norm, Norm) or not self._is_radial():
+        if not isinstance(self.norm, Norm) or not actions.scales(self.rule.action, self.norm):
             return []
         starts = [(self.norm, starts_of(part, turn))] if self._measures_starts() else []
         return [*starts, (self.norm, self._measurable(part, self._acted_on(part, turn)))]
@@ -123,17 +123,13 @@ class Bound(BoundRule):
 
     def _act(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
         """clip_norm, project, normalize or lmo, in place; nothing where GradScaler skips the step."""
-        if self._is_radial():
+        if actions.scales(self.rule.action, self.norm):
             self._scale(part, tensors, radius, turn)
             return
         part = part.form(self.rule.action, self.norm)
         blocks = part.gather(tensors)
         moved = self._transform(blocks, part.mine(radius)) if len(blocks) else blocks
         self._replace(part, tensors, blocks, moved, turn)
-
-    def _is_radial(self) -> bool:
-        """Projection onto an L2 ball is radial too."""
-        return self.rule.action in actions.RADIAL or (self.rule.action == "project" and isinstance(self.norm, Norm) and self.norm.radial)
 
     def _transform(self, blocks: Tensor, radius: Radius) -> Tensor:
         if self.rule.action == "lmo":

@@ -1,1 +1,1 @@
-"""Real models on real data: the tasks that studies train. Every data loader stands in ``tasks.data`` and ``tasks.readers``."""
+"""Real models on real data: the tasks that studies train. Every data loader stands in ``tasks.data``."""

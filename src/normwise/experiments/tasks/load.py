@@ -27,8 +27,8 @@ def load_task(name: str, data: Source = None, *, size: str = "standard", **optio
 
     Args:
         name: of the task.
-        data: a folder or file (see ``tasks.data.load`` and ``tasks.text.load_text``), ``hf:NAME`` for a Hugging Face data set, or None for
-            scikit-learn's digits or CPython's reference text.
+        data: a folder or file (see ``tasks.data.splits.load`` and ``tasks.text.load_text``), ``hf:NAME`` for a Hugging Face data set, or
+            None for scikit-learn's digits or CPython's reference text.
         size: ``"tiny"``, in fp32, gives the same kind of model in a form that trains in seconds, for tests.
         options: of this task, as ``qk_norm=True`` of the GPT.
 

@@ -104,7 +104,7 @@ def _asked(windows: Tensor) -> Batch:
 def load_text(source: str | Path | None = None) -> TextData:
     """A text in three parts.
 
-    source: a text file, a folder with exactly one ``*.txt`` in it, a Hugging Face data set (see ``tasks.hub``), or None for the
+    source: a text file, a folder with exactly one ``*.txt`` in it, a Hugging Face data set (see ``tasks.data.hub``), or None for the
     reference text that CPython carries (``pydoc_data.topics``: about half a million characters, which differ between versions
     of Python, so its fingerprint does too).
 

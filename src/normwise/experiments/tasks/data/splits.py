@@ -86,7 +86,7 @@ class ImageData:
 def load(folder: str | Path | None = None, *, seed: int = 0) -> ImageData:
     """Images in three parts.
 
-    folder: parquet or IDX files (see ``read_folder``), a Hugging Face data set (``"hf:NAME"``, see ``tasks.hub``), or None for
+    folder: parquet or IDX files (see ``read_folder``), a Hugging Face data set (``"hf:NAME"``, see ``tasks.data.hub``), or None for
     scikit-learn's digits, which are bundled with it.
     seed: of the split. The test part is the source's own where it has one, else a fifth of the images; the validation part
     is another fifth, 5000 at most. Both are stratified: every class has its share in each part, to within one image.
