@@ -31,6 +31,7 @@ from normwise.experiments.tasks.images import ImageTask
 from normwise.experiments.tasks.load import TASKS, load_task
 from normwise.experiments.tasks.models.cnn import CNN, kernels_for
 from normwise.experiments.tasks.supervised import Recipe
+from normwise.experiments.tasks.task import STEPS
 
 # CPR looks every 50 steps whether the growth of a matrix slows down, ZClip waits for its first 25 norms.
 LATE: dict[str, dict[str, Any]] = {"cpr": {"optimizer": "adam", "lr": 0.01, "steps": 256, "batch": 16}, "zclip": {"steps": 64}}
@@ -45,7 +46,7 @@ STRENGTHS = {
 
 def task_of(images: int, channels: tuple[int, int] = (6, 8)) -> ImageTask:
     """The article's network on some digits, 64 a batch."""
-    recipe = Recipe("cnn", True, "accuracy", 64, 32, lambda: CNN((1, 8, 8), 10, channels))
+    recipe = Recipe("cnn", True, "accuracy", 64, lambda: CNN((1, 8, 8), 10, channels))
     return ImageTask(recipe, load().thinned(images), augmented=False)
 
 
@@ -268,7 +269,7 @@ def test_runs_are_ranked_by_what_their_task_is_judged_by(task: ImageTask) -> Non
 @pytest.mark.parametrize("name", ["cnn", "gpt", "lstm", "resnet"])
 def test_every_task_can_be_compared_on_the_network_of_the_race(name: str) -> None:
     task = load_task(name, size="tiny")
-    found = compare(replace(ONE, task=name, seeds=1), budget=Budget(trials=9, scale=2 / task.steps, marks=2, rounds=1))
+    found = compare(replace(ONE, task=name, seeds=1), budget=Budget(trials=9, scale=2 / STEPS[name], marks=2, rounds=1))
     assert name in TASKS and found["metric"] == task.metric
     assert [cell["strategy"] for cell in found["cells"]] == ["nothing", "max_norm"]
     assert set(found["cells"][0]["norms"]) == {key for key, _ in task.build().named_parameters()}

@@ -1118,12 +1118,11 @@ def test_shrinks_report_tells_what_stayed_and_how_far_from_zero_it_is():
     assert "2: 6 units, none of them zero (the nearest 0.01 away)" in str(report)
 
 
-def test_a_task_that_the_race_has_no_horizon_for_is_one_sentence(monkeypatch):
-    from normwise.errors import StudyError
-    from normwise.experiments.framework.study import Options
-    from normwise.experiments.race import protocol
-    from normwise.experiments.race.study import race
+def test_every_task_has_a_first_horizon_of_its_own():
+    from normwise.experiments.race.protocol import first_horizon
+    from normwise.experiments.tasks.load import TASKS
+    from normwise.experiments.tasks.task import task
 
-    monkeypatch.delitem(protocol.STEPS, "lstm")
-    with pytest.raises(StudyError, match=r"first horizon.*'lstm'.*Allowed: cnn"):
-        race(Options(task="lstm", budget="quick", size="tiny"))
+    assert {"cnn", "gpt", "lstm", "resnet"} <= set(TASKS) and all(first_horizon(name, 16, 0.25) >= 16 for name in TASKS)
+    with pytest.raises(TypeError, match="steps"):
+        task("new")

@@ -22,11 +22,12 @@ from normwise.experiments.framework.study import Options
 from normwise.experiments.framework.timing import WARM_UP
 from normwise.experiments.race import protocol
 from normwise.experiments.race import run as race_run
-from normwise.experiments.race.run import RaceRun, batch_of, lane, share_of_rate, train
+from normwise.experiments.race.run import RaceRun, batch_of, lane, train
 from normwise.experiments.race.study import race, replay
 from normwise.experiments.tasks.initial_weights import prepare
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.models.lstm import CharLSTM
+from normwise.experiments.tasks.rates import warmed_up
 from normwise.experiments.tasks.task import Task
 
 MICRO = protocol.Budget(trials=2, seeds=2, doublings=0, scale=0.01, contenders=("muon",), rounds=1)
@@ -92,7 +93,7 @@ def test_a_contender_is_its_optimizer_under_the_schedule(gpt: Task, name: str) -
     for step in range(3):
         going.step()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * share_of_rate(step, steps, "linear")
+            group["lr"] = peak * warmed_up(step, steps, "linear")
         optimizer.zero_grad()
         gpt.loss(model, next(batches)).backward()
         optimizer.step()

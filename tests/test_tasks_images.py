@@ -215,7 +215,7 @@ def test_a_tiny_model_learns_the_digits_in_a_few_dozen_steps(name: str) -> None:
 
 def test_bf16_gives_the_loss_of_fp32_to_two_digits() -> None:
     data = load()
-    recipe = Recipe("resnet", False, "accuracy", 16, 600, lambda: ResNet(1, 10))
+    recipe = Recipe("resnet", False, "accuracy", 16, lambda: ResNet(1, 10))
     plain, fast = (ImageTask(replace(recipe, bf16=bf16), data, augmented=True) for bf16 in (False, True))
     assert plain.key != fast.key == load_task("resnet").key
     torch.manual_seed(0)
@@ -309,11 +309,11 @@ from normwise.experiments.tasks.task import Source, task
 from torch import nn
 
 
-@task("linear")
+@task("linear", steps=50)
 def linear(source: Source, tiny: bool, bias: bool = True) -> ImageTask:
     """One layer."""
     data = load(source)
-    return ImageTask(Recipe("linear", tiny, "accuracy", 16, 50, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias))), data,
+    return ImageTask(Recipe("linear", tiny, "accuracy", 16, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias))), data,
                      augmented=False)
 '''
 
@@ -326,9 +326,11 @@ def test_a_file_in_the_folder_of_models_is_a_new_task(tmp_path: Path) -> None:
     asks = (
         "from normwise.experiments.tasks.load import TASKS, load_task\n"
         "task = load_task('linear', size='tiny', bias=False)\n"
-        "print(sorted(TASKS), task.key.partition('-1-')[0], len(list(task.build().parameters())))"
+        "print(sorted(TASKS), task.key.partition('-1-')[0], len(list(task.build().parameters())))\n"
+        "from normwise.experiments.race.protocol import first_horizon\n"
+        "print(first_horizon('linear', task.batch, 1.0))"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.startswith("['cnn', 'gpt', 'linear', 'lstm', 'resnet'] linear-tiny-fp32-"), done.stderr
-    assert done.stdout.endswith(" 1\n")
+    assert done.stdout.endswith(" 1\n800\n")

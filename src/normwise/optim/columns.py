@@ -161,17 +161,11 @@ def complete(given: Mapping[str, Any], name: str, base: Mapping[str, Any] | None
     return row
 
 
-POLAR_EPS = 1e-7
-"""``eps`` of ``torch.optim.Muon``."""
-
-
 def refuse_unused(given: Mapping[str, Any], row: Mapping[str, Any], name: str) -> None:
     """PolicyError for a number that somebody gave, and nothing in the complete ``row`` uses."""
     for column, used in USERS.items():
         if column not in given or used(row) or as_plain(given[column], column) in (DEFAULTS[column], 0):
             continue
-        if column == "eps" and given[column] == POLAR_EPS:
-            continue    # nobody's wish, but Muon's default in a copy of its group
         if column == "momentum" and row["direction"] in ("adam", "lion") and as_plain(given[column], column) == row["betas"][0]:
             continue    # another name of the same number, as in a copy of a group
         parts = ", ".join(f"{c}={row[c]!r}" for c in ("direction", "act", "scale", "hold") if row[c] != DEFAULTS[c] or c == "direction")

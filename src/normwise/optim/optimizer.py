@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from normwise.engine.sharded.prefetch import align, run_stages
 from normwise.engine.step import makes_state
 from normwise.errors import PolicyError
 from normwise.low_precision import NOISE
-from normwise.optim.columns import DEFAULTS, Radius, Row, check_row, complete, refuse_unused, refused_option
+from normwise.optim.columns import DEFAULTS, USERS, Radius, Row, check_row, complete, refuse_unused, refused_option
 from normwise.optim.load_state import adapt
 from normwise.optim.param_groups import Settled, settle
 from normwise.optim.plan import LAYOUTS, PARTS, WIDE_STATE, Plan, build, layouts, members, names_of, no_matrix
@@ -123,6 +123,7 @@ class NormOptimizer(Optimizer):
         try:
             _refuse_vectors(group, getattr(self, "_of_matrices", None))
             _check_group(group, stated)
+            refuse_unused(_wished(stated, self.param_groups[:-1]) if hasattr(self, "_plans") else stated, group, group_name(group))
             self._settled[len(self.param_groups) - 1] = settle(group, None, group_name(group))
         except Exception:
             self.param_groups.pop()
@@ -290,6 +291,13 @@ def _refuse_vectors(group: dict[str, Any], row: Row | None) -> None:
             raise no_matrix(p)
 
 
+def _wished(stated: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Without the numbers that came with a copy of another group, which states every column: nobody asked for them here."""
+    if not stated.keys() >= DEFAULTS.keys():
+        return stated
+    return {c: value for c, value in stated.items() if c not in USERS or all(other.get(c) != value for other in others)}
+
+
 def _check_group(group: dict[str, Any], stated: dict[str, Any]) -> None:
     """Completes a new group, of which the user has ``stated`` some keys, and refuses what no step could be made of."""
     name = group_name(group)
@@ -297,7 +305,6 @@ def _check_group(group: dict[str, Any], stated: dict[str, Any]) -> None:
     group.pop("nesterov", None)
     group |= complete({column: value for column, value in stated.items() if column in (*DEFAULTS, "nesterov")}, name, base)
     check_row(group, name, BESIDES, extras=True)
-    refuse_unused(stated, group, name)
     if len({id(p) for p in group["params"]}) < len(group["params"]):
         twice = [n for n, p in zip(names_of(group), group["params"], strict=True) if sum(p is q for q in group["params"]) > 1]
         raise ValueError(f"{name} has a parameter more than once ({', '.join(twice)}): it would take more than one step.")

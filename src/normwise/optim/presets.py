@@ -265,6 +265,9 @@ class LAMB(NormOptimizer):
 ADJUST = {"original": "original", "match_rms_adamw": "match_rms_adamw", "rms_rms": "rms_rms", "none": "absolute"}
 
 
+TORCH_EPS = 1e-7    # torch.optim.Muon's
+
+
 @documented
 class Muon(NormOptimizer):
     """Momentum orthogonalised: w ← (1 − ηλ)w − η·scale·UVᵀ of the (Nesterov) momentum UΣVᵀ (Jordan et al., 2024).
@@ -288,8 +291,8 @@ class Muon(NormOptimizer):
 
     def __init__(
         self, params: Params, lr: Rate = 0.02, weight_decay: float = 0.01, momentum: float = 0.95, nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = QUINTIC, eps: float = 1e-7, ns_steps: int = 5, adjust_lr_fn: str | None = None, *,
-        polar: str = "quintic", decay: str = "weight", hold: str = "none", limit: float = 1.0, per: str = "matrix", radius: Radius = 1.0,
+        ns_coefficients: tuple[float, float, float] = QUINTIC, eps: float = TORCH_EPS, ns_steps: int = 5, adjust_lr_fn: str | None = None,
+        *, polar: str = "quintic", decay: str = "weight", hold: str = "none", limit: float = 1.0, per: str = "matrix", radius: Radius = 1.0,
         maximize: bool = False, rounding: str = "nearest", seed: int = 0, adamw: Columns = None, override: Override = None,
         policy: Rules = None, layouts: Layouts = None,
     ) -> None:  # fmt: skip
@@ -301,7 +304,7 @@ class Muon(NormOptimizer):
             if row["polar"] != "quintic":
                 raise PolicyError(f"polar={polar!r} has steps of its own: leave out ns_coefficients and ns_steps, or take polar='quintic'.")
             row["polar"] = polar
-            if eps == 1e-7:
+            if eps == TORCH_EPS:    # nobody asked for it
                 del row["eps"]
         super().__init__(params, *_beside_adamw("muon", row, adamw), override, policy, layouts)
 

@@ -216,7 +216,8 @@ class Rule:
     def label(self) -> str:
         """What tables and messages call it: its name, or what it does and to which parameters, as ``params`` says it."""
         usual = self.params in (None, EVERYTHING, MATRICES)    # by default, and so nothing that its user wrote
-        return self.name or self.summary() + ("" if usual else f", params={shown(self.params)}")
+        params = self.params if isinstance(self.params, str) else shown(self.params)    # messages put a label in quotes
+        return self.name or self.summary() + ("" if usual else f", params={params}")
 
     def summary(self) -> str:
         """What it does, in short, whatever it is called: ``clip_norm l2/unit <= 3``."""

@@ -18,6 +18,7 @@ from normwise.experiments.framework.driver import Result
 from normwise.experiments.framework.figures import finite
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form
 from normwise.experiments.framework.timing import in_turn, seconds_each
+from normwise.experiments.tasks.rates import constant_then_linear
 from normwise.experiments.tasks.task import Batch, Score, Task
 from normwise.norms.decompose import singular_values
 
@@ -93,12 +94,6 @@ class Lane:
         return value
 
 
-def share_of_lr(step: int, total: int) -> float:
-    """The learning rate, as a share of its first value: constant for half of the run, then linearly to zero, so that the numbers
-    at the end are those of settled weights and not of the last few batches."""
-    return min(1.0, 2.0 * (1.0 - step / total))
-
-
 def train(run: CompareRun, task: Task) -> Result:
     """Trains and measures. Plain numbers only, None in place of those that are not finite; training stops where the loss is not finite.
 
@@ -107,7 +102,7 @@ def train(run: CompareRun, task: Task) -> Result:
         ``test``, ``train``, ``sparsity``, ``norms``, ``breaches`` and ``curve``.
     """
     lane = Lane(run, task)
-    schedule = torch.optim.lr_scheduler.LambdaLR(lane.optimizer, lambda step: share_of_lr(step, run.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(lane.optimizer, lambda step: constant_then_linear(step, run.steps))
     marks = sorted({round(run.steps * (mark + 1) / run.marks) for mark in range(run.marks)})
     marks = marks if run.full else marks[-LAST:]
     curve: dict[str, Any] = {"step": [], "validation_accuracy": [], "validation_loss": [], "train_loss": []}
@@ -184,4 +179,4 @@ def step_costs(runs: Sequence[CompareRun], task: Task, rounds: int) -> list[dict
     return [{"step_ms": 1e3 * statistics.median(steps), "control_share": statistics.median(shares)} for steps, shares in columns]
 
 
-__all__ = ["LAST", "CompareRun", "Lane", "share_of_lr", "step_costs", "train"]
+__all__ = ["LAST", "CompareRun", "Lane", "step_costs", "train"]

@@ -20,7 +20,7 @@ from normwise.experiments.framework.provenance import machine, versions
 from normwise.experiments.framework.store import NUMBER
 from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, deliver, opened
 from normwise.experiments.tasks.load import load_task
-from normwise.experiments.tasks.task import Task
+from normwise.experiments.tasks.task import STEPS, Task
 
 # Raised by hand whenever a run's outcome changes for another reason than its settings: kept runs are then done again.
 PROTOCOL = 4
@@ -98,7 +98,7 @@ def compare(options: Options, progress: Progress | None = None, budget: Budget |
         driver.on(task, setup)
         for reason in left_out:
             driver.progress.note(f"Left out: {reason}.")
-        steps = max(1, round(plan.scale * task.steps))
+        steps = max(1, round(plan.scale * STEPS[task.name]))
 
         def make(strategy: str, optimizer: str, numbers: Mapping[str, float], seed: int, full: bool) -> CompareRun:
             strengths = {name: value for name, value in numbers.items() if name != "lr"}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise.errors import StudyError
-from normwise.experiments.compare.run import share_of_lr
 from normwise.experiments.framework.store import NUMBER, Form
+from normwise.experiments.tasks.rates import constant_then_linear
 from normwise.experiments.tasks.task import Task
 from normwise.prune import cut, shrink, targets
 
@@ -153,7 +153,7 @@ def _train(task: Task, model: nn.Module, lr: float, steps: int, seed: int, polic
     model.train()
     optimizer = sgd(model, lr)
     control = nw.attach(model, optimizer, list(policy)) if policy else None
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_lr(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: constant_then_linear(step, steps))
     for step, batch in enumerate(itertools.islice(task.batches(task.batch, seed), steps), start=1):
         optimizer.zero_grad()
         loss = task.loss(model, batch)

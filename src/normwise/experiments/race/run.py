@@ -19,9 +19,9 @@ from normwise.experiments.framework.lattice import Value
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form
 from normwise.experiments.framework.timing import WARM_UP, milliseconds, seconds_each
 from normwise.experiments.tasks.initial_weights import prepare
+from normwise.experiments.tasks.rates import warmed_up
 from normwise.experiments.tasks.task import Batch, Part, Score, Task
 
-WARMING = 0.05
 BURST = 4
 RECENT, SPIKE = 32, 5.0
 PARTS: tuple[Part, Part] = ("test", "train")
@@ -97,22 +97,13 @@ def lane(run: RaceRun, task: Task, steps: int) -> Lane:
     prepare(model, str(numbers["init"]))
     optimizer, control = CONTENDERS[run.contender].build(model, numbers)
     family = str(numbers["schedule"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, steps, family))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmed_up(step, steps, family))
     return Lane(model, optimizer, control, schedule, task.batches(batch_of(numbers, task.batch), run.seed), float(numbers["clip"]), task)
 
 
 def batch_of(numbers: Mapping[str, Value], batch: int) -> int:
     """Samples a step. batch: the task's."""
     return max(1, round(batch * float(numbers["batch"])))
-
-
-def share_of_rate(step: int, steps: int, family: str) -> float:
-    """The rate as a share of its peak: a linear warm-up, then ``"linear"`` to zero, or ``"hold"`` until half of the run and then linear."""
-    warm = max(1, round(WARMING * steps))
-    if step < warm:
-        return (step + 1) / warm
-    start = warm if family == "linear" else max(warm, steps // 2)
-    return min(1.0, max(0.0, (steps - step) / max(1, steps - start)))
 
 
 def train(run: RaceRun, task: Task) -> dict[str, Any]:

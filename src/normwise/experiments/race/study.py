@@ -24,9 +24,9 @@ from normwise.experiments.framework.store import NUMBER, Form, Store, fits
 from normwise.experiments.framework.study import MOST_SEEDS, Options, Outputs, deliver, opened
 from normwise.experiments.race import plan as plans
 from normwise.experiments.race import tables
-from normwise.experiments.race.protocol import BUDGETS, PROTOCOL, STEPS, first_horizon, rung
+from normwise.experiments.race.protocol import BUDGETS, PROTOCOL, first_horizon, rung
 from normwise.experiments.race.run import RaceRun, batch_of, step_times
-from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.load import TASKS, load_task
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,6 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     with opened(options, progress) as driver:
         setup = partial(load_task, options.task, options.data, size=options.size)
         task = setup()
-        first_horizon(options.task, task.batch, plan.scale)    # a task that the protocol does not know is refused before any work
         facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, options.seeds or plan.seeds, tuple(names))
         about = {"machine": machine(), "data": data_name(options.data)}
         driver.store.add(facts.settings(), about)
@@ -110,7 +109,7 @@ def _is_a_race(settings: dict[str, Any], result: dict[str, Any]) -> bool:
     form: Form = {"name": str, "key": str, "metric": str, "batch": int, "budget": str, "seeds": int, "contenders": list}
     found: Form = {"machine": dict.fromkeys(("cpu", "torch", "python", "date"), str) | {"cores": int}}
     return (
-        fits(settings, form) and fits(result, found) and settings.get("protocol") == PROTOCOL and settings["name"] in STEPS
+        fits(settings, form) and fits(result, found) and settings.get("protocol") == PROTOCOL and settings["name"] in TASKS
         and all(isinstance(name, str) and name in CONTENDERS for name in settings["contenders"])
         and settings["batch"] > 0 and 0 < settings["seeds"] <= MOST_SEEDS
     )  # fmt: skip

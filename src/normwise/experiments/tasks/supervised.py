@@ -25,15 +25,14 @@ class Recipe:
     """The choices that make a task of data.
 
     name: of the task. tiny: whether the model is one that trains in seconds. metric: what runs are judged by. batch: samples a step.
-    steps: of a run of ordinary length, from which every study takes its own. model: gives a new model; torch's global generator decides
-    its weights. bf16: run the model under ``torch.autocast("cpu", torch.bfloat16)``, the logits and the loss in fp32.
+    model: gives a new model; torch's global generator decides its weights. bf16: run the model under
+    ``torch.autocast("cpu", torch.bfloat16)``, the logits and the loss in fp32.
     """
 
     name: str
     tiny: bool
     metric: Literal["accuracy", "loss"]
     batch: int
-    steps: int
     model: Callable[[], nn.Module]
     bf16: bool = False
     variant: str = ""
@@ -48,7 +47,7 @@ class Supervised(Task):
     """A task of cross-entropy: batches are (inputs, answers), logits have one axis more than the answers, the classes last."""
 
     def __init__(self, recipe: Recipe, samples: int, data_key: str) -> None:
-        self.name, self.metric, self.batch, self.steps = recipe.name, recipe.metric, recipe.batch, recipe.steps
+        self.name, self.metric, self.batch = recipe.name, recipe.metric, recipe.batch
         self.samples, self.key = samples, recipe.key(data_key)
         self.recipe = recipe
 

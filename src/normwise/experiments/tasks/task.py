@@ -29,7 +29,7 @@ class Task(ABC):
     """A supervised task. Nothing here knows of optimizers or norms.
 
     name: as it is registered. metric: what runs are judged by, ``"accuracy"`` (higher is better) or ``"loss"`` (lower is better).
-    batch: samples a step, by default. steps: of a run of ordinary length. samples: how many a pass over the training part has.
+    batch: samples a step, by default. samples: how many a pass over the training part has.
     guess: the metric, on the test part, of answering without looking at the input. facts: name, sizes and fingerprint of the data.
     key: a fingerprint of the data and of everything else that decides a run, for the store of finished runs.
     """
@@ -37,7 +37,6 @@ class Task(ABC):
     name: str
     metric: Literal["accuracy", "loss"]
     batch: int
-    steps: int
     samples: int
     guess: float
     facts: dict[str, Any]
@@ -65,15 +64,23 @@ TASKS: dict[str, Callable[..., Task]] = {}
 """Every supervised task by its name: ``build(source, tiny, **options)``. Filled by the modules of ``tasks.models``; see ``tasks.load``."""
 
 
-def task(name: str) -> Callable[[Build], Build]:
-    """Registers a task under this name, everywhere: ``race``, ``compare`` and ``prune`` find it.
+STEPS: dict[str, int] = {}
+"""The steps of a run of ordinary length, by the task's name: ``compare`` takes a share of it, and a race's first horizon is that long."""
+
+
+def task(name: str, steps: int) -> Callable[[Build], Build]:
+    """Registers a task under this name for ``race`` and ``compare``.
 
     What is registered builds the task from ``source`` (``--data``: a folder or file, ``hf:NAME`` for a Hugging Face data set, None for data
     that need no download) and ``tiny`` (whether the model should train in seconds, in fp32, for tests); more arguments are its own options.
+
+    Args:
+        name: what the command line calls it.
+        steps: of a run of ordinary length, until which the tuned baseline has learnt most of what it will.
     """
 
     def registered(build: Build) -> Build:
-        TASKS[name] = build
+        TASKS[name], STEPS[name] = build, steps
         return build
 
     return registered

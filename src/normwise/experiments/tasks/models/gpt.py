@@ -99,10 +99,10 @@ class GPT(nn.Module):
                 writer.weight.div_(math.sqrt(2 * len(self.blocks)))  # type: ignore[union-attr,operator]
 
 
-@task("gpt")
+@task("gpt", steps=500)
 def gpt(source: Source, tiny: bool, qk_norm: bool = False) -> TextTask:
     """Four transformer blocks of width 128, 0.82M parameters, on characters of CPython's reference text: batches of 16 × 128."""
     text = load_text(source)
     width, layers, heads, batch, context = (32, 2, 2, 8, 32) if tiny else (128, 4, 4, 16, 128)
     model = partial(GPT, len(text.vocabulary), width, layers, heads, context, qk_norm)
-    return TextTask(Recipe("gpt", tiny, "loss", batch, 500, model, not tiny, "qknorm" if qk_norm else ""), text, context)
+    return TextTask(Recipe("gpt", tiny, "loss", batch, model, not tiny, "qknorm" if qk_norm else ""), text, context)

@@ -58,9 +58,9 @@ class ResNet(nn.Module):
         return logits
 
 
-@task("resnet")
+@task("resnet", steps=600)
 def resnet(source: Source, tiny: bool) -> ImageTask:
     """Eight residual blocks, 0.70M parameters, on images that are shifted and, in colour, mirrored at random; 128 a batch."""
     data = load(source)
     model = partial(ResNet, data.shape[0], data.classes, (8, 16) if tiny else WIDTHS, 1 if tiny else 2)
-    return ImageTask(Recipe("resnet", tiny, "accuracy", 32 if tiny else 128, 600, model, bf16=not tiny), data, augmented=True)
+    return ImageTask(Recipe("resnet", tiny, "accuracy", 32 if tiny else 128, model, bf16=not tiny), data, augmented=True)
