@@ -17,19 +17,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from normwise.experiments.catalog import TORCH
+from normwise.experiments.compare.tables import of_seeds, reached
+from normwise.experiments.framework.printing import markdown
+from normwise.experiments.framework.provenance import where
+from normwise.experiments.prune.tables import networks, trial
+from normwise.experiments.race import tables as race_tables
+from normwise.experiments.race.study import replay
+from normwise.policy import listing
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 RESULTS, IMAGES = ROOT / "docs" / "results", ROOT / "docs" / "images"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NAMES = {"gd": "gradient descent", "momentum": "momentum", "adam": "Adam"}
-RACES = ("cnn", "resnet", "lstm", "gpt")
+NAMES = {name: one.label for name, one in TORCH.items()}
 Cell = dict[str, Any]
 
 
 def load(name: str) -> dict[str, Any] | None:
     """Results by name: a race from its raw runs, ``race`` for all of them by task; None where there is nothing yet."""
     if name == "race":
-        found = {task: race for task in RACES if (race := load(f"race-{task}")) is not None}
+        found = {task: race for task in race_tables.SUPERVISED if (race := load(f"race-{task}")) is not None}
         return found or None
     if name.startswith(("race-", "other-")):
         return raced(RESULTS / f"{name}.runs.jsonl")
@@ -40,8 +48,6 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def raced(runs: Path) -> dict[str, Any] | None:
-    from normwise.experiments.race.study import replay
-
     return {**replay(runs), "core_hours": sum(r["result"].get("seconds", 0) for r in lines(runs)) / 3600} if runs.exists() else None
 
 
@@ -81,36 +87,18 @@ def tried(results: dict[str, Any]) -> str:
 
 def one_race(results: dict[str, Any], drawn: bool = True) -> str:
     """One task's tables, with the picture of its ladder, if it is drawn and there is something to draw."""
-    from normwise.experiments.race.tables import page
-
     task = results["race"]
     seen = f"![{task}: validation result against horizon](images/race-{task}.svg)\n\n" if drawn and results["contenders"] else ""
-    return f"{seen}{page(results)} {results['core_hours']:.1f} core-hours of training so far, measured beside other work."
+    return f"{seen}{race_tables.page(results)} {results['core_hours']:.1f} core-hours of training so far, measured beside other work."
 
 
 def all_races(results: dict[str, dict[str, Any]]) -> str:
-    from normwise.experiments.race.tables import summary
-
     seen = "\n\n![shares of all contenders by task](images/race.svg)" if any(one["contenders"] for one in results.values()) else ""
-    return summary(results) + seen
-
-
-def races_in_short(results: dict[str, dict[str, Any]]) -> str:
-    from normwise.experiments.race.tables import summary
-
-    return summary(results)
+    return race_tables.summary(results) + seen
 
 
 def accuracy(cell: Cell) -> str:
-    test = cell["test_accuracy"]
-    return f"{100 * test['mean']:.1f} ± {100 * test['std']:.1f}"
-
-
-def steps(cell: Cell) -> str:
-    values = cell["steps_to_baseline"]["values"]
-    missed = sum(v is None for v in values)
-    median = cell["steps_to_baseline"]["median"]
-    return f"missed {missed} of {len(values)}" if median is None else f"{median:.0f}" + (f" ({missed} missed)" if missed else "")
+    return of_seeds(cell, "test_accuracy").removesuffix(" %")
 
 
 def by_strategy(results: dict[str, Any]) -> str:
@@ -139,34 +127,29 @@ def in_full(results: dict[str, Any]) -> str:
         found = c["strengths"]
         strength = ", ".join(f"{name} {value:.3g}" for name, value in found.items()) if len(found) > 1 else next(iter(found.values()), "-")
         lines.append(
-            f"| {NAMES[c['optimizer']]} | {c['label']} | {accuracy(c)} | {100 * gap:.1f} | {steps(c)} | {c['step_ms']:.2f} | "
-            f"{100 * c['control_share']:.0f}% | {100 * zeros:.1f} | {c['lr']:g} | {strength} |"
+            f"| {NAMES[c['optimizer']]} | {c['label']} | {accuracy(c)} | {100 * gap:.1f} | {reached(c['steps_to_baseline'])} | "
+            f"{c['step_ms']:.2f} | {100 * c['control_share']:.0f}% | {100 * zeros:.1f} | {c['lr']:g} | {strength} |"
         )
     return "\n".join(lines)
 
 
 def setting(results: dict[str, Any]) -> str:
     """Data, machine, versions, seeds and budget in one sentence."""
-    data, machine, protocol = results["data"], results["machine"], results["protocol"]
+    data, protocol = results["data"], results["protocol"]
     return (
         f"{data['name']}: {data['train']} training, {data['validation']} validation, {data['test']} test images; "
         f"{protocol['trials']} trials a cell, {protocol['seeds']} seeds (mean ± sample standard deviation), {protocol['steps']} steps of "
-        f"batch {protocol['batch']}; {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['date'][:10]}, protocol {protocol.get('number', 3)}, budget {results['budget']}."
+        f"batch {protocol['batch']}; {where(results['machine'])}, protocol {protocol.get('number', 3)}, budget {results['budget']}."
     )
 
 
 def bench(measured: dict[str, Any]) -> str:
     """Rows of one benchmark, those with the same columns together."""
-    from normwise.experiments.framework.printing import markdown
-
     return markdown(measured["rows"])
 
 
 def smaller(results: dict[str, Any]) -> str:
     """What ``normwise prune`` found: the setting, the networks, the strengths that were tried."""
-    from normwise.experiments.prune.tables import networks, trial
-
     plan, machine, timing = results["protocol"], results["machine"], results["timing"]
     said = (
         f"Learning rate {results['lr']:.3g}, strength {results['strength']:.3g}; {plan['steps']} + {plan['fine_tuning']} steps of batch "
@@ -174,16 +157,14 @@ def smaller(results: dict[str, Any]) -> str:
         f"Python {machine['python']}, {machine['date'][:10]}, budget {results['budget']}. Largest output difference by removing units: "
         f"{results['summary']['difference']:.0e}. A step under the lasso takes {timing['lasso_ratio']:.2f} times a step without it."
     )
-    tried = bench({"rows": [trial(line) for line in results["strengths"]]})
-    return f"{said}\n\n{bench({'rows': networks(results)})}\n\nStrengths, with the tuning seed:\n\n{tried}"
+    tried = markdown([trial(line) for line in results["strengths"]])
+    return f"{said}\n\n{markdown(networks(results))}\n\nStrengths, with the tuning seed:\n\n{tried}"
 
 
 def named_rules(_: Any) -> str:
     """From the code itself: the rules, their arguments, the first sentence about each."""
-    from normwise.policy.listing import named_rules as listed
-
     lines = []
-    for line in listed().splitlines():
+    for line in listing.named_rules().splitlines():
         head, about = line.split(")  ", 1)
         plain = re.sub(r":func:`(\w+)`", r"`\1`", about.strip().replace("``", "`"))
         lines.append(f"| `{head})` | {plain.replace('|', chr(92) + '|')} |")
@@ -198,8 +179,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mnist setting": ("cnn-mnist", setting),
     "mnist in full": ("cnn-mnist", in_full),
     "race": ("race", all_races),
-    "races": ("race", races_in_short),
-    **{f"race {task}": (f"race-{task}", one_race) for task in RACES},
+    "races": ("race", race_tables.summary),
+    **{f"race {task}": (f"race-{task}", one_race) for task in race_tables.SUPERVISED},
     **{f"other {task}": (f"other-{task}", partial(one_race, drawn=False)) for task in ("cnn", "gpt")},
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),

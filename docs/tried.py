@@ -41,12 +41,12 @@ def preset(name: str, **columns: Any) -> Build:
 class Metric(torch.optim.Optimizer):
     """Ridge with another map in the place of its own; for maps that keep a memory of past gradients, which no row of the library does.
 
-    act: the map's name, see ``mapped``. beta: of the running mean of g·gᵀ and gᵀ·g. given: of the Ridge that takes everything else.
+    act: the map's name, see ``mapped``. beta: of the running mean of g·gᵀ and gᵀ·g. columns: of the Ridge that takes everything else.
     The gates of an LSTM are one matrix here.
     """
 
-    def __init__(self, model: nn.Module, act: str, beta: float = 0.8, momentum: float = 0.8, decay: float = 0.3, **given: Any) -> None:
-        self.inner = nw.optim.Ridge(model, **{"adamw": dict(REST), **given})
+    def __init__(self, model: nn.Module, act: str, beta: float = 0.8, momentum: float = 0.8, decay: float = 0.3, **columns: Any) -> None:
+        self.inner = nw.optim.Ridge(model, **{"adamw": dict(REST), **columns})
         self.act, self.beta, self.momentum, self.decay, self.count = act, beta, momentum, decay, 0
         super().__init__(self.inner.param_groups, {})
         self.inner.param_groups = self.param_groups
@@ -267,13 +267,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--executor", help="dask://HOST:PORT; its workers need this folder on their PYTHONPATH")
-    given = parser.parse_args()
-    options = Options(given.task, given.data, workers=given.workers, executor=given.executor, state=RESULTS)
+    args = parser.parse_args()
+    options = Options(args.task, args.data, workers=args.workers, executor=args.executor, state=RESULTS)
     with opened(options, on_stderr()) as driver:
-        setup = partial(load_task, given.task, given.data)
+        setup = partial(load_task, args.task, args.data)
         task = setup()
         driver.on(task, setup)
-        runs = [TriedRun(given.task, task.key, name, given.share, 2000 + k) for k in range(given.seeds) for name in given.variants]
+        runs = [TriedRun(args.task, task.key, name, args.share, 2000 + k) for k in range(args.seeds) for name in args.variants]
         driver.start(len(runs))
         driver.run({"tried": plan(runs)})
 

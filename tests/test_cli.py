@@ -20,6 +20,7 @@ from normwise.experiments.compare import study as compare_study
 from normwise.experiments.compare.study import BUDGETS, Budget
 from normwise.experiments.framework import driver
 from normwise.experiments.framework import study as job
+from normwise.experiments.race import study as race_study
 from normwise.experiments.tasks.data.readers import read_digits
 from normwise.policy import NAMED, Policy
 
@@ -152,6 +153,19 @@ def test_a_broken_bound_or_an_untrained_baseline_is_exit_status_1(
     monkeypatch.setattr(compare_study, "show", lambda *given: None)
     assert cli.main(["compare", "cnn"]) == status
     assert capsys.readouterr().err.splitlines() == defects + breaches
+
+
+@pytest.mark.parametrize("arguments", ["race lstm", "race --state kept"])
+def test_a_bound_that_a_race_breaks_is_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str
+) -> None:
+    ends = [{"breaches": ["head.weight is 2"]}, {"breaches": []}, {"breaches": ["head.weight is 2"]}]
+    for name in ("race", "replay"):
+        monkeypatch.setattr(race_study, name, lambda *given: {"contenders": [{"ends": ends}, {"ends": []}]})
+    monkeypatch.setattr(race_study, "show", lambda *given: None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments.split()) == 1
+    assert capsys.readouterr().err == "head.weight is 2\n"
 
 
 def test_the_json_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -308,6 +308,7 @@ def test_two_workers_give_what_one_gives(uninterrupted: dict[str, Any]) -> None:
         ({"budget": "quik"}, "There is no budget 'quik'. Did you mean 'quick'?"),
         ({"only": ("spectralcap",)}, "There is no strategy or loss 'spectralcap'. Did you mean 'spectral_cap'?"),
         ({"only": ("hinges",)}, "There is no strategy or loss 'hinges'. Did you mean 'hinge'?"),
+        ({"only": ()}, "No strategy or loss was given; name one or more of nothing, "),
         ({"seeds": 0}, "seeds is 0"),
         ({"workers": -1}, "workers is -1"),
     ],

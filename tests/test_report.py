@@ -23,7 +23,7 @@ from normwise.errors import DataError, MissingExtraError, NormwiseError, StudyEr
 from normwise.experiments import report
 from normwise.experiments.compare import tables
 from normwise.experiments.compare.tables import MISSING
-from normwise.experiments.report import charts, page, scale, table, tidy, wording
+from normwise.experiments.report import charts, page, scale, studies, table, tidy, wording
 
 DATA = Path(__file__).parent / "data"
 VOID = {"meta", "link", "br", "hr", "img", "input", "line", "circle", "rect", "path"}
@@ -420,6 +420,27 @@ def test_a_loss_is_better_the_lower_and_two_seeds_say_little_of_it() -> None:
     assert [one.kind for one in tables.verdicts(few)] == ["none"]
 
 
+def test_a_task_that_is_judged_by_its_loss_is_drawn_by_its_loss() -> None:
+    results = example() | {"metric": "loss"}
+    for cell in results["cells"]:
+        cell |= {f"{part}_loss": {"mean": 1.5, "std": 0.125, "values": [1.375, 1.625]} for part in ("test", "validation", "train")}
+        for seed in cell["curves"]:
+            seed["validation_loss"] = [2.25] * len(seed["step"])
+    shown = read(results)
+    specs = shown.specs()
+    assert {value for row in charted(specs["curves"]) for value in row["mean"]} == {2.25}
+    assert {(row["low"], row["mean"], row["high"]) for row in charted(specs["cost"])} == {(1.375, 1.5, 1.625)}
+    for words in ("Validation loss after so many steps", "Further down is better", "Loss against control cost"):
+        assert words in shown.text
+    assert "Validation accuracy after" not in shown.text and "logarithmic in the error, since" not in shown.text
+    assert all("1.500 ± 0.125 (1.375, 1.625)" in facts for facts in shown.sheets.values())
+
+
+def charted(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = spec["data"]["values"] if "values" in spec.get("data", {}) else next(iter(spec["datasets"].values()))
+    return rows
+
+
 def test_the_strategy_is_chosen_by_validation_not_by_test() -> None:
     base = cell("nothing", [0.92, 0.93, 0.94])
     (verdict,) = tables.verdicts(results_of(base, cell("lucky", [0.98, 0.98, 0.99], 0.90), cell("chosen", [0.93, 0.93, 0.94], 0.95)))
@@ -463,6 +484,14 @@ def test_each_study_has_a_page_with_its_verdict_tables_and_pictures_and_no_scrip
     assert sum(tag == "table" for tag, _ in written.tags) >= 2 and sum(tag == "figure" for tag, _ in written.tags) == 1
     assert results["machine"]["cpu"] in written.text
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == json.loads(json.dumps(tidy.finite(results)))
+
+
+def test_a_picture_of_a_page_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict[str, Any]] = []
+    draw = studies.render
+    monkeypatch.setattr(studies, "render", lambda spec, suffix: drawn.append(spec) or draw(spec, suffix))
+    read(results_of_study("race"))
+    assert len(drawn) == 1
 
 
 def test_the_page_of_a_race_holds_every_contenders_row_the_soonest_first() -> None:

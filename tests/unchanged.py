@@ -265,7 +265,7 @@ def compare(planted: float = 1.0) -> Found:
 
 
 def gan(planted: float = 1.0) -> Found:
-    """Two short runs of ``normwise race gan``."""
+    """Two short runs of ``normwise gan``."""
     data = load_images().thinned(300)
     judged = JudgedData.of(data, train_judge(data, epochs=1))
     found = {}

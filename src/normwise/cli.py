@@ -48,12 +48,12 @@ def command() -> NoReturn:
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         try:
-            given = _parser().parse_args(arguments)
+            args = _parser().parse_args(arguments)
         except SystemExit:  # --help has printed
             printed(lambda: None, "the documentation says the same")
             raise
-        command: Callable[[argparse.Namespace], int] = given.command
-        return command(given)
+        command: Callable[[argparse.Namespace], int] = args.command
+        return command(args)
     except _UsageError as error:
         return _sorry(str(error))
     except NormwiseError as error:
@@ -77,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="normwise", description="Keep every norm in a PyTorch training run where you want it.")
     parser.add_argument("--version", action="version", version=f"normwise {__version__}")
-    parser.set_defaults(command=lambda given: _help(parser))
+    parser.set_defaults(command=lambda args: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add_compare(commands)
     _add_race(commands)
@@ -114,10 +114,10 @@ def _add_compare(commands: Any) -> None:
     parser.set_defaults(command=_compare)
 
 
-def _compare(given: argparse.Namespace) -> int:
+def _compare(args: argparse.Namespace) -> int:
     from normwise.experiments.compare.study import run
 
-    return 0 if run(*_options(given, given.task)) else _BROKEN
+    return 0 if run(*_options(args, args.task)) else _BROKEN
 
 
 def _names(text: str) -> list[str]:
@@ -156,13 +156,13 @@ def _add_study(parser: argparse.ArgumentParser, *, budgets: str, seeds: str, onl
                         help="finished runs, to resume from (default: NAME.runs.jsonl beside --json, else in this folder)")  # fmt: skip
 
 
-def _options(given: argparse.Namespace, task: str, **more: Any) -> Any:
+def _options(args: argparse.Namespace, task: str, **more: Any) -> Any:
     """What was asked for, and where its results go."""
     from normwise.experiments.framework.study import Options, Outputs
 
-    only = getattr(given, "only", None)
-    options = Options(task, given.data, given.budget, only, given.seeds, given.workers, given.state, given.executor, **more)
-    return options, Outputs(given.json, given.report)
+    only = getattr(args, "only", None)
+    options = Options(task, args.data, args.budget, only, args.seeds, args.workers, args.state, args.executor, **more)
+    return options, Outputs(args.json, args.report)
 
 
 def _add_race(commands: Any) -> None:
@@ -174,7 +174,7 @@ def _add_race(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("task", metavar="TASK", nargs="?", help="cnn, resnet, lstm or gpt")
     _add_study(
-        parser, budgets="quick (0.2 core-hours or less), standard (default; 3 at most) or long (about 20)",
+        parser, budgets="quick (0.2 core-hours or less), standard (default; 2 to 7 on real data) or long (about 20)",
         only="only these contenders, beside the baselines (adamw and sgd)", seeds="reported seeds (default: the budget's)",
         data="images (cnn, resnet) or text (lstm, gpt), or hf:NAME; default: bundled data",
     )  # fmt: skip
@@ -182,14 +182,14 @@ def _add_race(commands: Any) -> None:
     parser.set_defaults(command=_race)
 
 
-def _race(given: argparse.Namespace) -> int:
+def _race(args: argparse.Namespace) -> int:
     from normwise.experiments.race.study import look, run
 
-    options, outputs = _options(given, given.task or "", size="tiny" if given.tiny else "standard")
-    if given.task is None:
-        if given.state is None:
+    options, outputs = _options(args, args.task or "", size="tiny" if args.tiny else "standard")
+    if args.task is None:
+        if args.state is None:
             raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
-        return 0 if look(given.state, outputs) else _BROKEN
+        return 0 if look(args.state, outputs) else _BROKEN
     return 0 if run(options, outputs) else _BROKEN
 
 
@@ -207,10 +207,10 @@ def _add_gan(commands: Any) -> None:
     parser.set_defaults(command=_gan)
 
 
-def _gan(given: argparse.Namespace) -> int:
+def _gan(args: argparse.Namespace) -> int:
     from normwise.experiments.gan.study import run
 
-    return 0 if run(*_options(given, "gan")) else _BROKEN
+    return 0 if run(*_options(args, "gan")) else _BROKEN
 
 
 def _add_prune(commands: Any) -> None:
@@ -228,10 +228,10 @@ def _add_prune(commands: Any) -> None:
     parser.set_defaults(command=_prune)
 
 
-def _prune(given: argparse.Namespace) -> int:
+def _prune(args: argparse.Namespace) -> int:
     from normwise.experiments.prune.study import run
 
-    return 0 if run(*_options(given, given.task, hold=given.hold)) else _BROKEN
+    return 0 if run(*_options(args, args.task, hold=args.hold)) else _BROKEN
 
 
 # --------------------------------------------------------------------------------------------------- bench and policies
@@ -247,15 +247,15 @@ def _add_bench(commands: Any) -> None:
     parser.set_defaults(command=_bench)
 
 
-def _bench(given: argparse.Namespace) -> int:
+def _bench(args: argparse.Namespace) -> int:
     from normwise.experiments.bench import runner
     from normwise.experiments.framework.study import deliver
 
-    if given.name is None:
+    if args.name is None:
         printed(lambda: print(runner.listing()), "the same command lists them again")
         return 0
-    bench = runner.named(given.name)
-    sound = deliver(lambda _: bench.run(), runner.show, given.json, None, keeps=False, complaints=lambda found: runner.missed(bench, found))
+    bench = runner.named(args.name)
+    sound = deliver(lambda _: bench.run(), runner.show, args.json, None, keeps=False, complaints=lambda found: runner.missed(bench, found))
     return 0 if sound else _BROKEN
 
 
@@ -266,11 +266,11 @@ def _add_policies(commands: Any) -> None:
     parser.set_defaults(command=_policies)
 
 
-def _policies(given: argparse.Namespace) -> int:
+def _policies(args: argparse.Namespace) -> int:
     from normwise.policy.listing import explain_file, explained, named_rules
 
-    is_file = given.what is not None and (Path(given.what).suffix or os.sep in given.what or os.path.lexists(given.what))
-    text = named_rules() if given.what is None else explain_file(Path(given.what)) if is_file else explained(given.what)
+    is_file = args.what is not None and (Path(args.what).suffix or os.sep in args.what or os.path.lexists(args.what))
+    text = named_rules() if args.what is None else explain_file(Path(args.what)) if is_file else explained(args.what)
     interrupts.say(lambda: "Interrupted.")
     printed(lambda: print(text), "print them again")
     return 0

@@ -220,6 +220,20 @@ _GENERATOR_RADIUS = Axis("generator_radius", (2.0,), ratio=2.0, off=1)
 _PENALTY = Axis("penalty", (1.0,), ratio=10.0, off=-1)
 
 
+def _rule(name: str, *strengths: str, **fixed: Any) -> Callable[..., list[Any]]:
+    """The rule of this name, with these strengths as its first arguments."""
+
+    def rules(numbers: Strengths, samples: int = 0) -> list[Any]:
+        import normwise as nw
+
+        return [getattr(nw, name)(*(numbers[strength] for strength in strengths), **fixed)]
+
+    return rules
+
+
+_cap = _rule("spectral_cap", "radius", tolerance=TRACKED)
+
+
 def _no_rules(strengths: Strengths) -> list[Any]:
     return []
 
@@ -248,30 +262,6 @@ class GanStrategy:
         return (LR, *self.axes)
 
 
-def _clip(strengths: Strengths) -> list[Any]:
-    import normwise as nw
-
-    return [nw.clip_weight_value(strengths["bound"], params="role:all")]
-
-
-def _cap(strengths: Strengths) -> list[Any]:
-    import normwise as nw
-
-    return [nw.spectral_cap(strengths["radius"], tolerance=TRACKED)]
-
-
-def _generator_cap(strengths: Strengths) -> list[Any]:
-    import normwise as nw
-
-    return [nw.spectral_cap(strengths["generator_radius"], tolerance=TRACKED)]
-
-
-def _unit_spectral_norm(strengths: Strengths) -> list[Any]:
-    import normwise as nw
-
-    return [nw.spectral_normalize(1.0)]
-
-
 def _parametrize(discriminator: Discriminator) -> None:
     for layer in discriminator.layers:
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -282,11 +272,12 @@ GAN_STRATEGIES: dict[str, GanStrategy] = {
     "nothing": GanStrategy("nothing", "no limit, no penalty: the baseline"),
     "clip_value": GanStrategy(
         "weight clipping", "the discriminator's entries in ±bound after its step, as in WGAN (Arjovsky et al., 2017)",
-        (_BOUND,), _clip,
+        (_BOUND,), _rule("clip_weight_value", "bound", params="role:all"),
     ),
     "spectral_cap": GanStrategy("spectral cap", "singular values of the discriminator's layers at most the radius", (_RADIUS,), _cap),
     "spectral_normalize": GanStrategy(
-        "spectral normalisation", "largest singular value of each layer 1 after each step, by a rule", rules=_unit_spectral_norm
+        "spectral normalisation", "largest singular value of each layer 1 after each step, by a rule",
+        rules=_rule("spectral_normalize", radius=1.0),
     ),
     "torch_spectral_norm": GanStrategy(
         "torch's spectral_norm", "the parametrization of Miyato et al. (2018) as torch has it: the outside reference", wrap=_parametrize
@@ -300,7 +291,8 @@ GAN_STRATEGIES: dict[str, GanStrategy] = {
         "cap + gradient penalty", "the spectral cap and the gradient penalty", (_RADIUS, _PENALTY), _cap, penalty=gradient_penalty
     ),
     "spectral_cap+generator": GanStrategy(
-        "cap on both", "the spectral cap on the generator too, with a radius of its own", (_RADIUS, _GENERATOR_RADIUS), _cap, _generator_cap
+        "cap on both", "the spectral cap on the generator too, with a radius of its own", (_RADIUS, _GENERATOR_RADIUS), _cap,
+        _rule("spectral_cap", "generator_radius", tolerance=TRACKED),
     ),
 }  # fmt: skip
 
@@ -329,17 +321,6 @@ class Strategy:
 
 def _axis(name: str, centre: float, ratio: float, off: int = 0, most: float = math.inf) -> Axis:
     return Axis(name, (centre,), ratio=ratio, off=off, most=most)
-
-
-def _rule(name: str, *strengths: str, **fixed: Any) -> Callable[[Strengths, int], list[Any]]:
-    """The rule of this name, with these strengths as its first arguments."""
-
-    def rules(numbers: Strengths, samples: int) -> list[Any]:
-        import normwise as nw
-
-        return [getattr(nw, name)(*(numbers[strength] for strength in strengths), **fixed)]
-
-    return rules
 
 
 def _penalty(name: str, strength: str) -> Callable[[Strengths, int], list[Any]]:

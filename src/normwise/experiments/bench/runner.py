@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from normwise.errors import StudyError, nearest, need
-from normwise.experiments.framework.printing import console, for_stream
+from normwise.errors import StudyError, nearest
+from normwise.experiments.framework.printing import cell_text, show_table
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,10 @@ def missed(bench: Any, measured: Mapping[str, Any]) -> list[str]:
                 continue
             value, limit, sense = row[bar.value], row[bar.bar], row.get("bar_is", bar.sense)
             if not (value <= limit if sense == "at most" else value >= limit):  # a NaN keeps to no bar
-                sentences.append(f"{case}: {bar.value} is {_text(value)}, the bar {sense} {_text(limit)}.")
+                sentences.append(f"{case}: {bar.value} is {cell_text(value)}, the bar {sense} {cell_text(limit)}.")
     return sentences
 
 
 def show(measured: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Prints the rows as tables: rows with the same columns stand together."""
-    need("study", "rich", what="a table")
-    from rich import box
-    from rich.table import Table
-
-    out = stream or sys.stdout
-    wide = console(out)
-    rows = list(measured["rows"])
-    for columns in dict.fromkeys(tuple(row) for row in rows):
-        table = Table(*(for_stream(column, out) for column in columns), box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in rows:
-            if tuple(row) == columns:
-                table.add_row(*(for_stream(_text(row[column]), out) for column in columns))
-        wide.print(table)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    show_table(measured["rows"], stream or sys.stdout)

@@ -177,6 +177,3 @@ def step_costs(runs: Sequence[CompareRun], task: Task, rounds: int) -> list[dict
     kept = in_turn([burst(Lane(run, task, timed=True)) for run in runs], rounds)
     columns = [list(zip(*column, strict=True)) for column in kept]
     return [{"step_ms": 1e3 * statistics.median(steps), "control_share": statistics.median(shares)} for steps, shares in columns]
-
-
-__all__ = ["LAST", "CompareRun", "Lane", "step_costs", "train"]

@@ -21,7 +21,6 @@ _PLAIN = {
     "⟩": ">", "⌈": "ceil(", "⌉": ")", "ß": "ss", "│": "|", "─": "-", "━": "-", "═": "-", "║": "|", "┃": "|",
 }  # fmt: skip
 _HANDLER = "normwise.plain"
-_WIDE_ENOUGH = 200
 
 
 def plain(text: str) -> str:
@@ -73,7 +72,7 @@ def in_plain_characters() -> Iterator[None]:
 
 
 def console(out: TextIO) -> Any:
-    """rich's console, which does not end the process where a pipe is closed. A pipe has no width of its own: it is not cut to 80."""
+    """rich's console of a terminal, which does not end the process where nobody reads it any more."""
     need("study", "rich", what="this command")
     from rich.console import Console
 
@@ -81,7 +80,7 @@ def console(out: TextIO) -> Any:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return _Ours(file=out, width=None if out.isatty() else _WIDE_ENOUGH, highlight=False)
+    return _Ours(file=out, highlight=False)
 
 
 NARROW = 80    # columns that every terminal has

@@ -202,7 +202,6 @@ def check_outputs(json: Path | None, state: Path | None, report: Path | None = N
             raise DataError(f"{state}: the finished runs and the results cannot be written to one place; give two files.")
 
 
-def write_json(path: Path | None, results: Mapping[str, Any]) -> None:
-    """Writes the whole file or none of it; nothing for None. OutputError where it cannot be written."""
-    if path is not None:
-        files.replace(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+def write_json(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes the whole file or none of it. OutputError where it cannot be written."""
+    files.replace(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())

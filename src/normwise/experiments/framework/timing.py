@@ -24,9 +24,9 @@ def in_turn(bursts: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
     return [list(column) for column in zip(*taken[WARM_UP:], strict=True)]
 
 
-def seconds_each(step: Callable[[T], object], given: Iterable[T]) -> float:
-    """Seconds a step of one burst, which takes a step for everything that is given. What is given is made before the clock starts."""
-    ready = list(given)
+def seconds_each(step: Callable[[T], object], inputs: Iterable[T]) -> float:
+    """Seconds a step of one burst, which takes a step on each of ``inputs``. They are made before the clock starts."""
+    ready = list(inputs)
     started = time.perf_counter()
     for one in ready:
         step(one)

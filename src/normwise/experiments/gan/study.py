@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from normwise.errors import StudyError
 from normwise.experiments.catalog import BASELINE, GAN_STRATEGIES
 from normwise.experiments.framework.driver import Driver
 from normwise.experiments.framework.pool import one_thread
@@ -80,12 +81,15 @@ def study(options: Options, progress: Progress | None = None, budget: Budget | N
         StudyError, DataError: for what cannot be run, before any run; StudyError, too, where another study works on ``options.state``.
     """
     options.check(BUDGETS)
-    named = chosen(options.only, None, {**GAN_STRATEGIES, **LOSSES}, "strategy or loss")
+    known = {**GAN_STRATEGIES, **LOSSES}
+    if options.only is not None and not options.only:
+        raise StudyError(f"No strategy or loss was given; name one or more of {', '.join(known)}.")
+    named = [] if options.only is None else chosen(options.only, None, known, "strategy or loss")
     with opened(options, progress) as driver:
         data = load(options.data)
         plan = budget or BUDGETS[options.budget][max(data.shape[1:]) > _SMALL]
         plan = replace(plan, seeds=options.seeds or plan.seeds)
-        pairs = cells_of(named if options.only else [], plan)
+        pairs = cells_of(named, plan)
         with one_thread():
             judge = train_judge(data)
         driver.on(JudgedData.of(data, judge), partial(_judged, options.data, judge))
@@ -130,7 +134,7 @@ def _run(options: Options, plan: Budget, driver: Driver, pairs: list[tuple[str, 
         assert times is not None
         lines += [tables.cell_results(cell, ms, times["step_ms"][0]) for cell, ms in zip(group, times["step_ms"], strict=True)]
     judge, samples = data.judge, plan.steps * min(plan.batch, len(data.train))
-    protocol = {**asdict(plan), "samples": samples, "seeds": plan.seeds, "tuning_seeds": [TUNING_SEED, plans.AGAIN_SEED]}
+    protocol = {**asdict(plan), "samples": samples, "tuning_seeds": [TUNING_SEED, plans.AGAIN_SEED]}
     results = {
         "task": "gan", "data": describe(data), "machine": machine(), "budget": options.budget,
         "judge": {"accuracy": judge.accuracy, "floor": judge.floor, "one_class": judge.references["test"].one_class},

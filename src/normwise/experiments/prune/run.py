@@ -77,7 +77,7 @@ def example(task: Task) -> Tensor:
     return next(task.batches(2, 0))[0]
 
 
-def rules(model: nn.Module, given: Tensor, strength: float, start: int = 0, hold: bool = False) -> list[nw.Rule]:
+def rules(model: nn.Module, inputs: Tensor, strength: float, start: int = 0, hold: bool = False) -> list[nw.Rule]:
     """Group lasso from step ``start`` on all that makes a unit removable; strength · √size for units of ``size`` numbers (Yuan and Lin,
     2006).
 
@@ -86,7 +86,7 @@ def rules(model: nn.Module, given: Tensor, strength: float, start: int = 0, hold
     against the lasso, which without this shortens them all alike, until the last of the layer is gone. Biases and shifts are not held.
     """
     names = defaultdict(list)
-    for name, size in targets(model, given).items():
+    for name, size in targets(model, inputs).items():
         names[size].append(name)
     if not names:
         raise StudyError("this model has no units that could be removed, so there is nothing for the group lasso to do.")
@@ -105,43 +105,43 @@ def execute(run: PruneRun, task: Task) -> dict[str, Any]:
     ``failed``: one sentence, where the run diverged or lost a whole layer.
     """
     torch.manual_seed(run.seed)
-    started, given = time.perf_counter(), example(task)
+    started, inputs = time.perf_counter(), example(task)
     model = task.build()
     if run.units:
-        model = cut(model, given, run.units)
+        model = cut(model, inputs, run.units)
     try:
-        model, result = _first_phase(run, task, model, given)
+        model, result = _first_phase(run, task, model, inputs)
     except StudyError as error:
         return {"failed": str(error)}
     result["trained"] = _scores(task, model, run.full)
     _train(task, model, FINE_TUNING_RATE * run.lr, run.fine_tuning, run.seed + _OTHER_BATCHES)
     result["fine_tuned"] = _scores(task, model, run.full)
-    return {**result, **size_of(model, given), "seconds": time.perf_counter() - started}
+    return {**result, **size_of(model, inputs), "seconds": time.perf_counter() - started}
 
 
-def size_of(model: nn.Module, given: Tensor) -> dict[str, int]:
+def size_of(model: nn.Module, inputs: Tensor) -> dict[str, int]:
     """``parameters``, and ``multiplications`` in the convolutions and linear layers for one input."""
     counted: list[int] = []
 
-    def count(layer: Any, inputs: Any, out: Tensor) -> None:
+    def count(layer: Any, args: Any, out: Tensor) -> None:
         places = out[0].numel() // (out.shape[1] if isinstance(layer, nn.Conv2d) else out.shape[-1])
         counted.append(places * layer.weight.numel())
 
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     with torch.no_grad():
-        model.eval()(given)
+        model.eval()(inputs)
     for hook in hooks:
         hook.remove()
     return {"parameters": sum(p.numel() for p in model.parameters()), "multiplications": sum(counted)}
 
 
-def _first_phase(run: PruneRun, task: Task, model: nn.Module, given: Tensor) -> tuple[nn.Module, dict[str, Any]]:
+def _first_phase(run: PruneRun, task: Task, model: nn.Module, inputs: Tensor) -> tuple[nn.Module, dict[str, Any]]:
     if not run.strength:
         _train(task, model, run.lr, run.steps, run.seed)
         return model, {}
-    _train(task, model, run.lr, run.steps, run.seed, rules(model, given, run.strength, round(LASSO_AFTER * run.steps), run.hold))
+    _train(task, model, run.lr, run.steps, run.seed, rules(model, inputs, run.strength, round(LASSO_AFTER * run.steps), run.hold))
     before = _scores(task, model, run.full)
-    model, report = shrink(model, given)
+    model, report = shrink(model, inputs)
     return model, {
         "before": before, "removed": {name: list(gone) for name, gone in report.removed.items()}, "kept": report.kept,
         "units": {name: list(counts) for name, counts in report.units.items()}, "difference": report.difference,

@@ -27,11 +27,11 @@ def measure(task: Task, shapes: Sequence[Mapping[str, Sequence[int]]], rounds: i
     ``ratio``: a smaller network's time over the full one's in the same round, the median over rounds, by kind. In a round each network
     has a burst of five of each kind in turn.
     """
-    given = example(task)
+    inputs = example(task)
     torch.manual_seed(0)
     full = task.build()
-    models = [full, task.build(), *(cut(full, given, units) for units in shapes)]
-    lanes = [_Lane(task, model, rules(model, given, 1e-6, hold=hold) if place == 1 else []) for place, model in enumerate(models)]
+    models = [full, task.build(), *(cut(full, inputs, units) for units in shapes)]
+    lanes = [_Lane(task, model, rules(model, inputs, 1e-6, hold=hold) if place == 1 else []) for place, model in enumerate(models)]
     first, lasso, *smaller = [_by_kind(kept) for kept in in_turn([lane.burst for lane in lanes], rounds)]
     return {
         "full": _medians(first), "lasso": {"step_ms": _medians(lasso)["step_ms"]}, "smaller": [_medians(s) for s in smaller],

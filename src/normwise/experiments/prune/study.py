@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO
 
 from normwise.errors import StudyError, nearest
@@ -107,9 +106,9 @@ def study(options: Options, progress: Progress | None = None, budget: Budget | N
             "fine_tuning_rate": FINE_TUNING_RATE, "lasso_after": LASSO_AFTER, "hold": options.hold,
         }  # fmt: skip
         return {
-            "task": task.name, "data": Path(options.data).name if options.data else "digits", "key": task.key,
+            "task": task.name, "data": task.facts["name"], "key": task.key,
             "machine": machine(), "budget": options.budget, "lr": lr, "strength": strength, "protocol": protocol,
-            "test_images": getattr(task, "test_images", None), "rates": [_line("lr", rate, found) for rate, found in sorted(rates.items())],
+            "test_images": task.facts["test"], "rates": [_line("lr", rate, found) for rate, found in sorted(rates.items())],
             "strengths": [_line("strength", s, found) for s, found in sorted(strengths.items())],
             "seeds": seeds, "summary": summary(seeds), "timing": _timing(driver, task, plan, options.hold, seeds),
         }  # fmt: skip

@@ -46,14 +46,18 @@ class Facts:
 
 
 def run(options: Options, outputs: Outputs) -> bool:
-    """The command: races, prints the table, writes the outputs."""
-    state = options.state or outputs.default_state(f"race-{options.task}")
-    return deliver(lambda state: race(replace(options, state=state), on_stderr()), show, outputs.json, state, outputs.report)
+    """The command: races, prints the table, writes the outputs; False where a bound is broken."""
+    return deliver(
+        lambda state: race(replace(options, state=state), on_stderr()), show, outputs.json,
+        options.state or outputs.default_state(f"race-{options.task}"), outputs.report, complaints=tables.breaches,
+    )  # fmt: skip
 
 
 def look(state: Path, outputs: Outputs) -> bool:
-    """The command without a task: prints what the finished runs in ``state`` say, without training anything."""
-    return deliver(lambda _: replay(state, on_stderr()), show, outputs.json, None, outputs.report, keeps=False)
+    """The command without a task: prints what the finished runs in ``state`` say, without training anything; False as for ``run``."""
+    return deliver(
+        lambda _: replay(state, on_stderr()), show, outputs.json, None, outputs.report, keeps=False, complaints=tables.breaches
+    )
 
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:

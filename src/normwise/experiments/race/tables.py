@@ -45,6 +45,11 @@ def verdict(results: Results) -> str:
     return f"{said}, the fewest. {NO_DIFFERENCE.capitalize()} between it and {', '.join(alike)}: their intervals overlap."
 
 
+def breaches(results: Results) -> list[str]:
+    """Every bound that a reported run was found to break, once."""
+    return sorted({breach for line in results["contenders"] for end in line["ends"] for breach in end["breaches"]})
+
+
 def _interval(line: Results) -> tuple[float, float]:
     return tuple(math.inf if end is None else end for end in (line["low"], line["high"]))    # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page, or one picture, from the results of ``normwise compare``.
+"""One self-contained HTML page, or one picture, from the results of a study.
 
 Needs the extra ``normwise[report]`` and says so when imported without it, so that a long study finds out before its work;
 the packages themselves are imported when a page is written.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from normwise.experiments.catalog import BASELINE
 from normwise.experiments.report import tidy
 from normwise.experiments.report.scale import ErrorScale, fit
-from normwise.experiments.report.tidy import Cell, Look, Row, stat
+from normwise.experiments.report.tidy import Cell, Row, stat
 
 if TYPE_CHECKING:
     import altair as alt
@@ -29,21 +29,27 @@ ACCURACY_TEXT = "format(1 - datum.value, '.2~%')"
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its heading (of small multiples: the parameter's name) and what it shows in one sentence."""
+    """A chart with its heading (of small multiples: the parameter's name), what it shows in one sentence, and how to read it."""
 
     title: str
     text: str
     spec: dict[str, Any]
+    about: str = ""
 
 
-def learning_curves(cells: Sequence[Cell], samples: Any) -> Figure:
-    """Validation accuracy over steps: the mean of the seeds; their range where a strategy is picked out."""
-    curves = [tidy.curve(cell, "validation_accuracy") for cell in cells]
-    scale = fit((value for one in curves for value in one["mean"]), samples)
-    rows = [_errors(tidy.identity(i, cell) | one, scale) for i, (cell, one) in enumerate(zip(cells, curves, strict=True))]
-    chart = _lines(rows, cells, _accuracy(scale, "Validation accuracy"), ("Accuracy", ".2%", "1 - datum.mean"))
-    text = "Validation accuracy over training steps, one line for each strategy."
-    return Figure("Learning curves", text, _spec(chart, cells, 400))
+def learning_curves(cells: Sequence[Cell], samples: Any, metric: str = "accuracy") -> Figure:
+    """What the task is judged by, on validation, over steps: the mean of the seeds; their range where a strategy is picked out."""
+    rows = [tidy.identity(i, cell) | tidy.curve(cell, f"validation_{metric}") for i, cell in enumerate(cells)]
+    about = f"Validation {metric} after so many steps: the mean of the seeds. Pick strategies out to see the range over their seeds."
+    if metric == "loss":
+        chart = _lines(rows, cells, _linear("Validation loss"), ("Loss", ".3f", "datum.mean"))
+    else:
+        scale = fit((value for row in rows for value in row["mean"]), samples)
+        y = _accuracy(scale, "Validation accuracy")
+        chart = _lines([_errors(row, scale) for row in rows], cells, y, ("Accuracy", ".2%", "1 - datum.mean"))
+        about += " The scale is logarithmic in the error, since the last points are the hard ones."
+    text = f"Validation {metric} over training steps, one line for each strategy."
+    return Figure("Learning curves", text, _spec(chart, cells, 400), about)
 
 
 def norm_trajectories(cells: Sequence[Cell]) -> list[Figure]:
@@ -51,13 +57,19 @@ def norm_trajectories(cells: Sequence[Cell]) -> list[Figure]:
     return [_trajectory(cells, name) for name in tidy.parameters(cells)[:MOST_LAYERS]]
 
 
-def cost(cells: Sequence[Cell], samples: Any) -> Figure:
-    """Test accuracy against the control's share of the step, with the spread over seeds."""
-    rows = [row for i, cell in enumerate(cells) if (row := _point(i, cell))]
-    scale = fit((value for row in rows for value in (row["low"], row["mean"], row["high"])), samples)
-    chart = _scatter([_errors(row, scale) for row in rows], cells, scale)
-    return Figure("Accuracy against control cost", "Test accuracy against the control's share of a step.",
-                  _spec(chart, cells, 360))
+def cost(cells: Sequence[Cell], samples: Any, metric: str = "accuracy") -> Figure:
+    """What the task is judged by, on the test part, against the control's share of the step, with the spread over seeds."""
+    rows = [row for i, cell in enumerate(cells) if (row := _point(i, cell, metric))]
+    if metric == "loss":
+        chart, better = _scatter(rows, cells, _linear("Test loss"), ("Test loss", ".3f", "datum.mean")), "Further down is better"
+    else:
+        scale = fit((value for row in rows for value in (row["low"], row["mean"], row["high"])), samples)
+        y = _accuracy(scale, "Test accuracy")
+        chart = _scatter([_errors(row, scale) for row in rows], cells, y, ("Test accuracy", ".2%", "1 - datum.mean"))
+        better = "Further up is more accurate"
+    about = f"{better}, further left is cheaper. The bars are ± one standard deviation over seeds."
+    text = f"Test {metric} against the control's share of a step."
+    return Figure(f"{metric.capitalize()} against control cost", text, _spec(chart, cells, 360), about)
 
 
 def _errors(row: Row, scale: ErrorScale) -> Row:
@@ -69,24 +81,18 @@ def _each(value: Any, scale: ErrorScale) -> Any:
     return [scale.error(one) for one in value] if isinstance(value, list) else scale.error(value)
 
 
-def _point(index: int, cell: Cell) -> Row | None:
-    share, mean = stat(cell, "control_share"), stat(cell, "test_accuracy")
+def _point(index: int, cell: Cell, metric: str) -> Row | None:
+    share, mean = stat(cell, "control_share"), stat(cell, f"test_{metric}")
     if share is None or mean is None:
         return None
-    std = stat(cell, "test_accuracy", "std") or 0.0
+    std = stat(cell, f"test_{metric}", "std") or 0.0
     own = tidy.rounded((stat(cell, "step_ms") or 0.0) * share)
     return tidy.identity(index, cell) | {"share": share, "ms": own, "mean": mean, "low": mean - std, "high": mean + std}
 
 
 def _trajectory(cells: Sequence[Cell], name: str) -> Figure:
-    import altair as alt
-
     rows = [tidy.identity(i, cell) | tidy.norm_curve(cell, name) for i, cell in enumerate(cells)]
-
-    def axis(field: str) -> alt.Y:
-        return alt.Y(f"{field}:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4))
-
-    chart = _lines(rows, cells, axis, ("Norm", ".4~r", "datum.mean"))
+    chart = _lines(rows, cells, _linear(None), ("Norm", ".4~r", "datum.mean"))
     return Figure(name, f"Norm of {name} over training steps, one line for each strategy.", _spec(chart, cells, 200))
 
 
@@ -113,18 +119,19 @@ def _lines(rows: list[Row], cells: Sequence[Cell], y: Axis, tip: tuple[str, str,
     return alt.layer(band, line, dots)
 
 
-def _scatter(rows: list[Row], cells: Sequence[Cell], scale: ErrorScale) -> alt.LayerChart | alt.FacetChart:
+def _scatter(rows: list[Row], cells: Sequence[Cell], y: Axis, tip: tuple[str, str, str]) -> alt.LayerChart | alt.FacetChart:
+    """Points over the control's share of a step; ``y`` and ``tip`` as for ``_lines``."""
     import altair as alt
 
+    title, form, value = tip
     base = alt.Chart(alt.InlineData(values=rows)).transform_filter("datum.optimizer === optimizer")
-    base = base.transform_calculate(shown="1 - datum.mean").encode(
+    base = base.transform_calculate(shown=value).encode(
         x=alt.X("share:Q", title="Control’s share of the step", axis=alt.Axis(format="~%", tickCount=6)),
         color=_colour(cells), opacity=_when(FADED, 0.12, 1.0),
     )
-    y = _accuracy(scale, "Test accuracy")
     bars = base.mark_rule(strokeWidth=1.6).encode(y=y("low"), y2=alt.Y2("high:Q"))
     points = base.mark_point(filled=True, size=110).encode(y=y("mean"), shape=_shape(cells), tooltip=[
-        alt.Tooltip("label:N", title="Strategy"), alt.Tooltip("shown:Q", title="Test accuracy", format=".2%"),
+        alt.Tooltip("label:N", title="Strategy"), alt.Tooltip("shown:Q", title=title, format=form),
         alt.Tooltip("share:Q", title="Share of the step", format=".1%"), alt.Tooltip("ms:Q", title="Control, ms a step"),
     ])
     return alt.layer(bars, points)
@@ -136,6 +143,16 @@ def _accuracy(scale: ErrorScale, title: str) -> Axis:
     def axis(field: str) -> alt.Y:
         return alt.Y(f"{field}:Q", title=title, axis=alt.Axis(values=scale.ticks(), labelExpr=ACCURACY_TEXT),
                      scale=alt.Scale(type="log", domain=[scale.best, scale.worst], reverse=True, nice=False))
+
+    return axis
+
+
+def _linear(title: str | None) -> Axis:
+    """The axis for losses and norms, as they are."""
+    import altair as alt
+
+    def axis(field: str) -> alt.Y:
+        return alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4))
 
     return axis
 
@@ -178,8 +195,3 @@ def _spec(chart: alt.LayerChart | alt.FacetChart, cells: Sequence[Cell], height:
     spec: dict[str, Any] = shown.properties(width="container", height=height).to_dict()
     # The schema is an address that nothing fetches; without it the page can be searched for addresses in earnest.
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
-
-
-def legend(cells: Sequence[Cell]) -> list[Look]:
-    """The looks behind the page's buttons."""
-    return tidy.looks(cells)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,9 @@ def render(results: dict[str, Any]) -> str:
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     style = Markup((HERE / "page.css").read_text(encoding="utf-8"))
-    own = next((study for kind, study in studies.PAGES.items() if studies.is_of(kind, results)), None)
+    own = studies.page_of(results)
     if own is not None:
-        told = {name: getattr(own(results), name) for name in studies.Page.__dataclass_fields__}
+        told = {field.name: getattr(own, field.name) for field in fields(own)}
         return environment.get_template("page.html").render(**told, **_protocol(results["protocol"]), style=style)
     return environment.get_template("compare.html").render(**context(results), style=style, vega=Markup(_vega()))
 
@@ -75,7 +75,7 @@ def context(results: dict[str, Any]) -> dict[str, Any]:
     """What the template of a comparison prints."""
     found = tidy.cells(results)
     data = results.get("data") or {}
-    digits = tables.digits_of(results)
+    digits, metric = tables.digits_of(results), results.get("metric") or "accuracy"
     return {
         "headline": tables.headline(results),
         "verdicts": [studies.Said(tables.explained(one, digits), one.kind, one.optimizer) for one in tables.verdicts(results)],
@@ -84,10 +84,10 @@ def context(results: dict[str, Any]) -> dict[str, Any]:
         "warning": "A baseline is weaker than it should be, so that gains over it mean little.",
         "warnings": [wording.describe(defect) for defect in results.get("baseline_defects") or []],
         "columns": [column.name for column in table.columns_of(found)],
-        "groups": _groups(found, data.get("test"), digits, results.get("metric") or "accuracy"),
-        "sheets": [_sheet(index, cell, digits) for index, cell in enumerate(found)],
+        "groups": _groups(found, data.get("test"), digits, metric),
+        "sheets": [_sheet(index, cell, digits, metric) for index, cell in enumerate(found)],
         **_protocol(results.get("protocol") or {}),
-        **_figures(found, data),
+        **_figures(found, data, metric),
     }
 
 
@@ -138,11 +138,11 @@ def _groups(found: Sequence[Cell], samples: Any, digits: int, metric: str) -> li
     return [(key, tables.optimizer(group[0][1]), table.lines(group, columns, scale, digits, metric)) for key, group in groups.items()]
 
 
-def _figures(found: Sequence[Cell], data: dict[str, Any]) -> dict[str, Any]:
-    curves, costs = charts.learning_curves(found, data.get("validation")), charts.cost(found, data.get("test"))
+def _figures(found: Sequence[Cell], data: dict[str, Any], metric: str) -> dict[str, Any]:
+    curves, costs = charts.learning_curves(found, data.get("validation"), metric), charts.cost(found, data.get("test"), metric)
     norms = charts.norm_trajectories(found)
     return {
-        "looks": charts.legend(found),
+        "looks": tidy.looks(found),
         "curves": curves,
         "norms": norms,
         "norms_left_out": tidy.parameters(found)[charts.MOST_LAYERS :],
@@ -151,12 +151,12 @@ def _figures(found: Sequence[Cell], data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sheet(index: int, cell: Cell, digits: int) -> Sheet:
+def _sheet(index: int, cell: Cell, digits: int, metric: str) -> Sheet:
     facts = [("About", str(cell["about"]))] if cell.get("about") else []
     facts += [("Chosen", table.setting(cell) or MISSING), ("Trials", wording.plain(cell.get("trials")))]
     facts += [(wording.words(key).capitalize(), wording.describe(cell[key])) for key in REMARKS if cell.get(key)]
-    for title, key in (("Test", "test_accuracy"), ("Validation", "validation_accuracy"), ("Training", "train_accuracy")):
-        facts.append((f"{title} accuracy, %", _seeds(cell, key, digits)))
+    for title, part in (("Test", "test"), ("Validation", "validation"), ("Training", "train")):
+        facts.append((f"{title} {metric}{', %' if metric == 'accuracy' else ''}", _seeds(cell, f"{part}_{metric}", digits)))
     norms: dict[str, Any] = cell.get("norms") or {}
     kinds = tidy.unique(kind for values in norms.values() for kind in values)
     rows = [(name, [_norm(values.get(kind)) for kind in kinds]) for name, values in norms.items()]
@@ -165,10 +165,11 @@ def _sheet(index: int, cell: Cell, digits: int) -> Sheet:
 
 
 def _seeds(cell: Cell, key: str, digits: int) -> str:
-    """Mean ± spread, and in brackets each seed's own value."""
-    values = (cell.get(key) or {}).get("values") or []
-    each = ", ".join(wording.percent(tidy.number(value), digits) for value in values)
-    return wording.with_spread(cell, key, digits) + (f" ({each})" if each else "")
+    """Mean ± spread, and in brackets each seed's own value: accuracies in percent, losses as they are."""
+    values = [tidy.number(value) for value in (cell.get(key) or {}).get("values") or []]
+    is_loss = key.endswith("_loss")
+    each = ", ".join(wording.plain(value) if is_loss else wording.percent(value, digits) for value in values)
+    return (tables.of_seeds(cell, key) if is_loss else wording.with_spread(cell, key, digits)) + (f" ({each})" if each else "")
 
 
 def _norm(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,16 @@ def picture(results: dict[str, Any], path: str | Path) -> Path:
         DataError: another ending, or a folder that cannot be written.
         StudyError: results without a cell.
     """
+    return save(lambda: overview(results), path)
+
+
+def save(spec: Callable[[], dict[str, Any]], path: str | Path) -> Path:
+    """Writes a Vega-Lite specification as a picture, ``.svg`` or ``.png`` at twice the size. DataError for another ending, before it is
+    made, and for a folder that cannot be written."""
     target = Path(path)
     if target.suffix.lower() not in (".svg", ".png"):
         raise DataError(f"A picture is written as .png or .svg, got {target.name!r}. Give the file one of these endings.")
-    return replace(target, render(overview(results), target.suffix.lower()))
+    return replace(target, render(spec(), target.suffix.lower()))
 
 
 def overview(results: dict[str, Any]) -> dict[str, Any]:

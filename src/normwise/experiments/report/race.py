@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from normwise.errors import DataError
 from normwise.experiments.race.tables import ranked
 from normwise.experiments.report import tidy
-from normwise.experiments.report.picture import INK, render, theme
+from normwise.experiments.report.picture import INK, save, theme
 from normwise.experiments.report.tidy import Row
-from normwise.files import replace
 
 if TYPE_CHECKING:
     import altair as alt
@@ -27,19 +26,12 @@ def race_picture(results: Results, path: str | Path) -> Path:
 
     Raises DataError for another ending, a folder that cannot be written, and a race in which no contender is finished.
     """
-    return _write(lambda: ladders(results), path)
+    return save(lambda: ladders(results), path)
 
 
 def races_picture(results: Mapping[str, Results], path: str | Path) -> Path:
     """Writes the shares of all contenders to ``path`` (``.svg`` or ``.png``), a column a task. results: by task, in this order."""
-    return _write(lambda: shares(results), path)
-
-
-def _write(spec: Any, path: str | Path) -> Path:
-    target = Path(path)
-    if target.suffix.lower() not in (".svg", ".png"):
-        raise DataError(f"A picture is written as .png or .svg, got {target.name!r}. Give the file one of these endings.")
-    return replace(target, render(spec(), target.suffix.lower()))
+    return save(lambda: shares(results), path)
 
 
 def drawable(results: Results) -> bool:

@@ -94,7 +94,7 @@ def race(results: Results) -> Page:
                     _svg(spec), "Validation result of every run against its share of the horizon, one panel for each contender."),
             Section("Tuned numbers", "What validation chose, to use as it is.", tables=[_table(race_tables.numbers(results))]),
         ]  # fmt: skip
-    broken = sorted({breach for line in results["contenders"] for end in line["ends"] for breach in end["breaches"]})
+    broken = race_tables.breaches(results)
     return Page(
         f"race {results['race']}", said or race_tables.title(results), [Said(race_tables.title(results))] if said else [],
         [("Data", str(results.get("data") or "bundled data")), ("Machine", _machine(results["machine"])), ("Budget", results["budget"])],
@@ -200,10 +200,12 @@ def _panels(layered: alt.LayerChart | alt.FacetChart, by: str, rows: list[dict[s
     return spec
 
 
-PAGES: dict[str, Callable[[Results], Page]] = {"race": race, "gan": gan, "prune": prune}
-_KEYS = {"race": {"race", "contenders", "horizon"}, "gan": {"judge", "cells"}, "prune": {"summary", "strengths", "timing"}}
+_PAGES: tuple[tuple[set[str], Callable[[Results], Page]], ...] = (
+    ({"race", "contenders", "horizon"}, race), ({"judge", "cells"}, gan), ({"summary", "strengths", "timing"}, prune),
+)  # fmt: skip
+"""By the keys that tell a study's results."""
 
 
-def is_of(kind: str, results: Results) -> bool:
-    """Whether the results are those of this study."""
-    return results.keys() >= _KEYS[kind]
+def page_of(results: Results) -> Page | None:
+    """The page of a race, a GAN study or a pruning; None for results of none of them."""
+    return next((page(results) for keys, page in _PAGES if results.keys() >= keys), None)

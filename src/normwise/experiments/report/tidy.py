@@ -55,7 +55,7 @@ def cells(results: dict[str, Any]) -> list[Cell]:
     if not isinstance(found, list) or not found:
         given = ", ".join(sorted(map(str, results))) or "an empty dictionary"
         raise StudyError(f"A report needs results with at least one entry in 'cells', got: {given}. "
-                         "Pass what `normwise compare` wrote with --json.")
+                         "Pass what a study wrote with --json.")
     for cell in found:
         for key in ("strategy", "optimizer"):
             if not isinstance(cell.get(key), str):

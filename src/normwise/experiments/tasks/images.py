@@ -35,7 +35,6 @@ class ImageTask(Supervised):
         self.guess, self.facts = data.commonest, describe(data)
         self.mean, self.deviation = data.scale
         self.shift = max(1, min(data.shape[1:]) // _SHADES) if augmented else 0
-        self.test_images = len(data.test)
         self.mirror = augmented and data.shape[0] > 1
         self._parts = {name: _part(data, name) for name in ("train", "validation", "test")}
         self._sample = torch.randperm(self.samples, generator=torch.Generator().manual_seed(0))[: len(data.validation)]

@@ -26,7 +26,8 @@ class Recipe:
 
     name: of the task. tiny: whether the model is one that trains in seconds. metric: what runs are judged by. batch: samples a step.
     model: gives a new model; torch's global generator decides its weights. bf16: run the model under
-    ``torch.autocast("cpu", torch.bfloat16)``, the logits and the loss in fp32.
+    ``torch.autocast("cpu", torch.bfloat16)``, the logits and the loss in fp32. variant: of the model, where
+    an option of the task changes it.
     """
 
     name: str
