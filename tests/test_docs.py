@@ -53,7 +53,7 @@ def test_every_variant_of_the_tuned_form_does_something_else(monkeypatch: pytest
 def test_every_link_between_documents_leads_somewhere() -> None:
     import re
 
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     links = [(page, link) for page in pages for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())]
     assert len(links) > 8
     assert [str(link) for page, link in links if not (page.parent / link).exists()] == []
@@ -66,7 +66,7 @@ def test_the_readme_speaks_of_what_there_is() -> None:
     import normwise as nw
     import normwise.prune  # a room of its own, which `import normwise` does not bring
 
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     names = {name for page in pages for name in re.findall(r"nw\.((?:optim\.)?\w+)", page.read_text())}
     assert {"attach", "max_norm", "optim.Muon"} <= names
     for name in names:

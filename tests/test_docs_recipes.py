@@ -119,6 +119,7 @@ def test_the_recipe_for_an_action(copy: Copy) -> None:
 USE_OF_AN_ACTION = """
 import torch, normwise as nw
 policy = nw.Policy([nw.Rule(action="soft_clip", per="unit", radius=0.5)])
+assert policy[0].label() == "soft_clip l2/unit <= 0.5"
 assert nw.Policy.from_yaml(policy.to_yaml()) == policy
 try:
     nw.Rule(action="soft_clip", radius=0.5, rounding="stochastic")

@@ -11,7 +11,7 @@ import normwise as nw
 from normwise.errors import LayoutError, PolicyError
 from normwise.norms import NORMS
 from normwise.parameters.layouts import Layout
-from normwise.policy import NAMED, Policy, Rule, as_policy, named
+from normwise.policy import NAMED, Policy, Rule, named
 
 
 class Net(nn.Module):
@@ -29,7 +29,7 @@ def test_a_policy_flattens_and_compares_by_value():
     assert nested.roles == {"fc2.weight": "hidden"}
     assert nested == Policy(list(nested), roles=nested.roles) and hash(nested) == hash(copy.deepcopy(nested))
     assert nested != Policy(list(nested)) and Policy([]) == Policy() and len(Policy()) == 0
-    assert as_policy(nested) is nested and as_policy(named.agc()) == Policy([named.agc()])
+    assert Policy(nested) == nested and Policy(named.agc()) == Policy([named.agc()])
     assert eval(repr(nested), {**vars(named), "Policy": Policy, **{type(n).__name__: type(n) for n in NORMS.values()}}) == nested
 
 

@@ -213,7 +213,7 @@ def test_a_rule_is_a_value():
         (Rule(action="project", norm="orthogonal"), "project orthogonal/tensor = 1"),
         (named.spectral_cap("1.5*init"), "project spectral/matrix <= 1.5*init"),
         (named.max_norm(3, "fc*"), "clip_norm l2/unit <= 3, params=fc*"),
-        (named.max_norm(3, ["fc*", nn.Conv2d]), "clip_norm l2/unit <= 3, params=['fc*', Conv2d]"),
+        (named.max_norm(3, ["fc*", nn.Conv2d]), "clip_norm l2/unit <= 3, params=[fc*, Conv2d]"),
         (named.max_norm(3, "fc*", name="trunk"), "trunk"),
         (NAMED["orthogonal"](), "project orthogonal/matrix = 1"),
     ],

@@ -119,6 +119,13 @@ USERS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 """Numbers that only some parts use, and whether those of a row do."""
 
 
+def norm_of(row: Mapping[str, Any]) -> Norm:
+    """The norm of a row that was checked: `check_row` refuses sets."""
+    norm = get_norm(row["norm"])
+    assert isinstance(norm, Norm)
+    return norm
+
+
 def has_momentum(row: Mapping[str, Any]) -> bool:
     """Whether ``momentum`` is what the row's step uses; Adam and Lion have betas instead."""
     return row["direction"] in ("heavy_ball", "nesterov", "ema", "ema_nesterov") or (row["direction"] == "plain" and bool(row["velocity"]))
@@ -135,7 +142,7 @@ def newton_schulz(coefficients: Sequence[float], steps: int) -> str | tuple[tupl
 def polar_floor(row: Mapping[str, Any]) -> float:
     """The least Frobenius norm that a polar iteration divides by: ``eps``, where no other part of the row has it."""
     iterates = row["act"] == "lmo" and (row["polar"] == "quintic" or not isinstance(row["polar"], str))
-    mine = iterates and row["direction"] != "adam" and not row["row_beta"] and get_norm(row["norm"]).polar
+    mine = iterates and row["direction"] != "adam" and not row["row_beta"] and norm_of(row).polar
     return float(row["eps"]) if mine else 0.0
 
 
@@ -292,8 +299,7 @@ def _number(value: Any, column: str, name: str, below: float = math.inf) -> None
 
 def needs_matrices(row: Mapping[str, Any]) -> bool:
     """Whether the blocks of a group must be matrices: for a norm of matrices, or a part that asks for units."""
-    norm = get_norm(row["norm"])
-    by_norm = row["act"] != "none" and norm.matrix
+    by_norm = row["act"] != "none" and norm_of(row).matrix
     return by_norm or row["act"] == "ridge" or row["scale"] in SHAPED or row["row_beta"] > 0 or row["hold"] == "row_floor"
 
 

@@ -15,9 +15,9 @@ from normwise.engine.sharded import here, is_sharded
 from normwise.engine.sharded.grouping import loose_pack, packs_of
 from normwise.errors import LayoutError, PolicyError
 from normwise.low_precision import CARRY, NOISE, memory, rounds
-from normwise.norms import L2, Norm, get_norm
+from normwise.norms import L2
 from normwise.norms.reduce import compute_dtype, wide
-from normwise.optim.columns import STATE, acts_on_blocks, apart, needs_matrices, stores_radius
+from normwise.optim.columns import STATE, acts_on_blocks, apart, needs_matrices, norm_of, stores_radius
 from normwise.parameters.layouts import BlockView, Layout, block_view, is_dense, lie_alike
 
 Group = Mapping[str, Any]
@@ -170,8 +170,8 @@ def names_of(group: Group) -> list[str]:
 
 def members(group: Group, indices: Iterable[int]) -> list[Member]:
     """The group's parameters with their blocks; LayoutError where a part asks for blocks that a parameter has not."""
-    matrix, norm, names, axes = needs_matrices(group), get_norm(group["norm"]), names_of(group), layouts(group)
-    oriented = matrix and isinstance(norm, Norm) and norm.oriented
+    matrix, names, axes = needs_matrices(group), names_of(group), layouts(group)
+    oriented = matrix and norm_of(group).oriented
     found = []
     for i in indices:
         per = group["per"] if acts_on_blocks(group) and _has(axes[i].axes, group["per"]) else _whole(group)

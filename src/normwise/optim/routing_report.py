@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from normwise.engine.action_report import Receipt as RuleReceipt
-from normwise.norms import Norm, get_norm
-from normwise.optim.columns import needs_matrices
+from normwise.optim.columns import needs_matrices, norm_of
+from normwise.optim.plan import names_of
 from normwise.reports import Loggable
 
 if TYPE_CHECKING:
@@ -86,20 +86,9 @@ def _stepped(group: Mapping[str, Any], roles: Mapping[int, str], state: Mapping[
     for p in group["params"]:
         role = roles.get(id(p), "")
         kinds[role if role in kinds else "matrix" if p.ndim >= 2 else "vector"] += 1
-    names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-    idle = [name for name, p in zip(names, group["params"], strict=True) if p not in state and not _stateless(group)]
+    idle = [name for name, p in zip(names_of(group), group["params"], strict=True) if p not in state and group["direction"] != "plain"]
     numbers = sum(p.numel() for p in group["params"])
-    return Stepped(str(group.get("name", "main")), _method(group), kinds, numbers, is_matrix_method(group), idle)
-
-
-def _stateless(group: Mapping[str, Any]) -> bool:
-    return group["direction"] == "plain"
-
-
-def is_matrix_method(group: Mapping[str, Any]) -> bool:
-    """Whether the row acts on matrices as such: orthogonalises them, or divides by what their Gram matrix says."""
-    norm = get_norm(group["norm"])
-    return group["act"] == "ridge" or (group["act"] != "none" and isinstance(norm, Norm) and norm.matrix) or needs_matrices(group)
+    return Stepped(str(group.get("name", "main")), _method(group), kinds, numbers, needs_matrices(group), idle)
 
 
 def _method(group: Mapping[str, Any]) -> str:
@@ -107,17 +96,17 @@ def _method(group: Mapping[str, Any]) -> str:
         return {"adam": "AdamW" if group["hold"] == "none" else "Adam", "plain": "gradient descent"}.get(group["direction"], "momentum")
     if group["act"] == "ridge":
         return "the ridge inverse"
-    name = getattr(get_norm(group["norm"]), "name", str(group["norm"]))
+    name = getattr(norm_of(group), "name", str(group["norm"]))
     return f"the {name} LMO" if group["act"] == "lmo" else f"normalisation by {name}"
 
 
 def _covered(optimizer: NormOptimizer) -> float | None:
     """Of the numbers in weights of two or more dimensions the share that a matrix method steps; None where no row is one."""
     groups = optimizer.param_groups
-    if not any(map(is_matrix_method, groups if optimizer.routing is None else optimizer.routing.rows.values())):
+    if not any(map(needs_matrices, groups if optimizer.routing is None else optimizer.routing.rows.values())):
         return None
     others = _meant_for_others(optimizer)
-    sizes = [(is_matrix_method(g), p.numel()) for g in groups for p in g["params"] if p.ndim >= 2 and id(p) not in others]
+    sizes = [(needs_matrices(g), p.numel()) for g in groups for p in g["params"] if p.ndim >= 2 and id(p) not in others]
     whole = sum(n for _, n in sizes)
     return sum(n for matrix, n in sizes if matrix) / whole if whole else None
 
@@ -133,7 +122,7 @@ def little_covered(optimizer: NormOptimizer) -> str | None:
     if covered is None or covered >= HALF or optimizer.routing is None:
         return None
     rows, of = optimizer.routing.rows, optimizer.routing.of
-    others = [e for e in optimizer.routing.entries if e.param.ndim >= 2 and not is_matrix_method(rows[of[e.name]])]
+    others = [e for e in optimizer.routing.entries if e.param.ndim >= 2 and not needs_matrices(rows[of[e.name]])]
     largest = sorted(others, key=lambda e: -e.param.numel())[:3]
     named = ", ".join(f"{e.name} ({e.role}, {'x'.join(map(str, e.param.shape))})" for e in largest)
     return (
@@ -145,4 +134,4 @@ def little_covered(optimizer: NormOptimizer) -> str | None:
 
 def _matrix_row(optimizer: NormOptimizer) -> str:
     assert optimizer.routing is not None
-    return next(name for name, row in optimizer.routing.rows.items() if is_matrix_method(row))
+    return next(name for name, row in optimizer.routing.rows.items() if needs_matrices(row))

@@ -13,10 +13,10 @@ from normwise.engine.pack import Pack
 from normwise.engine.sharded.norms import simple
 from normwise.engine.sharded.prefetch import Request
 from normwise.low_precision import narrow_, widened
-from normwise.norms import L2, Norm, get_norm
+from normwise.norms import L2, Norm
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.linalg import polar, ridge_inverse
-from normwise.optim.columns import apart, polar_floor, shape_scale
+from normwise.optim.columns import apart, norm_of, polar_floor, shape_scale
 from normwise.optim.directions import DIRECTIONS
 from normwise.optim.plan import Alike, Part, Plan
 from normwise.policy import actions
@@ -133,9 +133,9 @@ class Stepping:
 
 def _measured_by_act(part: Pack, group: Group) -> list[Norm]:
     """The norm that an act divides by; none where it needs no norm, or whole blocks."""
-    norm = get_norm(group["norm"])
+    norm = norm_of(group)
     base = simple(norm, part.block_shape)
-    if base is None or not isinstance(norm, Norm) or group["act"] not in ("normalize", "lmo"):
+    if base is None or group["act"] not in ("normalize", "lmo"):
         return []
     return [norm] if group["act"] == "normalize" else [L2()] if isinstance(base[0], L2) else []
 
@@ -168,8 +168,7 @@ def _act(part: Pack, update: list[Tensor], group: Group) -> list[Tensor]:
     if group["act"] == "ridge":
         blocks = part.gather(update)
         return part.split(ridge_inverse(blocks, float(group["damping"])))
-    norm = get_norm(group["norm"])
-    assert isinstance(norm, Norm)
+    norm = norm_of(group)
     if group["act"] == "normalize":
         return part.normalized(norm, update)
     return part.steepest(norm, update, lambda blocks: steepest(norm, blocks, group))

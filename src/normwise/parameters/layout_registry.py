@@ -265,7 +265,7 @@ def _zamba(_module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
 register_layout("ZambaMambaMixer", _zamba, role="hidden")
 
 
-# ---------------------------------------------------------------------------------------------------- the forward's forward_source
+# ---------------------------------------------------------------------------------------------------- the source of the forward pass
 
 
 def _by_source(module: nn.Module, name: str, tensor: Tensor) -> Statement | None:

@@ -187,10 +187,12 @@ def _union(selector: Selector, entries: list[Entry], field: str) -> set[int]:
     return found
 
 
-def shown(selector: object) -> str:
-    """A selector as its user wrote it, for messages."""
+def shown(selector: object, quoted: bool = True) -> str:
+    """A selector as its user wrote it, for messages; without quotes where the message puts some around what it is a part of."""
     if isinstance(selector, list | tuple):
-        return f"[{', '.join(map(shown, selector))}]"
+        return f"[{', '.join(shown(one, quoted) for one in selector)}]"
+    if isinstance(selector, str) and not quoted:
+        return selector
     return getattr(selector, "__qualname__", None) or repr(selector)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from normwise.policy import published as _published  # noqa: F401 - its methods list themselves in NAMED
 from normwise.policy.named import NAMED
-from normwise.policy.policy import Policy, as_policy
+from normwise.policy.policy import Policy
 from normwise.policy.rule import Rule
 
-__all__ = ["NAMED", "Policy", "Rule", "as_policy"]
+__all__ = ["NAMED", "Policy", "Rule"]

@@ -50,8 +50,11 @@ def explained(name: str) -> str:
 
 
 def explain_file(path: Path) -> str:
-    """The policy of a YAML file, one rule a line. Raises PolicyError for a file that cannot be
-    read and, with the line, for one that is no policy."""
+    """The policy of a YAML file, one rule a line.
+
+    Raises:
+        PolicyError: for a file that cannot be read and, with the line, for one that is no policy.
+    """
     policy = Policy.load(path)
     lines = [f"{place}. {rule}" for place, rule in enumerate(policy.rules, start=1)]
     return "\n".join([f"{path} is a valid policy of {len(lines)} rule{'s' * (len(lines) != 1)}:", *lines])

@@ -1,8 +1,8 @@
 """The named rules: each is one choice of the parts of a :class:`Rule`, and says which problem it solves.
 
-All take the keywords ``name``, ``exclude``, ``every``, ``start``, ``stop``, ``layout``, ``optional`` of a rule. In the formulas w is
-one block, g its gradient, η the learning rate of its parameter group. Selectors (``params``) default to the weights
-(``"role:matrix"``: no biases, no gains), except where a docstring says otherwise.
+All take the keywords ``name``, ``exclude``, ``every``, ``start``, ``stop``, ``layout``, ``optional`` of a rule, and
+``rounding`` where the action reads it. In the formulas w is one block, g its gradient, η the learning rate of its parameter group.
+Selectors (``params``) default to the weights (``"role:matrix"``: no biases, no gains), except where a docstring says otherwise.
 
 To add one, write a function under ``@named``: that alone makes it ``nw.<name>``, a rule in YAML and a line of ``normwise policies``.
 """

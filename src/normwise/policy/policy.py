@@ -133,11 +133,6 @@ class Policy:
             raise PolicyError(f"the policy file {str(path)!r} cannot be written: {reason.rstrip('.')}.") from error
 
 
-def as_policy(rules: PolicyLike) -> Policy:
-    """A Policy as it is; a rule or a list of rules as a Policy."""
-    return rules if isinstance(rules, Policy) else Policy(rules)
-
-
 _Stated: TypeAlias = "tuple[dict[Any, str], dict[Any, LayoutLike]]"
 
 

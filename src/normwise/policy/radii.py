@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
 from normwise.errors import PolicyError, nearest
+from normwise.parameters.layouts import PER
 from normwise.policy.schedules import SCHEDULES, Plain, Varying, arguments_by_name, count, is_number, label, number, one_entry, varying
 
 LENGTHS = ("init", "weight", "number")
@@ -68,6 +69,8 @@ class RadiusRule(Plain):
 
     allowed: ClassVar[tuple[tuple[str, str], ...]]
     """The pairs (action, on) that it has a meaning for."""
+    _blocks: ClassVar[tuple[str, ...]] = PER
+    """The kinds of block that it has a meaning on."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class StepLength(RadiusRule):
     scale: Varying = 1.0
     name: ClassVar[str] = "step_length"
     allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "update"), ("project", "update"), ("normalize", "update"))
+    _blocks: ClassVar[tuple[str, ...]] = tuple(per for per in PER if per != "global")    # each group of an optimizer has an η of its own
 
     def __post_init__(self) -> None:
         if self.of not in LENGTHS:
@@ -123,6 +127,7 @@ class Quantile(RadiusRule):
     window: int = 10_000
     name: ClassVar[str] = "quantile"
     allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "grad"), ("clip_norm", "update"))
+    _blocks: ClassVar[tuple[str, ...]] = ("global", "tensor")
 
     def __post_init__(self) -> None:
         given = number(self.percentile, "percentile", zero=True)
@@ -148,6 +153,7 @@ class ZScore(RadiusRule):
     warmup: int = 25
     name: ClassVar[str] = "zscore"
     allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "grad"), ("clip_norm", "update"))
+    _blocks: ClassVar[tuple[str, ...]] = ("global", "tensor")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "z", number(self.z, "z"))
@@ -220,8 +226,8 @@ def radius(value: object, what: str = "radius") -> Radius:
 
 
 def from_data(data: Any, what: str = "schedule") -> Any:
-    """The inverse of :func:`to_data`: ``{linear: {start: 1, end: 0.1, steps: 100}}`` or ``{linear: [1, 0.1, 100]}``
-    becomes a schedule, numbers and strings stay what they are (the field that takes them judges them).
+    """The inverse of ``schedules.to_data``: ``{linear: {start: 1, end: 0.1, steps: 100}}`` or ``{linear: [1, 0.1, 100]}`` becomes a
+    schedule, numbers and strings stay what they are (the field that takes them judges them).
     """
     if not isinstance(data, Mapping):
         return data

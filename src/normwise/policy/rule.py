@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from normwise.errors import NormwiseError, PolicyError, nearest
@@ -32,15 +32,25 @@ class Action:
     """The fields that it reads, beside those that every action reads. Any other given one is an error, not ignored."""
     phase: str | None = None
     """When in a step it acts, one of `PHASES`; None for the phase of what it acts on."""
+    blocks: tuple[str, ...] = PER
+    """The kinds of block that it has a meaning on; it acts on the first of them if it does not read ``per``."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that are something else than usual where a rule leaves them out."""
+    measures: str = ""
+    """What it bounds of a block, if that is no norm."""
+    bounds: str = ""
+    """What its radius is a bound on, if that is nothing that a weight has when attached."""
+    power_2: str = ""
+    """What ``power=2`` does, if that is not half of the squared norm."""
 
 
 ACTIONS: dict[str, Action] = {}
 """Every action by its name in a rule."""
 
 
-def register_action(name: str, targets: str, needs: str | None, uses: str, phase: str | None = None) -> None:
-    """Makes an action known by its name; ``targets`` and ``uses`` are lists of words."""
-    ACTIONS[name] = Action(tuple(targets.split()), needs, frozenset(uses.split()), phase)
+def register_action(name: str, targets: str, needs: str | None, uses: str, phase: str | None = None, **more: Any) -> None:
+    """Makes an action known by its name; ``targets`` and ``uses`` are lists of words, ``more`` the other fields of `Action`."""
+    ACTIONS[name] = Action(tuple(targets.split()), needs, frozenset(uses.split()), phase, **more)
 
 
 register_action("penalty", "weight", "strength", "strength norm per heads power center", "penalty")
@@ -50,8 +60,14 @@ register_action("clip_norm", "weight grad update", "radius", "radius norm per he
 register_action("project", "weight grad update", "radius", "radius norm per heads floor center tolerance")
 register_action("normalize", "weight grad update", "radius", "radius norm per heads rate floor center")
 register_action("lmo", "grad update", None, "norm per heads")
-register_action("cpr", "weight", "radius", "radius strength per heads floor", "cpr")
-register_action("qk_clip", "weight", "radius", "radius heads power", "qk_clip")
+register_action(
+    "cpr", "weight", "radius", "radius strength per heads floor", "cpr", defaults={"strength": 1.0}, measures="mean square",
+    blocks=tuple(per for per in PER if per not in ("global", "element")),
+)  # fmt: skip
+register_action(
+    "qk_clip", "weight", "radius", "radius heads power", "qk_clip", blocks=("head",), bounds="attention logits, such as 100",
+    power_2="on queries alone",
+)  # fmt: skip
 
 ON = ("weight", "grad", "update")
 PHASES = ("penalty", "gradient", "decay", "cpr", "update", "prox", "qk_clip", "weight")
@@ -60,8 +76,6 @@ DEFAULT_PARAMS, EVERYTHING = "role:matrix", "role:all"
 MATRICES = ("role:hidden", "role:conv", "role:recurrent")
 WEIGHT_ONLY = ("min_radius", "rate", "center")
 VECTOR_PER = ("unit", "input", "element", "global")
-WHOLE, HOLD_MANY = ("global", "tensor"), tuple(per for per in PER if per not in ("global", "element"))
-NOT_GLOBAL = tuple(per for per in PER if per != "global")    # an optimizer's groups have each their η, one vector has none
 
 SELECTOR = (rule_fields.selector_to_data, rule_fields.selector_from_data)
 _T = TypeVar("_T", bound=type[Any])
@@ -168,13 +182,20 @@ class Rule:
             object.__setattr__(self, "on", ACTIONS[self.action].targets[0])
         if self.action == "project" and isinstance(self.norm, Set) and self.norm.needs_radius and self.radius is None:
             object.__setattr__(self, "radius", 1.0)
-        if self.action == "cpr" and self.strength is None:
-            object.__setattr__(self, "strength", 1.0)
+        for name, value in ACTIONS[self.action].defaults.items():
+            if getattr(self, name) == getattr(Rule, name):
+                object.__setattr__(self, name, value)
 
     @property
     def phase(self) -> str:
         """When in a step it acts: "penalty", "gradient", "decay", "cpr", "update", "prox", "qk_clip" or "weight"."""
         return ACTIONS[self.action].phase or {"grad": "gradient", "update": "update"}.get(str(self.on), "weight")
+
+    @property
+    def _blocks(self) -> str:
+        """The kind of block that it acts on: ``per``, or the only one that its action has."""
+        action = ACTIONS[self.action]
+        return self.per if "per" in action.uses else action.blocks[0]
 
     def active(self, step: int) -> bool:
         """Whether it acts at ``step``, counted from 0 when attached."""
@@ -194,7 +215,7 @@ class Rule:
 
     def kind(self) -> tuple[Any, ...]:
         """What two rules have in common that do the same to different amounts: action, target, norm and blocks."""
-        return self.action, self.on, None if self.action in ("weight_decay", "qk_clip") else rule_fields.norm_label(self.norm), self.per
+        return self.action, self.on, rule_fields.norm_label(self.norm) if "norm" in ACTIONS[self.action].uses else None, self.per
 
     def matched(self, entries: Iterable[Entry]) -> list[Entry]:
         """As :meth:`targets`, but empty where the rule matches nothing."""
@@ -210,39 +231,33 @@ class Rule:
     def view(self, entry: Entry) -> BlockView:
         """The blocks of one parameter that the rule acts on; LayoutError where it has none such."""
         oriented = isinstance(self.norm, Norm) and self.norm.matrix and self.norm.oriented
-        per = "head" if self.action == "qk_clip" else self.per
-        return block_view(self.axes(entry), per, self.norm.matrix, oriented=oriented, name=entry.name)
+        return block_view(self.axes(entry), self._blocks, self.norm.matrix, oriented=oriented, name=entry.name)
 
     def label(self) -> str:
         """What tables and messages call it: its name, or what it does and to which parameters, as ``params`` says it."""
         usual = self.params in (None, EVERYTHING, MATRICES)    # by default, and so nothing that its user wrote
-        params = self.params if isinstance(self.params, str) else shown(self.params)    # messages put a label in quotes
-        return self.name or self.summary() + ("" if usual else f", params={params}")
+        return self.name or self.summary() + ("" if usual else f", params={shown(self.params, quoted=False)}")
 
     def summary(self) -> str:
         """What it does, in short, whatever it is called: ``clip_norm l2/unit <= 3``."""
-        target = "" if self.on == ACTIONS[self.action].targets[0] else f" {self.on}"
-        norm = f"half {rule_fields.norm_label(self.norm)}^2" if self.power == 2 else rule_fields.norm_label(self.norm)
-        if self.action in ("weight_decay", "qk_clip"):
-            norm = ""
-        elif self.action == "cpr":
-            norm = f"mean square/{self.per}"
-        elif isinstance(self.norm, Norm) or self.norm.matrix:
-            norm = f"{norm}/{self.per}"
-        return " ".join(filter(None, (self.action + target, norm, self._amount())))
+        action = ACTIONS[self.action]
+        target = "" if self.on == action.targets[0] else f" {self.on}"
+        measured = action.measures or (rule_fields.norm_label(self.norm) if "norm" in action.uses else "")
+        if measured and self.power == 2:
+            measured = f"half {measured}^2"
+        if measured and (isinstance(self.norm, Norm) or self.norm.matrix):
+            measured += f"/{self.per}"
+        return " ".join(filter(None, (self.action + target, measured, self._amount())))
 
     def _amount(self) -> str:
         around = " around init" if self.center == "init" else " around given weights" if self.center else ""
         around += f" at rate {self.rate:g}" if self.rate != 1 else ""
         around += f", rounding {self.rounding}" if self.rounding != "nearest" else ""
-        amount = schedules.label(self.radius)
-        if self.action in ("cpr", "qk_clip"):
-            rate = f" at rate {schedules.label(self.strength)}" if self.action == "cpr" else " on queries alone" if self.power == 2 else ""
-            return f"<= {amount}{rate}"
-        if self.strength is not None:
-            return f"x {schedules.label(self.strength)}{around}"
         if self.radius is None:
-            return around.strip()
+            return around.strip() if self.strength is None else f"x {schedules.label(self.strength)}{around}"
+        amount = schedules.label(self.radius)
+        around += "" if self.strength is None else f" at rate {schedules.label(self.strength)}"
+        around += f" {power_2}" if self.power == 2 and (power_2 := ACTIONS[self.action].power_2) else ""
         if self.min_radius is not None:
             return f"in [{self.min_radius:g}, {amount}]{around}"
         relation = "=" if self.action == "normalize" or isinstance(self.norm, Set) else "<="
@@ -377,23 +392,20 @@ def _check_radius(rule: Rule) -> None:
 
 
 def _check_found(rule: Rule) -> None:
-    """Radii that are rules themselves, and the actions that a single method is made of."""
-    radius = rule.radius
+    """Radii that are rules themselves, and the blocks that a radius or an action has a meaning on."""
+    radius, action = rule.radius, ACTIONS[rule.action]
     if isinstance(radius, radii.RadiusRule) and (rule.action, rule.on) not in radius.allowed:
         allowed = ", ".join(f"{action} on={on!r}" for action, on in radius.allowed)
         raise FieldError(f"radius {radius.label()!r} has no meaning for {rule.action} on={rule.on!r}. Allowed: {allowed}.", "radius")
-    if rule.action in ("cpr", "qk_clip") and isinstance(radius, radii.Relative):
-        raise FieldError(f"a relative radius is for on='grad' or on='update'; give {rule.action} a number.", "radius")
-    if rule.action == "qk_clip" and isinstance(radius, radii.Init):
-        raise FieldError("qk_clip's radius is a bound on attention logits: give a number or a schedule, such as 100.", "radius")
+    if action.bounds and isinstance(radius, radii.Init):
+        raise FieldError(f"{rule.action}'s radius is a bound on {action.bounds}: give a number or a schedule.", "radius")
     if isinstance(radius, radii.Brake) and (rule.center is not None or rule.min_radius is not None or rule.rate != 1):
         raise FieldError("a brake takes no center, min_radius or rate: leave them out.", "radius")
-    own = {radii.StepLength: NOT_GLOBAL, radii.Quantile: WHOLE, radii.ZScore: WHOLE}
-    kinds_of_block = own.get(type(radius), PER if rule.action != "cpr" else HOLD_MANY)
-    if rule.per not in kinds_of_block:
+    blocks = [per for per in (radius._blocks if isinstance(radius, radii.RadiusRule) else PER) if per in action.blocks]
+    if rule._blocks not in blocks:
         what = f"radius {radius.label()!r}" if isinstance(radius, radii.RadiusRule) else f"action {rule.action!r}"
-        raise FieldError(f"{what} has no meaning per={rule.per!r}. Allowed per: {', '.join(kinds_of_block)}.", "per")
-    if rule.heads is not None and rule.per != "head" and rule.action != "qk_clip":
+        raise FieldError(f"{what} has no meaning per={rule.per!r}. Allowed per: {', '.join(blocks)}.", "per")
+    if rule.heads is not None and rule._blocks != "head":
         raise FieldError(f"heads has a meaning for per='head' only, given per={rule.per!r}: leave it out.", "heads")
 
 
