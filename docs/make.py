@@ -97,10 +97,6 @@ def all_races(results: dict[str, dict[str, Any]]) -> str:
     return race_tables.summary(results) + seen
 
 
-def accuracy(cell: Cell) -> str:
-    return of_seeds(cell, "test_accuracy").removesuffix(" %")
-
-
 def by_strategy(results: dict[str, Any]) -> str:
     """One row a strategy, test accuracy with each optimizer; the best of a column in bold."""
     cells = {(c["strategy"], c["optimizer"]): c for c in results["cells"]}
@@ -115,7 +111,8 @@ def by_strategy(results: dict[str, Any]) -> str:
 
 
 def _marked(cell: Cell, best: float) -> str:
-    return f"**{accuracy(cell)}**" if cell["test_accuracy"]["mean"] == best else accuracy(cell)
+    text = of_seeds(cell, "test_accuracy")
+    return f"**{text}**" if cell["test_accuracy"]["mean"] == best else text
 
 
 def in_full(results: dict[str, Any]) -> str:
@@ -127,8 +124,9 @@ def in_full(results: dict[str, Any]) -> str:
         found = c["strengths"]
         strength = ", ".join(f"{name} {value:.3g}" for name, value in found.items()) if len(found) > 1 else next(iter(found.values()), "-")
         lines.append(
-            f"| {NAMES[c['optimizer']]} | {c['label']} | {accuracy(c)} | {100 * gap:.1f} | {reached(c['steps_to_baseline'])} | "
-            f"{c['step_ms']:.2f} | {100 * c['control_share']:.0f}% | {100 * zeros:.1f} | {c['lr']:g} | {strength} |"
+            f"| {NAMES[c['optimizer']]} | {c['label']} | {of_seeds(c, 'test_accuracy')} | {100 * gap:.1f} | "
+            f"{reached(c['steps_to_baseline'])} | {c['step_ms']:.2f} | "
+            f"{100 * c['control_share']:.0f}% | {100 * zeros:.1f} | {c['lr']:g} | {strength} |"
         )
     return "\n".join(lines)
 
@@ -209,16 +207,15 @@ def filled(text: str) -> str:
 def pictures() -> None:
     """Draws what there are results for."""
     from normwise.experiments.report import picture
-    from normwise.experiments.report.race import race_picture, races_picture
 
     digits = load("cnn-digits")
     if digits is not None:
         picture(digits, IMAGES / "digits.svg")
     races = {task: one for task, one in (load("race") or {}).items() if one["contenders"]}
     for task, one in races.items():
-        race_picture(one, IMAGES / f"race-{task}.svg")
+        picture(one, IMAGES / f"race-{task}.svg")
     if races:
-        races_picture(races, IMAGES / "race.svg")
+        picture(races, IMAGES / "race.svg")
 
 
 def main() -> int:

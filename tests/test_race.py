@@ -577,7 +577,8 @@ def drawn(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_pictures_hold_every_run(no_training: Counter[str], tmp_path: Path) -> None:
-    from normwise.experiments.report.race import ladders, race_picture, races_picture, shares
+    from normwise.experiments.report import picture
+    from normwise.experiments.report.race import ladders, shares
 
     found = {task: race(Options(task)) for task in ("cnn", "gpt")}
     for task, results in found.items():
@@ -586,16 +587,16 @@ def test_pictures_hold_every_run(no_training: Counter[str], tmp_path: Path) -> N
         assert len(rows) == sum(len(line["ladder"]) for line in others) + 5 * len(others)
         far = [row for row in rows if row["panel"] == "SGD: missed" and row["kind"] == "misses it"]
         assert len(far) == 5 and all(row["beyond"] for row in far)
-        text = race_picture(results, tmp_path / f"{task}.svg").read_text()
+        text = picture(results, tmp_path / f"{task}.svg").read_text()
         assert all(line["label"] in text for line in others) and "beyond the axis" in text
     rows = drawn(shares(found))
     assert len([row for row in rows if row["of"] == "samples"]) == 2 * len(BUDGETS["standard"].contenders or ()) + 4
     assert len([row for row in rows if row["what"] == "missed"]) == 2
-    assert "NorMuon" in races_picture(found, tmp_path / "race.svg").read_text()
+    assert "NorMuon" in picture(found, tmp_path / "race.svg").read_text()
     with pytest.raises(DataError, match=r"\.png or \.svg"):
-        races_picture(found, tmp_path / "race.gif")
+        picture(found, tmp_path / "race.gif")
     with pytest.raises(DataError, match="no finished contender"):
-        race_picture(found["gpt"] | {"contenders": []}, tmp_path / "none.svg")
+        picture(found["gpt"] | {"contenders": []}, tmp_path / "none.svg")
 
 
 def test_the_page_is_written_from_raw_runs(no_training: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

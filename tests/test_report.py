@@ -23,7 +23,7 @@ from normwise.errors import DataError, MissingExtraError, NormwiseError, StudyEr
 from normwise.experiments import report
 from normwise.experiments.compare import tables
 from normwise.experiments.compare.tables import MISSING
-from normwise.experiments.report import charts, page, scale, studies, table, tidy, wording
+from normwise.experiments.report import charts, page, scale, studies, table, tidy
 
 DATA = Path(__file__).parent / "data"
 VOID = {"meta", "link", "br", "hr", "img", "input", "line", "circle", "rect", "path"}
@@ -364,7 +364,7 @@ def test_accuracies_that_are_not_finite_print_as_a_dash_and_leave_strict_json(tm
 
 def test_one_seed_has_no_spread() -> None:
     one = {"mean": 0.98, "std": 0.0, "values": [0.98]}
-    assert wording.with_spread({"test_accuracy": one}, "test_accuracy") == "98.0"
+    assert tables.of_seeds({"test_accuracy": one}, "test_accuracy") == "98.0"
 
 
 def test_defects_of_the_baseline_are_told_first() -> None:

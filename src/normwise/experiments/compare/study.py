@@ -191,7 +191,8 @@ def _defects(lines: Sequence[Mapping[str, Any]], task: Task, bundled: bool) -> l
             said.append(f"The baseline with {line['optimizer']} reaches {100 * accuracy:.1f}% on the test part, "
                         f"under the {100 * floor:.0f}% below which it counts as not trained.")  # fmt: skip
         elif task.metric == "loss" and (loss is None or loss > _BUNDLED_FLOOR * task.guess):
-            said.append(f"The baseline with {line['optimizer']} ends at a test loss of {tables.number(loss)}, over the "
+            ended = tables.MISSING if loss is None else f"{loss:.2f}"
+            said.append(f"The baseline with {line['optimizer']} ends at a test loss of {ended}, over the "
                         f"{_BUNDLED_FLOOR * task.guess:.2f} above which it counts as not trained.")  # fmt: skip
     return said
 

@@ -123,11 +123,11 @@ def _verdict(group: Sequence[Results], count: int | None, metric: str) -> Verdic
     """``"unknown"`` without a baseline, a rival, or a second seed."""
     name, key, sign = optimizer(group[0]), f"test_{metric}", 1 if metric == "accuracy" else -1
     base = next((cell for cell in group if cell["strategy"] == BASELINE), None)
-    rivals = [cell for cell in group if cell["strategy"] != BASELINE and middle(cell, key) is not None]
-    best = max(rivals, key=lambda cell: sign * (middle(cell, f"validation_{metric}") or -sign * math.inf), default=None)
-    if base is None or best is None or middle(base, key) is None:
+    rivals = [cell for cell in group if cell["strategy"] != BASELINE and stat(cell, key) is not None]
+    best = max(rivals, key=lambda cell: sign * (stat(cell, f"validation_{metric}") or -sign * math.inf), default=None)
+    if base is None or best is None or stat(base, key) is None:
         return Verdict(name, "unknown", best, base)
-    gain = (middle(best, key) or 0.0) - (middle(base, key) or 0.0)
+    gain = (stat(best, key) or 0.0) - (stat(base, key) or 0.0)
     sides = [[float(value) for value in cell[key].get("values") or []] for cell in (best, base)]
     if min(map(len, sides)) < 2:
         return Verdict(name, "unknown", best, base, gain, None, metric)
@@ -166,9 +166,10 @@ def explained(one: Verdict, digits: int = 1) -> str:
     """The numbers behind one optimizer's part of the headline."""
     if one.base is None:
         return "no run without control to compare with."
-    if one.best is None or middle(one.base, f"test_{one.metric}") is None:
+    if one.best is None or stat(one.base, f"test_{one.metric}") is None:
         return f"no test {one.metric} to compare."
-    sides = ", ".join(f"{label(cell)} {of_seeds(cell, f'test_{one.metric}', digits)}" for cell in (one.best, one.base))
+    unit = "" if one.metric == "loss" else " %"
+    sides = ", ".join(f"{label(cell)} {of_seeds(cell, f'test_{one.metric}', digits)}{unit}" for cell in (one.best, one.base))
     if one.ends is None:
         return f"{sides}: {_change(one, digits)}, of which one seed cannot say what chance does."
     scale, places = (100, digits) if one.metric == "accuracy" else (1, 3)
@@ -197,7 +198,7 @@ def ranked(results: Results) -> list[Results]:
     sign = -1 if metric == "accuracy" else 1
 
     def place(cell: Results) -> tuple[int, float]:
-        value = middle(cell, f"test_{metric}")
+        value = stat(cell, f"test_{metric}")
         return order.index(cell["optimizer"]), math.inf if value is None else sign * value
 
     return sorted(results["cells"], key=place)
@@ -210,11 +211,11 @@ def rows(results: Results, optimizer: str) -> list[dict[str, str]]:
     adam = any(cell.get("steps_to_adam") for cell in results["cells"])
     return [
         {
-            f"with {cell['optimizer']}": cell["label"], head: of_seeds(cell, f"test_{metric}", digits).removesuffix(" %"),
+            f"with {cell['optimizer']}": cell["label"], head: of_seeds(cell, f"test_{metric}", digits),
             "steps to baseline": reached(cell["steps_to_baseline"]),
             **({"steps to Adam's": reached(cell["steps_to_adam"])} if adam else {}),
             "step ms": f"{cell['step_ms']:.3g}", "control": f"{100 * cell['control_share']:.0f}%", "lr": f"{cell['lr']:.3g}",
-            "strength": strengths(cell), "gap %": of_seeds(cell, "generalisation_gap", digits).removesuffix(" %"),
+            "strength": strengths(cell), "gap %": of_seeds(cell, "generalisation_gap", digits),
             "zeros %": f"{100 * cell['sparsity']['mean']:.1f}", "broken bounds": str(cell["violations"]),
         }
         for cell in ranked(results) if cell["optimizer"] == optimizer
@@ -245,10 +246,21 @@ def optimizer(cell: Results) -> str:
     return str(cell.get("optimizer_label") or (OPTIMIZERS[name].label if name in OPTIMIZERS else name))
 
 
-def middle(cell: Results, key: str) -> float | None:
-    """The mean over seeds, None where there is none."""
-    value = (cell.get(key) or {}).get("mean")
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+def stat(cell: Results, key: str, part: str = "mean") -> float | None:
+    """``cell[key][part]`` (or ``cell[key]``, if that is a bare number), None where it is missing or not finite."""
+    value = cell.get(key)
+    if isinstance(value, dict):
+        value = value.get(part)
+    elif part != "mean":
+        return None
+    return finite_number(value)
+
+
+def finite_number(value: Any) -> float | None:
+    """``value`` as a float, None where it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def digits_of(results: Results) -> int:
@@ -257,25 +269,29 @@ def digits_of(results: Results) -> int:
 
 
 def of_seeds(cell: Results, key: str, digits: int = 1) -> str:
-    """Mean ± standard deviation, shares as percentages; without the second where one seed gives none."""
-    mean, std = middle(cell, key), (cell.get(key) or {}).get("std") or 0.0
+    """Mean ± standard deviation, shares in percent without the sign; without the second where one seed gives none."""
+    mean, std = stat(cell, key), stat(cell, key, "std")
     if mean is None:
         return MISSING
-    scale, places, unit = (1, 3, "") if key.endswith("_loss") else (100, digits, " %")
-    one = len(cell[key].get("values") or (0, 0)) < 2
-    text = f"{scale * mean:.{places}f}" + ("" if one else f" ± {scale * std:.{places}f}")
-    return f"{text}{unit}".replace("-", "−")
+    scale, places = (1, 3) if key.endswith("_loss") else (100, digits)
+    one = std is None or len(cell[key].get("values") or (0, 0)) < 2
+    return (f"{scale * mean:.{places}f}" + ("" if one else f" ± {scale * (std or 0.0):.{places}f}")).replace("-", "−")
 
 
-def reached(numbers: Results | None, digits: int = 0) -> str:
+def reached(numbers: Results | None) -> str:
     """The median over seeds, and how many missed."""
-    values = (numbers or {}).get("values") or []
-    missed = sum(value is None for value in values)
-    if numbers is None or not values:
+    if numbers is None or not numbers.get("values"):
         return MISSING
     if numbers["median"] is None:
-        return f"missed {missed} of {len(values)}"
-    return f"{numbers['median']:.{digits}f}" + (f" ({missed} missed)" if missed else "")
+        return missed_of(numbers)
+    missed = numbers["values"].count(None)
+    return f"{numbers['median']:.0f}" + (f" ({missed} missed)" if missed else "")
+
+
+def missed_of(numbers: Results | None) -> str:
+    """``missed 1 of 3`` seeds; nothing where none did."""
+    values = [finite_number(value) for value in (numbers or {}).get("values") or []]
+    return f"missed {values.count(None)} of {len(values)}" if None in values else ""
 
 
 def strengths(cell: Results) -> str:
@@ -286,7 +302,3 @@ def strengths(cell: Results) -> str:
 def listed(items: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]])) if items else ""
-
-
-def number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f}"

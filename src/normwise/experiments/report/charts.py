@@ -8,23 +8,22 @@ legend takes room from a phone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
 
 from normwise.experiments.catalog import BASELINE
+from normwise.experiments.compare.tables import stat
 from normwise.experiments.report import tidy
-from normwise.experiments.report.scale import ErrorScale, fit
-from normwise.experiments.report.tidy import Cell, Row, stat
+from normwise.experiments.report.scale import ErrorScale, as_errors, fit
+from normwise.experiments.report.tidy import Cell, Row
 
-if TYPE_CHECKING:
-    import altair as alt
-
-    Axis = Callable[[str], alt.Y]
+Axis = Callable[[str], alt.Y]
 
 MOST_LAYERS = 12  # small multiples beyond that are scrolled past; the numbers are in results.json
 PICKED = "length(focus) > 0 && indexof(focus, datum.strategy) >= 0"
 FADED = f"length(focus) > 0 && !({PICKED})"
-ACCURACY_TEXT = "format(1 - datum.value, '.2~%')"
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,9 @@ def learning_curves(cells: Sequence[Cell], samples: Any, metric: str = "accuracy
         chart = _lines(rows, cells, _linear("Validation loss"), ("Loss", ".3f", "datum.mean"))
     else:
         scale = fit((value for row in rows for value in row["mean"]), samples)
-        y = _accuracy(scale, "Validation accuracy")
-        chart = _lines([_errors(row, scale) for row in rows], cells, y, ("Accuracy", ".2%", "1 - datum.mean"))
+        for row in rows:
+            row |= {key: [scale.error(value) for value in row[key]] for key in ("mean", "low", "high")}
+        chart = _lines(rows, cells, accuracy_axis(alt.Y, scale, "Validation accuracy"), ("Accuracy", ".2%", "1 - datum.mean"))
         about += " The scale is logarithmic in the error, since the last points are the hard ones."
     text = f"Validation {metric} over training steps, one line for each strategy."
     return Figure("Learning curves", text, _spec(chart, cells, 400), about)
@@ -54,62 +54,57 @@ def learning_curves(cells: Sequence[Cell], samples: Any, metric: str = "accuracy
 
 def norm_trajectories(cells: Sequence[Cell]) -> list[Figure]:
     """One small chart for each parameter, weights first, at most ``MOST_LAYERS``."""
-    return [_trajectory(cells, name) for name in tidy.parameters(cells)[:MOST_LAYERS]]
+    figures = []
+    for name in tidy.parameters(cells)[:MOST_LAYERS]:
+        rows = [tidy.identity(i, cell) | tidy.norm_curve(cell, name) for i, cell in enumerate(cells)]
+        chart = _lines(rows, cells, _linear(None), ("Norm", ".4~r", "datum.mean"))
+        figures.append(Figure(name, f"Norm of {name} over training steps, one line for each strategy.", _spec(chart, cells, 200)))
+    return figures
 
 
 def cost(cells: Sequence[Cell], samples: Any, metric: str = "accuracy") -> Figure:
     """What the task is judged by, on the test part, against the control's share of the step, with the spread over seeds."""
-    rows = [row for i, cell in enumerate(cells) if (row := _point(i, cell, metric))]
+    rows = []
+    for i, cell in enumerate(cells):
+        share, ends = stat(cell, "control_share"), tidy.ends(cell, f"test_{metric}")
+        if share is not None and ends:
+            own = tidy.rounded((stat(cell, "step_ms") or 0.0) * share)
+            rows.append(tidy.identity(i, cell) | {"share": share, "ms": own} | ends)
     if metric == "loss":
         chart, better = _scatter(rows, cells, _linear("Test loss"), ("Test loss", ".3f", "datum.mean")), "Further down is better"
     else:
-        scale = fit((value for row in rows for value in (row["low"], row["mean"], row["high"])), samples)
-        y = _accuracy(scale, "Test accuracy")
-        chart = _scatter([_errors(row, scale) for row in rows], cells, y, ("Test accuracy", ".2%", "1 - datum.mean"))
+        y = accuracy_axis(alt.Y, as_errors(rows, samples), "Test accuracy")
+        chart = _scatter(rows, cells, y, ("Test accuracy", ".2%", "1 - datum.mean"))
         better = "Further up is more accurate"
     about = f"{better}, further left is cheaper. The bars are ± one standard deviation over seeds."
     text = f"Test {metric} against the control's share of a step."
     return Figure(f"{metric.capitalize()} against control cost", text, _spec(chart, cells, 360), about)
 
 
-def _errors(row: Row, scale: ErrorScale) -> Row:
-    """``row`` with its accuracies as errors on ``scale``: lists as lists."""
-    return row | {key: _each(row[key], scale) for key in ("mean", "low", "high")}
+def accuracy_axis(channel: Any, scale: ErrorScale, title: str) -> Callable[[str], Any]:
+    """Gives ``alt.X`` or ``alt.Y`` of a field that holds errors on ``scale``, labelled as accuracies."""
+    axis = alt.Axis(values=scale.ticks(), labelExpr="format(1 - datum.value, '.2~%')")
+    domain = alt.Scale(type="log", domain=[scale.best, scale.worst], reverse=True, nice=False)
+    return lambda field: channel(f"{field}:Q", title=title, axis=axis, scale=domain)
 
 
-def _each(value: Any, scale: ErrorScale) -> Any:
-    return [scale.error(one) for one in value] if isinstance(value, list) else scale.error(value)
-
-
-def _point(index: int, cell: Cell, metric: str) -> Row | None:
-    share, mean = stat(cell, "control_share"), stat(cell, f"test_{metric}")
-    if share is None or mean is None:
-        return None
-    std = stat(cell, f"test_{metric}", "std") or 0.0
-    own = tidy.rounded((stat(cell, "step_ms") or 0.0) * share)
-    return tidy.identity(index, cell) | {"share": share, "ms": own, "mean": mean, "low": mean - std, "high": mean + std}
-
-
-def _trajectory(cells: Sequence[Cell], name: str) -> Figure:
-    rows = [tidy.identity(i, cell) | tidy.norm_curve(cell, name) for i, cell in enumerate(cells)]
-    chart = _lines(rows, cells, _linear(None), ("Norm", ".4~r", "datum.mean"))
-    return Figure(name, f"Norm of {name} over training steps, one line for each strategy.", _spec(chart, cells, 200))
+def _linear(title: str | None) -> Axis:
+    """The axis for losses and norms, as they are."""
+    return lambda field: alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4))
 
 
 def _lines(rows: list[Row], cells: Sequence[Cell], y: Axis, tip: tuple[str, str, str]) -> alt.LayerChart | alt.FacetChart:
     """Lines over steps. ``y`` gives the vertical axis for a field; ``tip`` is the tooltip's title, format and expression."""
-    import altair as alt
-
     title, form, value = tip
     base = alt.Chart(alt.InlineData(values=rows)).transform_filter("datum.optimizer === optimizer")
     base = base.transform_flatten(["step", "mean", "low", "high"]).transform_calculate(shown=value)
     base = base.encode(
         x=alt.X("step:Q", title="Step", scale=alt.Scale(nice=False), axis=alt.Axis(tickCount=5, format=",d")),
-        color=_colour(cells), detail="cell:N",
+        color=_look(cells, alt.Color, "colour"), detail="cell:N",
     )
     band = base.mark_area(clip=True).encode(y=y("low"), y2=alt.Y2("high:Q"), opacity=_when(PICKED, 0.18, 0.0))
     line = base.mark_line(clip=True, strokeCap="round").encode(
-        y=y("mean"), strokeDash=_dash(cells), opacity=_when(FADED, 0.12, 1.0),
+        y=y("mean"), strokeDash=_look(cells, alt.StrokeDash, "dash"), opacity=_when(FADED, 0.12, 1.0),
         strokeWidth=_when(f"datum.strategy === '{BASELINE}'", 3.2, 1.8),
     )
     dots = base.mark_circle(size=70, opacity=0, clip=True).encode(y=y("mean"), tooltip=[
@@ -121,76 +116,32 @@ def _lines(rows: list[Row], cells: Sequence[Cell], y: Axis, tip: tuple[str, str,
 
 def _scatter(rows: list[Row], cells: Sequence[Cell], y: Axis, tip: tuple[str, str, str]) -> alt.LayerChart | alt.FacetChart:
     """Points over the control's share of a step; ``y`` and ``tip`` as for ``_lines``."""
-    import altair as alt
-
     title, form, value = tip
     base = alt.Chart(alt.InlineData(values=rows)).transform_filter("datum.optimizer === optimizer")
     base = base.transform_calculate(shown=value).encode(
         x=alt.X("share:Q", title="Control’s share of the step", axis=alt.Axis(format="~%", tickCount=6)),
-        color=_colour(cells), opacity=_when(FADED, 0.12, 1.0),
+        color=_look(cells, alt.Color, "colour"), opacity=_when(FADED, 0.12, 1.0),
     )
     bars = base.mark_rule(strokeWidth=1.6).encode(y=y("low"), y2=alt.Y2("high:Q"))
-    points = base.mark_point(filled=True, size=110).encode(y=y("mean"), shape=_shape(cells), tooltip=[
+    points = base.mark_point(filled=True, size=110).encode(y=y("mean"), shape=_look(cells, alt.Shape, "shape"), tooltip=[
         alt.Tooltip("label:N", title="Strategy"), alt.Tooltip("shown:Q", title=title, format=form),
         alt.Tooltip("share:Q", title="Share of the step", format=".1%"), alt.Tooltip("ms:Q", title="Control, ms a step"),
     ])
     return alt.layer(bars, points)
 
 
-def _accuracy(scale: ErrorScale, title: str) -> Axis:
-    import altair as alt
-
-    def axis(field: str) -> alt.Y:
-        return alt.Y(f"{field}:Q", title=title, axis=alt.Axis(values=scale.ticks(), labelExpr=ACCURACY_TEXT),
-                     scale=alt.Scale(type="log", domain=[scale.best, scale.worst], reverse=True, nice=False))
-
-    return axis
-
-
-def _linear(title: str | None) -> Axis:
-    """The axis for losses and norms, as they are."""
-    import altair as alt
-
-    def axis(field: str) -> alt.Y:
-        return alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=4))
-
-    return axis
-
-
 def _when(test: str, then: float, otherwise: float) -> Any:
-    import altair as alt
-
     return alt.condition(test, alt.value(then), alt.value(otherwise))
 
 
-def _scale(cells: Sequence[Cell], field: str) -> alt.Scale:
-    import altair as alt
-
+def _look(cells: Sequence[Cell], channel: Any, what: str) -> Any:
+    """Colour, dash or shape by strategy; the page's own buttons are the legend."""
     every = tidy.looks(cells)
-    return alt.Scale(domain=[look.strategy for look in every], range=[asdict(look)[field] for look in every])
-
-
-def _colour(cells: Sequence[Cell]) -> alt.Color:
-    import altair as alt
-
-    return alt.Color("strategy:N", scale=_scale(cells, "colour"), legend=None)
-
-
-def _dash(cells: Sequence[Cell]) -> alt.StrokeDash:
-    import altair as alt
-
-    return alt.StrokeDash("strategy:N", scale=_scale(cells, "dash"), legend=None)
-
-
-def _shape(cells: Sequence[Cell]) -> alt.Shape:
-    import altair as alt
-
-    return alt.Shape("strategy:N", scale=_scale(cells, "shape"), legend=None)
+    scale = alt.Scale(domain=[look.strategy for look in every], range=[getattr(look, what) for look in every])
+    return channel("strategy:N", scale=scale, legend=None)
 
 
 def _spec(chart: alt.LayerChart | alt.FacetChart, cells: Sequence[Cell], height: int) -> dict[str, Any]:
-    import altair as alt
-
     shown = chart.add_params(alt.param(name="optimizer", value=cells[0]["optimizer"]), alt.param(name="focus", value=[]))
     spec: dict[str, Any] = shown.properties(width="container", height=height).to_dict()
     # The schema is an address that nothing fetches; without it the page can be searched for addresses in earnest.

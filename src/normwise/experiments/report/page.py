@@ -5,33 +5,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import altair
+import vl_convert
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from normwise.experiments.catalog import BASELINE
 from normwise.experiments.compare import tables
-from normwise.experiments.compare.tables import MISSING
-from normwise.experiments.report import charts, studies, table, tidy, wording
+from normwise.experiments.compare.tables import MISSING, finite_number, stat
+from normwise.experiments.report import charts, studies, table, tidy
 from normwise.experiments.report.scale import fit
-from normwise.experiments.report.tidy import Cell, stat
+from normwise.experiments.report.tidy import Cell
 from normwise.files import replace
 
 REMARKS = ("on_edge", "fades_out", "breaches")  # what a reader should know before believing a cell
 HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One cell's details: what was chosen, what its seeds gave, its norms at the end, its policy."""
-
-    index: int
-    label: str
-    optimizer: str
-    facts: list[tuple[str, str]]
-    norms: list[tuple[str, list[str]]]
-    kinds: list[str]
-    policy: str
 
 
 def write(results: dict[str, Any], folder: str | Path) -> Path:
@@ -58,16 +49,11 @@ def write(results: dict[str, Any], folder: str | Path) -> Path:
 
 def render(results: dict[str, Any]) -> str:
     """The page's HTML; ``results`` must be finite."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     style = Markup((HERE / "page.css").read_text(encoding="utf-8"))
-    own = studies.page_of(results)
-    if own is not None:
-        told = {field.name: getattr(own, field.name) for field in fields(own)}
-        return environment.get_template("page.html").render(**told, **_protocol(results["protocol"]), style=style)
+    if (own := studies.page_of(results)) is not None:
+        return environment.get_template("page.html").render(**own, **_protocol(results["protocol"]), style=style)
     return environment.get_template("compare.html").render(**context(results), style=style, vega=Markup(_vega()))
 
 
@@ -82,7 +68,7 @@ def context(results: dict[str, Any]) -> dict[str, Any]:
         "task": f"compare {results.get('task') or ''}".strip(),
         "about": about(results),
         "warning": "A baseline is weaker than it should be, so that gains over it mean little.",
-        "warnings": [wording.describe(defect) for defect in results.get("baseline_defects") or []],
+        "warnings": [tidy.describe(defect) for defect in results.get("baseline_defects") or []],
         "columns": [column.name for column in table.columns_of(found)],
         "groups": _groups(found, data.get("test"), digits, metric),
         "sheets": [_sheet(index, cell, digits, metric) for index, cell in enumerate(found)],
@@ -94,22 +80,22 @@ def context(results: dict[str, Any]) -> dict[str, Any]:
 def about(results: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines on data, machine and protocol under the title."""
     data, machine = results.get("data") or {}, results.get("machine") or {}
-    parts = [f"{wording.plain(data[part])} {part}" for part in ("train", "validation", "test") if data.get(part) is not None]
+    parts = [f"{tidy.plain(data[part])} {part}" for part in ("train", "validation", "test") if data.get(part) is not None]
     shape = "×".join(map(str, data.get("shape") or []))
-    facts = [str(data.get("name") or MISSING), shape, f"{wording.plain(data.get('classes'))} classes", *parts]
+    facts = [str(data.get("name") or MISSING), shape, f"{tidy.plain(data.get('classes'))} classes", *parts]
     # A version is text that looks like words already; a key in front of it says what it is a version of.
-    box = [str(value) if key == "cpu" else f"{wording.words(key)} {wording.describe(value)}" for key, value in machine.items()]
-    return [("Data", _joined(facts)), ("Machine", _joined(box)), ("Budget", wording.describe(results.get("budget")))]
+    box = [str(value) if key == "cpu" else f"{tidy.words(key)} {tidy.describe(value)}" for key, value in machine.items()]
+    return [("Data", _joined(facts)), ("Machine", _joined(box)), ("Budget", tidy.describe(results.get("budget")))]
 
 
 def _protocol(protocol: dict[str, Any]) -> dict[str, Any]:
     """Numbers and short words as facts, sentences (``notes``) as they are, longer lists to open."""
     notes = protocol.get("notes") or []
-    rest = {wording.words(key): value for key, value in protocol.items() if key != "notes"}
+    rest = {tidy.words(key): value for key, value in protocol.items() if key != "notes"}
     lists = {key: _items(value) for key, value in rest.items() if _items(value)}
     return {
-        "notes": notes if isinstance(notes, list) else [wording.describe(notes)],
-        "protocol": [(key, wording.describe(value)) for key, value in rest.items() if key not in lists],
+        "notes": notes if isinstance(notes, list) else [tidy.describe(notes)],
+        "protocol": [(key, tidy.describe(value)) for key, value in rest.items() if key not in lists],
         "lists": lists,
     }
 
@@ -117,9 +103,9 @@ def _protocol(protocol: dict[str, Any]) -> dict[str, Any]:
 def _items(value: Any) -> list[str]:
     """The entries of a list or dictionary of phrases; nothing for what fits on one line."""
     if isinstance(value, dict):
-        value = [f"{key}: {wording.describe(item)}" for key, item in value.items()]
-    long = isinstance(value, list) and sum(len(wording.describe(item)) for item in value) > 60
-    return [wording.describe(item) for item in value] if long else []
+        value = [f"{key}: {tidy.describe(item)}" for key, item in value.items()]
+    long = isinstance(value, list) and sum(len(tidy.describe(item)) for item in value) > 60
+    return [tidy.describe(item) for item in value] if long else []
 
 
 def _joined(parts: Sequence[str]) -> str:
@@ -128,9 +114,9 @@ def _joined(parts: Sequence[str]) -> str:
 
 def _groups(found: Sequence[Cell], samples: Any, digits: int, metric: str) -> list[tuple[str, str, list[table.Line]]]:
     """Each optimizer's key, its name and its rows."""
-    means = [(stat(cell, "test_accuracy"), stat(cell, "test_accuracy", "std") or 0.0) for cell in found]
-    scale = fit((mean + sign * std for mean, std in means if mean is not None for sign in (-1, 0, 1)), samples).around(
-        [stat(cell, "test_accuracy") for cell in found if cell["strategy"] == BASELINE])
+    shown = [ends for cell in found if (ends := tidy.ends(cell, "test_accuracy"))]
+    bases = [stat(cell, "test_accuracy") for cell in found if cell["strategy"] == BASELINE]
+    scale = fit((value for ends in shown for value in ends.values()), samples).around(bases)
     columns = table.columns_of(found)
     groups: dict[str, list[tuple[int, Cell]]] = {}
     for index, cell in enumerate(found):
@@ -151,36 +137,33 @@ def _figures(found: Sequence[Cell], data: dict[str, Any], metric: str) -> dict[s
     }
 
 
-def _sheet(index: int, cell: Cell, digits: int, metric: str) -> Sheet:
+def _sheet(index: int, cell: Cell, digits: int, metric: str) -> dict[str, Any]:
+    """One cell's details: what was chosen, what its seeds gave, its norms at the end, its policy."""
     facts = [("About", str(cell["about"]))] if cell.get("about") else []
-    facts += [("Chosen", table.setting(cell) or MISSING), ("Trials", wording.plain(cell.get("trials")))]
-    facts += [(wording.words(key).capitalize(), wording.describe(cell[key])) for key in REMARKS if cell.get(key)]
+    facts += [("Chosen", table.setting(cell) or MISSING), ("Trials", tidy.plain(cell.get("trials")))]
+    facts += [(tidy.words(key).capitalize(), tidy.describe(cell[key])) for key in REMARKS if cell.get(key)]
     for title, part in (("Test", "test"), ("Validation", "validation"), ("Training", "train")):
         facts.append((f"{title} {metric}{', %' if metric == 'accuracy' else ''}", _seeds(cell, f"{part}_{metric}", digits)))
     norms: dict[str, Any] = cell.get("norms") or {}
-    kinds = tidy.unique(kind for values in norms.values() for kind in values)
-    rows = [(name, [_norm(values.get(kind)) for kind in kinds]) for name, values in norms.items()]
-    titles = [wording.words(kind) for kind in kinds]
-    return Sheet(index, tables.label(cell), tables.optimizer(cell), facts, rows, titles, str(cell.get("policy_yaml") or "").strip())
+    kinds = list(dict.fromkeys(kind for values in norms.values() for kind in values))
+    return {
+        "index": index, "label": tables.label(cell), "optimizer": tables.optimizer(cell), "facts": facts,
+        "kinds": [tidy.words(kind) for kind in kinds], "policy": str(cell.get("policy_yaml") or "").strip(),
+        "norms": [
+            (name, [tidy.plain(tidy.rounded(finite_number(values.get(kind)), 3)) for kind in kinds]) for name, values in norms.items()
+        ],
+    }  # fmt: skip
 
 
 def _seeds(cell: Cell, key: str, digits: int) -> str:
     """Mean ± spread, and in brackets each seed's own value: accuracies in percent, losses as they are."""
-    values = [tidy.number(value) for value in (cell.get(key) or {}).get("values") or []]
-    is_loss = key.endswith("_loss")
-    each = ", ".join(wording.plain(value) if is_loss else wording.percent(value, digits) for value in values)
-    return (tables.of_seeds(cell, key) if is_loss else wording.with_spread(cell, key, digits)) + (f" ({each})" if each else "")
-
-
-def _norm(value: Any) -> str:
-    return wording.plain(tidy.rounded(tidy.number(value), 3))
+    values = [finite_number(value) for value in (cell.get(key) or {}).get("values") or []]
+    each = ", ".join(tidy.plain(value) if key.endswith("_loss") else tidy.percent(value, digits) for value in values)
+    return tables.of_seeds(cell, key, digits) + (f" ({each})" if each else "")
 
 
 def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, at the version that Altair writes for."""
-    import altair
-    import vl_convert
-
     version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
     script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
     return re.sub(r"</(?=script)", r"<\\/", script, flags=re.IGNORECASE)

@@ -6,7 +6,7 @@ Between 97% and 99% two thirds of the errors disappear; a linear axis that also 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,15 @@ class ErrorScale:
         steps = COARSE if self.worst / self.best > 12 else FINE
         every = (digit * 10.0**power for power in range(-6, 1) for digit in steps)
         return [round(tick, 9) for tick in every if self.best <= tick <= self.worst]
+
+
+def as_errors(rows: Sequence[dict[str, Any]], samples: Any) -> ErrorScale:
+    """The scale that holds ``mean``, ``low`` and ``high`` of all rows, in which they are errors on it from now on."""
+    keys = ("low", "mean", "high")
+    scale = fit((row[key] for row in rows for key in keys), samples)
+    for row in rows:
+        row |= {key: scale.error(row[key]) for key in keys}
+    return scale
 
 
 def fit(accuracies: Iterable[float | None], samples: Any = None) -> ErrorScale:

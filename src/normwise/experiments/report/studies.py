@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+from markupsafe import Markup
 
 from normwise.experiments.catalog import BASELINE
 from normwise.experiments.framework.figures import NO_DIFFERENCE
@@ -12,12 +15,9 @@ from normwise.experiments.gan import tables as gan_tables
 from normwise.experiments.prune import tables as prune_tables
 from normwise.experiments.race import tables as race_tables
 from normwise.experiments.report import tidy
-from normwise.experiments.report.picture import render, theme
-from normwise.experiments.report.race import drawable, ladders
+from normwise.experiments.report.drawing import THEME, panels, render
+from normwise.experiments.report.race import ladders
 from normwise.experiments.tasks.models.dcgan import LOSSES
-
-if TYPE_CHECKING:
-    import altair as alt
 
 Results = Mapping[str, Any]
 Table = tuple[str, list[tuple[str, bool]], list[list[str]]]
@@ -45,17 +45,8 @@ class Section:
     details: Sequence[tuple[str, str]] = ()
 
 
-@dataclass(frozen=True)
-class Page:
-    """What the template prints, from top to bottom."""
-
-    task: str
-    headline: str
-    verdicts: Sequence[Said]
-    about: Sequence[tuple[str, str]]
-    sections: Sequence[Section]
-    warning: str = ""
-    warnings: Sequence[str] = field(default_factory=list)
+Page = dict[str, Any]
+"""What the template prints, from top to bottom: task, headline, verdicts, about, sections, warning, warnings."""
 
 
 def _table(rows: Sequence[Mapping[str, str]], name: str = "") -> Table:
@@ -66,14 +57,14 @@ def _table(rows: Sequence[Mapping[str, str]], name: str = "") -> Table:
 
 def _svg(spec: dict[str, Any]) -> Any:
     """A picture in the page: Vega escapes the text in it."""
-    from markupsafe import Markup
-
     return Markup(render(spec, ".svg").decode())
 
 
-def _machine(machine: Mapping[str, Any]) -> str:
-    shown = ("cpu", "cores", "torch", "python", "commit", "date")
-    return " · ".join(f"{machine[key]}" if key in ("cpu", "date") else f"{key} {machine[key]}" for key in shown if machine.get(key))
+def _about(results: Results, **first: Any) -> list[tuple[str, str]]:
+    """The lines under the title: what comes first, then machine and budget."""
+    machine, shown = results["machine"], ("cpu", "cores", "torch", "python", "commit", "date")
+    told = " · ".join(f"{machine[key]}" if key in ("cpu", "date") else f"{key} {machine[key]}" for key in shown if machine.get(key))
+    return [*((name, str(text)) for name, text in first.items()), ("Machine", told), ("Budget", results["budget"])]
 
 
 # ------------------------------------------------------------------------------------------------------------------ race
@@ -83,7 +74,7 @@ def race(results: Results) -> Page:
     """Who needs how much of the baseline's training."""
     said = race_tables.verdict(results)
     sections = []
-    if drawable(results):
+    if results["contenders"]:
         spec = ladders(results)
         sections = [
             Section("How much of the baseline’s training each needs",
@@ -95,12 +86,13 @@ def race(results: Results) -> Page:
             Section("Tuned numbers", "What validation chose, to use as it is.", tables=[_table(race_tables.numbers(results))]),
         ]  # fmt: skip
     broken = race_tables.breaches(results)
-    return Page(
-        f"race {results['race']}", said or race_tables.title(results), [Said(race_tables.title(results))] if said else [],
-        [("Data", str(results.get("data") or "bundled data")), ("Machine", _machine(results["machine"])), ("Budget", results["budget"])],
-        sections, "Bounds were broken." if broken else "Not everything is finished.",
-        broken + [f"Not finished: {', '.join(results['unfinished'])}."] * bool(results["unfinished"]),
-    )  # fmt: skip
+    return {
+        "task": f"race {results['race']}", "headline": said or race_tables.title(results),
+        "verdicts": [Said(race_tables.title(results))] if said else [],
+        "about": _about(results, Data=results.get("data") or "bundled data"), "sections": sections,
+        "warning": "Bounds were broken." if broken else "Not everything is finished.",
+        "warnings": broken + [f"Not finished: {', '.join(results['unfinished'])}."] * bool(results["unfinished"]),
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------- gan
@@ -116,10 +108,10 @@ def gan(results: Results) -> Page:
     tables = [(name, [{k: v for k, v in row.items() if k != "loss"} for row in gan_tables.rows(group)]) for name, group in by_loss.items()]
     breaches = sorted({breach for cell in cells for breach in cell["breaches"]})
     policies = [(f"{cell['label']}, loss {cell['loss']}", cell["policy_yaml"].strip()) for cell in cells if cell["policy_yaml"]]
-    return Page(
-        "gan", claimed[0] if claimed else none, [Said(one) for one in said if one not in claimed[:1]],
-        [("Setting", results["setting"]), ("Machine", _machine(results["machine"])), ("Budget", results["budget"])],
-        [
+    return {
+        "task": "gan", "headline": claimed[0] if claimed else none, "verdicts": [Said(one) for one in said if one not in claimed[:1]],
+        "about": _about(results, Setting=results["setting"]), "warning": "Bounds were broken.", "warnings": breaches,
+        "sections": [
             Section("Distance of the drawn images from real ones",
                     "Fréchet distance at equal time: median over seeds, lowest to highest. Further left is better; grey is the baseline.",
                     _svg(_distances(cells)), "Fréchet distance of each strategy, one panel for each loss.",
@@ -127,13 +119,10 @@ def gan(results: Results) -> Page:
             Section("What to know", " ".join(gan_tables.remarks(cells)) or "No cell is at the edge of what was tried."),
             Section("Policies", "What was attached, to load as it is.", details=policies),
         ],
-        "Bounds were broken.", breaches,
-    )  # fmt: skip
+    }  # fmt: skip
 
 
 def _distances(cells: Sequence[Results]) -> dict[str, Any]:
-    import altair as alt
-
     rows = []
     for cell in cells:
         known = [value for value in cell["distance_at_equal_time"]["values"] if value is not None]
@@ -141,13 +130,13 @@ def _distances(cells: Sequence[Results]) -> dict[str, Any]:
             rows.append({"loss": LOSSES[cell["loss"]].label, "label": cell["label"], "base": cell["strategy"] == BASELINE,
                          "low": min(known), "middle": cell["distance_at_equal_time"]["median"], "high": max(known)})  # fmt: skip
     base = alt.Chart().encode(
-        y=alt.Y("label:N", title=None, sort=tidy.unique(row["label"] for row in rows), axis=alt.Axis(grid=True, labelLimit=260)),
+        y=alt.Y("label:N", title=None, sort=list(dict.fromkeys(row["label"] for row in rows)), axis=alt.Axis(grid=True, labelLimit=260)),
         color=alt.condition("datum.base", alt.value(tidy.GREY), alt.value(tidy.COLOURS[0])),
     )
     x = alt.X("low:Q", title="Fréchet distance", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(tickCount=5))
     bars = base.mark_rule(strokeWidth=2.2).encode(x=x, x2=alt.X2("high:Q"))
     points = base.mark_circle(size=75, opacity=1).encode(x=alt.X("middle:Q"))
-    return _panels(alt.layer(bars, points).properties(width=230, height=alt.Step(24)), "loss", rows)
+    return panels(alt.layer(bars, points).properties(width=230, height=alt.Step(24)), "loss", rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------- prune
@@ -156,11 +145,11 @@ def _distances(cells: Sequence[Results]) -> dict[str, Any]:
 def prune(results: Results) -> Page:
     """How much smaller the network is, and what that costs."""
     tried = [line for line in results["strengths"] if "failed" not in line]
-    return Page(
-        f"prune {results['task']}", prune_tables.verdict(results), [],
-        [("Data", str(results["data"])), ("Machine", _machine(results["machine"])), ("Budget", results["budget"]),
-         ("Chosen", f"learning rate {results['lr']:.3g}, strength {results['strength']:.3g}")],
-        [
+    return {
+        "task": f"prune {results['task']}", "headline": prune_tables.verdict(results), "verdicts": [], "warning": "", "warnings": [],
+        "about": [*_about(results, Data=results["data"]),
+                  ("Chosen", f"learning rate {results['lr']:.3g}, strength {results['strength']:.3g}")],
+        "sections": [
             Section("The networks", "On the test part; mean ± standard deviation over seeds. The last row: the smaller network’s share of "
                     f"the full one. Removing the units changed no output by more than {results['summary']['difference']:.1e} (in float64).",
                     tables=[_table(prune_tables.networks(results))]),
@@ -169,12 +158,10 @@ def prune(results: Results) -> Page:
                     "Validation accuracy against the parameters that are left, one mark for each strength.",
                     [_table([prune_tables.trial(line) for line in results["strengths"]])]),
         ],
-    )  # fmt: skip
+    }  # fmt: skip
 
 
 def _sizes(tried: Sequence[Results], chosen: float) -> dict[str, Any]:
-    import altair as alt
-
     rows = [
         {"parameters": line["parameters"], "accuracy": line["fine_tuned"], "chosen": line["strength"] == chosen,
          "strength": f"{line['strength']:.2g}"}
@@ -188,15 +175,7 @@ def _sizes(tried: Sequence[Results], chosen: float) -> dict[str, Any]:
     colour = alt.condition("datum.chosen", alt.value(tidy.COLOURS[1]), alt.value(tidy.COLOURS[0]))
     marks = base.mark_circle(size=90, opacity=1).encode(color=colour)
     names = base.mark_text(dy=-12, fontSize=11).encode(text="strength:N")
-    spec: dict[str, Any] = alt.layer(marks, names).properties(width=620, height=260).configure(**theme()).to_dict()
-    return spec
-
-
-def _panels(layered: alt.LayerChart | alt.FacetChart, by: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    import altair as alt
-
-    column = alt.Column(f"{by}:N", title=None, sort=tidy.unique(row[by] for row in rows))
-    spec: dict[str, Any] = layered.facet(column=column, data=alt.InlineData(values=rows)).configure(**theme()).to_dict()
+    spec: dict[str, Any] = alt.layer(marks, names).properties(width=620, height=260).configure(**THEME).to_dict()
     return spec
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from normwise.experiments.catalog import BASELINE
-from normwise.experiments.compare.tables import MISSING, label, of_seeds, strengths
+from normwise.experiments.compare.tables import MISSING, finite_number, label, missed_of, of_seeds, stat, strengths
 from normwise.experiments.report.scale import ErrorScale
-from normwise.experiments.report.tidy import Cell, number, stat
-from normwise.experiments.report.wording import percent, plain, with_spread
+from normwise.experiments.report.tidy import Cell, ends, percent, plain
 
 
 @dataclass
@@ -71,9 +69,14 @@ def lines(
     sign = -1 if metric == "accuracy" else 1
     ordered = sorted(group, key=lambda pair: math.inf if (value := stat(pair[1], f"test_{metric}")) is None else sign * value)
     base = next((_accuracy(cell) for _, cell in group if cell["strategy"] == BASELINE), None)
-    rows = [_line(index, cell, columns, digits) for index, cell in ordered]
-    for row, (_, cell) in zip(rows, ordered, strict=True):
-        row.strip = _strip(cell, base, scale)
+    rows = []
+    for index, cell in ordered:
+        row = Line(label(cell), cell["strategy"], setting(cell), index, [Entry(c.name, *c.show(cell, digits)) for c in columns])
+        row.entries[-1].bad = bool(finite_number(cell.get("violations")))
+        if middle := ends(cell, "test_accuracy"):
+            shares = {key: scale.share(value) for key, value in middle.items()}
+            row.strip = Strip(**shares, base=None if base is None else scale.share(base))
+        rows.append(row)
     for position, column in enumerate(columns):
         _mark(column, [(row.entries[position], cell) for row, (_, cell) in zip(rows, ordered, strict=True)])
     return rows
@@ -83,27 +86,10 @@ def _accuracy(cell: Cell) -> float | None:
     return stat(cell, "test_accuracy")
 
 
-def _line(index: int, cell: Cell, columns: Sequence[Column], digits: int) -> Line:
-    row = Line(label(cell), cell["strategy"], setting(cell), index)
-    for column in columns:
-        text, note = column.show(cell, digits)
-        row.entries.append(Entry(column.name, text, note))
-    row.entries[-1].bad = bool(number(cell.get("violations")))
-    return row
-
-
 def setting(cell: Cell) -> str:
     """The learning rate and strength that validation chose."""
     rate = [f"lr {plain(cell['lr'])}"] if cell.get("lr") is not None else []
     return ", ".join([*rate, *([strengths(cell)] if cell.get("strengths") else [])])
-
-
-def _strip(cell: Cell, base: float | None, scale: ErrorScale) -> Strip | None:
-    mean, std = _accuracy(cell), stat(cell, "test_accuracy", "std") or 0.0
-    if mean is None:
-        return None
-    low, middle, high = (scale.share(value) for value in (mean - std, mean, mean + std))
-    return Strip(low, middle, high, None if base is None else scale.share(base))
 
 
 def _mark(column: Column, pairs: Sequence[tuple[Entry, Cell]]) -> None:
@@ -119,9 +105,7 @@ def _mark(column: Column, pairs: Sequence[tuple[Entry, Cell]]) -> None:
 
 def _to_baseline(cell: Cell, key: str) -> tuple[str, str]:
     """The median, and how many seeds never got there; only the latter where that is the median."""
-    values = (cell.get(key) or {}).get("values") or []
-    missed = sum(number(value) is None for value in values)
-    note = f"missed {missed} of {len(values)}" if missed else ""
+    note = missed_of(cell.get(key))
     median = stat(cell, key, "median")
     return (note, "") if median is None and note else (plain(_short(median)), note)
 
@@ -134,19 +118,11 @@ def _percentage(value: float | None) -> str:
     return MISSING if value is None else f"{percent(value, 1)}\u202f%"
 
 
-def _sparsity(cell: Cell) -> float | None:
-    return stat(cell, "sparsity")
-
-
-def _count(value: Any) -> str:
-    return MISSING if number(value) is None else plain(value)
-
-
 NONE_ZERO = "0.0\u202f%"
 COLUMNS: tuple[Column, ...] = (
-    Column("Test accuracy, %", lambda c, d: (with_spread(c, "test_accuracy", d), ""), _accuracy, +1),
+    Column("Test accuracy, %", lambda c, d: (of_seeds(c, "test_accuracy", d), ""), _accuracy, +1),
     Column("Test loss", lambda c, d: (of_seeds(c, "test_loss"), ""), lambda c: stat(c, "test_loss"), -1, needs="test_loss"),
-    Column("Generalisation gap", lambda c, d: (with_spread(c, "generalisation_gap", d), ""),
+    Column("Generalisation gap", lambda c, d: (of_seeds(c, "generalisation_gap", d), ""),
            lambda c: stat(c, "generalisation_gap"), -1),
     Column("Steps to baseline", lambda c, d: _to_baseline(c, "steps_to_baseline"),
            lambda c: stat(c, "steps_to_baseline", "median"), -1),
@@ -157,6 +133,6 @@ COLUMNS: tuple[Column, ...] = (
     Column("Step, ms", lambda c, d: (plain(_short(stat(c, "step_ms"))), ""), lambda c: stat(c, "step_ms"), -1),
     Column("Control’s share", lambda c, d: (_percentage(stat(c, "control_share")), ""),
            lambda c: stat(c, "control_share"), -1, rivals_only=True),
-    Column("Zero weights", lambda c, d: (_percentage(_sparsity(c)), ""), _sparsity, +1),
-    Column("Violations", lambda c, d: (_count(c.get("violations")), ""), lambda c: None),
+    Column("Zero weights", lambda c, d: (_percentage(stat(c, "sparsity")), ""), lambda c: stat(c, "sparsity"), +1),
+    Column("Violations", lambda c, d: (plain(finite_number(c.get("violations"))), ""), lambda c: None),
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from normwise.errors import StudyError
 from normwise.experiments.catalog import BASELINE
-from normwise.experiments.compare.tables import label
+from normwise.experiments.compare.tables import MISSING, finite_number, label, stat
 
 MOST_POINTS = 100  # a curve 1100 px wide shows no more, and 36 cells with every layer then stay far under a megabyte
 GREY = "#808080"  # the baseline: readable on white and on near-black, and no colour among the colours
@@ -63,45 +63,27 @@ def cells(results: dict[str, Any]) -> list[Cell]:
     return found
 
 
-def unique(words: Iterable[str]) -> list[str]:
-    """``words`` without repetition, in the order of their first appearance."""
-    return list(dict.fromkeys(words))
-
-
 def looks(found: Sequence[Cell]) -> list[Look]:
     """A look for each strategy, in order of appearance; beyond 24 strategies they repeat."""
     labels: dict[str, str] = {}
     for cell in found:
         labels.setdefault(cell["strategy"], label(cell))
-    base = [Look(BASELINE, labels.pop(BASELINE), GREY, [1, 0], "circle")] if BASELINE in labels else []
-    return base + [_look(index, *pair) for index, pair in enumerate(labels.items())]
-
-
-def _look(index: int, strategy: str, text: str) -> Look:
-    dash, shape = FAMILIES[index // len(COLOURS) % len(FAMILIES)]
-    return Look(strategy, text, COLOURS[index % len(COLOURS)], dash, shape)
-
-
-def stat(cell: Cell, key: str, part: str = "mean") -> float | None:
-    """``cell[key][part]`` (or ``cell[key]``, if that is a bare number), None where it is missing or not finite."""
-    value = cell.get(key)
-    if isinstance(value, dict):
-        value = value.get(part)
-    elif part != "mean":
-        return None
-    return number(value)
-
-
-def number(value: Any) -> float | None:
-    """``value`` as a float, None where it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    found_looks = [Look(BASELINE, labels.pop(BASELINE), GREY, [1, 0], "circle")] if BASELINE in labels else []
+    for index, (strategy, text) in enumerate(labels.items()):
+        dash, shape = FAMILIES[index // len(COLOURS) % len(FAMILIES)]
+        found_looks.append(Look(strategy, text, COLOURS[index % len(COLOURS)], dash, shape))
+    return found_looks
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
     """``value`` with so many significant digits, which is what a chart can show; None stays None."""
     return None if value is None else float(f"{value:.{digits}g}")
+
+
+def ends(cell: Cell, key: str) -> Row:
+    """The mean over seeds and one standard deviation to either side: ``mean``, ``low``, ``high``; empty where there is no mean."""
+    mean, std = stat(cell, key), stat(cell, key, "std") or 0.0
+    return {} if mean is None else {"mean": mean, "low": mean - std, "high": mean + std}
 
 
 def thin(steps: Sequence[int], most: int = MOST_POINTS) -> list[int]:
@@ -119,7 +101,7 @@ def mean_curve(series: Sequence[tuple[Sequence[int], Sequence[Any]]]) -> dict[st
     at: dict[int, list[float]] = {}
     for steps, values in series:
         for step, value in zip(steps, values, strict=False):
-            kept = number(value)
+            kept = finite_number(value)
             at.setdefault(step, []).extend([] if kept is None else [kept])
     keep = [step for step in thin(sorted(at)) if at[step]]
     return {
@@ -143,10 +125,46 @@ def norm_curve(cell: Cell, parameter: str) -> dict[str, list[Any]]:
 
 def parameters(found: Sequence[Cell]) -> list[str]:
     """Names of the parameters whose norms were followed; weights first, biases after them."""
-    every = (name for cell in found for seed in cell.get("curves") or [] for name in seed.get("norms") or {})
-    return sorted(unique(every), key=lambda name: name.rpartition(".")[2] == "bias")
+    every = dict.fromkeys(name for cell in found for seed in cell.get("curves") or [] for name in seed.get("norms") or {})
+    return sorted(every, key=lambda name: name.rpartition(".")[2] == "bias")
 
 
 def identity(index: int, cell: Cell) -> Row:
     """The fields that say which cell a row of a chart is from."""
     return {"cell": index, "strategy": cell["strategy"], "label": label(cell), "optimizer": cell["optimizer"]}
+
+
+# ------------------------------------------------------------------------------------------------------ numbers as text
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage without its sign: 0.9812 is ``"98.1"``."""
+    return MISSING if value is None else f"{100 * value:.{digits}f}".replace("-", "−")
+
+
+def plain(value: Any) -> str:
+    """A number in four significant digits, thousands apart; text as it is; the dash for None."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return MISSING
+    kept = finite_number(value)
+    if kept is None:
+        return str(value)
+    if kept == int(kept) and abs(kept) < 1e15:
+        return f"{int(kept):,}".replace(",", "\u202f")
+    return f"{kept:.4g}"
+
+
+def describe(value: Any) -> str:
+    """Any JSON value as a phrase: lists with commas, dictionaries as ``key value``."""
+    if isinstance(value, dict):
+        return ", ".join(f"{words(key)} {describe(item)}" for key, item in value.items()) or MISSING
+    if isinstance(value, list | tuple):
+        return ", ".join(map(describe, value)) or MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return plain(value)
+
+
+def words(key: Any) -> str:
+    """A key of the results as the reader's words."""
+    return str(key).replace("_", " ")
