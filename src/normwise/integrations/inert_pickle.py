@@ -7,7 +7,7 @@ pairs (so that no key is ever hashed), and nothing recurses: a pickle can only d
 
 from __future__ import annotations
 
-import struct
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,82 +41,54 @@ class Pairs(list[tuple[Any, Any]]):
 
 
 _MARK = object()
+_DAMAGED = "it is cut off or damaged"
 
 
 def read(data: bytes, allowed: Callable[[str, str], bool]) -> Any:
     """The pickle in ``data``. allowed(module, name): whether a class or function may be named. Raises NotInert for everything else."""
+    machine = _Machine(allowed)
     try:
-        return _Machine(data, allowed).run()
-    except (IndexError, struct.error, KeyError, UnicodeDecodeError):
-        raise NotInert("it is cut off or damaged") from None
+        for opcode, argument, at in pickletools.genops(data):
+            if opcode.name != "STOP":
+                if opcode.name not in _STEPS:
+                    raise NotInert(f"it has the opcode {ord(opcode.code):#04x} at {at}, which no description needs")
+                _STEPS[opcode.name](machine, argument)
+        value = machine.pop()
+    except NotInert:
+        raise
+    except (LookupError, ValueError) as error:
+        raise NotInert(f"{_DAMAGED}: {error}") from None
+    if machine.stack:
+        raise NotInert(_DAMAGED)
+    return value
 
 
 class _Machine:
-    """Protocols 2 to 5: the opcodes that describe, by their names in ``pickletools``."""
+    """The stack and the memo of an unpickler."""
 
-    def __init__(self, data: bytes, allowed: Callable[[str, str], bool]) -> None:
-        self.data, self.at, self.allowed = data, 0, allowed
+    def __init__(self, allowed: Callable[[str, str], bool]) -> None:
+        self.allowed = allowed
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
-        while (code := self.data[self.at]) != 0x2E:    # STOP
-            self.at += 1
-            step = _STEPS.get(code)
-            if step is None:
-                raise NotInert(f"it has the opcode {code:#04x} at {self.at - 1}, which no description needs")
-            step(self)
-        self.at += 1
-        value = self.stack.pop()
-        if self.stack or value is _MARK:
-            raise NotInert("it is cut off or damaged")
-        return value
-
-    # ------------------------------------------------------------------------------------------------------ reading
-
-    def bytes(self, size: int) -> bytes:
-        if size > len(self.data) - self.at:
-            raise NotInert("it is cut off or damaged")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def number(self, form: str) -> Any:
-        [value] = struct.unpack("<" + form, self.bytes(struct.calcsize("<" + form)))
-        return value
-
-    def text(self, size: int) -> str:
-        return self.bytes(size).decode("utf-8", "surrogatepass")
-
-    def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + 1000)
-        if end < 0:
-            raise NotInert("it is cut off or damaged")
-        text = self.text(end - self.at)
-        self.at += 1
-        return text
-
-    # --------------------------------------------------------------------------------------------------- the stack
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
     def pop(self) -> Any:
         value = self.stack.pop()
         if value is _MARK:
-            raise NotInert("it is cut off or damaged")
+            raise NotInert(_DAMAGED)
         return value
 
     def above(self) -> list[Any]:
         """What lies above the last mark, which goes too."""
-        at = len(self.stack) - 1
-        while self.stack[at] is not _MARK:
-            if at == 0:
-                raise NotInert("it is cut off or damaged")
-            at -= 1
-        values = self.stack[at + 1 :]
-        del self.stack[at:]
-        return values
+        values = []
+        while (value := self.stack.pop()) is not _MARK:
+            values.append(value)
+        return values[::-1]
 
-    def tuple(self, size: int) -> None:
-        values = [self.pop() for _ in range(size)]
-        self.stack.append(tuple(reversed(values)))
+    def several(self, count: int) -> list[Any]:
+        return [self.pop() for _ in range(count)][::-1]
 
     def extend(self, values: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
@@ -131,21 +103,13 @@ class _Machine:
     def named(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str or not self.allowed(module, name):
             raise NotInert(f"they name {str(module)[:100]}.{str(name)[:100]}, which no checkpoint needs")
-        self.stack.append(Global(module, name))
-
-    def global_line(self) -> None:
-        module = self.line()
-        self.named(module, self.line())
-
-    def stack_global(self) -> None:
-        name, module = self.pop(), self.pop()
-        self.named(module, name)
+        self.push(Global(module, name))
 
     def make(self) -> None:
-        arguments, what = self.pop(), self.pop()
+        what, arguments = self.several(2)
         if type(what) is not Global or type(arguments) is not tuple:
             raise NotInert("it calls what is no class")
-        self.stack.append(Made(what, arguments))
+        self.push(Made(what, arguments))
 
     def build(self) -> None:
         state, made = self.pop(), self.stack[-1]
@@ -155,31 +119,26 @@ class _Machine:
 
     def keep(self, index: int) -> None:
         if self.stack[-1] is _MARK:
-            raise NotInert("it is cut off or damaged")
+            raise NotInert(_DAMAGED)
         self.memo[index] = self.stack[-1]
 
 
-def _push(value: Any) -> Callable[[_Machine], None]:
-    return lambda m: m.stack.append(value)
-
-
-_STEPS: dict[int, Callable[[_Machine], Any]] = {
-    ord("\x80"): lambda m: m.number("B"), ord("\x95"): lambda m: m.number("Q"),    # PROTO, FRAME: only a hint
-    ord("("): _push(_MARK), ord("0"): _Machine.pop,
-    ord("N"): _push(None), ord("\x88"): _push(True), ord("\x89"): _push(False),
-    ord("J"): lambda m: m.stack.append(m.number("i")), ord("K"): lambda m: m.stack.append(m.number("B")),
-    ord("M"): lambda m: m.stack.append(m.number("H")), ord("G"): lambda m: m.stack.append(struct.unpack(">d", m.bytes(8))[0]),
-    ord("\x8a"): lambda m: m.stack.append(int.from_bytes(m.bytes(m.number("B")), "little", signed=True)),
-    ord("\x8c"): lambda m: m.stack.append(m.text(m.number("B"))), ord("X"): lambda m: m.stack.append(m.text(m.number("I"))),
-    ord("\x8d"): lambda m: m.stack.append(m.text(m.number("Q"))),
-    ord("C"): lambda m: m.stack.append(m.bytes(m.number("B"))), ord("B"): lambda m: m.stack.append(m.bytes(m.number("I"))),
-    ord(")"): _push(()), ord("\x85"): lambda m: m.tuple(1), ord("\x86"): lambda m: m.tuple(2), ord("\x87"): lambda m: m.tuple(3),
-    ord("t"): lambda m: m.stack.append(tuple(m.above())),
-    ord("]"): lambda m: m.stack.append([]), ord("a"): lambda m: m.extend([m.pop()]), ord("e"): lambda m: m.extend(m.above()),
-    ord("}"): lambda m: m.stack.append(Pairs()), ord("u"): lambda m: m.items(m.above()),
-    ord("s"): lambda m: m.items([m.pop(), m.pop()][::-1]),
-    ord("\x94"): lambda m: m.keep(len(m.memo)), ord("q"): lambda m: m.keep(m.number("B")), ord("r"): lambda m: m.keep(m.number("I")),
-    ord("h"): lambda m: m.stack.append(m.memo[m.number("B")]), ord("j"): lambda m: m.stack.append(m.memo[m.number("I")]),
-    ord("c"): _Machine.global_line, ord("\x93"): _Machine.stack_global,
-    ord("R"): _Machine.make, ord("\x81"): _Machine.make, ord("b"): _Machine.build,
+# By their names in `pickletools`, the opcodes of protocols 2 to 5 that describe.
+_STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),    # FRAME is only a hint
+    **dict.fromkeys(
+        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES"),
+        _Machine.push,
+    ),
+    "MARK": lambda m, _: m.push(_MARK), "POP": lambda m, _: m.pop(),
+    "NONE": lambda m, _: m.push(None), "NEWTRUE": lambda m, _: m.push(True), "NEWFALSE": lambda m, _: m.push(False),
+    "EMPTY_TUPLE": lambda m, _: m.push(()), "TUPLE1": lambda m, _: m.push(tuple(m.several(1))),
+    "TUPLE2": lambda m, _: m.push(tuple(m.several(2))), "TUPLE3": lambda m, _: m.push(tuple(m.several(3))),
+    "TUPLE": lambda m, _: m.push(tuple(m.above())),
+    "EMPTY_LIST": lambda m, _: m.push([]), "APPEND": lambda m, _: m.extend([m.pop()]), "APPENDS": lambda m, _: m.extend(m.above()),
+    "EMPTY_DICT": lambda m, _: m.push(Pairs()), "SETITEM": lambda m, _: m.items(m.several(2)), "SETITEMS": lambda m, _: m.items(m.above()),
+    "MEMOIZE": lambda m, _: m.keep(len(m.memo)), **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.keep),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.push(m.memo[index])),
+    "GLOBAL": lambda m, line: m.named(*line.split(" ", 1)), "STACK_GLOBAL": lambda m, _: m.named(*m.several(2)),
+    "REDUCE": lambda m, _: m.make(), "NEWOBJ": lambda m, _: m.make(), "BUILD": lambda m, _: m.build(),
 }  # fmt: skip
