@@ -126,10 +126,8 @@ class _Machine:
 # By their names in `pickletools`, the opcodes of protocols 2 to 5 that describe.
 _STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),    # FRAME is only a hint
-    **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES"),
-        _Machine.push,
-    ),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES"), _Machine.push),
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _Machine.push),
     "MARK": lambda m, _: m.push(_MARK), "POP": lambda m, _: m.pop(),
     "NONE": lambda m, _: m.push(None), "NEWTRUE": lambda m, _: m.push(True), "NEWFALSE": lambda m, _: m.push(False),
     "EMPTY_TUPLE": lambda m, _: m.push(()), "TUPLE1": lambda m, _: m.push(tuple(m.several(1))),

@@ -21,7 +21,11 @@ def inputs(model: nn.Module, probe: Tensor, layers: Iterable[Layer]) -> dict[Lay
     values: dict[Layer, Tensor] = {}
 
     def keep(layer: Any, given: tuple[Tensor, ...]) -> None:
-        values[layer] = _constants(given[0], -1 if isinstance(layer, nn.Linear) else 1)
+        columns = given[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
+        low, high = columns.amin(0), columns.amax(0)
+        # The middle of the extremes: a mean over many places would add their rounding.
+        middle = (low + high) / 2
+        values[layer] = torch.where(high - low <= _SAME * (1 + middle.abs()), middle, math.nan)
 
     # Measured where it is read: whatever lies between, a pooling or a padding, has then acted on it.
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
@@ -29,14 +33,6 @@ def inputs(model: nn.Module, probe: Tensor, layers: Iterable[Layer]) -> dict[Lay
     for hook in hooks:
         hook.remove()
     return values
-
-
-def _constants(x: Tensor, axis: int) -> Tensor:
-    columns = x.movedim(axis, -1).flatten(0, -2)
-    low, high = columns.amin(0), columns.amax(0)
-    # The middle of the extremes: a mean over many places would add their rounding.
-    middle = (low + high) / 2
-    return torch.where(high - low <= _SAME * (1 + middle.abs()), middle, math.nan)
 
 
 def nearest_to_zero(writer: Writer) -> float:
@@ -48,12 +44,13 @@ def nearest_to_zero(writer: Writer) -> float:
     return float(lengths.min()) if len(lengths) else 0.0
 
 
-def is_zero(writer: Writer, unit: int) -> bool:
-    """Whether the unit's value does not depend on the input: its row is zero, or the gain of every BatchNorm on it."""
-    if not writer.layer.weight[unit].any():
-        return True
-    gains = [norm.weight for norm in writer.norms]
-    return bool(gains) and all(gain is not None and not gain[unit] for gain in gains)
+def is_zero(group: Group, unit: int) -> bool:
+    """Whether the unit does not depend on the input: in every layer that writes it, its row is zero or the gain of each BatchNorm on it."""
+    return all(
+        not writer.layer.weight[unit].any()
+        or (bool(writer.norms) and all(norm.weight is not None and not norm.weight[unit] for norm in writer.norms))
+        for writer in group.writers
+    )
 
 
 def is_unread(group: Group, unit: int) -> bool:
@@ -70,7 +67,8 @@ def stays_because(group: Group, unit: int, values: dict[Layer, Tensor]) -> str |
             continue
         if constants.isnan().any():
             return "the value still varies where it is read"
-        if _pads_with_zeros(reader.layer):
+        layer, padding = reader.layer, getattr(reader.layer, "padding", "valid")    # a linear layer has none
+        if getattr(layer, "padding_mode", "") == "zeros" and (padding != "valid" if isinstance(padding, str) else any(padding)):
             return "a constant other than zero meets a convolution padded with zeros"
     return None
 
@@ -93,9 +91,3 @@ def move(reader: Reader, units: Sequence[int], values: Tensor) -> None:
         reader.norm.running_mean -= given
     else:
         layer.bias = nn.Parameter(given)
-
-
-def _pads_with_zeros(layer: Layer) -> bool:
-    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
-        return False
-    return layer.padding != "valid" if isinstance(layer.padding, str) else any(layer.padding)

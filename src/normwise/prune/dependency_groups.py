@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,77 +67,58 @@ def groups(model: nn.Module, example: Tensor) -> list[Group]:
 
     Raises MissingExtraError without torch-pruning.
     """
-    pruning = _library()
+    need("prune", "torch_pruning", what="removing units")
+    import torch_pruning
+
     # torch-pruning follows the backward graph.
     with torch.enable_grad():
-        graph = pruning.DependencyGraph().build_dependency(model, (example,), verbose=False)
+        graph = torch_pruning.DependencyGraph().build_dependency(model, (example,), verbose=False)
     unfit, names = _unfit(model, example), {module: name for name, module in model.named_modules()}
     return [_group(graph, found, names, unfit) for found in graph.get_all_groups(root_module_types=LAYERS)]
 
 
-def _library() -> Any:
-    need("prune", "torch_pruning", what="removing units")
-    import torch_pruning
-
-    return torch_pruning
-
-
+@torch.no_grad()
 def _unfit(model: nn.Module, example: Tensor) -> dict[nn.Module, str]:
     """Layers that must keep their shape, and why."""
-    calls = _calls(model, example)
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    whys = {module: _why_unfit(module, calls[module], owners) for module in model.modules()}
-    return {module: f"{name} {whys[module]}" for name, module in model.named_modules() if whys[module]}
-
-
-def _why_unfit(module: nn.Module, calls: int, owners: Counter[int]) -> str | None:
-    if calls > 1:
-        return f"is called {calls} times"
-    if parametrize.is_parametrized(module):
-        return "is parametrized"
-    if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
-        return "shares a parameter"
-    groups = getattr(module, "groups", 1)    # of a user's own module it may be anything
-    return "is a grouped convolution" if isinstance(groups, int) and groups > 1 else None
-
-
-@torch.no_grad()
-def _calls(model: nn.Module, example: Tensor) -> Counter[nn.Module]:
     calls: Counter[nn.Module] = Counter()
     hooks = [m.register_forward_hook(lambda module, given, out: calls.update([module])) for m in model.modules()]
     model(example)
     for hook in hooks:
         hook.remove()
-    return calls
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    whys: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        joined = getattr(module, "groups", 1)    # of a user's own module it may be anything
+        if calls[module] > 1:
+            whys[module] = f"{name} is called {calls[module]} times"
+        elif parametrize.is_parametrized(module):
+            whys[module] = f"{name} is parametrized"
+        elif any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+            whys[module] = f"{name} shares a parameter"
+        elif isinstance(joined, int) and joined > 1:
+            whys[module] = f"{name} is a grouped convolution"
+    return whys
 
 
 def _group(graph: Any, found: Any, names: dict[nn.Module, str], unfit: dict[nn.Module, str]) -> Group:
     root = found[0].dep.target.module
     handler, size = found[0].dep.handler, len(found[0].idxs)
-
-    def remove(units: list[int]) -> None:
-        graph.get_pruning_group(root, handler, units).prune()
-
-    layers = [item for item in found if isinstance(item.dep.target.module, LAYERS)]
-    writers = [_writer(item.dep.target, names) for item in layers if graph.is_out_channel_pruning_fn(item.dep.handler)]
-    readers = [_reader(item, size) for item in layers if graph.is_in_channel_pruning_fn(item.dep.handler)]
+    writers: list[Writer] = []
+    readers: list[Reader] = []
+    for item in found:
+        layer, after = item.dep.target.module, [output.module for output in item.dep.target.outputs]
+        norms = tuple(after) if all(isinstance(m, _BatchNorm) for m in after) else ()
+        if isinstance(layer, LAYERS) and graph.is_out_channel_pruning_fn(item.dep.handler):
+            writers.append(Writer(names[layer], layer, norms))
+        if not isinstance(layer, LAYERS) or not graph.is_in_channel_pruning_fn(item.dep.handler):
+            continue
+        columns: list[list[int]] = [[] for _ in range(size)]
+        for column, unit in zip(item.idxs, item.root_idxs, strict=True):
+            columns[unit].append(column)
+        readers.append(Reader(layer, columns, norms[0] if len(norms) == 1 else None))
     read = {id(reader.layer) for reader in readers}
     obstacle = next((why for item in found if (why := _obstacle(item.dep.target, read, unfit))), None)
-    return Group(names[root], size, writers, readers, obstacle, remove)
-
-
-def _writer(node: Any, names: dict[nn.Module, str]) -> Writer:
-    after = [output.module for output in node.outputs]
-    return Writer(names[node.module], node.module, tuple(after) if all(isinstance(m, _BatchNorm) for m in after) else ())
-
-
-def _reader(item: Any, size: int) -> Reader:
-    columns: list[list[int]] = [[] for _ in range(size)]
-    for column, unit in zip(item.idxs, item.root_idxs, strict=True):
-        columns[unit].append(column)
-    after = [output.module for output in item.dep.target.outputs]
-    norm = after[0] if len(after) == 1 and isinstance(after[0], _BatchNorm) else None
-    return Reader(item.dep.target.module, columns, norm)
+    return Group(names[root], size, writers, readers, obstacle, lambda units: graph.get_pruning_group(root, handler, units).prune())
 
 
 def _obstacle(node: Any, read: set[int], unfit: dict[nn.Module, str]) -> str | None:
@@ -153,7 +134,12 @@ def _obstacle(node: Any, read: set[int], unfit: dict[nn.Module, str]) -> str | N
     operation = re.sub(r"Backward\d*$", "", node.grad_fn.name())
     if _within_linear(node, operation):
         return None
-    apart = kind == "ElementWiseOp" and operation in _CHANNEL_BY_CHANNEL and (operation != "Mean" or _over_space(node.grad_fn))
+    apart = kind == "ElementWiseOp" and operation in _CHANNEL_BY_CHANNEL
+    if apart and operation == "Mean":    # over the places of (n, channels, places…), not over channels
+        dimensions = len(node.grad_fn._saved_self_sym_sizes)
+        # Autograd keeps −1 as 2⁶⁴ − 1.
+        axes = {(axis - 2**64 if axis >= 2**63 else axis) % dimensions for axis in node.grad_fn._saved_dim}
+        apart = dimensions > 3 and axes <= set(range(2, dimensions))
     return None if apart else f"it passes through {node.name or operation}"
 
 
@@ -164,15 +150,3 @@ def _within_linear(node: Any, operation: str) -> bool:
     ends = [output.grad_fn for output in node.outputs if isinstance(output.module, nn.Linear)]
     folded = all("View" in end.name() and end.next_functions[0][0] is node.grad_fn for end in ends)
     return operation in ("Addmm", "Mm") and folded and len(ends) == len(node.outputs) == 1
-
-
-def _over_space(grad_fn: Any) -> bool:
-    """Whether a mean is over the places of (n, channels, places…), not over channels."""
-    dimensions = len(grad_fn._saved_self_sym_sizes)
-    axes = {axis % dimensions for axis in _signed(grad_fn._saved_dim)}
-    return dimensions > 3 and axes <= set(range(2, dimensions))
-
-
-def _signed(axes: Sequence[int]) -> Iterator[int]:
-    """Axes as autograd keeps them, where −1 is 2⁶⁴ − 1."""
-    return (axis - 2**64 if axis >= 2**63 else axis for axis in axes)

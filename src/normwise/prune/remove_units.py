@@ -95,16 +95,29 @@ def shrink(model: M, example_input: Tensor, tolerance: float = 0.0) -> tuple[M, 
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise StudyError(f"tolerance is {tolerance!r}, but it is the largest L2 norm that counts as zero: a finite number >= 0.")
     small, probe = _opened(model), _probe(example_input)
-    _set_to_zero(small, tolerance)
+    for module in small.modules():
+        if isinstance(module, LAYERS):
+            module.weight.data[module.weight.data.flatten(1).norm(dim=1) <= tolerance] = 0
+        elif isinstance(module, _BatchNorm) and module.affine:
+            module.weight.data[module.weight.data.abs() <= tolerance] = 0
     left: dict[str, list[int]] = {}
     # Each round may silence or orphan further units; it ends, since every round but the last removes one.
-    while True:
+    kept = None
+    while kept is None:
         found = groups(small, probe)
         kept = _remove_once(small, probe, found, left)
-        if kept is not None:
-            break
     _close(small, model)
-    return small, _report(model, small, left, kept, [example_input, probe], _whole(found, left, kept))
+    # What lost nothing and keeps nothing that is zero: a report without them would leave that to guess.
+    others = [(group, w) for group in found for w in group.writers if w.name not in left and group.name not in kept and not group.obstacle]
+    whole = {w.name: (group.size, constant_units.nearest_to_zero(w)) for group, w in others}
+    sizes = {name: len(model.get_submodule(name).weight) for name in left}  # type: ignore[arg-type]
+    gone = {name: tuple(sorted(set(range(sizes[name])) - set(rest))) for name, rest in left.items()}
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    with torch.no_grad():
+        full, less = _opened(model), _opened(small)
+        samples = [x.double() if x.is_floating_point() else x for x in (example_input, probe)]
+        difference = max(float((full(x) - less(x)).abs().max()) for x in samples)
+    return small, Report({name: (sizes[name], len(rest)) for name, rest in left.items()}, gone, kept, (before, after), difference, whole)
 
 
 def cut(model: M, example_input: Tensor, units: Mapping[str, Sequence[int]]) -> M:
@@ -150,58 +163,40 @@ def targets(model: nn.Module, example_input: Tensor) -> dict[str, int]:
 
 def _remove_once(model: nn.Module, probe: Tensor, found: list[Group], left: dict[str, list[int]]) -> dict[str, str] | None:
     """Removes what can be removed from every group. None if anything was; else what is zero and stays, by layer, and why."""
-    _check_alive(model, probe, found)
+    silent = [group.name for group in found if all(constant_units.is_zero(group, unit) for unit in range(group.size))]
+    with torch.no_grad():
+        if silent and (out := model(probe)).eq(out[:1]).all():
+            raise StudyError(
+                f"every unit of {', '.join(silent)} is zero, so the output no longer depends on the input and nothing can be removed: "
+                "train with a smaller strength, or give a smaller tolerance."
+            )
     values = constant_units.inputs(model, probe, [reader.layer for group in found for reader in group.readers])
     kept: dict[str, str] = {}
-    goes = [_removable(group, values, kept) for group in found]
-    for group, units in zip(found, goes, strict=True):
-        for reader in group.readers if units else ():
+    goes = [(group, units) for group in found if (units := _removable(group, values, kept))]
+    for group, units in goes:
+        for reader in group.readers:
             constant_units.move(reader, units, values[reader.layer])
-    for group, units in zip(found, goes, strict=True):
-        if units:
-            _note(group, units, left)
-            group.remove(units)
-    return None if any(goes) else kept
+    for group, units in goes:
+        gone = set(units)
+        for writer in group.writers:    # which units of the full model are left
+            before = left.get(writer.name, list(range(group.size)))
+            left[writer.name] = [unit for place, unit in enumerate(before) if place not in gone]
+        group.remove(units)
+    return None if goes else kept
 
 
 def _removable(group: Group, values: dict[Layer, Tensor], kept: dict[str, str]) -> list[int]:
-    if group.obstacle:
-        _note_kept(group, [group.obstacle for unit in range(group.size) if _dead(group, unit)], kept)
-        return []
-    dead = {unit: constant_units.stays_because(group, unit, values) for unit in range(group.size) if _dead(group, unit)}
-    _note_kept(group, [why for unit, why in dead.items() if why is not None], kept)
-    goes = [unit for unit in range(group.size) if dead.get(unit, "alive") is None or constant_units.is_unread(group, unit)]
-    if len(goes) < group.size:
-        return goes
-    _note_kept(group, ["a layer needs one"], kept)
-    return goes[1:]
-
-
-def _note_kept(group: Group, reasons: list[str], kept: dict[str, str]) -> None:
-    if reasons:
-        kept[group.name] = f"{len(reasons)} zero unit{'s stay' if len(reasons) > 1 else ' stays'}: {reasons[0]}"
-
-
-def _dead(group: Group, unit: int) -> bool:
-    return all(constant_units.is_zero(writer, unit) for writer in group.writers)
-
-
-def _note(group: Group, units: list[int], left: dict[str, list[int]]) -> None:
-    """Keeps, by layer, which units of the full model are left."""
-    gone = set(units)
-    for writer in group.writers:
-        before = left.get(writer.name, list(range(group.size)))
-        left[writer.name] = [unit for place, unit in enumerate(before) if place not in gone]
-
-
-@torch.no_grad()
-def _check_alive(model: nn.Module, probe: Tensor, found: list[Group]) -> None:
-    silent = [group.name for group in found if all(_dead(group, unit) for unit in range(group.size))]
-    if silent and (out := model(probe)).eq(out[:1]).all():
-        raise StudyError(
-            f"every unit of {', '.join(silent)} is zero, so the output no longer depends on the input and nothing can be removed: "
-            "train with a smaller strength, or give a smaller tolerance."
-        )
+    """The units that go. Of those that are zero and stay, ``kept`` gets their number and why."""
+    zero = [unit for unit in range(group.size) if constant_units.is_zero(group, unit)]
+    whys = {unit: group.obstacle or constant_units.stays_because(group, unit, values) for unit in zero}
+    unread = [] if group.obstacle else [unit for unit in range(group.size) if constant_units.is_unread(group, unit)]
+    goes = sorted({*unread, *(unit for unit, why in whys.items() if why is None)})
+    stay = [why for why in whys.values() if why is not None]
+    if len(goes) == group.size:
+        goes, stay = goes[1:], ["a layer needs one"]
+    if stay:
+        kept[group.name] = f"{len(stay)} zero unit{'s stay' if len(stay) > 1 else ' stays'}: {stay[0]}"
+    return goes
 
 
 # --------------------------------------------------------------------------------------------------- before and after
@@ -233,47 +228,10 @@ def _close(small: nn.Module, model: nn.Module) -> None:
 def _probe(example: Tensor) -> Tensor:
     """Noise in the example's shape: what is constant on it is constant. Indices stay the example's own."""
     if not isinstance(example, Tensor) or example.ndim < 2:
-        raise StudyError(f"example_input is {_described(example)}, but it must be one batch as the model takes it, (n, …).")
+        given = f"a tensor of shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"a {type(example).__name__}"
+        raise StudyError(f"example_input is {given}, but it must be one batch as the model takes it, (n, …).")
     if not example.is_floating_point():
         return example
     # A fixed seed: the same model is always shrunk alike.
     noise = torch.randn((_PROBES, *example.shape[1:]), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return noise.to(example.device)
-
-
-def _described(example: object) -> str:
-    return f"a tensor of shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"a {type(example).__name__}"
-
-
-@torch.no_grad()
-def _set_to_zero(model: nn.Module, tolerance: float) -> None:
-    for module in model.modules():
-        if isinstance(module, LAYERS):
-            module.weight[module.weight.flatten(1).norm(dim=1) <= tolerance] = 0
-        elif isinstance(module, _BatchNorm) and module.affine:
-            module.weight[module.weight.abs() <= tolerance] = 0
-
-
-def _whole(found: list[Group], left: dict[str, list[int]], kept: dict[str, str]) -> dict[str, tuple[int, float]]:
-    """The layers that lost nothing and keep nothing that is zero: what a report without them would leave to guess."""
-    writers = [(group, w) for group in found for w in group.writers if w.name not in left and group.name not in kept]
-    return {w.name: (group.size, constant_units.nearest_to_zero(w)) for group, w in writers if not group.obstacle}
-
-
-def _report(
-    full: nn.Module, small: nn.Module, left: dict[str, list[int]], kept: dict[str, str], samples: list[Tensor],
-    whole: dict[str, tuple[int, float]],
-) -> Report:  # fmt: skip
-    layers = dict(full.named_modules())
-    sizes = {name: len(layers[name].weight) for name in left}
-    gone = {name: tuple(sorted(set(range(sizes[name])) - set(rest))) for name, rest in left.items()}
-    counts = tuple(sum(p.numel() for p in model.parameters()) for model in (full, small))
-    units = {name: (sizes[name], len(rest)) for name, rest in left.items()}
-    return Report(units, gone, kept, (counts[0], counts[1]), _difference(full, small, samples), whole)
-
-
-@torch.no_grad()
-def _difference(full: nn.Module, small: nn.Module, samples: list[Tensor]) -> float:
-    a, b = _opened(full), _opened(small)
-    exact = [x.double() if x.is_floating_point() else x for x in samples]
-    return max(float((a(x) - b(x)).abs().max()) for x in exact)
