@@ -21,12 +21,12 @@ from normwise.errors import DataError, NormwiseError, OutputError, PolicyError
 from normwise.experiments.catalog import GAN_STRATEGIES as STRATEGIES
 from normwise.experiments.gan import tables as results
 from normwise.experiments.tasks.data import readers
+from normwise.low_precision import ROUNDINGS
 from normwise.norms import FORMS, NORMS, SETS
 from normwise.parameters.regex import LONGEST
 from normwise.policy import listing, yaml_form
 from normwise.policy.named import NAMED
 from normwise.policy.rule import ACTIONS, ON, Rule
-from normwise.policy.rule_fields import ROUNDINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

@@ -7,14 +7,16 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from normwise.errors import NormwiseError, PolicyError, nearest
+from normwise.low_precision import ROUNDINGS
 from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
 from normwise.parameters.layouts import PER, BlockView, Heads, Layout, block_view, split_heads
-from normwise.parameters.selectors import Selector, matches, names_of, select, shown
+from normwise.parameters.selectors import Selector, matches, names_of, select, selector_to_data, shown
 from normwise.policy import radii, rule_fields, schedules
-from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike
+from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike, or_none
 
 if TYPE_CHECKING:
     from normwise.parameters.inventory import Entry
@@ -77,7 +79,7 @@ MATRICES = ("role:hidden", "role:conv", "role:recurrent")
 WEIGHT_ONLY = ("min_radius", "rate", "center")
 VECTOR_PER = ("unit", "input", "element", "global")
 
-SELECTOR = (rule_fields.selector_to_data, rule_fields.selector_from_data)
+SELECTOR = (or_none(selector_to_data), rule_fields.selector_from_data)
 _T = TypeVar("_T", bound=type[Any])
 
 
@@ -146,34 +148,37 @@ class Rule:
     per: str = "tensor"
     on: str | None = None
     radius: Field[RadiusLike, radii.Radius | None] = Field(
-        rule_fields.optional(radii.radius), None, schedules.to_data, functools.partial(radii.from_data, what="radius")
+        or_none(radii.radius), None, schedules.to_data, partial(radii.from_data, what="radius")
     )
     strength: Field[schedules.Varying | None, schedules.Varying | None] = Field(
-        rule_fields.optional(rule_fields.convert_strength), None, schedules.to_data, functools.partial(radii.from_data, what="strength")
-    )
+        or_none(partial(schedules.varying, what="strength", zero=True)), None, schedules.to_data,
+        partial(radii.from_data, what="strength"),
+    )  # fmt: skip
     power: Field[int, int] = Field(rule_fields.convert_power, 1)
-    heads: Field[Heads | list[int] | None, Heads | None] = Field(rule_fields.convert_heads, None, rule_fields.heads_to_data)
+    heads: Field[Heads | list[int] | None, Heads | None] = Field(
+        rule_fields.convert_heads, None, lambda heads: list(heads) if isinstance(heads, tuple) else heads
+    )
     center: Field[CenterLike, Center] = Field(rule_fields.convert_center, None, rule_fields.center_to_data)
-    floor: Field[float | None, float | None] = Field(rule_fields.optional(rule_fields.positive("floor")), None)
-    min_radius: Field[float | None, float | None] = Field(rule_fields.optional(rule_fields.positive("min_radius")), None)
+    floor: Field[float | None, float | None] = Field(or_none(partial(schedules.number, what="floor")), None)
+    min_radius: Field[float | None, float | None] = Field(or_none(partial(schedules.number, what="min_radius")), None)
     tolerance: Field[float, float] = Field(rule_fields.convert_tolerance, 0.0)
     rate: Field[float, float] = Field(rule_fields.convert_rate, 1.0)
-    rounding: Field[str, str] = Field(rule_fields.convert_rounding, "nearest")
-    every: Field[int, int] = Field(rule_fields.steps("every", 1), 1)
-    start: Field[int, int] = Field(rule_fields.steps("start", 0), 0)
-    stop: Field[int | None, int | None] = Field(rule_fields.optional(rule_fields.steps("stop", 1)), None)
+    rounding: Field[str, str] = Field(partial(rule_fields.word, what="rounding", allowed=tuple(ROUNDINGS)), "nearest")
+    every: Field[int, int] = Field(partial(schedules.count, what="every", least=1), 1)
+    start: Field[int, int] = Field(partial(schedules.count, what="start", least=0), 0)
+    stop: Field[int | None, int | None] = Field(or_none(partial(schedules.count, what="stop", least=1)), None)
     exclude: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None, *SELECTOR)
     layout: Field[Layout | None, Layout | None] = Field(
-        rule_fields.convert_layout, None, rule_fields.layout_to_data, rule_fields.layout_from_data
+        or_none(rule_fields.convert_layout), None, or_none(rule_fields.layout_to_data), rule_fields.layout_from_data
     )
     optional: Field[bool, bool] = Field(rule_fields.convert_flag, False)
-    name: Field[str | None, str | None] = Field(rule_fields.optional(rule_fields.convert_name), None)
+    name: Field[str | None, str | None] = Field(or_none(rule_fields.convert_name), None)
 
     def __post_init__(self) -> None:
         rule_fields.word(self.action, "action", tuple(ACTIONS))
         rule_fields.word(self.per, "per", PER)
         self._resolve()
-        for check in (_check_target, _check_uses, _check_needs, _check_norm, _check_radius, _check_found, _check_window):
+        for check in (_check_fields, _check_norm, _check_radius, _check_blocks):
             check(self)
 
     def _resolve(self) -> None:
@@ -263,20 +268,22 @@ class Rule:
         relation = "=" if self.action == "normalize" or isinstance(self.norm, Set) else "<="
         return f"{relation} {amount}{around}"
 
+    def _given(self) -> dict[str, Any]:
+        """The fields that are not at their defaults."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value != _default(self, name)}
+
     def __repr__(self) -> str:
-        given = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return f"Rule({', '.join(f'{name}={value!r}' for name, value in given if value != _default(self, name))})"
+        return f"Rule({', '.join(f'{name}={value!r}' for name, value in self._given().items())})"
 
     def to_data(self) -> dict[str, Any]:
         """The fields that are not at their defaults, as plain YAML types; PolicyError where a value has no such form."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: _written(name, value) for name, value in given.items() if value != _default(self, name)}
+        return {name: _written(name, value) for name, value in self._given().items()}
 
     def described(self) -> dict[str, str]:
         """The fields that are not at their defaults, each as a text, to tell rules apart, whatever they are called; what has no YAML form
         by its name."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
-        return {name: _text(name, value) for name, value in given.items() if value != _default(self, name)}
+        return {name: _text(name, value) for name, value in self._given().items() if name != "name"}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Rule:
@@ -323,29 +330,21 @@ def _default(rule: Rule, name: str) -> Any:
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_target(rule: Rule) -> None:
+def _check_fields(rule: Rule) -> None:
+    """What the action acts on, the fields that it reads, and the number that it needs."""
+    action = ACTIONS[rule.action]
     rule_fields.word(rule.on, "on", ON)
-    allowed = ACTIONS[rule.action].targets
-    if rule.on not in allowed:
-        raise FieldError(f"action {rule.action!r} has no meaning on={rule.on!r}. Allowed for it: {', '.join(allowed)}.", "on")
-
-
-def _check_uses(rule: Rule) -> None:
-    optional = set[str]().union(*(action.uses for action in ACTIONS.values()))
-    for name in sorted(optional - ACTIONS[rule.action].uses):
+    if rule.on not in action.targets:
+        raise FieldError(f"action {rule.action!r} has no meaning on={rule.on!r}. Allowed for it: {', '.join(action.targets)}.", "on")
+    for name in sorted(set[str]().union(*(other.uses for other in ACTIONS.values())) - action.uses):
         if getattr(rule, name) != _default(rule, name):
-            known = ", ".join(sorted(ACTIONS[rule.action].uses))
-            raise FieldError(f"action {rule.action!r} does not use {name}: leave it out. It uses {known}.", name)
+            raise FieldError(f"action {rule.action!r} does not use {name}: leave it out. It uses {', '.join(sorted(action.uses))}.", name)
     for name in WEIGHT_ONLY:
         if rule.on != "weight" and getattr(rule, name) != _default(rule, name):
             raise FieldError(f"{name} has a meaning on='weight' only, but this rule is on={rule.on!r}: leave it out.", name)
-
-
-def _check_needs(rule: Rule) -> None:
-    needed = ACTIONS[rule.action].needs
-    if needed and getattr(rule, needed) is None and (isinstance(rule.norm, Norm) or needed == "strength"):
-        example = "a number > 0, a schedule or 'init'" if needed == "radius" else "a number >= 0 or a schedule"
-        raise FieldError(f"action {rule.action!r} needs {needed}=: {example}.", needed)
+    if action.needs and getattr(rule, action.needs) is None and (isinstance(rule.norm, Norm) or action.needs == "strength"):
+        example = "a number > 0, a schedule or 'init'" if action.needs == "radius" else "a number >= 0 or a schedule"
+        raise FieldError(f"action {rule.action!r} needs {action.needs}=: {example}.", action.needs)
 
 
 def _check_norm(rule: Rule) -> None:
@@ -391,8 +390,8 @@ def _check_radius(rule: Rule) -> None:
         raise FieldError(f"min_radius {rule.min_radius:g} is above radius {radius:g}: give min_radius <= radius.", "min_radius")
 
 
-def _check_found(rule: Rule) -> None:
-    """Radii that are rules themselves, and the blocks that a radius or an action has a meaning on."""
+def _check_blocks(rule: Rule) -> None:
+    """Radii that are found in training, the blocks that these or an action have a meaning on, and the steps of the rule."""
     radius, action = rule.radius, ACTIONS[rule.action]
     if isinstance(radius, radii.RadiusRule) and (rule.action, rule.on) not in radius.allowed:
         allowed = ", ".join(f"{action} on={on!r}" for action, on in radius.allowed)
@@ -407,8 +406,5 @@ def _check_found(rule: Rule) -> None:
         raise FieldError(f"{what} has no meaning per={rule.per!r}. Allowed per: {', '.join(blocks)}.", "per")
     if rule.heads is not None and rule._blocks != "head":
         raise FieldError(f"heads has a meaning for per='head' only, given per={rule.per!r}: leave it out.", "heads")
-
-
-def _check_window(rule: Rule) -> None:
     if rule.stop is not None and rule.stop <= rule.start:
         raise FieldError(f"stop {rule.stop} is not after start {rule.start}: the rule would never act. Give stop > start.", "stop")

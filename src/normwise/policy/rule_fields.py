@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 from torch import Tensor
 
 from normwise.errors import NormError, PolicyError, nearest
-from normwise.low_precision import ROUNDINGS
 from normwise.norms import FORMS, NORMS, SETS, Box, Norm, Set, get_norm
 from normwise.parameters import selectors
 from normwise.parameters.layouts import Heads, Layout
-from normwise.parameters.selectors import Selector
 from normwise.policy import radii, schedules
 
 Given = TypeVar("Given")
@@ -82,15 +80,12 @@ def _norm_names() -> list[str]:
 
 def norm_name(norm: Norm | Set) -> str | None:
     """The name that :func:`get_norm` takes for this object, None where it has none."""
-    named = (name for name in _norm_names() if name != Box.name and get_norm(name) == norm)
-    return next(named, None)
+    return next((name for name in _norm_names() if name != Box.name and get_norm(name) == norm), None)
 
 
 def norm_label(norm: Norm | Set) -> str:
     """For tables and messages: ``l2``, ``box(-1, 1)``."""
-    if isinstance(norm, Box):
-        return f"box({norm.low:g}, {norm.high:g})"
-    return norm_name(norm) or repr(norm)
+    return f"box({norm.low:g}, {norm.high:g})" if isinstance(norm, Box) else norm_name(norm) or repr(norm)
 
 
 def norm_to_data(norm: Norm | Set) -> Any:
@@ -127,26 +122,14 @@ def convert_selector(selector: Any) -> Any:
     return tuple(selector) if isinstance(selector, list) else selector
 
 
-class Weights(Mapping[str, Tensor]):
+class Weights(dict[str, Tensor]):
     """Weights by parameter name, to be a center. Compared by identity: comparing tensors is no way to compare rules."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"Weights({len(self)} tensors)"
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
 
 CenterLike: TypeAlias = Literal["init"] | Mapping[str, Tensor] | None
@@ -171,18 +154,9 @@ def center_to_data(center: Center) -> Any:
     return center
 
 
-def convert_layout(layout: Any) -> Layout | None:
-    """None, or a Layout stated by hand."""
-    if layout is None or isinstance(layout, Layout):
-        return layout
-    raise PolicyError(f"layout is {layout!r}, but layout must be nw.Layout(axes, shape), e.g. nw.Layout('hoi', (8, 64, 512)).")
-
-
-def layout_to_data(layout: Layout | None) -> Any:
-    if layout is None:
-        return None
-    parts = {"parts": list(layout.parts)} if layout.parts else {}
-    return {"axes": layout.axes, "shape": list(layout.shape), **parts}
+def layout_to_data(layout: Layout) -> Any:
+    """``{"axes": "hoi", "shape": [8, 64, 512]}``, and ``"parts"`` where it has them."""
+    return {"axes": layout.axes, "shape": list(layout.shape), **({"parts": list(layout.parts)} if layout.parts else {})}
 
 
 def layout_from_data(data: Any) -> Any:
@@ -198,13 +172,8 @@ def layout_from_data(data: Any) -> Any:
     return Layout(given["axes"], tuple(shape), parts=tuple(parts))
 
 
-def selector_to_data(selector: Selector | None) -> Any:
-    """A string or a list of strings; a function: PolicyError."""
-    return None if selector is None else selectors.selector_to_data(selector)
-
-
 def selector_from_data(data: Any) -> Any:
-    """The inverse of :func:`selector_to_data`."""
+    """The inverse of :func:`normwise.parameters.selectors.selector_to_data`."""
     if data is not None and not isinstance(data, str | list):
         raise PolicyError(f"a selector is {data!r}, but it must be a string, or a list of strings.")
     return data
@@ -220,13 +189,31 @@ def word(value: object, what: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def optional(convert: Callable[[Any], Kept]) -> Callable[[Any], Kept | None]:
+def or_none(convert: Callable[[Any], Kept]) -> Callable[[Any], Kept | None]:
     """``convert`` that lets None pass."""
     return lambda value: None if value is None else convert(value)
 
 
-def convert_strength(value: Any) -> schedules.Varying:
-    return schedules.varying(value, "strength", zero=True)
+def required(what: str, test: Callable[[Any], bool], must_be: str, kind: Callable[[Any], Kept] = _same) -> Callable[[Any], Kept]:
+    """A value that passes the test, as ``kind``; of any other a PolicyError says what it must be."""
+
+    def convert(value: Any) -> Kept:
+        if not test(value):
+            raise PolicyError(f"{what} is {value!r}, but {what} must be {must_be}.")
+        return kind(value)
+
+    return convert
+
+
+convert_power = required("power", lambda v: schedules.is_number(v) and v in (1, 2), "1 (the norm) or 2 (half of its square)", int)
+convert_flag: Callable[[Any], bool] = required("optional", lambda v: isinstance(v, bool), "true or false")
+convert_layout: Callable[[Any], Layout] = required(
+    "layout", lambda v: isinstance(v, Layout), "nw.Layout(axes, shape), e.g. nw.Layout('hoi', (8, 64, 512))"
+)
+convert_name: Callable[[Any], str] = required(
+    "name", lambda v: isinstance(v, str) and bool(v.strip()) and v.isprintable() and len(v) <= LONGEST_NAME,
+    f"a text of one line, {LONGEST_NAME} characters at most",
+)  # fmt: skip
 
 
 def convert_rate(value: Any) -> float:
@@ -243,35 +230,6 @@ def convert_tolerance(value: Any) -> float:
     return tolerance
 
 
-def convert_rounding(value: Any) -> str:
-    return word(value, "rounding", tuple(ROUNDINGS))
-
-
-def positive(what: str) -> Callable[[Any], float]:
-    return lambda value: schedules.number(value, what)
-
-
-def convert_power(value: Any) -> int:
-    if not schedules.is_number(value) or value not in (1, 2):
-        raise PolicyError(f"power is {value!r}, but power must be 1 (the norm) or 2 (half of its square).")
-    return int(value)
-
-
-def steps(what: str, least: int) -> Callable[[Any], int]:
-    return lambda value: schedules.count(value, what, least=least)
-
-
-def convert_name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > LONGEST_NAME:
-        raise PolicyError(f"name is {value!r}, but name must be a text of one line, {LONGEST_NAME} characters at most.")
-    return value
-
-
-def heads_to_data(heads: Heads | None) -> Any:
-    """A number or a list of two."""
-    return list(heads) if isinstance(heads, tuple) else heads
-
-
 def convert_heads(value: Any) -> Heads | None:
     """None, a number of heads, or (stacked matrices, heads); a list becomes a tuple."""
     listed = list(value) if isinstance(value, list | tuple) else [value]
@@ -280,9 +238,3 @@ def convert_heads(value: Any) -> Heads | None:
     if not all(type(n) is int and n >= 1 for n in listed) or (isinstance(value, list | tuple) and len(listed) != 2):
         raise PolicyError(f"heads is {value!r}, but heads must be a whole number >= 1, or two of them: (stacked matrices, heads).")
     return (listed[0], listed[1]) if len(listed) == 2 else int(listed[0])
-
-
-def convert_flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise PolicyError(f"optional is {value!r}, but optional must be true or false.")
-    return value
