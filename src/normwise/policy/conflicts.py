@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 from normwise.errors import PolicyError
 from normwise.norms import L2, LInf, MaxOfUnits, Norm
@@ -62,22 +63,21 @@ def check(bound: Sequence[tuple[Rule, AbstractSet[str]]]) -> None:
     a sphere outside of a ball, a lower bound above an upper one, orthogonal matrices under a smaller spectral cap, boxes
     without a common point.
     """
-    firm = [_Firm(rule, names, getattr(rule.norm, "interval", None), _lower(rule), _upper(rule)) for rule, names in bound if _is_firm(rule)]
+    firm = [
+        _firm(rule, names) for rule, names in bound
+        if rule.phase == "weight" and rule.center is None and rule.every == 1 and rule.rate == 1
+    ]  # fmt: skip
     # Numbers are compared first, names last: of thousands of rules on thousands of parameters almost no pair comes so far.
-    for one, other in itertools.combinations(firm, 2):
-        for low, high in ((one, other), (other, one)):
-            why = _why_not_both(low, high)
-            if why and _overlap(low.rule, high.rule) and not low.names.isdisjoint(high.names):
-                raise _contradiction(low.rule, high.rule, min(low.names & high.names), why)
-
-
-def _is_firm(rule: Rule) -> bool:
-    return rule.phase == "weight" and rule.center is None and rule.every == 1 and rule.rate == 1
-
-
-def _overlap(one: Rule, other: Rule) -> bool:
-    ends = [math.inf if rule.stop is None else rule.stop for rule in (one, other)]
-    return max(one.start, other.start) < min(ends)
+    for low, high in (pair for both in itertools.combinations(firm, 2) for pair in (both, both[::-1])):
+        one, other, why = low.rule, high.rule, _why_not_both(low, high)
+        if why is None or low.names.isdisjoint(high.names):
+            continue
+        ends = [math.inf if rule.stop is None else rule.stop for rule in (one, other)]
+        if max(one.start, other.start) < min(ends):
+            raise PolicyError(
+                f"rules '{one.label()}' and '{other.label()}' contradict each other on {min(low.names & high.names)!r}: {why}. "
+                "Change a radius, or let them act on different parameters or steps (exclude=, start=, stop=)."
+            )
 
 
 def _why_not_both(low: _Firm, high: _Firm) -> str | None:
@@ -87,76 +87,36 @@ def _why_not_both(low: _Firm, high: _Firm) -> str | None:
     least, most = low.least, high.most
     if least is None or most is None or not least.value > most.value * (1 + SLACK):
         return None
-    if not _never_above(least, most) or not _blocks_within(low, high, least, most):
+    one, other = least.norm.level, most.norm.level
+    if least.norm == most.norm:
+        never_above = one is not None or least.per == most.per
+    else:
+        never_above = one is not None and other is not None and one < other
+    # A norm of all entries on a whole tensor does not depend on what its axes are called.
+    same_axes = (most.per in ("tensor", "global") and most.norm.p is not None) or low.rule.layout == high.rule.layout
+    within = most.per in _WITHIN[least.per] and same_axes and (least.per != "global" or low.names <= high.names)
+    if not never_above or not within:
         return None
     never = "" if least.label == most.label else f", and {least.label} is never above {most.label}"
     return f"the first keeps {least.label} at {least.value:g} or more, the second {most.label} at {most.value:g} or less{never}"
 
 
-def _contradiction(one: Rule, other: Rule, shared: str, why: str) -> PolicyError:
-    return PolicyError(
-        f"rules '{one.label()}' and '{other.label()}' contradict each other on {shared!r}: {why}. "
-        "Change a radius, or let them act on different parameters or steps (exclude=, start=, stop=)."
-    )
-
-
-def _never_above(least: _Bound, most: _Bound) -> bool:
-    low, high = least.norm.level, most.norm.level
-    if least.norm == most.norm:
-        return low is not None or least.per == most.per
-    return low is not None and high is not None and low < high
-
-
-def _blocks_within(low: _Firm, high: _Firm, least: _Bound, most: _Bound) -> bool:
-    if least.per == "global" and not low.names <= high.names:
-        return False
-    blind = most.per in ("tensor", "global") and most.norm.p is not None
-    same_axes = blind or low.rule.layout == high.rule.layout
-    return same_axes and most.per in _WITHIN[least.per]
-
-
-# ------------------------------------------------------------------------------------------------- bounds of a rule
-
-
-def _constant(rule: Rule) -> float | None:
-    radius = rule.radius
-    if isinstance(radius, Constant):
-        return radius.value
-    return radius if is_number(radius) else None  # type: ignore[return-value]
-
-
-def _lower(rule: Rule) -> _Bound | None:
-    """What the rule keeps large."""
+def _firm(rule: Rule, names: AbstractSet[str]) -> _Firm:
     if interval := getattr(rule.norm, "interval", None):
-        return _Bound(LInf(), "element", max(interval[0], -interval[1], 0.0), "the smallest |entry|")
-    radius = _constant(rule)
-    if isinstance(rule.norm, Norm):
-        radius = radius if rule.action == "normalize" else rule.min_radius
-    return None if radius is None else _Bound(_norm(rule), rule.per, radius, _label(rule))
-
-
-def _upper(rule: Rule) -> _Bound | None:
-    """What the rule keeps small."""
-    if interval := getattr(rule.norm, "interval", None):
-        return _Bound(LInf(), "tensor", max(abs(end) for end in interval), "the largest |entry|")
-    radius, norm = _constant(rule), _norm(rule)
-    return None if radius is None else _Bound(norm, _widest(norm, rule.per), radius, _label(rule))
-
-
-def _widest(norm: Norm, per: str) -> str:
-    """A bound on every entry, or on every unit, is one on the largest of any block that they make up."""
-    made_up: dict[Norm, tuple[str, ...]] = {LInf(): ("global",), MaxOfUnits(): ("global", "head")}
-    return per if per in made_up.get(norm, (per,)) else "tensor"
-
-
-def _norm(rule: Rule) -> Norm:
-    """The norm that is bounded; on single numbers, and of L2 on units, the equal norm of the lowest level."""
+        smallest = _Bound(LInf(), "element", max(interval[0], -interval[1], 0.0), "the smallest |entry|")
+        return _Firm(rule, names, interval, smallest, _Bound(LInf(), "tensor", max(map(abs, interval)), "the largest |entry|"))
+    # The norm that is bounded; on single numbers, and of L2 on units, the equal norm of the lowest level.
     norm = rule.norm if isinstance(rule.norm, Norm) else rule.norm.sphere
     assert norm is not None, "a set without a radius bounds no norm"
-    if rule.per == "element" and norm.level is not None:
-        return LInf()
-    return MaxOfUnits() if (rule.per, norm) == ("unit", L2()) else norm
-
-
-def _label(rule: Rule) -> str:
-    return f"{norm_label(getattr(rule.norm, 'sphere', None) or rule.norm)}/{rule.per}"
+    label, per = f"{norm_label(norm)}/{rule.per}", rule.per
+    if per == "element" and norm.level is not None:
+        norm = LInf()
+    elif per == "unit" and norm == L2():
+        norm = MaxOfUnits()
+    radius: Any = rule.radius.value if isinstance(rule.radius, Constant) else rule.radius if is_number(rule.radius) else None
+    lower = rule.min_radius if isinstance(rule.norm, Norm) and rule.action != "normalize" else radius
+    # A bound on every entry, or on every unit, is one on the largest of any block that they make up.
+    made_up: dict[Norm, tuple[str, ...]] = {LInf(): ("global",), MaxOfUnits(): ("global", "head")}
+    widest = per if per in made_up.get(norm, (per,)) else "tensor"
+    kept = [None if value is None else _Bound(norm, kind, value, label) for kind, value in ((per, lower), (widest, radius))]
+    return _Firm(rule, names, None, *kept)
