@@ -67,14 +67,11 @@ class Explanation(Loggable):
 
     def __str__(self) -> str:
         rules = [f"rule {number}: {label}" for number, label in enumerate(self.rules, 1)]
-        return "\n".join([*rules, table(HEADER, [row.cells() for row in self.rows]), self._summary()])
-
-    def _summary(self) -> str:
-        left = self.untouched
-        if not left:
-            return f"Every one of the {len([row for row in self.rows if not row.part_of])} parameters is touched by a rule."
-        is_are = "parameter is" if len(left) == 1 else "parameters are"
-        return f"{len(left)} {is_are} touched by no rule: {', '.join(left)}."
+        left, count = self.untouched, sum(not row.part_of for row in self.rows)
+        summary = f"Every one of the {count} parameters is touched by a rule."
+        if left:
+            summary = f"{len(left)} {'parameter is' if len(left) == 1 else 'parameters are'} touched by no rule: {', '.join(left)}."
+        return "\n".join([*rules, table(HEADER, [row.cells() for row in self.rows]), summary])
 
 
 def explain(policy: Policy, model: nn.Module) -> Explanation:

@@ -69,17 +69,14 @@ class Policy:
         return self.rules[index]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Policy) and (self.rules, self.roles, self.layouts) == (
-            other.rules, other.roles, other.layouts,
-        )  # fmt: skip
+        return isinstance(other, Policy) and self.rules == other.rules and self.roles == other.roles and self.layouts == other.layouts
 
     def __hash__(self) -> int:
         return hash((self.rules, frozenset(self.roles.items()), frozenset(self.layouts.items())))
 
     def __repr__(self) -> str:
-        roles = f", roles={self.roles!r}" if self.roles else ""
-        layouts = f", layouts={self.layouts!r}" if self.layouts else ""
-        return f"Policy([{', '.join(map(repr, self.rules))}]{roles}{layouts})"
+        stated = "".join(f", {name}={value!r}" for name, value in (("roles", self.roles), ("layouts", self.layouts)) if value)
+        return f"Policy([{', '.join(map(repr, self.rules))}]{stated})"
 
     def explain(self, model: nn.Module) -> Explanation:
         """A table of every parameter of ``model``: its role, its layout, its blocks, and the rules that touch it.
@@ -146,15 +143,12 @@ def _flat(rules: Any, stated: _Stated, depth: int = 0) -> Iterator[Rule]:
     if isinstance(rules, Policy):
         stated[0].update(rules.roles)
         stated[1].update(rules.layouts)
-    for rule in _items(rules):
-        yield from _flat(rule, stated, depth + 1)
-
-
-def _items(rules: Iterable[Any]) -> Iterator[Any]:
     try:
-        return iter(rules)
+        items = iter(rules)
     except TypeError:    # a tensor of no dimensions says that it can be iterated over
         raise PolicyError(f"a policy holds rules and lists of rules, given {_short(rules)}.") from None
+    for rule in items:
+        yield from _flat(rule, stated, depth + 1)
 
 
 def _short(value: object) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -50,25 +50,33 @@ def read(text: str, source: str = "the policy") -> Stated:
 def write(rules: Sequence[Rule], roles: Mapping[Any, str], layouts: Mapping[Any, Any]) -> str:
     """The YAML text that :func:`read` turns into the same rules, roles and layouts."""
     listed: Any = [rule.to_data() for rule in rules]
-    stated = {"roles": _by_key(roles, "role", str), "layouts": _by_key(layouts, "layout", _written_layout)}
+    for layout in layouts.values():
+        if not isinstance(layout, Layout):
+            raise PolicyError(f"a layout that is a function cannot be written to YAML: {layout!r}; give an nw.Layout(axes, shape).")
+    stated = {"roles": _by_key(roles, "role"), "layouts": {k: layout_to_data(v) for k, v in _by_key(layouts, "layout").items()}}
     data = {"rules": listed, **{key: value for key, value in stated.items() if value}} if roles or layouts else listed
-    return str(_yaml().dump(data, Dumper=_dumper(), sort_keys=False, allow_unicode=True))
+    yaml = _yaml()
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[name-defined,misc]
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def quoted(dumper: Any, text: str) -> Any:
+        # Also the words which read as a number here, though not in YAML 1.1.
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain_scalar(text) == text else "'")
+
+    Dumper.add_representer(str, quoted)
+    return str(yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
-def _by_key(given: Mapping[Any, Any], what: str, written_as: Callable[[Any], Any]) -> dict[str, Any]:
+def _by_key(given: Mapping[Any, Any], what: str) -> dict[str, Any]:
     written = {}
     for selector, value in given.items():
         text = selector_to_data(selector)
         if not isinstance(text, str):
             raise PolicyError(f"the selector {text!r} of a {what} is a list, which cannot be a key in YAML: give each its own entry.")
-        written[text] = written_as(value)
+        written[text] = value
     return written
-
-
-def _written_layout(layout: Any) -> Any:
-    if not isinstance(layout, Layout):
-        raise PolicyError(f"a layout that is a function cannot be written to YAML: {layout!r}; give an nw.Layout(axes, shape).")
-    return layout_to_data(layout)
 
 
 def plain_scalar(text: str) -> Any:
@@ -89,22 +97,6 @@ def _yaml() -> ModuleType:
     return yaml
 
 
-def _dumper() -> Any:
-    """A safe dumper that also quotes the words which read as a number here, though not in YAML 1.1."""
-    yaml = _yaml()
-
-    class Dumper(yaml.SafeDumper):  # type: ignore[name-defined,misc]
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    def quoted(dumper: Any, text: str) -> Any:
-        style = None if plain_scalar(text) == text else "'"
-        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-    Dumper.add_representer(str, quoted)
-    return Dumper
-
-
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
@@ -117,7 +109,11 @@ def _compose(text: str, source: str) -> Any:
     try:
         return _compose_nodes(text, source)
     except yaml.YAMLError as error:
-        raise PolicyError(f"{source}{_place(error)}: this is no YAML: {_problem(error)}") from error
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        about_alias = "alias" in f"{problem} {getattr(error, 'context', '')}"
+        hint = " (a pattern that begins with * must be quoted: '*.weight')" if about_alias else ""
+        raise PolicyError(f"{source}{f', line {mark.line + 1}' if mark else ''}: this is no YAML: {problem}{hint}.") from error
     except (ValueError, OverflowError, RecursionError) as error:
         # PyYAML lets these out for escapes beyond Unicode and for very deep nesting.
         raise PolicyError(f"{source}: this is no YAML that can be read: {type(error).__name__}: {error}") from error
@@ -143,18 +139,6 @@ def _compose_nodes(text: str, source: str) -> Any:
     return yaml.compose(text, Loader=SafeLoader)
 
 
-def _place(error: Any) -> str:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    return f", line {mark.line + 1}" if mark else ""
-
-
-def _problem(error: Any) -> str:
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-    about_alias = "alias" in f"{problem} {getattr(error, 'context', '')}"
-    hint = " (a pattern that begins with * must be quoted: '*.weight')" if about_alias else ""
-    return f"{problem}{hint}."
-
-
 class _Reader:
     """Turns YAML nodes into rules, and knows the line of each."""
 
@@ -177,36 +161,31 @@ class _Reader:
                 raise self.error(_key_node(root, key), f"unknown key {key!r} of a policy.{nearest(key, KEYS)}")
         roles = self.plain(parts["roles"]) if "roles" in parts else {}
         layouts = self.plain(parts["layouts"]) if "layouts" in parts else {}
-        return self.rules(parts.get("rules", root)), self.roles(roles, root), self.layouts(layouts, root)
+        rules = self.rules(parts.get("rules", root))
+        if not isinstance(roles, dict) or not all(isinstance(word, str) for pair in roles.items() for word in pair):
+            raise self.error(_key_node(root, "roles"), "roles are a mapping of patterns to roles: {'fc3.weight': head}.")
+        if not isinstance(layouts, dict):
+            shown = "{'*.c_attn.weight': {axes: iso, shape: [64, 3, 64]}}"
+            raise self.error(_key_node(root, "layouts"), f"layouts are a mapping of patterns to axes: {shown}.")
+        try:
+            return rules, roles, {pattern: layout_from_data(layout) for pattern, layout in layouts.items()}
+        except NormwiseError as error:
+            raise self.error(_key_node(root, "layouts"), str(error)) from error
 
     def rules(self, node: Any) -> list[Rule]:
         if not _is_sequence(node):
             raise self.error(node, "the rules of a policy are a list: begin each rule with '- '.")
         if len(node.value) > MOST_RULES:
             raise self.error(node, f"a policy's file holds {MOST_RULES} rules at most, found {len(node.value)}.")
-        return [rule for index, item in enumerate(node.value) for rule in self.rule(item, index + 1)]
-
-    def rule(self, node: Any, index: int) -> list[Rule]:
-        data = self.plain(node)
-        try:
-            return rules_from_data(data)
-        except PolicyError as error:
-            at = _key_node(node, getattr(error, "field", None)) or node
-            raise self.error(at, f"rule {index}: {error}") from error
-
-    def roles(self, data: Any, node: Any) -> dict[str, str]:
-        if not isinstance(data, dict) or not all(isinstance(word, str) for pair in data.items() for word in pair):
-            raise self.error(_key_node(node, "roles") or node, "roles are a mapping of patterns to roles: {'fc3.weight': head}.")
-        return data
-
-    def layouts(self, data: Any, node: Any) -> dict[str, Any]:
-        at = _key_node(node, "layouts") or node
-        if not isinstance(data, dict):
-            raise self.error(at, "layouts are a mapping of patterns to axes: {'*.c_attn.weight': {axes: iso, shape: [64, 3, 64]}}.")
-        try:
-            return {pattern: layout_from_data(layout) for pattern, layout in data.items()}
-        except NormwiseError as error:
-            raise self.error(at, str(error)) from error
+        found: list[Rule] = []
+        for index, item in enumerate(node.value, 1):
+            data = self.plain(item)
+            try:
+                found += rules_from_data(data)
+            except PolicyError as error:
+                at = _key_node(item, getattr(error, "field", None)) or item
+                raise self.error(at, f"rule {index}: {error}") from error
+        return found
 
     def plain(self, node: Any, depth: int = 0) -> Any:
         """The node as plain Python data."""
@@ -217,9 +196,6 @@ class _Reader:
             return [self.plain(item, depth + 1) for item in node.value]
         if _is_mapping(node):
             return {key: self.plain(value, depth + 1) for key, value in self.entries(node).items()}
-        return self.scalar(node)
-
-    def scalar(self, node: Any) -> Any:
         if node.tag != "tag:yaml.org,2002:str":
             raise self.error(node, f"a policy has no use for the tag {node.tag!r}.")
         return node.value if node.style else plain_scalar(node.value)
@@ -278,32 +254,24 @@ def _named(name: str, arguments: Any) -> list[Rule]:
     if name not in NAMED:
         raise FieldError(f"unknown named rule {name!r}.{nearest(name, NAMED)} (A rule by its fields needs an action.)", name)
     make = NAMED[name]
-    given = _arguments(make, arguments)
+    signature = inspect.signature(make)
+    names = [*(p.name for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD), *Common.__annotations__]
+    if isinstance(arguments, Mapping) and len(arguments) == 1 and set(arguments) <= set(radii.FORMS) - set(names):
+        arguments = [arguments]  # a schedule or a radius as the only argument: {max_norm: {linear: [3, 1, 100]}}
+    for argument in arguments if isinstance(arguments, Mapping) else ():
+        if argument not in names:
+            raise FieldError(f"{name} has no argument {argument!r}.{nearest(argument, names)}", argument)
+    data = schedules.arguments_by_name(names, arguments, name)
+    written = inspect.get_annotations(make)
+    fields = {key: key if key in Rule.__dataclass_fields__ else _FIELD_OF.get(written.get(key, ""), key) for key in data}
+    given = {key: read_field(fields[key], value) for key, value in data.items()}
     try:
-        inspect.signature(make).bind(**given)
+        signature.bind(**given)
     except TypeError as error:
-        raise PolicyError(f"{name}: {error}. It takes {', '.join(_parameters(make))}.") from error
+        raise PolicyError(f"{name}: {error}. It takes {', '.join(names)}.") from error
     made = make(**given)
     return [made] if isinstance(made, Rule) else made
 
 
-def _arguments(make: Callable[..., Any], arguments: Any) -> dict[str, Any]:
-    names = _parameters(make)
-    if isinstance(arguments, Mapping) and len(arguments) == 1 and set(arguments) <= set(radii.FORMS) - set(names):
-        arguments = [arguments]  # a schedule or a radius as the only argument: {max_norm: {linear: [3, 1, 100]}}
-    for name in arguments if isinstance(arguments, Mapping) else ():
-        if name not in names:
-            raise FieldError(f"{make.__name__} has no argument {name!r}.{nearest(name, names)}", name)
-    given = schedules.arguments_by_name(names, arguments, make.__name__)
-    written = inspect.get_annotations(make)
-    fields = {name: name if name in Rule.__dataclass_fields__ else _FIELD_OF.get(written.get(name, ""), name) for name in given}
-    return {name: read_field(fields[name], value) for name, value in given.items()}
-
-
 # Arguments of named rules that are no fields, by their annotations: each is read like the field that takes the same kind of value.
 _FIELD_OF = {"RadiusLike": "radius", "Varying": "strength", "Selector | None": "params", "NormLike": "norm"}
-
-
-def _parameters(make: Callable[..., Any]) -> list[str]:
-    own = [p.name for p in inspect.signature(make).parameters.values() if p.kind != p.VAR_KEYWORD]
-    return [*own, *Common.__annotations__]
