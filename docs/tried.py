@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise.experiments.catalog import AS_IT_IS, CONTENDERS, Built, Contender
-from normwise.experiments.framework.driver import Plan
 from normwise.experiments.framework.progress import on_stderr
-from normwise.experiments.framework.store import MAYBE, NUMBER, Form
+from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Run
 from normwise.experiments.framework.study import Options, opened
-from normwise.experiments.race.protocol import STEPS
 from normwise.experiments.race.run import RaceRun, train
 from normwise.experiments.tasks.load import load_task
-from normwise.experiments.tasks.task import Task
+from normwise.experiments.tasks.task import STEPS, Task
 from normwise.norms.linalg import polar
 
 RESULTS = Path(__file__).parent / "results" / "tried.runs.jsonl"
@@ -215,7 +213,7 @@ def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class TriedRun:
+class TriedRun(Run):
     """A variant with a seed. task: its name. key: its fingerprint. share: of the task's horizon."""
 
     task: str
@@ -223,20 +221,19 @@ class TriedRun:
     variant: str
     share: float
     seed: int
-    form: ClassVar[Form] = {"result": MAYBE, "seconds": NUMBER}
+    kind: ClassVar[str] = "tried"
+    unit: ClassVar[str] = "steps"
+    form: ClassVar[Form] = {"result": MAYBE, "seconds": NUMBER}    # type: ignore[assignment]
 
     @property
-    def samples(self) -> int:
+    def amount(self) -> int:
         return round(STEPS[self.task] * self.share)
-
-    def settings(self) -> dict[str, Any]:
-        return {"kind": "tried", **asdict(self)}
 
     def told(self, result: dict[str, Any]) -> str:
         return f"{self.task} {self.variant} {self.seed}: {result}"
 
     def train(self, task: Task) -> dict[str, Any]:
-        return one(task, self.variant, self.samples * task.batch, self.seed)
+        return one(task, self.variant, self.amount * task.batch, self.seed)
 
 
 def one(task: Task, name: str, samples: int, seed: int) -> dict[str, Any]:
@@ -250,11 +247,6 @@ def one(task: Task, name: str, samples: int, seed: int) -> dict[str, Any]:
     finally:
         del CONTENDERS[contender]
     return {"result": result["result"], "seconds": result["seconds"]}
-
-
-def plan(runs: list[TriedRun]) -> Plan:
-    """All of them at once: nothing depends on what comes out."""
-    return (yield runs)
 
 
 def main() -> None:
@@ -275,7 +267,7 @@ def main() -> None:
         driver.on(task, setup)
         runs = [TriedRun(args.task, task.key, name, args.share, 2000 + k) for k in range(args.seeds) for name in args.variants]
         driver.start(len(runs))
-        driver.run({"tried": plan(runs)})
+        driver.run({"tried": (found for found in [runs])})    # all at once: nothing depends on what comes out
 
 
 if __name__ == "__main__":

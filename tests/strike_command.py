@@ -27,7 +27,7 @@ def shorten(put: Callable[[Any, str, Any], None] = setattr) -> None:
     put(compare, "BUDGETS", {"quick": compare.Budget(9, 0.04, 2, 1)})
     put(protocol, "BUDGETS", {"quick": protocol.Budget(trials=2, seeds=2, doublings=0, scale=0.01, contenders=("muon",), rounds=1)})
     put(protocol, "RATIO", 0.5)
-    put(gan, "BUDGETS", {"quick": (gan.Budget(9, 2, 4, 16, 4, 2, 40, 1, None, ("hinge",)),) * 2})
+    put(gan, "BUDGETS", {"quick": gan.Budget(9, 2, 4, 16, 4, 2, 40, 1, None, ("hinge",))})
     put(gan, "train_judge", partial(train_judge, epochs=2))
     put(prune, "BUDGETS", {"quick": {"cnn": prune.Budget(40, 4, 1, "tiny")}})
     put(prune, "RATES", (0.03, 0.1))

@@ -255,15 +255,15 @@ def test_a_run_that_diverges_stops_and_is_worse_than_any_other(task: ImageTask) 
     assert result["diverged"]
     assert result["steps"] < 32
     json.dumps(result, allow_nan=False)
-    assert study._score(task, result) < study._score(task, {"diverged": False, "validation": {"accuracy": 0.0, "loss": 99.0}})
+    assert study._score(task, [result]) < study._score(task, [{"diverged": False, "validation": {"accuracy": 0.0, "loss": 99.0}}])
 
 
 def test_runs_are_ranked_by_what_their_task_is_judged_by(task: ImageTask) -> None:
     sure = {"diverged": False, "validation": {"accuracy": 0.6, "loss": 1.0}}
     right = {"diverged": False, "validation": {"accuracy": 0.7, "loss": 2.0}}
-    assert study._score(task, right) > study._score(task, sure)
+    assert study._score(task, [right]) > study._score(task, [sure])
     words = load_task("gpt", size="tiny")
-    assert study._score(words, right) < study._score(words, sure)
+    assert study._score(words, [right]) < study._score(words, [sure])
 
 
 @pytest.mark.parametrize("name", ["cnn", "gpt", "lstm", "resnet"])

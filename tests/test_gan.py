@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from normwise.errors import StudyError
 from normwise.experiments.catalog import GAN_STRATEGIES as STRATEGIES
+from normwise.experiments.cells import AGAIN_SEED, Cell, best_of, choice
 from normwise.experiments.framework import lattice
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.framework.store import key_of
 from normwise.experiments.framework.study import TUNING_SEED, Options
 from normwise.experiments.gan import run as gan_run
 from normwise.experiments.gan import study, tables
-from normwise.experiments.gan.plan import AGAIN_SEED, Cell, best_of, choice, score
-from normwise.experiments.gan.run import GanRun, JudgedData, Training, batches, marks_of, train
+from normwise.experiments.gan.run import GanRun, JudgedData, Training, batches, marks_of, score, train
 from normwise.experiments.gan.study import BUDGETS, Budget
 from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.fidelity import train_judge
@@ -213,7 +213,7 @@ def test_a_cells_figures() -> None:
     gone = final([4.0], diverged=True, breaches=["w"])
     finals = [final([4.0, 3.0, 2.0, 1.0]), gone, final([4.0, 3.0, 2.5, 2.0])]
     trials = {(0.0, 0.0): [{"diverged": False, "distance": 1.0}]}
-    cell = Cell("clip_value", "hinge", {"lr": 0.004, "bound": 0.05}, trials, finals)
+    cell = Cell("clip_value", "hinge", {"lr": 0.004, "bound": 0.05}, trials, finals, {})
     found = tables.cell_results(cell, 10.0, 5.0)
     assert found["distance"] == {"median": 2.0, "values": [1.0, None, 2.0]}
     assert found["distance_at_equal_time"] == {"median": 3.0, "values": [3.0, None, 3.0]}
@@ -231,9 +231,9 @@ def test_the_choice_is_the_best_mean_of_the_points_that_saw_both_seeds() -> None
 
     trials = {(-1.0,): seen(1.0, 9.0), (0.0,): seen(2.0, 3.0), (1.0,): seen(4.0)}
     assert best_of({point: score(found[:1]) for point, found in trials.items()}, 2) == [(-1.0,), (0.0,)]
-    assert choice(trials) == (0.0,)
+    assert choice(trials, score) == (0.0,)
     trials[0.0,][1] = {"diverged": True, "distance": None}
-    assert choice(trials) == (-1.0,)
+    assert choice(trials, score) == (-1.0,)
 
 
 # ----------------------------------------------------------------------------------------------------------- the study
@@ -320,12 +320,11 @@ def test_what_cannot_be_studied_is_refused_before_any_run(monkeypatch: pytest.Mo
 
 
 def test_the_budgets_fill_the_first_grid_and_the_issue_is_covered() -> None:
-    for budgets in BUDGETS.values():
-        for budget in budgets:
-            assert budget.trials >= len(lattice.start(1)) == len(lattice.start(3))
-    standard = study.cells_of([], BUDGETS["standard"][1])
+    for budget in BUDGETS.values():
+        assert budget.trials >= len(lattice.start(1)) == len(lattice.start(3))
+    standard = study.cells_of([], BUDGETS["standard"])
     assert len(standard) == len(LOSSES) * len(STRATEGIES) == 27
-    assert BUDGETS["standard"][1].seeds >= 5
+    assert BUDGETS["standard"].seeds >= 5
     assert {"nothing", "clip_value", "spectral_cap", "spectral_normalize", "gradient_penalty", "spectral_cap+gradient_penalty"} <= set(
         STRATEGIES
     )
@@ -340,7 +339,7 @@ def test_the_page_tells_the_protocol_that_is_run() -> None:
     for loss in LOSSES.values():
         assert f"\n| {loss.label} |" in page
         assert f"| {loss.betas[0]:g}, {loss.betas[1]:g} |" in page
-    plan = BUDGETS["standard"][1]
+    plan = BUDGETS["standard"]
     assert f"{plan.trials} + {plan.again} trials, {plan.steps} steps of {plan.batch} images" in page
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,13 +22,15 @@ from typing import Any, ClassVar
 import pytest
 
 from normwise.errors import MissingExtraError, StudyError
+from normwise.experiments import cells
+from normwise.experiments.catalog import GAN_STRATEGIES
 from normwise.experiments.framework import elsewhere
 from normwise.experiments.framework.figures import differ, share_interval
 from normwise.experiments.framework.printing import NARROW, show_table
 from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.store import Store
 from normwise.experiments.framework.study import Options, Outputs, opened
-from normwise.experiments.gan import plan as gan_plan
+from normwise.experiments.gan import run as gan_run
 from normwise.experiments.gan import tables as gan_tables
 from normwise.experiments.gan.study import BUDGETS as GAN_BUDGETS
 from normwise.experiments.gan.study import cells_of
@@ -46,7 +49,8 @@ class Doubled:
 
     number: int
     form: ClassVar[dict[str, Any]] = {"twice": int, "process": int}
-    samples: ClassVar[int] = 1
+    amount: ClassVar[int] = 1
+    unit: ClassVar[str] = "samples"
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "doubled", "number": self.number}
@@ -205,17 +209,19 @@ def test_the_plan_of_the_gan_asks_for_the_runs_that_were_kept_and_says_what_was_
     """Every cell of the published study, from its raw runs: the same choices, figures and policies, to the last digit."""
     store, published = Store(RESULTS / "gan.runs.jsonl"), json.loads((RESULTS / "gan.json").read_text())
     first = next(e["settings"] for e in store.entries if e["settings"]["kind"] == "gan")
-    plan = GAN_BUDGETS["standard"][1]
+    plan = GAN_BUDGETS["standard"]
 
-    def make(strategy: str, loss: str, numbers: Any, seed: int, full: bool) -> gan_plan.GanRun:
+    def make(strategy: str, loss: str, numbers: Any, seed: int, full: bool) -> gan_run.GanRun:
         strengths = {name: value for name, value in numbers.items() if name != "lr"}
         own = {"strategy": strategy, "loss": loss, "lr": numbers["lr"], "strengths": strengths, "seed": seed, "full": full}
-        return gan_plan.GanRun(**{**{k: v for k, v in first.items() if k != "kind"}, **own})
+        return gan_run.GanRun(**{**{k: v for k, v in first.items() if k != "kind"}, **own})
 
     times = {(cell["strategy"], cell["loss"]): cell["step_ms"] for cell in published["cells"]}
     lines = []
     for strategy, loss in cells_of([], plan):
-        cell = followed(gan_plan.tuned(make, strategy, loss, plan.trials, plan.again, plan.seeds), store)
+        own = {"trials": plan.trials, "again": plan.again, "seeds": plan.seeds}
+        axes = GAN_STRATEGIES[strategy].tuned
+        cell = followed(cells.tuned(strategy, loss, axes, partial(make, strategy, loss), gan_run.score, **own), store)
         lines.append(gan_tables.cell_results(cell, times[strategy, loss], times["nothing", loss]))
     assert json.loads(json.dumps(lines)) == published["cells"] and len(lines) == 27
     assert gan_tables.rows(lines) == published["rows"] and gan_tables.setting(published) == published["setting"]

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,12 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"normwise {__version__}")
     parser.set_defaults(command=lambda args: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    _add_compare(commands)
-    _add_race(commands)
-    _add_gan(commands)
-    _add_prune(commands)
-    _add_bench(commands)
-    _add_policies(commands)
+    for add in (_add_compare, _add_race, _add_gan, _add_prune, _add_bench, _add_policies):
+        add(commands)
     return parser
 
 
@@ -93,31 +90,47 @@ def _help(parser: argparse.ArgumentParser) -> int:
     return _BAD_INPUT
 
 
-# ------------------------------------------------------------------------------------------------------------- compare
+# ------------------------------------------------------------------------------------------------------------- studies
+
+_ANY_TASK = "images (cnn, resnet) or text (lstm, gpt), or hf:NAME; default: bundled data"
 
 
-def _add_compare(commands: Any) -> None:
-    parser = commands.add_parser(
-        "compare", help="train a task under every strategy and optimizer, each tuned equally, and report on test data",
-        description="Trains TASK under every strategy and optimizer, each tuned with the same number of trials on validation "
-        "data, and reports on test data (docs/compare.md is the protocol). Started again, it resumes where it stopped.",
-    )  # fmt: skip
-    parser.add_argument("task", metavar="TASK", help="cnn (the article's network), resnet, lstm or gpt")
-    _add_study(
-        parser, budgets="quick, standard (default) or long", seeds="reported runs of each cell (default 3)",
-        only="only these, beside the baseline 'nothing'; strategies: l2, l1, clip_value, clip_tensor_norm, normalise, max_norm, "
-        "spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm (the article's, the default); hyperball, "
-        "relative_update, radial_brake, cpr, autoclip, zclip, orthogonal, orthogonal_penalty; optimizers: gd, momentum, adam (default); "
-        "normalized_sgd, signum, lion, lars, lamb, muon, normuon, scion, adamh, muonh; all: every one",
-        data="images (cnn, resnet) or text (lstm, gpt), or hf:NAME; default: bundled data",
-    )  # fmt: skip
-    parser.set_defaults(command=_compare)
+def _add_study(commands: Any, name: str, summary: str, description: str, **helps: str) -> argparse.ArgumentParser:
+    """A study with the options that all have. helps: of ``task``, where it takes one, and of those that differ between studies."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{description} If you start it again, it resumes where it stopped."
+    )
+    if "task" in helps:
+        parser.add_argument("task", metavar="TASK", nargs="?" if name == "race" else None, help=helps["task"])
+    parser.add_argument("--data", metavar="DIR", help=helps["data"])
+    parser.add_argument("--budget", default="standard", metavar="NAME", help=helps["budget"])
+    if "only" in helps:
+        parser.add_argument("--only", type=_names, metavar="A,B", help=helps["only"])
+    parser.add_argument("--seeds", type=_whole, metavar="N", help=helps["seeds"])
+    parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: one for each core, %(default)s)")
+    parser.add_argument("--executor", metavar="URL", help="train on a cluster instead: dask://HOST:PORT, the address of a Dask scheduler")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
+    parser.add_argument("--state", type=Path, metavar="FILE",
+                        help="finished runs, to resume from (default: NAME.runs.jsonl beside --json, else in this folder)")  # fmt: skip
+    parser.set_defaults(command=_study, study=name, **({} if "task" in helps else {"task": name}))
+    return parser
 
 
-def _compare(args: argparse.Namespace) -> int:
-    from normwise.experiments.compare.study import run
+def _study(args: argparse.Namespace) -> int:
+    """Runs the study of a command. Its module stands in the package of its name, and has ``run``, which says whether all is well."""
+    from normwise.experiments.framework.study import Options, Outputs
 
-    return 0 if run(*_options(args, args.task)) else _BROKEN
+    outputs = Outputs(args.json, args.report)
+    study = import_module(f"normwise.experiments.{args.study}.study")
+    if args.task is None:
+        if args.state is None:
+            raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
+        return 0 if study.look(args.state, outputs) else _BROKEN
+    only, size = getattr(args, "only", None), "tiny" if getattr(args, "tiny", False) else "standard"
+    options = Options(args.task, args.data, args.budget, only, args.seeds, args.workers, args.state, args.executor, size,
+                      getattr(args, "hold", False))  # fmt: skip
+    return 0 if study.run(options, outputs) else _BROKEN
 
 
 def _names(text: str) -> list[str]:
@@ -138,100 +151,51 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ------------------------------------------------------------------------------------------------------ race, gan, prune
-
-
-def _add_study(parser: argparse.ArgumentParser, *, budgets: str, seeds: str, only: str | None = None, data: str) -> None:
-    """The options of every study."""
-    parser.add_argument("--data", metavar="DIR", help=data)
-    parser.add_argument("--budget", default="standard", metavar="NAME", help=budgets)
-    if only is not None:
-        parser.add_argument("--only", type=_names, metavar="A,B", help=only)
-    parser.add_argument("--seeds", type=_whole, metavar="N", help=seeds)
-    parser.add_argument("--workers", type=_whole, default=_cores(), metavar="N", help="processes (default: the cores, %(default)s)")
-    parser.add_argument("--executor", metavar="URL", help="a cluster in their place: dask://HOST:PORT, a Dask scheduler's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
-    parser.add_argument("--state", type=Path, metavar="FILE",
-                        help="finished runs, to resume from (default: NAME.runs.jsonl beside --json, else in this folder)")  # fmt: skip
-
-
-def _options(args: argparse.Namespace, task: str, **more: Any) -> Any:
-    """What was asked for, and where its results go."""
-    from normwise.experiments.framework.study import Options, Outputs
-
-    only = getattr(args, "only", None)
-    options = Options(task, args.data, args.budget, only, args.seeds, args.workers, args.state, args.executor, **more)
-    return options, Outputs(args.json, args.report)
+def _add_compare(commands: Any) -> None:
+    _add_study(
+        commands, "compare", "train a task under every strategy and optimizer, each tuned equally, and report on test data",
+        "Trains TASK under every strategy and optimizer, each tuned with the same number of trials on validation data, and reports on test "
+        "data (docs/compare.md is the protocol).",
+        task="cnn (the article's network), resnet, lstm or gpt", data=_ANY_TASK,
+        budget="quick, standard (default) or long", seeds="reported runs of each cell (default 3)",
+        only="only these, beside the baseline 'nothing'; strategies: l2, l1, clip_value, clip_tensor_norm, normalise, max_norm, "
+        "spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm (the article's, the default); hyperball, "
+        "relative_update, radial_brake, cpr, autoclip, zclip, orthogonal, orthogonal_penalty; optimizers: gd, momentum, adam (default); "
+        "normalized_sgd, signum, lion, lars, lamb, muon, normuon, scion, adamh, muonh; all: every one",
+    )  # fmt: skip
 
 
 def _add_race(commands: Any) -> None:
-    parser = commands.add_parser(
-        "race", help="how much sooner than the tuned baseline each contender reaches its result",
-        description="Tunes every contender with the same number of trials and finds the shortest horizon at which it reaches what the "
-        "tuned baseline reaches at its end (docs/race.md is the protocol). Started again, it resumes where it stopped. Without TASK it "
-        "prints what the finished runs in --state say.",
-    )  # fmt: skip
-    parser.add_argument("task", metavar="TASK", nargs="?", help="cnn, resnet, lstm or gpt")
-    _add_study(
-        parser, budgets="quick (0.2 core-hours or less), standard (default; 2 to 7 on real data) or long (about 20)",
-        only="only these contenders, beside the baselines (adamw and sgd)", seeds="reported seeds (default: the budget's)",
-        data="images (cnn, resnet) or text (lstm, gpt), or hf:NAME; default: bundled data",
+    parser = _add_study(
+        commands, "race", "how much sooner than the tuned baseline each contender reaches its result",
+        "Tunes every contender with the same number of trials and finds the shortest horizon at which it reaches what the tuned baseline "
+        "reaches at its end (docs/race.md is the protocol). Without TASK it prints what the finished runs in --state say.",
+        task="cnn, resnet, lstm or gpt", data=_ANY_TASK, seeds="reported seeds (default: as many as the budget says)",
+        budget="quick (0.2 core-hours or less), standard (default; 2 to 7 on real data) or long (about 20)",
+        only="only these contenders, beside the baselines (adamw and sgd)",
     )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
-    parser.set_defaults(command=_race)
-
-
-def _race(args: argparse.Namespace) -> int:
-    from normwise.experiments.race.study import look, run
-
-    options, outputs = _options(args, args.task or "", size="tiny" if args.tiny else "standard")
-    if args.task is None:
-        if args.state is None:
-            raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
-        return 0 if look(args.state, outputs) else _BROKEN
-    return 0 if run(options, outputs) else _BROKEN
 
 
 def _add_gan(commands: Any) -> None:
-    parser = commands.add_parser(
-        "gan", help="which norm keeps a GAN in balance: strategies and losses, each tuned equally, judged by what is drawn",
-        description="Trains a small DCGAN under every strategy and loss, each tuned with the same number of trials, and judges what it "
-        "draws (docs/gan.md is the protocol). Started again, it resumes where it stopped.",
-    )  # fmt: skip
     _add_study(
-        parser, budgets="quick (two minutes), standard (default; 2.7 core-hours) or long (50)",
-        seeds="reported seeds of each cell (default 5)",
+        commands, "gan", "which norm keeps a GAN in balance: strategies and losses, each tuned equally, judged by what is drawn",
+        "Trains a small DCGAN under every strategy and loss, each tuned with the same number of trials, and judges what it draws "
+        "(docs/gan.md is the protocol).",
+        budget="quick (two minutes), standard (default; 2.7 core-hours) or long (50)", seeds="reported seeds of each cell (default 5)",
         only="only these strategies and losses, beside the baseline 'nothing'", data="images, or hf:NAME; default: scikit-learn's digits",
     )  # fmt: skip
-    parser.set_defaults(command=_gan)
-
-
-def _gan(args: argparse.Namespace) -> int:
-    from normwise.experiments.gan.study import run
-
-    return 0 if run(*_options(args, "gan")) else _BROKEN
 
 
 def _add_prune(commands: Any) -> None:
-    parser = commands.add_parser(
-        "prune", help="train under the group lasso, remove the zero units for good, and measure the smaller network",
-        description="Trains TASK with and without the group lasso, removes the units that became zero for good, and measures accuracy, "
-        "size, training step and inference of the smaller network against the full one. Started again, it resumes where it stopped.",
-    )  # fmt: skip
-    parser.add_argument("task", metavar="TASK", help="cnn or resnet")
-    _add_study(
-        parser, budgets="quick, standard (default) or long", seeds="reported runs of each network (default 3)",
-        data="parquet or IDX files (default: scikit-learn's digits)",
+    parser = _add_study(
+        commands, "prune", "train under the group lasso, remove the zero units for good, and measure the smaller network",
+        "Trains TASK with and without the group lasso, removes the units that became zero for good, and measures accuracy, size, training "
+        "step and inference of the smaller network against the full one.",
+        task="cnn or resnet", data="parquet or IDX files (default: scikit-learn's digits)",
+        budget="quick, standard (default) or long", seeds="reported runs of each network (default 3)",
     )  # fmt: skip
     parser.add_argument("--hold", action="store_true", help="under the lasso each weight keeps its norm, so that units go one by one")
-    parser.set_defaults(command=_prune)
-
-
-def _prune(args: argparse.Namespace) -> int:
-    from normwise.experiments.prune.study import run
-
-    return 0 if run(*_options(args, args.task, hold=args.hold)) else _BROKEN
 
 
 # --------------------------------------------------------------------------------------------------- bench and policies
@@ -249,13 +213,13 @@ def _add_bench(commands: Any) -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     from normwise.experiments.bench import runner
-    from normwise.experiments.framework.study import deliver
+    from normwise.experiments.framework.study import Outputs, deliver
 
     if args.name is None:
         printed(lambda: print(runner.listing()), "the same command lists them again")
         return 0
     bench = runner.named(args.name)
-    sound = deliver(lambda _: bench.run(), runner.show, args.json, None, keeps=False, complaints=lambda found: runner.missed(bench, found))
+    sound = deliver(bench.run, runner.show, Outputs(args.json), complaints=lambda found: runner.missed(bench, found))
     return 0 if sound else _BROKEN
 
 

@@ -7,16 +7,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from normwise.experiments.catalog import OPTIMIZERS, STRATEGIES
-from normwise.experiments.framework.driver import Result
 from normwise.experiments.framework.figures import finite
-from normwise.experiments.framework.store import MAYBE, NUMBER, Form
+from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 from normwise.experiments.framework.timing import in_turn, seconds_each
 from normwise.experiments.tasks.rates import constant_then_linear
 from normwise.experiments.tasks.task import Batch, Score, Task
@@ -27,7 +26,7 @@ _BURST = 5
 
 
 @dataclass(frozen=True)
-class CompareRun:
+class CompareRun(Run):
     """Everything that decides a run's outcome; two equal runs give equal numbers on one machine.
 
     task: its key. strengths: of the strategy, by axis. batch: samples a step. marks: at which it is looked at. full: whether the run is one
@@ -45,9 +44,10 @@ class CompareRun:
     marks: int
     full: bool
     versions: tuple[str, str] = ("", "")
+    kind: ClassVar[str] = "compare"
 
     @property
-    def samples(self) -> int:
+    def amount(self) -> int:
         return self.steps * self.batch
 
     @property
@@ -57,9 +57,6 @@ class CompareRun:
         curve: Form = {"step": list, "validation_accuracy": list, "validation_loss": list, "train_loss": list, "norms": dict}
         more: dict[str, Form] = {"test": score, "train": score, "sparsity": NUMBER, "norms": dict, "breaches": list}
         return trial | more | {"curve": curve} if self.full else trial
-
-    def settings(self) -> dict[str, Any]:
-        return {"kind": "compare", **asdict(self)}
 
     def told(self, result: Result) -> str:
         score = result["validation"]

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TextIO
 
 from normwise.errors import StudyError, nearest
+from normwise.experiments import cells
 from normwise.experiments.catalog import ARTICLE, BASELINE, OPTIMIZERS, PRESETS, STRATEGIES, TORCH, axes_of, why_not
+from normwise.experiments.cells import Cell
 from normwise.experiments.compare import tables
 from normwise.experiments.compare.run import CompareRun, step_costs
-from normwise.experiments.framework.driver import Driver, Plan, Result
-from normwise.experiments.framework.lattice import Point, lowest_best, search, values, widening
 from normwise.experiments.framework.printing import show_table
-from normwise.experiments.framework.progress import Progress, on_stderr
+from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.provenance import machine, versions
-from normwise.experiments.framework.store import NUMBER
-from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, deliver, opened
+from normwise.experiments.framework.store import NUMBER, Result
+from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, command, opened
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.task import STEPS, Task
 
@@ -45,23 +45,11 @@ class Budget:
 BUDGETS = {"quick": Budget(9, 0.4, 10, 20), "standard": Budget(12, 0.5, 15, 40), "long": Budget(25, 2.0, 40, 100)}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What came of one strategy with one optimizer. scores, trials: by point of the search. numbers: the choice. finals: by seed."""
-
-    strategy: str
-    optimizer: str
-    scores: dict[Point, Any]
-    numbers: dict[str, float]
-    finals: list[Result]
-
-
 def run(options: Options, outputs: Outputs) -> bool:
     """The command: compares, prints, writes the outputs. False where a bound is broken or a baseline is not trained."""
-    return deliver(
-        lambda state: compare(replace(options, state=state), on_stderr()), show, outputs.json,
-        options.state or outputs.default_state(f"compare-{options.task}"), outputs.report,
-        complaints=lambda results: [*results["baseline_defects"], *(breach for cell in results["cells"] for breach in cell["breaches"])],
+    return command(
+        compare, show, options, outputs, f"compare-{options.task}",
+        complaints=lambda results: [*results["baseline_defects"], *cells.breaches(results)],
     )  # fmt: skip
 
 
@@ -101,29 +89,27 @@ def compare(options: Options, progress: Progress | None = None, budget: Budget |
         steps = max(1, round(plan.scale * STEPS[task.name]))
 
         def make(strategy: str, optimizer: str, numbers: Mapping[str, float], seed: int, full: bool) -> CompareRun:
-            strengths = {name: value for name, value in numbers.items() if name != "lr"}
             return CompareRun(
-                task.key, strategy, optimizer, numbers["lr"], strengths, seed, steps, task.batch, plan.marks, full, versions(str(PROTOCOL))
-            )
-
-        def tuned(strategy: str, optimizer: str) -> Plan:
-            axes = axes_of(strategy, optimizer)
-            scores, _ = yield from search(
-                widening, axes, plan.trials, lambda numbers: make(strategy, optimizer, numbers, TUNING_SEED, False), partial(_score, task)
-            )
-            numbers = values(axes, lowest_best(scores))
-            finals = yield [make(strategy, optimizer, numbers, seed, True) for seed in range(seeds)]
-            return Cell(strategy, optimizer, scores, numbers, finals)
+                task.key, strategy, optimizer, numbers["lr"], cells.strengths_of(numbers), seed, steps, task.batch, plan.marks, full,
+                versions(str(PROTOCOL)),
+            )  # fmt: skip
 
         driver.start(len(pairs) * (plan.trials + seeds))
-        found = driver.run({f"{strategy} with {optimizer}": tuned(strategy, optimizer) for strategy, optimizer in pairs})
+        found: dict[str, Cell] = driver.run({
+            f"{s} with {o}": cells.tuned(s, o, axes_of(s, o), partial(make, s, o), partial(_score, task), trials=plan.trials, seeds=seeds)
+            for s, o in pairs
+        })  # fmt: skip
         lines = []
         for optimizer in dict.fromkeys(optimizer for _, optimizer in pairs):
-            cells: list[Cell] = [found[f"{s} with {o}"] for s, o in pairs if o == optimizer]
-            costs = _costs(driver, task, plan, [make(cell.strategy, optimizer, cell.numbers, 0, True) for cell in cells])
+            group = [found[f"{s} with {o}"] for s, o in pairs if o == optimizer]
+            runs = [make(cell.strategy, optimizer, cell.numbers, 0, True) for cell in group]
+            costs = driver.timed(
+                runs, plan.rounds, partial(step_costs, runs, task, plan.rounds),
+                f"Measuring step times, all strategies with {optimizer} in turn.", "costs", {"step_ms": NUMBER, "control_share": NUMBER},
+            )  # fmt: skip
             # The article's three optimizers need no column that compares presets with Adam.
             adam = found.get(f"{BASELINE} with adam") if any(o in PRESETS for _, o in pairs) else None
-            lines += [tables.cell_results(cell, cells[0], adam, cost, task) for cell, cost in zip(cells, costs, strict=True)]
+            lines += [tables.cell_results(cell, group[0], adam, cost, task) for cell, cost in zip(group, costs, strict=True)]
     protocol = {
         "number": PROTOCOL, **asdict(plan), "steps": steps, "batch": task.batch, "seeds": seeds, "tuning_seed": TUNING_SEED,
         "left_out": left_out,
@@ -163,22 +149,12 @@ def pairs_of(names: Sequence[str] | None) -> tuple[list[tuple[str, str]], list[s
     return kept, list(reasons.values())
 
 
-def _score(task: Task, result: Result) -> tuple[float, ...]:
+def _score(task: Task, results: Sequence[Result]) -> tuple[float, ...]:
     """What the task is judged by, then the other; a run that diverged comes after every run that did not."""
+    [result] = results
     accuracy, loss = result["validation"]["accuracy"], result["validation"]["loss"]
     below = float("-inf") if loss is None else -loss
     return (0.0 if result["diverged"] else 1.0, *((accuracy, below) if task.metric == "accuracy" else (below, accuracy)))
-
-
-def _costs(driver: Driver, task: Task, plan: Budget, runs: list[CompareRun]) -> list[dict[str, float]]:
-    kept = driver.measured(
-        {"kind": "compare timing", "rounds": plan.rounds, "runs": [run.settings() for run in runs]},
-        {"costs": [{"step_ms": NUMBER, "control_share": NUMBER}] * len(runs)}, lambda: {"costs": step_costs(runs, task, plan.rounds)},
-        f"Measuring step times, all strategies with {runs[0].optimizer} in turn.",
-    )  # fmt: skip
-    assert kept is not None
-    costs: list[dict[str, float]] = kept["costs"]
-    return costs
 
 
 def _defects(lines: Sequence[Mapping[str, Any]], task: Task, bundled: bool) -> list[str]:

@@ -6,16 +6,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from normwise.experiments.catalog import BASELINE, OPTIMIZERS, STRATEGIES, axes_of
+import normwise as nw
+from normwise.experiments import cells
+from normwise.experiments.catalog import BASELINE, OPTIMIZERS, STRATEGIES
+from normwise.experiments.cells import Cell, strengths_of
 from normwise.experiments.framework.figures import Interval, differ, median_reached, share_interval, spread
-from normwise.experiments.framework.lattice import at_the_end
 from normwise.experiments.framework.provenance import where
 from normwise.experiments.tasks.task import Task
-
-if TYPE_CHECKING:
-    from normwise.experiments.compare.study import Cell
 
 Results = Mapping[str, Any]
 MISSING = "–"
@@ -27,14 +26,11 @@ MISSING = "–"
 def cell_results(cell: Cell, base: Cell, adam: Cell | None, cost: Mapping[str, float], task: Task) -> dict[str, Any]:
     """One cell. base: the cell of "nothing" with the same optimizer; adam: with Adam, where presets are compared. cost: of a step."""
     finals, strategy = cell.finals, STRATEGIES[cell.strategy]
-    strengths = {name: value for name, value in cell.numbers.items() if name != "lr"}
     steps = steps_to_cell(cell, base, task.metric)
     norms = [final["norms"] for final in finals]
     return {
-        "strategy": cell.strategy, "label": strategy.label, "about": strategy.about,
-        "optimizer": cell.optimizer, "optimizer_label": OPTIMIZERS[cell.optimizer].label,
-        "lr": cell.numbers["lr"], "strengths": strengths, "policy_yaml": policy_yaml(cell.strategy, strengths, task.samples),
-        "trials": len(cell.scores), **at_the_end(axes_of(cell.strategy, cell.optimizer), cell.scores),
+        **cell.told(strategy.label, strategy.about, policy_yaml(cell.strategy, strengths_of(cell.numbers), task.samples)),
+        "optimizer": cell.group, "optimizer_label": OPTIMIZERS[cell.group].label,
         **{f"{part}_{name}": over_seeds([final[part][name] for final in finals])
            for part in ("test", "train", "validation") for name in ("accuracy", "loss")},
         "sparsity": spread([final["sparsity"] for final in finals]),
@@ -43,9 +39,6 @@ def cell_results(cell: Cell, base: Cell, adam: Cell | None, cost: Mapping[str, f
         "seconds_to_baseline": median_reached([None if n is None else n * cost["step_ms"] / 1e3 for n in steps]),
         "steps_to_adam": None if adam is None else median_reached(steps_to_cell(cell, adam, task.metric)),
         **cost, "norms": {name: {kind: _mean([run[name][kind] for run in norms]) for kind in norms[0][name]} for name in norms[0]},
-        "violations": sum(len(final["breaches"]) for final in finals),
-        "breaches": sorted({breach for final in finals for breach in final["breaches"]}),
-        "curves": [{"seed": seed, **final["curve"]} for seed, final in enumerate(finals)],
     }  # fmt: skip
 
 
@@ -76,8 +69,6 @@ def steps_to(curve: Mapping[str, Any], goal: float | None, metric: str = "accura
 
 def policy_yaml(strategy: str, strengths: Mapping[str, float], samples: int) -> str:
     """The policy that the strategy stands for at these strengths; no text for "nothing"."""
-    import normwise as nw
-
     rules = STRATEGIES[strategy].rules(strengths, samples)
     return nw.Policy(rules).to_yaml() if rules else ""
 
@@ -223,16 +214,9 @@ def rows(results: Results, optimizer: str) -> list[dict[str, str]]:
 
 
 def remarks(results: Results) -> list[str]:
-    """What to know about single cells."""
-    kinds = {
-        "Best at the edge of what was tried, so that more trials may find better (--budget long)": "on_edge",
-        "Best at the weakest strength tried, so better left out": "fades_out",
-    }
-    found = {
-        text: [f"{cell['strategy']} with {cell['optimizer']}: {', '.join(cell[name])}" for cell in results["cells"] if cell.get(name)]
-        for text, name in kinds.items()
-    } | {"Left out": results["protocol"].get("left_out") or []}  # fmt: skip
-    return [f"{text}: {'; '.join(cells)}." for text, cells in found.items() if cells]
+    """What to know about single cells, and what was left out."""
+    left_out = {"Left out": results["protocol"].get("left_out") or []}
+    return cells.remarks(results["cells"], lambda cell: f"{cell['strategy']} with {cell['optimizer']}", **left_out)
 
 
 def label(cell: Results) -> str:

@@ -8,40 +8,16 @@ asks for depends on results alone, so that neither an interruption, nor the numb
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from normwise.experiments.framework.elsewhere import Elsewhere, opened
 from normwise.experiments.framework.pool import STOPPING, call, finished, open_pool, still_running, working
 from normwise.experiments.framework.progress import Progress
-from normwise.experiments.framework.store import Form, Store, key_of
-
-Result = dict[str, Any]
-
-
-class Run(Protocol):
-    """Everything that decides a result, and can be pickled."""
-
-    @property
-    def form(self) -> Form:
-        """What a kept result must look like."""
-
-    @property
-    def samples(self) -> int:
-        """What the run costs, in training samples."""
-
-    def settings(self) -> dict[str, Any]:
-        """As plain data: the key of the run, and its line in the file of finished runs."""
-
-    def told(self, result: Result) -> str:
-        """Run and result in a few words, for the progress."""
-
-    def train(self, context: Any, /) -> Result:
-        """Trains on what the study was set up with. Plain data; seeds whatever it draws."""
-
+from normwise.experiments.framework.store import NUMBER, Form, Result, Run, Store, key_of
 
 # Yields runs, gets their results, returns what it found.
 Plan: TypeAlias = "Generator[list[Any], list[Result], Any]"
@@ -111,6 +87,14 @@ class Driver:
             self.store.add(settings, kept)
         return kept
 
+    def timed(
+        self, runs: Sequence[Run], rounds: int, measure: Callable[[], list[Any]], note: str, name: str = "step_ms", each: Form = NUMBER
+    ) -> list[Any]:
+        """What steps of these runs cost, as ``measured``; nothing where a replay has no measurement. each: the form of one cost."""
+        settings = {"kind": f"{runs[0].kind} timing", "rounds": rounds, "runs": [run.settings() for run in runs]} if runs else {}
+        kept = self.measured(settings, {name: [each] * len(runs)}, lambda: {name: measure()}, note) if runs else None
+        return kept[name] if kept else []
+
     def close(self) -> None:
         """The workers' end."""
         self.stack.close()
@@ -173,9 +157,9 @@ class Driver:
         self.queue.extend((going, k) for k in range(len(going.runs)) if k not in going.results)
 
     def _tell(self, run: Run, result: Result, fresh: bool = True) -> None:
-        self.seen[key_of(run.settings())] = run.samples
+        self.seen[key_of(run.settings())] = run.amount
         if fresh or self.total is not None:
-            self.progress.advance(f"{sum(self.seen.values())} samples in all; {run.told(result)}")
+            self.progress.advance(f"{sum(self.seen.values())} {run.unit} in all; {run.told(result)}")
 
 
 class Replay(Driver):

@@ -13,7 +13,8 @@ import torch
 
 from normwise import __version__
 from normwise.errors import StudyError, need
-from normwise.experiments.framework.pool import Trainable, one_thread
+from normwise.experiments.framework.pool import one_thread
+from normwise.experiments.framework.store import Result, Run
 
 _SCHEME = "dask://"
 _CONNECTING = 10.0    # seconds to wait for a scheduler
@@ -42,7 +43,7 @@ class Elsewhere(Executor):
         return self.inner.submit(train_there, self._setup, pickle.dumps(args[0]), (__version__, torch.__version__))
 
 
-def train_there(setup: bytes, run: bytes, versions: tuple[str, str]) -> dict[str, Any]:
+def train_there(setup: bytes, run: bytes, versions: tuple[str, str]) -> Result:
     """One run in a process of an executor; StudyError where it has another normwise or torch, which would give other numbers."""
     if versions != (here := (__version__, torch.__version__)):
         study = f"the study {versions[0]} and {versions[1]}"
@@ -52,8 +53,8 @@ def train_there(setup: bytes, run: bytes, versions: tuple[str, str]) -> dict[str
         if setup not in _contexts:
             _contexts.clear()
             _contexts[setup] = pickle.loads(setup)()
-        trainable: Trainable = pickle.loads(run)
-        return trainable.train(_contexts[setup])
+        it: Run = pickle.loads(run)
+        return it.train(_contexts[setup])
 
 
 @contextmanager

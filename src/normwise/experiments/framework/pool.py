@@ -15,12 +15,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 
 from normwise.errors import StudyError
 from normwise.experiments.framework import interrupts
+from normwise.experiments.framework.store import Result, Run
 
 _WORKER = Path(__file__).with_name("worker.py")
 _POLL = 0.2  # seconds between two looks at whether Ctrl-C was pressed
@@ -277,21 +278,11 @@ def still_running(pending: Collection[Future[Any]]) -> list[Future[Any]]:
     return [future for future in pending if not future.cancel()]
 
 
-class Trainable(Protocol):
-    """A run that knows how it is trained."""
-
-    def train(self, context: Any, /) -> dict[str, Any]: ...
-
-
-def call(run: Trainable) -> dict[str, Any]:
+def call(run: Run) -> Result:
     """One run on what this process was set up with."""
-    return run.train(_known())
-
-
-def _known() -> Any:
     if _context is None:
         raise RuntimeError("a run was called outside a pool, so there is no data; call run.train(data).")
-    return _context
+    return run.train(_context)
 
 
 def _start(setup: Callable[[], Any]) -> None:

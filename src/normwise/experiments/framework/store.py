@@ -1,18 +1,21 @@
-"""Finished runs, one JSON line each, so that an interrupted study resumes where it stopped."""
+"""A run, and finished runs, one JSON line each, so that an interrupted study resumes where it stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, ClassVar, TypeAlias
 
 from normwise.errors import DataError, OutputError
 from normwise.files import NOTHING, append_to, content, what_is
 
 Record = dict[str, Any]
+Result = dict[str, Any]
 # What a value must be: of a type, of one of several forms, a list of just these, or a dictionary that has these names among others.
 Form: TypeAlias = "type | tuple[Form, ...] | list[Form] | Mapping[str, Form]"
 
@@ -20,6 +23,37 @@ NUMBER: tuple[type, ...] = (int, float)
 MAYBE: tuple[type, ...] = (int, float, type(None))    # what is not finite is kept as None
 # Of a file of finished runs: the largest of ours has a few million.
 MOST_BYTES = 1 << 28
+
+
+class Run(ABC):
+    """Everything that decides a result: a frozen dataclass that can be pickled, and settled by its settings alone."""
+
+    kind: ClassVar[str]
+    """Of which study it is."""
+    unit: ClassVar[str] = "samples"
+    """What ``amount`` counts."""
+
+    @property
+    @abstractmethod
+    def amount(self) -> int:
+        """What the run costs, for the progress."""
+
+    @property
+    @abstractmethod
+    def form(self) -> Form:
+        """What a kept result must look like."""
+
+    def settings(self) -> dict[str, Any]:
+        """As plain data: the key of the run, and its line in the file of finished runs."""
+        return {"kind": self.kind, **asdict(self)}    # type: ignore[call-overload]
+
+    @abstractmethod
+    def told(self, result: Result) -> str:
+        """Run and result in a few words, for the progress."""
+
+    @abstractmethod
+    def train(self, context: Any, /) -> Result:
+        """Trains on what the study was set up with. Plain data; seeds whatever it draws."""
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,13 +24,15 @@ from normwise.experiments.framework.driver import Driver
 from normwise.experiments.framework.elsewhere import check_address
 from normwise.experiments.framework.lock import locked
 from normwise.experiments.framework.printing import printed, tell
-from normwise.experiments.framework.progress import Progress
+from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.store import Store
 from normwise.files import check_file, check_folder
 
 # Every choice is made with this seed, or with those right after it; reported seeds count from 0, so no choice was made on their luck.
 TUNING_SEED = 1000
 MOST_SEEDS = 1000
+Results = Mapping[str, Any]
+Complaints = Callable[[Results], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -118,23 +120,42 @@ class Outputs:
         return (self.report or Path()) / f"{name}.runs.jsonl"
 
 
+def command(study: Callable[..., Results], show: Callable[[Results], None], options: Options, outputs: Outputs, name: str,
+            complaints: Complaints = lambda results: ()) -> bool:  # fmt: skip
+    """A study as a command: ``study(options, progress)``, with its finished runs kept under ``name`` unless the options say where."""
+    state = options.state or outputs.default_state(name)
+    return deliver(lambda: study(replace(options, state=state), on_stderr()), show, outputs, state, complaints=complaints)
+
+
 def deliver(
-    work: Callable[[Path | None], Mapping[str, Any]], show: Callable[[Mapping[str, Any]], None], json: Path | None, state: Path | None,
-    report: Path | None = None, keeps: bool = True, complaints: Callable[[Mapping[str, Any]], Sequence[str]] = lambda results: (),
-) -> bool:
-    """``work(state)`` with its outputs checked before it; after it they are written, and only then ``show`` prints the results, so that
-    nothing that happens to a terminal or a pipe costs them. state: where finished runs stand; keeps: whether there are any. complaints:
-    what is wrong with the results, for standard error; False where there is something.
+    work: Callable[[], Results], show: Callable[[Results], None], outputs: Outputs, state: Path | None = None, *,
+    complaints: Complaints = lambda results: (),
+) -> bool:  # fmt: skip
+    """``work()`` with its outputs checked before it; after it they are written, and only then ``show`` prints the results, so that
+    nothing that happens to a terminal or a pipe costs them. state: where finished runs stand, if any are kept. complaints: what is wrong
+    with the results, for standard error; False where there is something.
 
     Raises OutputError, at the end of all this, for what could not be written or printed.
     """
-    check_outputs(json, state, report)
-    if report is not None:
+    check_outputs(outputs, state)
+    if outputs.report is not None:
         import_module("normwise.experiments.report")  # an extra that is missing is told now, not after the work
-    interrupts.say(partial(_how_to_go_on, state, keeps))
-    results = work(state)
+    interrupts.say(partial(_how_to_go_on, state))
+    results = work()
+    written: dict[str, Path] = {}
+    failed = []
     with interrupts.held():
-        written, failed = _save(results, json, report)
+        if outputs.json is not None:
+            try:
+                write_json(outputs.json, results)
+                written["Results"] = outputs.json
+            except (OSError, DataError) as error:
+                failed.append(f"the results could not be written ({str(error).rstrip('.')})")
+        if outputs.report is not None:
+            try:
+                written["Report"] = import_module("normwise.experiments.report").write(results, outputs.report)
+            except (OSError, DataError) as error:
+                failed.append(f"the report could not be written ({str(error).rstrip('.')})")
         interrupts.say(lambda: f"Interrupted: {_whereabouts(written, state)}.")
     try:
         printed(partial(_print, show, results, written), _whereabouts(written, state))
@@ -148,25 +169,7 @@ def deliver(
     return not wrong
 
 
-def _save(results: Mapping[str, Any], json: Path | None, report: Path | None) -> tuple[dict[str, Path], list[str]]:
-    """Where everything is now, and what is wrong with the rest."""
-    written: dict[str, Path] = {}
-    failed = []
-    if json is not None:
-        try:
-            write_json(json, results)
-            written["Results"] = json
-        except (OSError, DataError) as error:
-            failed.append(f"the results could not be written ({str(error).rstrip('.')})")
-    if report is not None:
-        try:
-            written["Report"] = import_module("normwise.experiments.report").write(results, report)
-        except (OSError, DataError) as error:
-            failed.append(f"the report could not be written ({str(error).rstrip('.')})")
-    return written, failed
-
-
-def _print(show: Callable[[Mapping[str, Any]], None], results: Mapping[str, Any], written: Mapping[str, Path]) -> None:
+def _print(show: Callable[[Results], None], results: Results, written: Mapping[str, Path]) -> None:
     show(results)
     for name, path in written.items():
         print(f"{name}: {path}")
@@ -178,30 +181,28 @@ def _whereabouts(written: Mapping[str, Path], state: Path | None) -> str:
     return f"finished runs are in {state}" if state else "with --json FILE they are kept"
 
 
-def _how_to_go_on(state: Path | None, keeps: bool) -> str:
-    if not keeps:
-        return "Interrupted: nothing is kept of it; start the same command again."
+def _how_to_go_on(state: Path | None) -> str:
     if state is None:
-        return "Interrupted: nothing is kept; give --state FILE to be able to go on."
+        return "Interrupted: nothing is kept of it; start the same command again."
     if not state.exists() or not state.stat().st_size:
         return f"Interrupted before the first run was finished; the same command starts anew, and keeps its runs in {state}."
     return f"Interrupted: finished runs are in {state}; the same command resumes there."
 
 
-def check_outputs(json: Path | None, state: Path | None, report: Path | None = None) -> None:
+def check_outputs(outputs: Outputs, state: Path | None) -> None:
     """DataError, before the work, where a result cannot be written, or would take the place of the finished runs."""
-    check_file(json)
+    pages = [] if outputs.report is None else [outputs.report / name for name in ("index.html", "results.json")]
+    check_file(outputs.json)
     check_file(state)
-    pages = [] if report is None else [report / name for name in ("index.html", "results.json")]
-    if report is not None:
-        check_folder(report)
+    if outputs.report is not None:
+        check_folder(outputs.report)
     for page in pages:
         check_file(page)
-    for other in (json, *pages):
+    for other in (outputs.json, *pages):
         if state is not None and other is not None and os.path.realpath(state) == os.path.realpath(other):
             raise DataError(f"{state}: the finished runs and the results cannot be written to one place; give two files.")
 
 
-def write_json(path: Path, results: Mapping[str, Any]) -> None:
+def write_json(path: Path, results: Results) -> None:
     """Writes the whole file or none of it. OutputError where it cannot be written."""
     files.replace(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())

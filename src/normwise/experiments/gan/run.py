@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+import normwise as nw
 from normwise.experiments.catalog import GAN_STRATEGIES
-from normwise.experiments.framework.store import MAYBE, NUMBER, Form
+from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 from normwise.experiments.framework.timing import milliseconds, seconds_each
 from normwise.experiments.tasks.data.splits import ImageData
-from normwise.experiments.tasks.fidelity import Fidelity, Judge
+from normwise.experiments.tasks.fidelity import Judge
 from normwise.experiments.tasks.models.dcgan import LOSSES, NOISE, Discriminator, Generator, Loss, brightest, scaled
 
 _LAST = 3
@@ -42,7 +43,7 @@ class JudgedData(ImageData):
 
 
 @dataclass(frozen=True)
-class GanRun:
+class GanRun(Run):
     """Everything that decides a run's outcome; two equal runs give equal numbers on one machine.
 
     steps: of both sides, one of the discriminator then one of the generator. batch: real images a step. width: of both networks.
@@ -62,32 +63,25 @@ class GanRun:
     drawn: int
     full: bool
     data: str
-    versions: tuple[str, str] = field(default=("", ""))
-
-    def settings(self) -> dict[str, Any]:
-        """As plain data, for the key of the run and for the file of finished runs."""
-        return {"kind": "gan", **asdict(self)}
+    versions: tuple[str, str] = ("", "")
+    kind: ClassVar[str] = "gan"
 
     @property
     def form(self) -> Form:
-        """What a kept result must hold."""
         curve: Form = dict.fromkeys(("step", "samples", "distance", "precision", "recall", "collapsed"), list)
         return {
             "distance": MAYBE, "diverged": bool, "steps": int, "samples": int, "seconds": NUMBER, "breaches": list, "curve": curve,
         }  # fmt: skip
 
     @property
-    def samples(self) -> int:
-        """Real images shown, at most."""
+    def amount(self) -> int:
         return self.steps * self.batch
 
-    def told(self, result: Mapping[str, Any]) -> str:
-        """In a few words."""
+    def told(self, result: Result) -> str:
         found = "diverged" if result["diverged"] else f"distance {result['distance']:.3f}"
         return f"{self.strategy} with the loss {self.loss}: {found}"
 
-    def train(self, data: JudgedData, /) -> dict[str, Any]:
-        """Trains and judges, see :func:`train`."""
+    def train(self, data: JudgedData, /) -> Result:
         return train(self, data)
 
 
@@ -106,16 +100,11 @@ class Training:
         self.generator_optimizer, self.discriminator_optimizer = (
             torch.optim.Adam(side.parameters(), run.lr, self.loss.betas, fused=True) for side in (self.generator, self.discriminator)
         )
-        self.controls = self._attached(run)
-
-    def _attached(self, run: GanRun) -> list[Any]:
-        import normwise as nw
-
         sides = (
             (self.discriminator, self.discriminator_optimizer, self.strategy.rules(run.strengths)),
             (self.generator, self.generator_optimizer, self.strategy.generator_rules(run.strengths)),
         )
-        return [nw.attach(model, optimizer, rules) for model, optimizer, rules in sides if rules]
+        self.controls = [nw.attach(model, optimizer, rules) for model, optimizer, rules in sides if rules]
 
     def step(self, real: Tensor) -> tuple[float, float]:
         """A step of the discriminator on real and as many drawn images, then one of the generator on the same drawn images as the new
@@ -153,16 +142,11 @@ class Training:
 def batches(run: GanRun, data: ImageData) -> Iterator[Tensor]:
     """Real images in [-1, 1] without end: every epoch in its own order, which depends on the seed alone; a short last batch is left
     out."""
-    size, top = min(run.batch, len(data.train)), brightest(data)
-    for rows in _rows(run.seed, len(data.train), size):
-        yield scaled(data.train.images[rows], top)
-
-
-def _rows(seed: int, samples: int, size: int) -> Iterator[NDArray[np.int64]]:
-    order = np.random.default_rng(seed)
+    samples, top, order = len(data.train), brightest(data), np.random.default_rng(run.seed)
+    size = min(run.batch, samples)
     while True:
-        whole = order.permutation(samples)[: samples - samples % size]
-        yield from whole.reshape(-1, size)
+        for rows in order.permutation(samples)[: samples - samples % size].reshape(-1, size):
+            yield scaled(data.train.images[rows], top)
 
 
 def marks_of(run: GanRun) -> list[int]:
@@ -171,7 +155,7 @@ def marks_of(run: GanRun) -> list[int]:
     return marks if run.full else marks[-_LAST:]
 
 
-def train(run: GanRun, data: JudgedData) -> dict[str, Any]:
+def train(run: GanRun, data: JudgedData) -> Result:
     """Trains and judges. Plain numbers only, None in place of those that are not finite.
 
     Gives ``distance``, the mean over the last three marks so that one lucky moment decides nothing, ``diverged``, ``steps``,
@@ -188,7 +172,9 @@ def train(run: GanRun, data: JudgedData) -> dict[str, Any]:
             break
         if step in marks:
             found = reference.judged(data.judge.features(training.draw(run.drawn)))
-            _note(curve, step, step * len(real), found, reference.collapsed(found))
+            line = (step, step * len(real), found.distance, found.precision, found.recall, reference.collapsed(found))
+            for values, value in zip(curve.values(), line, strict=True):
+                values.append(value)
     distances = curve["distance"][-_LAST:]
     diverged = diverged or None in distances
     return {
@@ -198,10 +184,10 @@ def train(run: GanRun, data: JudgedData) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _note(curve: dict[str, list[Any]], step: int, samples: int, found: Fidelity, collapsed: bool) -> None:
-    line = (step, samples, found.distance, found.precision, found.recall, collapsed)
-    for values, value in zip(curve.values(), line, strict=True):
-        values.append(value)
+def score(results: Sequence[Result]) -> tuple[float, float]:
+    """Higher is better: the share of runs that did not diverge, then minus their mean distance."""
+    distances = [result["distance"] for result in results if not result["diverged"]]
+    return len(distances) / len(results), -statistics.fmean(distances) if distances else float("-inf")
 
 
 def step_times(runs: Sequence[GanRun], data: JudgedData, rounds: int) -> list[float]:

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from normwise.errors import StudyError
+from normwise.experiments import cells
 from normwise.experiments.catalog import BASELINE, GAN_STRATEGIES
+from normwise.experiments.cells import Cell
 from normwise.experiments.framework.driver import Driver
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.framework.printing import show_table
-from normwise.experiments.framework.progress import Progress, on_stderr
+from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.provenance import describe, machine, versions
-from normwise.experiments.framework.store import NUMBER
-from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, chosen, deliver, opened
-from normwise.experiments.gan import plan as plans
+from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, chosen, command, opened
 from normwise.experiments.gan import tables
-from normwise.experiments.gan.run import GanRun, JudgedData, step_times
+from normwise.experiments.gan.run import GanRun, JudgedData, score, step_times
 from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.fidelity import Judge, train_judge
 from normwise.experiments.tasks.models.dcgan import LOSSES
@@ -49,21 +49,18 @@ class Budget:
     seeds: int = 5
 
 
-# Images up to 16×16 (digits) and larger ones (MNIST), whose steps cost five times as much.
-_FEW = ("nothing", "clip_value", "spectral_cap", "gradient_penalty")
-BUDGETS: dict[str, tuple[Budget, Budget]] = {
-    "quick": (Budget(9, 0, 150, 32, 16, 5, 400, 5, _FEW, ("hinge",)), Budget(9, 0, 150, 32, 16, 5, 400, 5, _FEW, ("hinge",))),
-    "standard": (Budget(10, 3, 800, 32, 16, 10, 1000, 20), Budget(10, 3, 800, 32, 16, 10, 1000, 20)),
-    "long": (Budget(13, 5, 4000, 32, 32, 20, 1000, 40), Budget(13, 5, 5000, 64, 32, 20, 2000, 40)),
+BUDGETS = {
+    "quick": Budget(9, 0, 150, 32, 16, 5, 400, 5, ("nothing", "clip_value", "spectral_cap", "gradient_penalty"), ("hinge",)),
+    "standard": Budget(10, 3, 800, 32, 16, 10, 1000, 20),
+    "long": Budget(13, 5, 4000, 32, 32, 20, 1000, 40),
 }
+# What differs for images larger than 16×16 (MNIST), whose steps cost five times as much.
+LARGE: dict[str, dict[str, int]] = {"long": {"steps": 5000, "batch": 64, "drawn": 2000}}
 
 
 def run(options: Options, outputs: Outputs) -> bool:
     """The command: runs the study, prints its table, writes the outputs; False where a bound is broken."""
-    return deliver(
-        lambda state: study(replace(options, state=state), on_stderr()), show, outputs.json, options.state or outputs.default_state("gan"),
-        outputs.report, complaints=lambda results: [breach for cell in results["cells"] for breach in cell["breaches"]],
-    )  # fmt: skip
+    return command(study, show, options, outputs, "gan", cells.breaches)
 
 
 def study(options: Options, progress: Progress | None = None, budget: Budget | None = None) -> dict[str, Any]:
@@ -87,7 +84,8 @@ def study(options: Options, progress: Progress | None = None, budget: Budget | N
     named = [] if options.only is None else chosen(options.only, None, known, "strategy or loss")
     with opened(options, progress) as driver:
         data = load(options.data)
-        plan = budget or BUDGETS[options.budget][max(data.shape[1:]) > _SMALL]
+        large = LARGE.get(options.budget, {}) if max(data.shape[1:]) > _SMALL else {}
+        plan = budget or replace(BUDGETS[options.budget], **large)    # type: ignore[arg-type]
         plan = replace(plan, seeds=options.seeds or plan.seeds)
         pairs = cells_of(named, plan)
         with one_thread():
@@ -113,32 +111,30 @@ def _run(options: Options, plan: Budget, driver: Driver, pairs: list[tuple[str, 
     again = min(plan.again, plan.trials)
 
     def make(strategy: str, loss: str, numbers: Mapping[str, float], seed: int, full: bool) -> GanRun:
-        strengths = {name: value for name, value in numbers.items() if name != "lr"}
         return GanRun(
-            strategy, loss, numbers["lr"], strengths, seed, plan.steps, plan.batch, plan.width, plan.marks, plan.drawn, full, data.key,
-            versions(f"gan{PROTOCOL}"),
+            strategy, loss, numbers["lr"], cells.strengths_of(numbers), seed, plan.steps, plan.batch, plan.width, plan.marks, plan.drawn,
+            full, data.key, versions(f"gan{PROTOCOL}"),
         )  # fmt: skip
 
     driver.start(len(pairs) * (plan.trials + again + plan.seeds))
-    found = driver.run({f"{s} {loss}": plans.tuned(make, s, loss, plan.trials, again, plan.seeds) for s, loss in pairs})
-    cells: list[plans.Cell] = [found[f"{strategy} {loss}"] for strategy, loss in pairs]
+    found: dict[str, Cell] = driver.run({
+        f"{s} {loss}": cells.tuned(s, loss, GAN_STRATEGIES[s].tuned, partial(make, s, loss), score, trials=plan.trials, again=again,
+                                   seeds=plan.seeds)
+        for s, loss in pairs
+    })  # fmt: skip
     lines = []
     for loss in dict.fromkeys(loss for _, loss in pairs):
-        group = [cell for cell in cells if cell.loss == loss]
+        group = [found[f"{strategy} {loss}"] for strategy, other in pairs if other == loss]
         runs = [make(cell.strategy, loss, cell.numbers, 0, True) for cell in group]
-        times = driver.measured(
-            {"kind": "gan timing", "rounds": plan.rounds, "runs": [run.settings() for run in runs]}, {"step_ms": [NUMBER] * len(runs)},
-            lambda runs=runs: {"step_ms": step_times(runs, data, plan.rounds)},    # type: ignore[misc]
-            f"Measuring step times, all strategies of the loss {loss} in turn.",
-        )  # fmt: skip
-        assert times is not None
-        lines += [tables.cell_results(cell, ms, times["step_ms"][0]) for cell, ms in zip(group, times["step_ms"], strict=True)]
+        times = driver.timed(runs, plan.rounds, partial(step_times, runs, data, plan.rounds),
+                             f"Measuring step times, all strategies of the loss {loss} in turn.")  # fmt: skip
+        lines += [tables.cell_results(cell, ms, times[0]) for cell, ms in zip(group, times, strict=True)]
     judge, samples = data.judge, plan.steps * min(plan.batch, len(data.train))
-    protocol = {**asdict(plan), "samples": samples, "tuning_seeds": [TUNING_SEED, plans.AGAIN_SEED]}
+    protocol = {**asdict(plan), "samples": samples, "tuning_seeds": [TUNING_SEED, cells.AGAIN_SEED]}
     results = {
         "task": "gan", "data": describe(data), "machine": machine(), "budget": options.budget,
         "judge": {"accuracy": judge.accuracy, "floor": judge.floor, "one_class": judge.references["test"].one_class},
-        "protocol": protocol, "cost": sum(cell.seconds for cell in cells) / 3600, "cells": lines, "rows": tables.rows(lines),
+        "protocol": protocol, "cost": sum(cell.seconds for cell in found.values()) / 3600, "cells": lines, "rows": tables.rows(lines),
     }  # fmt: skip
     return {**results, "setting": tables.setting(results)}
 
@@ -148,5 +144,5 @@ def show(found: Mapping[str, Any], stream: TextIO | None = None) -> None:
     out = stream or sys.stdout
     print(*tables.verdict(found["cells"]), found["setting"], sep="\n", end="\n\n", file=out)
     show_table(tables.rows(sorted(found["cells"], key=tables.rank)), out)
-    for remark in tables.remarks(found["cells"]):
-        print(remark, file=out)
+    if said := tables.remarks(found["cells"]):
+        print(*said, sep="\n", file=out)

@@ -6,44 +6,43 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import normwise as nw
 from normwise.experiments.catalog import BASELINE, GAN_STRATEGIES
+from normwise.experiments.cells import Cell, strengths_of
+from normwise.experiments.cells import remarks as cell_remarks
 from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, interval, median_reached, spread
 from normwise.experiments.framework.provenance import where
-from normwise.experiments.gan.plan import Cell
 from normwise.experiments.tasks.models.dcgan import LOSSES
+
+Results = Mapping[str, Any]
 
 
 def cell_results(cell: Cell, step_ms: float, baseline_ms: float) -> dict[str, Any]:
     """One cell. baseline_ms: of a step of "nothing" with the same loss; both take as many steps."""
     strategy, finals = GAN_STRATEGIES[cell.strategy], cell.finals
-    numbers = {name: value for name, value in cell.numbers.items() if name != "lr"}
     ends = [_end(final, len(final["curve"]["step"]) - 1) for final in finals]
     timely = [_end(final, mark_in_time(final, step_ms, baseline_ms)) for final in finals]
     return {
-        "strategy": cell.strategy, "label": strategy.label, "about": strategy.about, "loss": cell.loss,
-        "lr": cell.numbers["lr"], "strengths": numbers, "policy_yaml": policy_yaml(cell.strategy, numbers),
-        "trials": sum(map(len, cell.trials.values())), **cell.ends,
+        **cell.told(strategy.label, strategy.about, policy_yaml(cell.strategy, strengths_of(cell.numbers))), "loss": cell.group,
         "distance": median_reached([end["distance"] for end in ends]),
         "distance_at_equal_time": median_reached([end["distance"] for end in timely]),
         "precision": spread([end["precision"] for end in ends]), "recall": spread([end["recall"] for end in ends]),
         "collapsed": sum(end["collapsed"] for end in ends), "diverged": sum(final["diverged"] for final in finals),
-        "step_ms": step_ms, "violations": sum(len(final["breaches"]) for final in finals),
-        "breaches": sorted({breach for final in finals for breach in final["breaches"]}),
-        "curves": [{"seed": seed, **final["curve"]} for seed, final in enumerate(finals)],
+        "step_ms": step_ms,
     }  # fmt: skip
 
 
 _NOTHING_DRAWN = {"distance": None, "precision": 0.0, "recall": 0.0, "collapsed": True}
 
 
-def _end(final: Mapping[str, Any], mark: int) -> Mapping[str, Any]:
+def _end(final: Results, mark: int) -> Results:
     """What was measured at a mark; of a run that diverged, or that reached no mark in time, that it drew nothing."""
     if final["diverged"] or mark < 0:
         return _NOTHING_DRAWN
     return {name: final["curve"][name][mark] for name in _NOTHING_DRAWN}
 
 
-def mark_in_time(final: Mapping[str, Any], step_ms: float, baseline_ms: float) -> int:
+def mark_in_time(final: Results, step_ms: float, baseline_ms: float) -> int:
     """The last mark that a run with steps of ``step_ms`` reaches while the baseline takes its ``steps``; -1 where it reaches none."""
     horizon = final["steps"] * baseline_ms * (1 + 1e-9)
     return sum(step * step_ms <= horizon for step in final["curve"]["step"]) - 1
@@ -55,8 +54,6 @@ def policy_yaml(strategy: str, strengths: Mapping[str, float]) -> str:
     Of the discriminator alone they are its policy, and load as it. Of both networks they are two policies, under the names of the networks:
     one after the other they would load as one policy, of one network.
     """
-    import normwise as nw
-
     chosen = GAN_STRATEGIES[strategy]
     rules, others = chosen.rules(strengths), chosen.generator_rules(strengths)
     if not others:
@@ -67,13 +64,13 @@ def policy_yaml(strategy: str, strengths: Mapping[str, float]) -> str:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def rank(cell: Mapping[str, Any]) -> tuple[int, float]:
+def rank(cell: Results) -> tuple[int, float]:
     """By loss, the smallest distance at equal time first: a strategy has to pay for its steps."""
     middle = cell["distance_at_equal_time"]["median"]
     return list(LOSSES).index(cell["loss"]), math.inf if middle is None else middle
 
 
-def verdict(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+def verdict(cells: Sequence[Results]) -> list[str]:
     """A sentence a loss: the best strategy against the baseline, and whether the difference may be claimed."""
     said = []
     for loss in dict.fromkeys(cell["loss"] for cell in cells):
@@ -89,7 +86,7 @@ def verdict(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
-def setting(found: Mapping[str, Any]) -> str:
+def setting(found: Results) -> str:
     """Data, judge, protocol, cost and machine in a few sentences."""
     data, judge, protocol = (found[name] for name in ("data", "judge", "protocol"))
     return (
@@ -102,38 +99,29 @@ def setting(found: Mapping[str, Any]) -> str:
     )
 
 
-def remarks(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+def remarks(cells: Sequence[Results]) -> list[str]:
     """What to know about single cells."""
-    kinds = {
-        "Best at the edge of what was tried, so that more trials may find better (--budget long)": "on_edge",
-        "Best at the weakest strength tried, so perhaps better left out": "fades_out",
-        "BOUNDS BROKEN": "breaches",
-    }
-    listed = {
-        text: [f"{cell['label']} with the loss {cell['loss']} ({', '.join(cell[name])})" for cell in cells if cell[name]]
-        for text, name in kinds.items()
-    }
-    return [f"{text}: {'; '.join(named)}." for text, named in listed.items() if named]
+    broken = [f"{cell['label']} with the loss {cell['loss']} ({', '.join(cell['breaches'])})" for cell in cells if cell["breaches"]]
+    return cell_remarks(cells, lambda cell: f"{cell['label']} with the loss {cell['loss']}", **{"Bounds broken": broken})
 
 
-def rows(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def rows(cells: Sequence[Results]) -> list[dict[str, str]]:
     """A table's rows, in the order of the cells."""
-    return [_row(cell) for cell in cells]
+    return [
+        {
+            "loss": LOSSES[cell["loss"]].label, "strategy": cell["label"],
+            "Fréchet, equal steps": _median(cell["distance"]), "Fréchet, equal time": _median(cell["distance_at_equal_time"]),
+            "precision": f"{cell['precision']['mean']:.2f}", "recall": f"{cell['recall']['mean']:.2f}",
+            "collapsed": f"{cell['collapsed']} of {(seeds := len(cell['distance']['values']))}",
+            "diverged": f"{cell['diverged']} of {seeds}", "bounds broken": str(cell["violations"] or "none"),
+            "step, ms": f"{cell['step_ms']:.1f}", "rate": f"{cell['lr']:g}",
+            "strength": ", ".join(f"{name} {value:g}" for name, value in cell["strengths"].items()) or "-",
+        }
+        for cell in cells
+    ]  # fmt: skip
 
 
-def _row(cell: Mapping[str, Any]) -> dict[str, str]:
-    seeds = len(cell["distance"]["values"])
-    return {
-        "loss": LOSSES[cell["loss"]].label, "strategy": cell["label"],
-        "Fréchet, equal steps": _median(cell["distance"]), "Fréchet, equal time": _median(cell["distance_at_equal_time"]),
-        "precision": f"{cell['precision']['mean']:.2f}", "recall": f"{cell['recall']['mean']:.2f}",
-        "collapsed": f"{cell['collapsed']} of {seeds}", "diverged": f"{cell['diverged']} of {seeds}",
-        "bounds broken": "none" if cell["violations"] == 0 else str(cell["violations"]), "step, ms": f"{cell['step_ms']:.1f}",
-        "rate": f"{cell['lr']:g}", "strength": ", ".join(f"{name} {value:g}" for name, value in cell["strengths"].items()) or "-",
-    }  # fmt: skip
-
-
-def _median(distance: Mapping[str, Any]) -> str:
+def _median(distance: Results) -> str:
     """The median over seeds, and the lowest to the highest; a seed without a distance is worse than every other."""
     known = [value for value in distance["values"] if value is not None]
     if distance["median"] is None:

@@ -7,15 +7,15 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import normwise as nw
 from normwise.errors import StudyError
-from normwise.experiments.framework.store import NUMBER, Form
+from normwise.experiments.framework.store import NUMBER, Form, Result, Run
 from normwise.experiments.tasks.rates import constant_then_linear
 from normwise.experiments.tasks.task import Task
 from normwise.prune import cut, shrink, targets
@@ -27,7 +27,7 @@ _OTHER_BATCHES = 1_000_000  # added to the seed: fine-tuning sees other orders a
 
 
 @dataclass(frozen=True)
-class PruneRun:
+class PruneRun(Run):
     """Everything that decides a run. strength: of the group lasso, 0 for none. units: removed before training, as ``cut`` takes them,
     so that a network of the smaller shape starts from fresh weights. full: whether the test part is measured. hold: see ``rules``."""
 
@@ -41,29 +41,27 @@ class PruneRun:
     units: dict[str, list[int]] = field(default_factory=dict)
     versions: tuple[str, str] = ("", "")
     hold: bool = False
+    kind: ClassVar[str] = "prune"
+    unit: ClassVar[str] = "steps"
 
     def settings(self) -> dict[str, Any]:
-        """As plain data, for the key of the run and for the file of finished runs, the older of which know nothing of ``hold``."""
-        settings = {"kind": "prune", **asdict(self)}
-        return settings if self.hold else {name: value for name, value in settings.items() if name != "hold"}
+        # The older files of finished runs know nothing of ``hold``.
+        return {name: value for name, value in super().settings().items() if self.hold or name != "hold"}
 
     @property
-    def samples(self) -> int:
-        """Steps, the unit of this study's progress."""
+    def amount(self) -> int:
         return self.steps + self.fine_tuning
 
-    def told(self, result: Mapping[str, Any]) -> str:
-        """In a few words."""
+    def told(self, result: Result) -> str:
         found = "failed" if "failed" in result else f"{100 * result['fine_tuned']['validation']:.1f}%"
         return f"rate {self.lr:g}, strength {self.strength:g}, seed {self.seed}: {found}"
 
-    def train(self, task: Task) -> dict[str, Any]:
-        """Trains, shrinks and measures, see :func:`execute`."""
+    def train(self, task: Task, /) -> Result:
         return execute(self, task)
 
     @property
     def form(self) -> Form:
-        """What a kept result must hold: why it failed, or what it came to."""
+        # Why it failed, or what it came to.
         names = ("validation", "validation_loss", *(("test",) if self.full else ()))
         scores: Form = dict.fromkeys(names, NUMBER)
         form: dict[str, Form] = {"trained": scores, "fine_tuned": scores, "parameters": int, "multiplications": int}
@@ -97,7 +95,7 @@ def rules(model: nn.Module, inputs: Tensor, strength: float, start: int = 0, hol
     return [*lasso, nw.unit_norm(nw.radii.Init(1.0), params=weights, per="tensor", start=start)]
 
 
-def execute(run: PruneRun, task: Task) -> dict[str, Any]:
+def execute(run: PruneRun, task: Task) -> Result:
     """Trains and measures; plain numbers only.
 
     Gives ``trained`` and ``fine_tuned``, each with accuracy on validation and, for a full run, test part; ``parameters``,
@@ -107,10 +105,19 @@ def execute(run: PruneRun, task: Task) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     started, inputs = time.perf_counter(), example(task)
     model = task.build()
+    result: Result = {}
     if run.units:
         model = cut(model, inputs, run.units)
     try:
-        model, result = _first_phase(run, task, model, inputs)
+        lasso = rules(model, inputs, run.strength, round(LASSO_AFTER * run.steps), run.hold) if run.strength else []
+        _train(task, model, run.lr, run.steps, run.seed, lasso)
+        if lasso:
+            result["before"] = _scores(task, model, run.full)
+            model, report = shrink(model, inputs)
+            result |= {
+                "removed": {name: list(gone) for name, gone in report.removed.items()}, "kept": report.kept,
+                "units": {name: list(counts) for name, counts in report.units.items()}, "difference": report.difference,
+            }  # fmt: skip
     except StudyError as error:
         return {"failed": str(error)}
     result["trained"] = _scores(task, model, run.full)
@@ -133,19 +140,6 @@ def size_of(model: nn.Module, inputs: Tensor) -> dict[str, int]:
     for hook in hooks:
         hook.remove()
     return {"parameters": sum(p.numel() for p in model.parameters()), "multiplications": sum(counted)}
-
-
-def _first_phase(run: PruneRun, task: Task, model: nn.Module, inputs: Tensor) -> tuple[nn.Module, dict[str, Any]]:
-    if not run.strength:
-        _train(task, model, run.lr, run.steps, run.seed)
-        return model, {}
-    _train(task, model, run.lr, run.steps, run.seed, rules(model, inputs, run.strength, round(LASSO_AFTER * run.steps), run.hold))
-    before = _scores(task, model, run.full)
-    model, report = shrink(model, inputs)
-    return model, {
-        "before": before, "removed": {name: list(gone) for name, gone in report.removed.items()}, "kept": report.kept,
-        "units": {name: list(counts) for name, counts in report.units.items()}, "difference": report.difference,
-    }  # fmt: skip
 
 
 def _train(task: Task, model: nn.Module, lr: float, steps: int, seed: int, policy: Sequence[nw.Rule] = ()) -> None:

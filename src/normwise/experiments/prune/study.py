@@ -13,10 +13,10 @@ from normwise.errors import StudyError, nearest
 from normwise.experiments.framework.driver import Driver, Plan
 from normwise.experiments.framework.figures import spread
 from normwise.experiments.framework.printing import show_table
-from normwise.experiments.framework.progress import Progress, on_stderr
+from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.provenance import machine, versions
 from normwise.experiments.framework.store import NUMBER, Form
-from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, deliver, opened
+from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, command, opened
 from normwise.experiments.prune import step_cost, tables
 from normwise.experiments.prune.run import FINE_TUNING_RATE, LASSO_AFTER, MOMENTUM, PruneRun
 from normwise.experiments.tasks.load import load_task
@@ -57,8 +57,7 @@ Make = Callable[..., PruneRun]
 
 def run(options: Options, outputs: Outputs) -> bool:
     """The command: runs the study, prints its tables, writes the outputs."""
-    state = options.state or outputs.default_state(f"prune-{options.task}")
-    return deliver(lambda state: study(replace(options, state=state), on_stderr()), show, outputs.json, state, outputs.report)
+    return command(study, show, options, outputs, f"prune-{options.task}")
 
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from normwise.experiments.catalog import CONTENDERS
-from normwise.experiments.framework.driver import Plan, Result
+from normwise.experiments.framework.driver import Plan
 from normwise.experiments.framework.lattice import best, compass, edges, search
+from normwise.experiments.framework.store import Result
 from normwise.experiments.framework.study import TUNING_SEED
 from normwise.experiments.race.protocol import LADDER_SEED, ROBUST_AT, RUNGS, SATURATED, rung
 from normwise.experiments.race.run import RaceRun

@@ -7,8 +7,8 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 from normwise.experiments.catalog import CONTENDERS
 from normwise.experiments.framework.figures import finite
 from normwise.experiments.framework.lattice import Value
-from normwise.experiments.framework.store import MAYBE, NUMBER, Form
+from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 from normwise.experiments.framework.timing import WARM_UP, milliseconds, seconds_each
 from normwise.experiments.tasks.initial_weights import prepare
 from normwise.experiments.tasks.rates import warmed_up
@@ -28,7 +28,7 @@ PARTS: tuple[Part, Part] = ("test", "train")
 
 
 @dataclass(frozen=True)
-class RaceRun:
+class RaceRun(Run):
     """Everything that decides a run's outcome. task: its key. samples: the horizon. full: a run to report, with the test part.
     protocol: of the race. version: of torch."""
 
@@ -40,25 +40,26 @@ class RaceRun:
     full: bool
     protocol: int
     version: str
+    kind: ClassVar[str] = "race"
+
+    @property
+    def amount(self) -> int:
+        return self.samples
 
     def settings(self) -> dict[str, Any]:
-        """As plain data, for the key of the run and for the file of finished runs."""
-        return {"kind": "race", **asdict(self), "numbers": dict(self.numbers)}
+        return super().settings() | {"numbers": dict(self.numbers)}
 
     @property
     def form(self) -> Form:
-        """What a kept result must hold."""
         trial: dict[str, Form] = {"result": MAYBE, "loss": MAYBE, "accuracy": NUMBER, "steps": int, "seconds": NUMBER, "diverged": bool}
         part: Form = {"loss": MAYBE, "accuracy": NUMBER}
         return trial | dict.fromkeys(PARTS, part) | {"sparsity": NUMBER, "breaches": list} if self.full else trial
 
-    def told(self, result: Mapping[str, Any]) -> str:
-        """In a few words."""
+    def told(self, result: Result) -> str:
         value = result["result"]
         return f"{self.contender} {self.samples} samples, seed {self.seed}: {'diverged' if value is None else f'{value:.4f}'}"
 
-    def train(self, task: Task) -> dict[str, Any]:
-        """Trains and measures, see :func:`train`."""
+    def train(self, task: Task, /) -> Result:
         return train(self, task)
 
 
@@ -106,7 +107,7 @@ def batch_of(numbers: Mapping[str, Value], batch: int) -> int:
     return max(1, round(batch * float(numbers["batch"])))
 
 
-def train(run: RaceRun, task: Task) -> dict[str, Any]:
+def train(run: RaceRun, task: Task) -> Result:
     """Trains to the horizon and measures. Plain numbers; None in place of those that are not finite.
 
     ``result``: what the task is judged by, on validation. ``loss``, ``accuracy``, ``steps``, ``seconds``, ``diverged``, ``spikes``; of a
@@ -128,7 +129,14 @@ def train(run: RaceRun, task: Task) -> dict[str, Any]:
         "result": finite(getattr(score, task.metric)), "loss": finite(score.loss), "accuracy": score.accuracy, "steps": steps,
         "seconds": round(seconds, 2), "diverged": diverged or not math.isfinite(score.loss), "spikes": spikes,
     }  # fmt: skip
-    return result | _reported(going, task, diverged) if run.full else result
+    if not run.full:
+        return result
+    worst, weights = Score(math.inf, 0.0), list(going.model.parameters())
+    parts = {part: worst if diverged else task.evaluate(going.model, part) for part in PARTS}
+    return result | {name: {"loss": finite(s.loss), "accuracy": s.accuracy} for name, s in parts.items()} | {
+        "sparsity": sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights),
+        "breaches": [] if going.control is None or diverged else [str(b) for b in going.control.verify().breaches],
+    }  # fmt: skip
 
 
 def is_spike(value: float, losses: deque[float]) -> bool:
@@ -136,18 +144,6 @@ def is_spike(value: float, losses: deque[float]) -> bool:
     if len(losses) < RECENT:
         return False
     return value > statistics.fmean(losses) + SPIKE * statistics.pstdev(losses)
-
-
-def _reported(going: Lane, task: Task, diverged: bool) -> dict[str, Any]:
-    worst = Score(math.inf, 0.0)
-    parts = {part: worst if diverged else task.evaluate(going.model, part) for part in PARTS}
-    weights = list(going.model.parameters())
-    zeros = sum(int((p == 0).sum()) for p in weights)
-    breaches = [] if going.control is None or diverged else [str(b) for b in going.control.verify().breaches]
-    return {
-        **{name: {"loss": finite(s.loss), "accuracy": s.accuracy} for name, s in parts.items()},
-        "sparsity": zeros / sum(p.numel() for p in weights), "breaches": breaches,
-    }  # fmt: skip
 
 
 def step_times(runs: Sequence[RaceRun], task: Task, rounds: int) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,8 +20,8 @@ from normwise.experiments.framework.figures import finite
 from normwise.experiments.framework.printing import show_table
 from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.provenance import data_name, machine
-from normwise.experiments.framework.store import NUMBER, Form, Store, fits
-from normwise.experiments.framework.study import MOST_SEEDS, Options, Outputs, deliver, opened
+from normwise.experiments.framework.store import Form, Store, fits
+from normwise.experiments.framework.study import MOST_SEEDS, Options, Outputs, command, deliver, opened
 from normwise.experiments.race import plan as plans
 from normwise.experiments.race import tables
 from normwise.experiments.race.protocol import BUDGETS, PROTOCOL, first_horizon, rung
@@ -47,17 +47,12 @@ class Facts:
 
 def run(options: Options, outputs: Outputs) -> bool:
     """The command: races, prints the table, writes the outputs; False where a bound is broken."""
-    return deliver(
-        lambda state: race(replace(options, state=state), on_stderr()), show, outputs.json,
-        options.state or outputs.default_state(f"race-{options.task}"), outputs.report, complaints=tables.breaches,
-    )  # fmt: skip
+    return command(race, show, options, outputs, f"race-{options.task}", tables.breaches)
 
 
 def look(state: Path, outputs: Outputs) -> bool:
     """The command without a task: prints what the finished runs in ``state`` say, without training anything; False as for ``run``."""
-    return deliver(
-        lambda _: replay(state, on_stderr()), show, outputs.json, None, outputs.report, keeps=False, complaints=tables.breaches
-    )
+    return deliver(lambda: replay(state, on_stderr()), show, outputs, complaints=tables.breaches)
 
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
@@ -136,17 +131,27 @@ class _Race:
             "budget": self.facts.budget, "protocol": {"number": PROTOCOL, **asdict(self.plan), "seeds": self.seeds},
         }  # fmt: skip
         horizon = self._horizon()
+        nothing_yet = {"target": None, "contenders": [], "unfinished": list(self.facts.contenders)}
         if horizon is None:
-            return told | {"horizon": None, "target": None, "contenders": [], "unfinished": list(self.facts.contenders)}
+            return told | {"horizon": None} | nothing_yet
         rules = plans.Rules(self._make, self.accuracy, horizon["samples"])
         told["horizon"] = horizon | {"steps": round(horizon["samples"] / self.facts.batch)}
-        tuned = self._tune(rules, list(self.facts.contenders))
+        names, at = self.facts.contenders, {n: rules.horizon if n in BASELINES else rules.horizon // 2 for n in self.facts.contenders}
+        most = self.plan.trials * sum(at.values())
+        self.progress.note(f"Tuning {', '.join(names)}: {self.plan.trials} trials each, {most} samples at most.")
+        tuned = self.driver.run({n: plans.tune(rules, n, at[n], self.plan.trials) for n in names})
+        tuned = {n: tuned[n] for n in names if n in tuned}
         finals = self.driver.run(
             {b: plans.reported(rules, b, tuned[b]["numbers"], rules.horizon, self.seeds) for b in BASELINES if b in tuned}
         )
         if len(finals) < len(BASELINES):
-            return told | {"target": None, "contenders": [], "unfinished": list(self.facts.contenders), "tuned": tuned}
-        leader, target = self._target(rules, finals)
+            return told | nothing_yet | {"tuned": tuned}
+        # The better baseline and the median of its results set the target.
+        scores = {b: figures.median([rules.score(r) for r in finals[b]]) for b in BASELINES}
+        leader = max(scores, key=lambda b: scores[b])
+        if math.isinf(scores[leader]):
+            raise StudyError("Both baselines diverged with half of the reported seeds: there is no target. See the finished runs.")
+        target = scores[leader] if self.accuracy else -scores[leader]
         lines = self._lines(plans.Rules(self._make, self.accuracy, rules.horizon, target), leader, tuned, finals)
         done = [line["name"] for line in lines if line["robustness"] and line["step_ms"] is not None]
         return told | {
@@ -156,10 +161,18 @@ class _Race:
     def _lines(self, rules: plans.Rules, leader: str, tuned: dict[str, Any], finals: dict[str, Any]) -> list[dict[str, Any]]:
         rest = [name for name in tuned if name != leader]
         starts = self.driver.run({name: plans.bracket(rules, name, tuned[name]["numbers"]) for name in rest})
-        climbed = self._climb(rules, tuned, starts)
-        sturdy = self.driver.run({n: plans.robustness(rules, n, t["numbers"], self._tuning_horizon(rules, n)) for n, t in tuned.items()})
+        self.progress.note("Looking for the shortest horizon of each contender and seed.")
+        jobs = {f"{n} {s}": plans.ladder(rules, n, tuned[n]["numbers"], start, s) for n, start in starts.items() for s in range(self.seeds)}
+        found = self.driver.run(jobs)
+        climbed = {n: [found[f"{n} {s}"] for s in range(self.seeds)] for n in starts if all(f"{n} {s}" in found for s in range(self.seeds))}
+        sturdy = self.driver.run({
+            n: plans.robustness(rules, n, t["numbers"], rules.horizon if n in BASELINES else rules.horizon // 2) for n, t in tuned.items()
+        })  # fmt: skip
         ready = {n: t["numbers"] for n, t in tuned.items() if n in climbed or n == leader}
-        times = self._times(rules, ready)
+        runs = [self._make(name, numbers, rules.horizon, 0, False) for name, numbers in ready.items()]
+        measured = self.driver.timed(runs, self.plan.rounds, partial(self.measure, runs, rounds=self.plan.rounds),
+                                     "Measuring step times, all contenders in turn.")  # fmt: skip
+        times = dict(zip(ready, measured, strict=False))    # none where they are not measured yet
         lines = [
             self._line(rules, n, tuned[n], climbed.get(n), finals.get(n), times.get(n)) | {"robustness": sturdy.get(n, [])} for n in ready
         ]
@@ -181,45 +194,10 @@ class _Race:
         told = [[of, finite(result)] for of, result in seen]
         return {"samples": seen[-2][0], "results": told, "saturated": not plans.pays(seen[-2][1], seen[-1][1], self.accuracy)}
 
-    def _tune(self, rules: plans.Rules, names: list[str]) -> dict[str, Any]:
-        most = self.plan.trials * sum(self._tuning_horizon(rules, n) for n in names)
-        self.progress.note(f"Tuning {', '.join(names)}: {self.plan.trials} trials each, {most} samples at most.")
-        found = self.driver.run({n: plans.tune(rules, n, self._tuning_horizon(rules, n), self.plan.trials) for n in names})
-        return {n: found[n] for n in names if n in found}
-
-    def _climb(self, rules: plans.Rules, tuned: dict[str, Any], starts: dict[str, int]) -> dict[str, list[Any]]:
-        """Every reported seed of every contender on the ladder."""
-        self.progress.note("Looking for the shortest horizon of each contender and seed.")
-        jobs = {(n, s): plans.ladder(rules, n, tuned[n]["numbers"], start, s) for n, start in starts.items() for s in range(self.seeds)}
-        found = self.driver.run({f"{n} {s}": plan for (n, s), plan in jobs.items()})
-        of = {n: [found[f"{n} {s}"] for s in range(self.seeds) if f"{n} {s}" in found] for n in starts}
-        return {n: climbs for n, climbs in of.items() if len(climbs) == self.seeds}
-
-    def _times(self, rules: plans.Rules, numbers: dict[str, Any]) -> dict[str, float]:
-        """Milliseconds a step by contender, from a kept measurement where there is one."""
-        runs = [self._make(name, n, rules.horizon, 0, False) for name, n in numbers.items()]
-        settings = {"kind": "race timing", "rounds": self.plan.rounds, "runs": [run.settings() for run in runs]}
-        kept = self.driver.measured(
-            settings, {"step_ms": [NUMBER] * len(runs)},
-            lambda: {"step_ms": self.measure(runs, rounds=self.plan.rounds)}, "Measuring step times, all contenders in turn.",
-        )  # fmt: skip
-        return dict(zip(numbers, kept["step_ms"], strict=True)) if kept else {}
-
     # --------------------------------------------------------------------------------------------------- details
 
     def _make(self, name: str, numbers: dict[str, Any], samples: int, seed: int, full: bool) -> RaceRun:
         return RaceRun(self.facts.key, name, tuple(numbers.items()), samples, seed, full, PROTOCOL, self.version)
-
-    def _tuning_horizon(self, rules: plans.Rules, name: str) -> int:
-        return rules.horizon if name in BASELINES else rules.horizon // 2
-
-    def _target(self, rules: plans.Rules, finals: dict[str, Any]) -> tuple[str, float]:
-        """The better baseline and the median of its results."""
-        scores = {b: figures.median([rules.score(r) for r in finals[b]]) for b in BASELINES}
-        leader = max(scores, key=lambda b: scores[b])
-        if math.isinf(scores[leader]):
-            raise StudyError("Both baselines diverged with half of the reported seeds: there is no target. See the finished runs.")
-        return leader, scores[leader] if self.accuracy else -scores[leader]
 
     def _line(
         self, rules: plans.Rules, name: str, tuned: dict[str, Any], climbed: list[Any] | None, finals: list[Any] | None, ms: float | None
@@ -229,7 +207,10 @@ class _Race:
         shares = [1.0] * self.seeds if climbed is None else [_share(rules, c["rung"]) for c in climbed]
         low, high = figures.interval(shares)
         batch = batch_of(tuned["numbers"], self.facts.batch)
-        ends = (finals or []) if climbed is None else [_end(c) for c in climbed]
+        # Of each seed the run at its shortest horizon; at the longest tried where it missed.
+        ends = (finals or []) if climbed is None else [c["tried"][min(c["tried"]) if c["rung"] is None else c["rung"]] for c in climbed]
+        seen = {(seed, 0): run for seed, run in enumerate(finals or [])}
+        seen |= {(c["seed"], k): run for c in climbed or [] for k, run in c["tried"].items()}
         return {
             "name": name, "label": CONTENDERS[name].label, "about": CONTENDERS[name].about,
             "baseline": name in BASELINES, "sets_target": climbed is None, "tuned": tuned,
@@ -237,24 +218,9 @@ class _Race:
             "share": finite(figures.median(shares)), "low": finite(low), "high": finite(high),
             "missed": sum(math.isinf(s) for s in shares), "shares": [finite(s) for s in shares],
             "at_horizon": [r["result"] for r in finals or []], "ends": ends,
-            "ladder": _at_horizons(rules, climbed, finals or []),
+            "ladder": [{"seed": seed, "share": _share(rules, k), "result": seen[seed, k]["result"]} for seed, k in sorted(seen)],
         }  # fmt: skip
 
 
 def _share(rules: plans.Rules, k: int | None) -> float:
     return math.inf if k is None else rung(rules.horizon, k) / rules.horizon
-
-
-def _end(climbed: dict[str, Any]) -> dict[str, Any]:
-    """The run at a seed's shortest horizon; at the longest tried where it missed."""
-    tried: dict[int, Any] = climbed["tried"]
-    end: dict[str, Any] = tried[min(tried) if climbed["rung"] is None else climbed["rung"]]
-    return end
-
-
-def _at_horizons(rules: plans.Rules, climbed: list[Any] | None, finals: list[Any]) -> list[dict[str, Any]]:
-    """Every reported run: its seed, its horizon as a share of H, and its result. The leader has those at H alone."""
-    seen = {(seed, 0): run for seed, run in enumerate(finals)}
-    seen |= {(c["seed"], k): run for c in climbed or [] for k, run in c["tried"].items()}
-    return [{"seed": seed, "share": _share(rules, k), "result": seen[seed, k]["result"]} for seed, k in sorted(seen)]
-
