@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import normwise as nw
 from normwise.experiments.framework.lattice import Axis, Point, Value, values
 from normwise.experiments.framework.study import chosen
 from normwise.experiments.tasks.initial_weights import KINDS
@@ -66,21 +67,28 @@ class Contender:
         return values(self.axes, point)
 
 
+def _axis(name: str, centre: float, ratio: float = 2.0, off: int = 0, most: float = math.inf) -> Axis:
+    """An endless axis around a value."""
+    return Axis(name, (centre,), ratio=ratio, off=off, most=most)
+
+
 def _rate(centre: float) -> Axis:
-    return Axis("lr", (centre,), ratio=2.0)
+    return _axis("lr", centre)
 
 
 _REST = Axis("rest", (0.001, 0.002, 0.004, 0.008, 0.016), 2)
 """The learning rate of the AdamW that takes embeddings, heads, biases and gains."""
-_RIDGE = (_rate(0.02), Axis("rest", (0.002, 0.004, 0.008, 0.016, 0.032), 2), Axis("damping", (0.01, 0.03, 0.1), 1))
+_DAMPING, _BETA2 = Axis("damping", (0.01, 0.03, 0.1), 1), Axis("beta2", (0.95, 0.99, 0.999), 1)
+_RIDGE = (_rate(0.02), Axis("rest", (0.002, 0.004, 0.008, 0.016, 0.032), 2), _DAMPING)
 _DECAY = Axis("decay", (0.0, 0.01, 0.1, 0.3), 2)
 
 
 def _adamw(model: nn.Module, n: Numbers) -> Built:
     decayed = float(n["decay"])
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": decayed},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=float(n["lr"]), betas=(0.9, float(n["beta2"])), fused=True), None
 
 
@@ -90,43 +98,24 @@ def _sgd(model: nn.Module, n: Numbers) -> Built:
 
 
 def _adamw_max_norm(model: nn.Module, n: Numbers) -> Built:
-    import normwise as nw
-
     optimizer, _ = _adamw(model, {**n, "decay": 0.0})
     return optimizer, nw.attach(model, optimizer, nw.max_norm(nw.radii.Init(float(n["radius"]))))
 
 
-def _preset(name: str, n: Numbers, model: nn.Module, **columns: Any) -> Built:
-    import normwise as nw
+def _preset(name: str, *tuned: str, **columns: Any) -> Callable[..., Built]:
+    """The preset with these columns, and those that are tuned, beside AdamW at a rate of its own for the rest."""
 
-    rest = {"lr": float(n["rest"]), "betas": (0.9, 0.99)}
-    return getattr(nw.optim, name)(model, float(n["lr"]), adamw=rest, **columns), None
+    def build(model: nn.Module, n: Numbers, **more: Any) -> Built:
+        own = {_COLUMNS.get(axis, axis): float(n[axis]) for axis in tuned}
+        rest = {"adamw": {"lr": float(n["rest"]), "betas": (0.9, 0.99)}} if "rest" in n else {}
+        return getattr(nw.optim, name)(model, float(n["lr"]), **rest, **own, **columns, **more), None
 
-
-def _muon(model: nn.Module, n: Numbers) -> Built:
-    return _preset("Muon", n, model, adjust_lr_fn="match_rms_adamw", weight_decay=float(n["decay"]), polar="fast")
-
-
-def _normuon(model: nn.Module, n: Numbers) -> Built:
-    return _preset("NorMuon", n, model, weight_decay=float(n["decay"]), polar="fast")
+    return build
 
 
-def _muonh(model: nn.Module, n: Numbers) -> Built:
-    return _preset("MuonH", n, model, polar="fast")
-
-
-def _adamh(model: nn.Module, n: Numbers) -> Built:
-    return _preset("AdamH", n, model)
-
-
-def _scion(model: nn.Module, n: Numbers) -> Built:
-    import normwise as nw
-
-    return nw.optim.Scion(model, float(n["lr"]), radius=float(n["radius"]), head_radius=float(n["head"]), polar="fast"), None
-
-
-def _ridge(model: nn.Module, n: Numbers, **columns: Any) -> Built:
-    return _preset("Ridge", n, model, damping=float(n["damping"]), **columns)
+_COLUMNS = {"decay": "weight_decay", "head": "head_radius"}
+"""Axes whose column has a longer name."""
+_ridge = _preset("Ridge", "damping")
 
 
 def _ridge_roles(model: nn.Module, n: Numbers) -> Built:
@@ -141,8 +130,6 @@ def _ridge_roles(model: nn.Module, n: Numbers) -> Built:
 
 
 def _auto(model: nn.Module, n: Numbers) -> Built:
-    import normwise as nw
-
     optimizer = nw.optim.auto(model)
     assert optimizer.routing is not None
     share = float(n["lr"]) / optimizer.routing.rows["ridge"]["lr"]    # 1 as tuned; only the robustness runs ask for other rates
@@ -154,7 +141,7 @@ def _auto(model: nn.Module, n: Numbers) -> Built:
 CONTENDERS: dict[str, Contender] = {
     "adamw": Contender(
         "AdamW", "torch's, fused; biases and gains not decayed",
-        (_rate(3e-3), _DECAY, Axis("beta2", (0.95, 0.99, 0.999), 1)), _adamw,
+        (_rate(3e-3), _DECAY, _BETA2), _adamw,
     ),
     "sgd": Contender(
         "SGD", "torch's, Nesterov momentum",
@@ -162,28 +149,32 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "adamw_max_norm": Contender(
         "AdamW + max-norm", "AdamW without decay, each unit's weights within radius times their initial norm",
-        (_rate(3e-3), Axis("radius", (1.0, 1.5, 2.5, 4.0), 1), Axis("beta2", (0.95, 0.99, 0.999), 1)), _adamw_max_norm,
+        (_rate(3e-3), Axis("radius", (1.0, 1.5, 2.5, 4.0), 1), _BETA2), _adamw_max_norm,
     ),
     "muon": Contender(
-        "Muon", "orthogonalised Nesterov momentum for matrices, RMS-matched; AdamW for the rest", (_rate(0.01), _REST, _DECAY), _muon,
+        "Muon", "orthogonalised Nesterov momentum for matrices, RMS-matched; AdamW for the rest", (_rate(0.01), _REST, _DECAY),
+        _preset("Muon", "decay", adjust_lr_fn="match_rms_adamw", polar="fast"),
     ),
     "normuon": Contender(
-        "NorMuon", "Muon whose units take steps of equal size; AdamW for the rest", (_rate(0.01), _REST, _DECAY), _normuon,
+        "NorMuon", "Muon whose units take steps of equal size; AdamW for the rest", (_rate(0.01), _REST, _DECAY),
+        _preset("NorMuon", "decay", polar="fast"),
     ),
     "muonh": Contender(
-        "MuonH", "Muon on the sphere of each matrix's initial norm; AdamW for the rest", (_rate(0.02), _REST), _muonh,
+        "MuonH", "Muon on the sphere of each matrix's initial norm; AdamW for the rest", (_rate(0.02), _REST),
+        _preset("MuonH", polar="fast"),
     ),
     "adamh": Contender(
-        "AdamH", "Adam on the sphere of each parameter's initial norm; AdamW for the rest", (_rate(0.02), _REST), _adamh,
+        "AdamH", "Adam on the sphere of each parameter's initial norm; AdamW for the rest", (_rate(0.02), _REST), _preset("AdamH"),
     ),
     "scion": Contender(
         "Scion", "steepest descent under a norm per layer, unconstrained",
-        (_rate(1e-3), Axis("radius", (3.0, 10.0, 30.0, 100.0), 1), Axis("head", (10.0, 100.0, 1000.0), 1)), _scion,
+        (_rate(1e-3), Axis("radius", (3.0, 10.0, 30.0, 100.0), 1), Axis("head", (10.0, 100.0, 1000.0), 1)),
+        _preset("Scion", "radius", "head", polar="fast"),
     ),
     "ridge": Contender("Ridge", "momentum through its damped pseudo-inverse, RMS-matched; AdamW for the rest", _RIDGE, _ridge),
     "ridge_small": Contender(
         "Ridge, small batch", "Ridge, its search begun at half of the batch and 0.7 of the rates; momentum 0.8 for gates too",
-        (_rate(0.014), Axis("rest", (0.0014, 0.0028, 0.0056, 0.0112, 0.0224), 2), Axis("damping", (0.01, 0.03, 0.1), 1)),
+        (_rate(0.014), Axis("rest", (0.0014, 0.0028, 0.0056, 0.0112, 0.0224), 2), _DAMPING),
         partial(_ridge, by_role={"recurrent": {"momentum": 0.8}}), SMALL,
     ),
     "ridge_roles": Contender(
@@ -209,37 +200,25 @@ Penalty = Callable[[Score, Tensor, Tensor, torch.Generator | None], Tensor]
 Rules = Callable[[Strengths], list[Any]]
 
 BASELINE = "nothing"
-LR = Axis("lr", (0.004,), ratio=3.0)
+LR = _axis("lr", 0.004, 3.0)
 """Of both optimizers; a cell that looks for nothing else starts at a ninth of it to nine times it."""
 TRACKED = 0.01
 """Tolerance of the caps: singular values at most 1.01 times the radius, at a small part of an exact cap's time."""
 
-_BOUND = Axis("bound", (0.05,), ratio=3.0, off=1)
-_RADIUS = Axis("radius", (2.0,), ratio=2.0, off=1)
-_GENERATOR_RADIUS = Axis("generator_radius", (2.0,), ratio=2.0, off=1)
-_PENALTY = Axis("penalty", (1.0,), ratio=10.0, off=-1)
+_RADIUS = _axis("radius", 2.0, off=1)
+_PENALTY = _axis("penalty", 1.0, 10.0, off=-1)
 
 
 def _rule(name: str, *strengths: str, **fixed: Any) -> Callable[..., list[Any]]:
     """The rule of this name, with these strengths as its first arguments."""
 
     def rules(numbers: Strengths, samples: int = 0) -> list[Any]:
-        import normwise as nw
-
         return [getattr(nw, name)(*(numbers[strength] for strength in strengths), **fixed)]
 
     return rules
 
 
 _cap = _rule("spectral_cap", "radius", tolerance=TRACKED)
-
-
-def _no_rules(strengths: Strengths) -> list[Any]:
-    return []
-
-
-def _no_wrapping(discriminator: Discriminator) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -251,10 +230,10 @@ class GanStrategy:
     label: str
     about: str
     axes: tuple[Axis, ...] = ()
-    rules: Rules = _no_rules
-    generator_rules: Rules = _no_rules
+    rules: Rules = lambda strengths: []
+    generator_rules: Rules = lambda strengths: []
     penalty: Penalty | None = None
-    wrap: Callable[[Discriminator], None] = _no_wrapping
+    wrap: Callable[[Discriminator], None] = lambda discriminator: None
 
     @property
     def tuned(self) -> tuple[Axis, ...]:
@@ -272,7 +251,7 @@ GAN_STRATEGIES: dict[str, GanStrategy] = {
     "nothing": GanStrategy("nothing", "no limit, no penalty: the baseline"),
     "clip_value": GanStrategy(
         "weight clipping", "the discriminator's entries in ±bound after its step, as in WGAN (Arjovsky et al., 2017)",
-        (_BOUND,), _rule("clip_weight_value", "bound", params="role:all"),
+        (_axis("bound", 0.05, 3.0, off=1),), _rule("clip_weight_value", "bound", params="role:all"),
     ),
     "spectral_cap": GanStrategy("spectral cap", "singular values of the discriminator's layers at most the radius", (_RADIUS,), _cap),
     "spectral_normalize": GanStrategy(
@@ -291,8 +270,8 @@ GAN_STRATEGIES: dict[str, GanStrategy] = {
         "cap + gradient penalty", "the spectral cap and the gradient penalty", (_RADIUS, _PENALTY), _cap, penalty=gradient_penalty
     ),
     "spectral_cap+generator": GanStrategy(
-        "cap on both", "the spectral cap on the generator too, with a radius of its own", (_RADIUS, _GENERATOR_RADIUS), _cap,
-        _rule("spectral_cap", "generator_radius", tolerance=TRACKED),
+        "cap on both", "the spectral cap on the generator too, with a radius of its own", (_RADIUS, _axis("generator_radius", 2.0, off=1)),
+        _cap, _rule("spectral_cap", "generator_radius", tolerance=TRACKED),
     ),
 }  # fmt: skip
 
@@ -319,10 +298,6 @@ class Strategy:
     lr: Axis | None = None
 
 
-def _axis(name: str, centre: float, ratio: float, off: int = 0, most: float = math.inf) -> Axis:
-    return Axis(name, (centre,), ratio=ratio, off=off, most=most)
-
-
 def _penalty(name: str, strength: str) -> Callable[[Strengths, int], list[Any]]:
     # Searched as λ/m, the factor on ½‖θ‖² or on ‖θ‖₁ beside the mean loss: unlike λ it means the same for every number of samples m.
     # The rule gets λ, as the article writes it.
@@ -333,21 +308,15 @@ def _both(label: str, about: str, first: Strategy, second: Strategy) -> Strategy
     return Strategy(label, about, first.axes + second.axes, lambda numbers, m: [*first.rules(numbers, m), *second.rules(numbers, m)])
 
 
-def _hyperball(numbers: Strengths, samples: int) -> list[Any]:
-    import normwise as nw
-
-    return [*nw.hyperball(f"{numbers['multiple']:g}*init")]
-
-
 _L1 = _axis("l1", 1e-4, 10.0, off=-1)
-_LIMIT = _axis("radius", 2.0, 2.0, off=1)
-_SPHERE = _axis("radius", 1.0, 2.0)
+_LIMIT = _axis("radius", 2.0, off=1)
+_SPHERE = _axis("radius", 1.0)
 _L2_PENALTY = Strategy(
     "L2 penalty", "the article's λ/2m Σθ² over all parameters", (_axis("l2", 1e-3, 10.0, off=-1),), _penalty("l2_penalty", "l2")
 )
 _L1_PENALTY = Strategy("L1 penalty", "the article's λ/m Σ|θ| over all parameters", (_L1,), _penalty("l1_penalty", "l1"))
 _TENSOR = Strategy(
-    "clip by tensor norm", "the L2 norm of each weight tensor at most the radius", (_axis("radius", 4.0, 2.0, off=1),),
+    "clip by tensor norm", "the L2 norm of each weight tensor at most the radius", (_axis("radius", 4.0, off=1),),
     _rule("clip_weight_norm", "radius"),
 )  # fmt: skip
 _MAX_NORM = Strategy("max-norm", "each unit's weight vector at most the radius", (_LIMIT,), _rule("max_norm", "radius"))
@@ -357,7 +326,7 @@ ARTICLE: dict[str, Strategy] = {
     "l2": _L2_PENALTY,
     "l1": _L1_PENALTY,
     "clip_value": Strategy(
-        "clip by value", "every parameter's entries in ±bound", (_axis("bound", 0.5, 2.0, off=1),),
+        "clip by value", "every parameter's entries in ±bound", (_axis("bound", 0.5, off=1),),
         _rule("clip_weight_value", "bound", params="role:all"),
     ),
     "clip_tensor_norm": _TENSOR,
@@ -381,7 +350,8 @@ PUBLISHED: dict[str, Strategy] = {
         # The article's weights start at a deviation of 0.02, a tenth and less of what layers of this size need: a sphere of their own norm
         # would keep them from learning. Sixteen times as much is near He's initialisation, which the method's authors start from.
         "Hyperball", "matrices on a sphere of a multiple of their initial norm, steps of the length lr × radius",
-        (_axis("multiple", 16.0, 4.0),), _hyperball, lr=_axis("lr", 0.02, 3.0),
+        (_axis("multiple", 16.0, 4.0),), lambda numbers, samples: [*nw.hyperball(f"{numbers['multiple']:g}*init")],
+        lr=_axis("lr", 0.02, 3.0),
     ),
     "relative_update": Strategy(
         "relative update", "steps of matrices of the length scale × lr × ‖w‖",
@@ -389,7 +359,7 @@ PUBLISHED: dict[str, Strategy] = {
     ),
     "radial_brake": Strategy(
         "radial brake", "of what a step adds to a matrix's norm the share keep is kept",
-        (_axis("keep", 0.5, 2.0, off=1, most=1.0),), _rule("radial_brake", "keep"),
+        (_axis("keep", 0.5, off=1, most=1.0),), _rule("radial_brake", "keep"),
     ),
     "cpr": Strategy("CPR", "each matrix bounded from where its growth slows down, by a decay of its own", (), _rule("cpr")),
     "autoclip": Strategy(
@@ -398,7 +368,7 @@ PUBLISHED: dict[str, Strategy] = {
     ),
     "zclip": Strategy(
         "ZClip", "gradients clipped that lie more than z deviations above their mean norm",
-        (_axis("z", 2.5, 2.0, off=1),), _rule("zclip", "z"),
+        (_axis("z", 2.5, off=1),), _rule("zclip", "z"),
     ),
     "orthogonal": Strategy(
         "orthogonal", "matrices made orthogonal after the step, all singular values the radius", (_SPHERE,), _rule("orthogonal", "radius")
@@ -437,29 +407,25 @@ TORCH: dict[str, Optimizer] = {
 """The article's optimizers: those that are compared where none are named."""
 
 
-def _plain(name: str, own_rest: bool = False, **columns: Any) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
-    """The preset with these columns. own_rest: with AdamW at the same learning rate for what it does not take: one rate is searched, as
-    with every optimizer."""
+def _plain(
+    name: str, own_rest: bool = False, on_spheres: bool = False, **columns: Any
+) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+    """The preset with these columns.
+
+    Args:
+        own_rest: with AdamW at the same learning rate for what it does not take: one rate is searched, as with every optimizer.
+        on_spheres: from convolutions of the size that He et al. (2015) give them, which it then keeps: the article's 0.02 is a tenth of
+            that and less, and on spheres so small the network does not learn.
+    """
 
     def build(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        import normwise as nw
-
+        if on_spheres:
+            with torch.no_grad():
+                for w in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
+                    w *= (2 / w[0].numel()) ** 0.5 / w.square().mean().sqrt()
         rest: dict[str, Any] = {"adamw": {"lr": lr}} if own_rest else {}
         optimizer: torch.optim.Optimizer = getattr(nw.optim, name)(model, lr, **rest, **columns)
         return optimizer
-
-    return build
-
-
-def _on_spheres(name: str) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
-    """The preset, from convolutions of the size that He et al. (2015) give them, which it then keeps: the article's 0.02 is a tenth of
-    that and less, and on spheres so small the network does not learn."""
-
-    def build(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        with torch.no_grad():
-            for w in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
-                w *= (2 / w[0].numel()) ** 0.5 / w.square().mean().sqrt()
-        return _plain(name, own_rest=True)(model, lr)
 
     return build
 
@@ -490,11 +456,11 @@ PRESETS: dict[str, Optimizer] = {
         "unconstrained; radius 8 for convolutions, as in the paper, and 1 for the head: its 128 is for layers that are wider",
     ),
     "adamh": Optimizer(
-        "AdamH", _axis("lr", 0.01, 3.0), _on_spheres("AdamH"),
+        "AdamH", _axis("lr", 0.01, 3.0), _plain("AdamH", own_rest=True, on_spheres=True),
         "Adam on spheres, of convolutions those of He's initial norm; AdamW at the same rate for the rest",
     ),
     "muonh": Optimizer(
-        "MuonH", _axis("lr", 0.02, 3.0), _on_spheres("MuonH"),
+        "MuonH", _axis("lr", 0.02, 3.0), _plain("MuonH", own_rest=True, on_spheres=True),
         "Muon on spheres, of convolutions those of He's initial norm; AdamW at the same rate for the rest",
     ),
 }  # fmt: skip
