@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import normwise as nw
 from normwise.experiments.bench.runner import Bar
+from normwise.experiments.framework.timing import milliseconds
 from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.models.gpt import GPT
@@ -81,7 +82,7 @@ def _row(setting: Setting, steps: int, checked_steps: int, exact_steps: int) -> 
     checked = Measured(0) if setting.bf16 else _train(setting, checked_steps, 0, checked=True)    # apart: an SVD empties the caches
     row = {
         "network": setting.network, "radii": setting.radii, "forward": "bf16" if setting.bf16 else "fp32", "parameters": tracked.parameters,
-        "step_ms": 1e3 * statistics.median(tracked.whole), "control_ms": 1e3 * statistics.median(tracked.own), "share": tracked.share,
+        "step_ms": milliseconds(tracked.whole), "control_ms": milliseconds(tracked.own), "share": tracked.share,
         "bar": 0.03, "cut_a_step": tracked.cut / (steps + SETTLE),
     }  # fmt: skip
     if setting.bf16:
@@ -103,29 +104,20 @@ def _train(setting: Setting, steps: int, settle: int, checked: bool = False) -> 
     control = nw.attach(net, optimizer, rule, timed=True)
     measured = Measured(sum(p.numel() for p in net.parameters()))
     for i in range(steps + settle):
-        whole, own = _step(net, optimizer, next(batches), control, setting.bf16)
+        (x, y), before, start = next(batches), control.seconds, time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            logits = net(x)
+        loss: Any = F.cross_entropy(logits.float().flatten(0, -2), y.flatten())
+        loss.backward()
+        optimizer.step()
         if i >= settle:
-            measured.whole.append(whole)
-            measured.own.append(own)
+            measured.whole.append(time.perf_counter() - start)
+            measured.own.append(control.seconds - before)
         measured.cut += sum(control.violations().values())
         if checked:
             measured.sigmas.append(max(_sigma(e) / r for e, r in zip(matrices, limits, strict=True)))
     return measured
-
-
-def _step(
-    net: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], control: nw.Control, bf16: bool
-) -> tuple[float, float]:
-    """One step of training; the seconds of all of it, and the control's own."""
-    before, start = control.seconds, time.perf_counter()
-    x, y = batch
-    optimizer.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = net(x)
-    loss: Any = F.cross_entropy(logits.float().flatten(0, -2), y.flatten())
-    loss.backward()
-    optimizer.step()
-    return time.perf_counter() - start, control.seconds - before
 
 
 def _sigma(entry: Entry) -> float:

@@ -13,7 +13,6 @@ Two models, each with nothing violated and with every block violated, everything
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise.experiments.bench.runner import Bar
+from normwise.experiments.framework.timing import in_turn, milliseconds, seconds
 
 BARS = (Bar("ratio"),)
 RADIUS = 1.0
@@ -68,7 +68,7 @@ class _Bench:
     def loop_time(self) -> float:
         """Seconds of the same rules written as loops over the tensors."""
         self.reset()
-        return _timed(lambda: _loop(list(self.model.parameters())))
+        return seconds(lambda: _loop(list(self.model.parameters())))
 
 
 @torch.no_grad()
@@ -83,46 +83,33 @@ def _loop(params: Sequence[nn.Parameter]) -> None:
         p.mul_((RADIUS / norms.clamp(min=1e-12)).clamp(max=1.0))
 
 
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def _traffic(violated: bool, rounds: int) -> dict[str, Any]:
     bench = _Bench(8, 2048, violated)
     grads = [p.grad for p in bench.model.parameters() if p.grad is not None]
-    own, read, rewrite = [], [], []
-    for _ in range(rounds + 2):
-        own.append(bench.own_time())
-        read.append(_timed(lambda: [w.sum() for w in bench.weights]) + _timed(lambda: [g.sum() for g in grads]))
-        rewrite.append(_timed(lambda: [w.mul_(1.0) for w in bench.weights]) + _timed(lambda: [g.mul_(1.0) for g in grads]))
+
+    def over(what: Callable[[Tensor], object]) -> float:
+        """Seconds that all weights, and then all gradients, take."""
+        return sum(seconds(lambda tensors=tensors: [what(t) for t in tensors]) for tensors in (bench.weights, grads))  # type: ignore[misc]
+
+    own, read, rewrite = in_turn(
+        [bench.own_time, lambda: over(Tensor.sum), lambda: over(lambda t: t.mul_(1.0))], rounds, threads=None
+    )
     must = [r / 2 + w if violated else r for r, w in zip(read, rewrite, strict=True)]
-    ratios = [a / b for a, b in zip(own[2:], must[2:], strict=True)]
-    size = sum(_bytes(t) for t in [*bench.weights, *grads])
+    size = sum(t.numel() * t.element_size() for t in [*bench.weights, *grads])
     return {
-        "case": f"8 layers of 2048x2048, {_state(violated)}",
-        "own_ms": _ms(own[2:]), "must_ms": _ms(must[2:]), "ratio": statistics.median(ratios), "bar": 1.5, "bar_is": "at most",
-        "read_gb_s": size / statistics.median(read[2:]) / 1e9, "rewrite_gb_s": 2 * size / statistics.median(rewrite[2:]) / 1e9,
+        "case": f"8 layers of 2048x2048, {_state(violated)}", "own_ms": milliseconds(own), "must_ms": milliseconds(must),
+        "ratio": statistics.median(a / b for a, b in zip(own, must, strict=True)), "bar": 1.5, "bar_is": "at most",
+        "read_gb_s": size / statistics.median(read) / 1e9, "rewrite_gb_s": 2 * size / statistics.median(rewrite) / 1e9,
     }  # fmt: skip
 
 
 def _against_loop(violated: bool, rounds: int) -> dict[str, Any]:
     bench = _Bench(200, 64, violated)
-    pairs = [(bench.loop_time(), bench.own_time()) for _ in range(rounds + 5)][5:]
-    loop, own = [a for a, _ in pairs], [b for _, b in pairs]
+    loop, own = in_turn([bench.loop_time, bench.own_time], rounds, warm_up=5, threads=None)
     return {
-        "case": f"200 matrices of 64x64, {_state(violated)}",
-        "own_ms": _ms(own), "loop_ms": _ms(loop), "ratio": statistics.median(a / b for a, b in pairs), "bar": 3.0, "bar_is": "at least",
+        "case": f"200 matrices of 64x64, {_state(violated)}", "own_ms": milliseconds(own), "loop_ms": milliseconds(loop),
+        "ratio": statistics.median(a / b for a, b in zip(loop, own, strict=True)), "bar": 3.0, "bar_is": "at least",
     }  # fmt: skip
-
-
-def _bytes(t: Tensor) -> int:
-    return t.numel() * t.element_size()
-
-
-def _ms(seconds: Sequence[float]) -> float:
-    return statistics.median(seconds) * 1e3
 
 
 def _state(violated: bool) -> str:

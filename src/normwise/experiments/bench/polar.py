@@ -12,7 +12,6 @@ from __future__ import annotations
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from normwise.experiments.bench.runner import Bar
+from normwise.experiments.framework.pool import on_threads
+from normwise.experiments.framework.timing import in_turn, milliseconds, seconds
 from normwise.norms.decompose import svd
 from normwise.norms.linalg import polar
 
@@ -37,38 +38,33 @@ def run(repeats: int = 15, threads: int = 2) -> dict[str, Any]:
 
     repeats: timed rounds a cell. threads: torch's intra-op threads while it runs.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         torch.ones(FREED, dtype=torch.uint8)    # and freed at once
         rows = []
         for shape in FASTER:
             for kind, make in INPUTS.items():
                 print(f"{shape[0]} of {shape[1]}×{shape[2]}, {kind} …", file=sys.stderr, flush=True)
-                rows.append(_measure(kind, shape, make, repeats))
-    finally:
-        torch.set_num_threads(before)
-    return {"bench": "polar", "repeats": repeats, "threads": threads, "torch": torch.__version__, "machine": _machine(), "rows": rows}
+                rows.append(_measure(kind, shape, make(shape), repeats))
+    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"bench": "polar", "repeats": repeats, "threads": threads, "torch": torch.__version__, "machine": machine, "rows": rows}
 
 
-def torch_iteration(x: Tensor) -> Tensor:
+def torch_iteration(x: Tensor) -> list[Tensor]:
     """torch.optim.Muon's five bf16 steps, matrix by matrix."""
     function = import_module("torch.optim._muon")._zeropower_via_newtonschulz
-    return torch.stack([function(matrix, TORCH_STEPS, 5, 1e-7) for matrix in x.unbind()])
+    return [function(matrix, TORCH_STEPS, 5, 1e-7) for matrix in x.unbind()]
 
 
-def _measure(kind: str, shape: tuple[int, int, int], make: Callable[[tuple[int, int, int]], Tensor], repeats: int) -> dict[str, Any]:
-    x = make(shape)
-    function = import_module("torch.optim._muon")._zeropower_via_newtonschulz
-    theirs, ours = _alternately(lambda: [function(m, TORCH_STEPS, 5, 1e-7) for m in x.unbind()], lambda: polar(x), repeats)
+def _measure(kind: str, shape: tuple[int, int, int], x: Tensor, repeats: int) -> dict[str, Any]:
+    theirs, ours = in_turn([lambda: seconds(lambda: torch_iteration(x)), lambda: seconds(lambda: polar(x))], repeats, threads=None)
     few = x[:MEASURED if shape[1] * shape[2] < 1 << 20 else 2]
-    torch_max, torch_median = errors(few, torch_iteration(few))
+    torch_max, torch_median = errors(few, torch.stack(torch_iteration(few)))
     ours_max, ours_median = errors(few, polar(few))
     faster = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
     met = faster >= FASTER[shape] and ours_max <= torch_max and ours_median <= torch_median
-    return {"matrices": "{} of {}×{}".format(*shape), "input": kind, "torch_ms": 1e3 * statistics.median(theirs),
-            "ours_ms": 1e3 * statistics.median(ours), "faster": faster, "bar": FASTER[shape], "torch_max": torch_max,
-            "ours_max": ours_max, "torch_median": torch_median, "ours_median": ours_median, "met": met}
+    return {"matrices": "{} of {}×{}".format(*shape), "input": kind, "torch_ms": milliseconds(theirs), "ours_ms": milliseconds(ours),
+            "faster": faster, "bar": FASTER[shape], "torch_max": torch_max, "ours_max": ours_max, "torch_median": torch_median,
+            "ours_median": ours_median, "met": met}  # fmt: skip
 
 
 def errors(x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -80,17 +76,6 @@ def errors(x: Tensor, y: Tensor) -> tuple[float, float]:
     became = torch.einsum("bmk,bmn,bkn->bk", u, y.double(), vh)
     error = (became - 1).abs()[s > RELEVANT * s[:, :1]]
     return float(error.max()), float(error.median())
-
-
-def _alternately(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
-    times: tuple[list[float], list[float]] = ([], [])
-    for k in range(repeats + 2):
-        for function, into in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            function()
-            if k >= 2:
-                into.append(time.perf_counter() - start)
-    return times
 
 
 def gaussian(shape: tuple[int, int, int]) -> Tensor:
@@ -115,7 +100,9 @@ def momenta(shape: tuple[int, int, int]) -> Tensor:
     torch.manual_seed(2)
     model = _CharacterModel(m, n, layers=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.95, nesterov=True)
-    text, recorded = _text(), []
+    topics: dict[str, str] = import_module("pydoc_data.topics").topics    # text that needs no download
+    text = torch.tensor(list("".join(topics[k] for k in sorted(topics)).encode("latin-1", "replace")))
+    recorded: list[Tensor] = []
     generator = torch.Generator().manual_seed(3)
     for step in range(10 + -(-batch // 4)):
         starts = torch.randint(0, len(text) - CONTEXT - 1, (128,), generator=generator)
@@ -153,13 +140,3 @@ class _CharacterModel(nn.Module):
             x = x + block(nn.functional.layer_norm(x, x.shape[-1:]))
         logits: Tensor = self.head(x)
         return logits
-
-
-def _text() -> Tensor:
-    """The language reference that comes with Python, as bytes: text that needs no download."""
-    topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    return torch.tensor(list("".join(topics[k] for k in sorted(topics)).encode("latin-1", "replace")))
-
-
-def _machine() -> str:
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -11,8 +11,8 @@ All is interleaved in one process.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normwise.experiments.bench.runner import Bar
+from normwise.experiments.framework.timing import in_turn, milliseconds, seconds
 from normwise.optim import PRESETS, AdamW, Muon
 
 BARS = (Bar("ratio"),)
@@ -43,28 +44,17 @@ def run(rounds: int = ROUNDS, threads: int | None = None) -> dict[str, Any]:
     if threads:
         torch.set_num_threads(threads)
     gpt = gpt_shapes()
-    matrices = [s for s in gpt[2:] if len(s) == 2]
+    matrices, count = [s for s in gpt[2:] if len(s) == 2], sum(torch.Size(s).numel() for s in gpt)
+    fused, fast = partial(torch.optim.AdamW, fused=True), partial(Muon, polar="fast")
     rows = [
-        _pair("AdamW", f"GPT, {_count(gpt) / 1e6:.1f}M in {len(gpt)} tensors", gpt, _fused_adamw, AdamW, rounds, 1.1),
-        _pair("AdamW", "200 matrices of 64x64", SMALL, _fused_adamw, AdamW, rounds * 3, 1.1),
+        _pair("AdamW", f"GPT, {count / 1e6:.1f}M in {len(gpt)} tensors", gpt, fused, AdamW, rounds, 1.1),
+        _pair("AdamW", "200 matrices of 64x64", SMALL, fused, AdamW, rounds * 3, 1.1),
         _pair("Muon", f"GPT's {len(matrices)} matrices", matrices, torch.optim.Muon, Muon, max(rounds // 3, 1), 1.1),
-        _pair("Muon, polar='fast'", f"GPT's {len(matrices)} matrices", matrices, torch.optim.Muon, _fast_muon, max(rounds // 3, 1), 1.0),
+        _pair("Muon, polar='fast'", f"GPT's {len(matrices)} matrices", matrices, torch.optim.Muon, fast, max(rounds // 3, 1), 1.0),
         _pair("Muon", "200 matrices of 64x64", SMALL, torch.optim.Muon, Muon, max(rounds // 3, 1), 0.5),
     ]
     memory = [{"preset": name, "state_bytes_per_parameter": state_bytes(build)} for name, build in PRESETS.items()]
     return {"bench": "step", "threads": torch.get_num_threads(), "rounds": rounds, "rows": rows + memory}
-
-
-def _fused_adamw(params: list[nn.Parameter]) -> Optimizer:
-    return torch.optim.AdamW(params, fused=True)
-
-
-def _fast_muon(params: list[nn.Parameter]) -> Optimizer:
-    return Muon(params, polar="fast")
-
-
-def _count(shapes: Shapes) -> int:
-    return sum(torch.Size(s).numel() for s in shapes)
 
 
 def parameters(shapes: Shapes) -> list[nn.Parameter]:
@@ -81,29 +71,13 @@ Build = Callable[[list[nn.Parameter]], Optimizer]
 
 def _pair(preset: str, case: str, shapes: Shapes, theirs: Build, ours: Build, rounds: int, bar: float) -> dict[str, Any]:
     a, b = theirs(parameters(shapes)), ours(parameters(shapes))
-    pairs = [_turns(a, b, first=k % 2 == 0) for k in range(WARM_UP + rounds)][WARM_UP:]
+    theirs_s, ours_s = in_turn(
+        [lambda: seconds(a.step), lambda: seconds(b.step)], rounds, warm_up=WARM_UP, threads=None, alternate=True
+    )
     return {
-        "preset": preset, "case": case, "torch_ms": _ms([x for x, _ in pairs]), "own_ms": _ms([y for _, y in pairs]),
-        "ratio": statistics.median(y / x for x, y in pairs), "bar": bar, "bar_is": "at most",
+        "preset": preset, "case": case, "torch_ms": milliseconds(theirs_s), "own_ms": milliseconds(ours_s),
+        "ratio": statistics.median(y / x for x, y in zip(theirs_s, ours_s, strict=True)), "bar": bar, "bar_is": "at most",
     }  # fmt: skip
-
-
-def _turns(a: Optimizer, b: Optimizer, first: bool) -> tuple[float, float]:
-    """The seconds of a step of each, ``a``'s taken first or second."""
-    if first:
-        return _timed(a), _timed(b)
-    after = _timed(b)
-    return _timed(a), after
-
-
-def _timed(optimizer: Optimizer) -> float:
-    start = time.perf_counter()
-    optimizer.step()
-    return time.perf_counter() - start
-
-
-def _ms(seconds: Sequence[float]) -> float:
-    return statistics.median(seconds) * 1e3
 
 
 class _Roles(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 from normwise.experiments.catalog import OPTIMIZERS, STRATEGIES
 from normwise.experiments.framework.figures import finite
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
-from normwise.experiments.framework.timing import in_turn, seconds_each
+from normwise.experiments.framework.timing import in_turn, milliseconds, seconds_each
 from normwise.experiments.tasks.rates import constant_then_linear
 from normwise.experiments.tasks.task import Batch, Score, Task
 from normwise.norms.decompose import singular_values
@@ -173,4 +173,4 @@ def step_costs(runs: Sequence[CompareRun], task: Task, rounds: int) -> list[dict
 
     kept = in_turn([burst(Lane(run, task, timed=True)) for run in runs], rounds)
     columns = [list(zip(*column, strict=True)) for column in kept]
-    return [{"step_ms": 1e3 * statistics.median(steps), "control_share": statistics.median(shares)} for steps, shares in columns]
+    return [{"step_ms": milliseconds(steps), "control_share": statistics.median(shares)} for steps, shares in columns]

@@ -30,14 +30,19 @@ _context: Any = None
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread within, as before afterwards."""
+def on_threads(count: int) -> Iterator[None]:
+    """torch on so many threads within, as before afterwards."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """torch on one thread within."""
+    return on_threads(1)
 
 
 class Here(Executor):

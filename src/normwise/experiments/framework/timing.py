@@ -5,23 +5,38 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
-from normwise.experiments.framework.pool import one_thread
+from normwise.experiments.framework.pool import on_threads
 
 T = TypeVar("T")
 WARM_UP = 2
 
 
-def in_turn(bursts: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
-    """What each burst gives in every one of ``rounds`` rounds, on one thread, after two rounds to warm up that are left out.
+def in_turn(
+    bursts: Sequence[Callable[[], T]], rounds: int, *, warm_up: int = WARM_UP, threads: int | None = 1, alternate: bool = False
+) -> list[list[T]]:
+    """What each burst gives in every one of ``rounds`` rounds, after ``warm_up`` rounds that are left out.
 
     In a round each has one turn. A burst should be several steps: the first finds the caches filled by another's, as a loop of its own
-    would not.
+    would not. threads: of torch meanwhile; None for as many as it has. alternate: every second round goes backwards, since of two the
+    second one finds the caches filled by the first.
     """
-    with one_thread():
-        taken = [[burst() for burst in bursts] for _ in range(WARM_UP + rounds)]
-    return [list(column) for column in zip(*taken[WARM_UP:], strict=True)]
+    with nullcontext() if threads is None else on_threads(threads):
+        taken = []
+        for k in range(warm_up + rounds):
+            places = range(len(bursts))[:: -1 if alternate and k % 2 else 1]
+            found = {place: bursts[place]() for place in places}
+            taken.append([found[place] for place in range(len(bursts))])
+    return [list(column) for column in zip(*taken[warm_up:], strict=True)]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def seconds_each(step: Callable[[T], object], inputs: Iterable[T]) -> float:
@@ -33,6 +48,6 @@ def seconds_each(step: Callable[[T], object], inputs: Iterable[T]) -> float:
     return (time.perf_counter() - started) / len(ready)
 
 
-def milliseconds(bursts: Sequence[Callable[[], float]], rounds: int) -> list[float]:
-    """Of bursts that give seconds: the median over rounds."""
-    return [1e3 * statistics.median(seconds) for seconds in in_turn(bursts, rounds)]
+def milliseconds(seconds: Iterable[float]) -> float:
+    """The median."""
+    return 1e3 * statistics.median(seconds)

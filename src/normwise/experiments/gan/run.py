@@ -17,7 +17,7 @@ from torch import Tensor
 import normwise as nw
 from normwise.experiments.catalog import GAN_STRATEGIES
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
-from normwise.experiments.framework.timing import milliseconds, seconds_each
+from normwise.experiments.framework.timing import in_turn, milliseconds, seconds_each
 from normwise.experiments.tasks.data.splits import ImageData
 from normwise.experiments.tasks.fidelity import Judge
 from normwise.experiments.tasks.models.dcgan import LOSSES, NOISE, Discriminator, Generator, Loss, brightest, scaled
@@ -197,4 +197,4 @@ def step_times(runs: Sequence[GanRun], data: JudgedData, rounds: int) -> list[fl
         training, images = Training(run, data), batches(run, data)
         return lambda: seconds_each(training.step, itertools.islice(images, _BURST))
 
-    return milliseconds([burst(run) for run in runs], rounds)
+    return [milliseconds(seconds) for seconds in in_turn([burst(run) for run in runs], rounds)]

@@ -17,7 +17,7 @@ from normwise.experiments.catalog import CONTENDERS
 from normwise.experiments.framework.figures import finite
 from normwise.experiments.framework.lattice import Value
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
-from normwise.experiments.framework.timing import WARM_UP, milliseconds, seconds_each
+from normwise.experiments.framework.timing import WARM_UP, in_turn, milliseconds, seconds_each
 from normwise.experiments.tasks.initial_weights import prepare
 from normwise.experiments.tasks.rates import warmed_up
 from normwise.experiments.tasks.task import Batch, Part, Score, Task
@@ -152,4 +152,5 @@ def step_times(runs: Sequence[RaceRun], task: Task, rounds: int) -> list[float]:
     def burst(going: Lane) -> Callable[[], float]:
         return lambda: seconds_each(lambda _: going.step(), range(BURST))
 
-    return milliseconds([burst(lane(run, task, BURST * (rounds + WARM_UP))) for run in runs], rounds)
+    taken = in_turn([burst(lane(run, task, BURST * (rounds + WARM_UP))) for run in runs], rounds)
+    return [milliseconds(seconds) for seconds in taken]
