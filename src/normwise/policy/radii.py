@@ -9,11 +9,13 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 from normwise.errors import PolicyError, nearest
 from normwise.parameters.layouts import PER
-from normwise.policy.schedules import SCHEDULES, Plain, Varying, arguments_by_name, count, is_number, label, number, one_entry, varying
+from normwise.policy import schedules
+from normwise.policy.schedules import SCHEDULES, Checks, Plain, Varying, count, is_number, label, number, one_entry, varying
 
 LENGTHS = ("init", "weight", "number")
 MOST_WINDOW = 1_000_000
@@ -22,17 +24,18 @@ MOST_WINDOW = 1_000_000
 
 @dataclass(frozen=True)
 class Init(Plain):
-    """A radius that is ``scale`` times the norm the weight block had when the policy was attached.
+    """A radius that is ``scale`` times the norm that the weight block had when the policy was attached.
 
-    The norm is stored then, and kept in the control's state: a step of the optimizer changes it, so it cannot be measured
-    again. ``scale`` is a number > 0 or a schedule; ``"init"`` and ``"1.5*init"`` are its short forms.
+    The norm is stored then and kept in the control's state, since a step of the optimizer changes it. ``"init"`` and ``"1.5*init"`` are
+    short forms.
+
+    Args:
+        scale: a number > 0 or a schedule; default 1.
     """
 
     scale: Varying = 1.0
     name: ClassVar[str] = "init"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", varying(self.scale, "the multiple of 'init'"))
+    _checks: ClassVar[Checks] = {"scale": partial(varying, what="the multiple of 'init'")}
 
     def to_data(self) -> Any:
         """``"init"`` or ``"1.5*init"``; with a schedule the long form."""
@@ -48,17 +51,20 @@ class Init(Plain):
 class Relative(Plain):
     """A radius for a gradient or an update: ``scale * max(norm of the weight block, floor)``, measured at each step.
 
-    ``floor`` (default 1e-3) keeps blocks that start at zero able to move. Brock et al., High-performance large-scale image
-    recognition without normalization, 2021 (adaptive gradient clipping).
+    Brock et al., High-performance large-scale image recognition without normalization, 2021 (adaptive gradient clipping).
+
+    Args:
+        scale: a number > 0 or a schedule.
+        floor: >= 0, default 1e-3: keeps blocks that start at zero able to move.
     """
 
     scale: Varying
     floor: float = 1e-3
     name: ClassVar[str] = "relative"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", varying(self.scale, "the scale of a relative radius"))
-        object.__setattr__(self, "floor", number(self.floor, "the floor of a relative radius", zero=True))
+    _checks: ClassVar[Checks] = {
+        "scale": partial(varying, what="the scale of a relative radius"),
+        "floor": partial(number, what="the floor of a relative radius", zero=True),
+    }
 
     def label(self) -> str:
         return f"{label(self.scale)}*weight"
@@ -88,11 +94,12 @@ class StepLength(RadiusRule):
     name: ClassVar[str] = "step_length"
     allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "update"), ("project", "update"), ("normalize", "update"))
     _blocks: ClassVar[tuple[str, ...]] = tuple(per for per in PER if per != "global")    # each group of an optimizer has an η of its own
+    _checks: ClassVar[Checks] = {"scale": partial(varying, what="the scale of a step length")}
 
     def __post_init__(self) -> None:
         if self.of not in LENGTHS:
             raise PolicyError(f"a step length is of {self.of!r}.{nearest(str(self.of), LENGTHS)}")
-        object.__setattr__(self, "scale", varying(self.scale, "the scale of a step length"))
+        super().__post_init__()
 
     def label(self) -> str:
         scale = "" if self.scale == 1 and self.of != "number" else f"{label(self.scale)}*"
@@ -103,15 +110,16 @@ class StepLength(RadiusRule):
 class Brake(RadiusRule):
     """A radius for weights: the norm before the step, plus the share ``keep`` in [0, 1] of what the step added to it.
 
-    With ``clip_norm`` a norm that shrank is left as it is. 0 lets no norm grow, 1 brakes nothing.
+    With ``clip_norm`` a norm that shrank is left as it is.
+
+    Args:
+        keep: default 0.5, as in `normwise.radial_brake`; 0 lets no norm grow, 1 brakes nothing.
     """
 
     keep: float = 0.5
     name: ClassVar[str] = "brake"
     allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "weight"),)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", _share(self.keep, "keep of a brake", closed=True))
+    _checks: ClassVar[Checks] = {"keep": lambda keep: _share(keep, "keep of a brake", closed=True)}
 
 
 @dataclass(frozen=True)
@@ -128,24 +136,27 @@ class Quantile(RadiusRule):
     name: ClassVar[str] = "quantile"
     allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "grad"), ("clip_norm", "update"))
     _blocks: ClassVar[tuple[str, ...]] = ("global", "tensor")
+    _checks: ClassVar[Checks] = {"percentile": partial(number, what="percentile", zero=True)}
 
     def __post_init__(self) -> None:
-        given = number(self.percentile, "percentile", zero=True)
-        if given > 100:
-            raise PolicyError(f"percentile is {given:g}, but percentile must be in [0, 100].")
-        object.__setattr__(self, "percentile", given)
+        super().__post_init__()
+        if self.percentile > 100:
+            raise PolicyError(f"percentile is {self.percentile:g}, but percentile must be in [0, 100].")
         if count(self.window, "window", least=1) > MOST_WINDOW:
             raise PolicyError(f"window is {self.window}, but window must be at most {MOST_WINDOW}: all of it is sorted once a step.")
 
 
 @dataclass(frozen=True)
 class ZScore(RadiusRule):
-    """A radius for gradients and updates, below the norm only where that is a spike: more than ``z`` standard deviations above its
-    running mean.
+    """A radius for gradients and updates that clips only spikes: norms more than ``z`` standard deviations above their running mean.
 
     With mean m and deviation s of the norms so far and the score ζ = (‖g‖ − m)/s, a spike gets the radius m + z²/ζ · s, the smaller the
-    larger it is, and enters the running mean and variance (factor ``alpha``) as that, not as it was. The first ``warmup`` norms give the
-    mean and the variance to start from, and are not clipped. Defaults are the paper's: 2.5, 0.97, 25.
+    larger it is, and enters the running mean and variance as that, not as it was. Kumar et al., ZClip, 2025, with its defaults.
+
+    Args:
+        z: > 0, default 2.5.
+        alpha: the factor of the running mean and variance, in [0, 1); default 0.97.
+        warmup: how many norms give the mean and the variance to start from and are not clipped, >= 2; default 25.
     """
 
     z: float = 2.5
@@ -154,39 +165,39 @@ class ZScore(RadiusRule):
     name: ClassVar[str] = "zscore"
     allowed: ClassVar[tuple[tuple[str, str], ...]] = (("clip_norm", "grad"), ("clip_norm", "update"))
     _blocks: ClassVar[tuple[str, ...]] = ("global", "tensor")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "z", number(self.z, "z"))
-        object.__setattr__(self, "alpha", _share(self.alpha, "alpha", closed=False))
-        object.__setattr__(self, "warmup", count(self.warmup, "warmup", least=2))
+    _checks: ClassVar[Checks] = {
+        "z": partial(number, what="z"), "alpha": lambda alpha: _share(alpha, "alpha", closed=False),
+        "warmup": partial(count, what="warmup", least=2),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class WarmStart(RadiusRule):
-    """CPR's bound κ = R(θ) after ``steps`` steps of training without it; Kappa-WS. The paper advises twice the learning rate's warm-up."""
+    """CPR's bound κ = R(θ) after ``steps`` steps of training without it; Kappa-WS.
+
+    Args:
+        steps: >= 0; the paper advises twice the learning rate's warm-up.
+    """
 
     steps: int
     name: ClassVar[str] = "warm_start"
     allowed: ClassVar[tuple[tuple[str, str], ...]] = (("cpr", "weight"),)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", count(self.steps, "steps of a warm start", least=0))
+    _checks: ClassVar[Checks] = {"steps": partial(count, what="steps of a warm start", least=0)}
 
 
 @dataclass(frozen=True)
 class Inflection(RadiusRule):
     """CPR's bound κ = R(θ) where R's growth first slows down, each block by itself; Kappa-IP.
 
-    R is looked at every ``interval`` steps, and κ set at the first of these where ΔΔR < 0. Default 50: the paper takes a tenth of the
-    learning rate's warm-up, 500 steps in its first experiment; an interval of 1 takes the first random wobble for the inflection.
+    Args:
+        interval: R is looked at every so many steps, and κ set at the first of these where ΔΔR < 0. Default 50: the paper takes a tenth
+            of the learning rate's warm-up, 500 steps in its first experiment; 1 takes the first random wobble for the inflection.
     """
 
     interval: int = 50
     name: ClassVar[str] = "inflection"
     allowed: ClassVar[tuple[tuple[str, str], ...]] = (("cpr", "weight"),)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "interval", count(self.interval, "interval of an inflection point", least=1))
+    _checks: ClassVar[Checks] = {"interval": partial(count, what="interval of an inflection point", least=1)}
 
 
 def _share(value: Any, what: str, *, closed: bool) -> float:
@@ -238,7 +249,7 @@ def from_data(data: Any, what: str = "schedule") -> Any:
 def build(cls: type[Any], arguments: Any, what: str) -> Any:
     """``cls`` from its arguments in data: a mapping by name, a list by position, anything else as the only one."""
     names = [f.name for f in fields(cls)]
-    given = arguments_by_name(names, arguments, what)
+    given = schedules.arguments_by_name(names, arguments, what)
     given = {k: from_data(v, f"{what} {k}") if k == "scale" else v for k, v in given.items()}
     try:
         return cls(**given)

@@ -16,6 +16,7 @@ from normwise.errors import PolicyError, nearest
 
 Schedule: TypeAlias = Callable[[int], float]
 Varying: TypeAlias = float | Schedule
+Checks: TypeAlias = Mapping[str, Callable[[Any], Any]]
 MOST_STEPS = 1 << 53
 
 
@@ -90,6 +91,12 @@ class Plain:
     """Base of schedules and radii: frozen dataclasses that compare by value and go to YAML under their ``name``."""
 
     name: ClassVar[str]
+    _checks: ClassVar[Checks] = {}
+    """What each field becomes, or why it cannot mean anything."""
+
+    def __post_init__(self) -> None:
+        for field, check in self._checks.items():
+            object.__setattr__(self, field, check(getattr(self, field)))
 
     def to_data(self) -> Any:
         """``{name: {field: value}}``, plain types only."""
@@ -103,37 +110,45 @@ class Plain:
 
 
 class Scheduled(Plain):
-    """Base of the schedules that are data."""
+    """Base of the schedules that are data: a way from one number to another in ``steps``, and that number from there on."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value, what = getattr(self, f.name), f"{self.name}'s {f.name}"
+            checked = count(value, what, least=1) if f.name == "steps" else number(value, what, zero=True)
+            object.__setattr__(self, f.name, checked)
 
     def __call__(self, step: int) -> float:
-        raise NotImplementedError
+        (start, end), share = self.ends(), self.share(step)
+        # Exact at both ends, which start + share * (end - start) is not.
+        return start * (1 - share) + end * share
 
     def ends(self) -> tuple[float, float]:
         """The two values between which the schedule stays."""
         raise NotImplementedError
 
+    def share(self, step: int) -> float:
+        """How much of the way is gone at ``step``, in [0, 1]."""
+        return min(max(step, 0) / self.steps, 1.0)
+
     def label(self) -> str:
         """Short form for tables, e.g. ``linear(1 -> 0.1 in 100 steps)``."""
         first, last = self.ends()
-        return f"{self.name}({first:g} -> {last:g} in {getattr(self, 'steps', 0)} steps)"
-
-    def _check(self) -> None:
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            what = f"{self.name}'s {f.name}"
-            checked = count(value, what, least=1) if f.name == "steps" else number(value, what, zero=True)
-            object.__setattr__(self, f.name, checked)
+        return f"{self.name}({first:g} -> {last:g} in {self.steps} steps)"
 
 
 @dataclass(frozen=True)
 class Constant(Scheduled):
-    """``value`` at every step: what a plain number means."""
+    """``value`` at every step: what a plain number means.
+
+    Args:
+        value: a number >= 0.
+    """
 
     value: float
     name: ClassVar[str] = "constant"
-
-    def __post_init__(self) -> None:
-        self._check()
 
     def __call__(self, step: int) -> float:
         return self.value
@@ -147,18 +162,17 @@ class Constant(Scheduled):
 
 @dataclass(frozen=True)
 class Linear(Scheduled):
-    """A straight line from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` from there on."""
+    """A straight line from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` from there on.
+
+    Args:
+        start, end: numbers >= 0; as a radius > 0.
+        steps: optimizer steps, a whole number >= 1.
+    """
 
     start: float
     end: float
     steps: int
     name: ClassVar[str] = "linear"
-
-    def __post_init__(self) -> None:
-        self._check()
-
-    def __call__(self, step: int) -> float:
-        return _between(self.start, self.end, _progress(step, self.steps))
 
     def ends(self) -> tuple[float, float]:
         return self.start, self.end
@@ -166,21 +180,25 @@ class Linear(Scheduled):
 
 @dataclass(frozen=True)
 class Cosine(Linear):
-    """Half a cosine from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` from there on: flat at both ends
-    (Loshchilov and Hutter, SGDR, 2017, without restarts).
+    """Half a cosine from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` from there on: flat at both ends.
+
+    Loshchilov and Hutter, SGDR, 2017, without restarts. Args: as of `Linear`.
     """
 
     name: ClassVar[str] = "cosine"
 
-    def __call__(self, step: int) -> float:
-        return _between(self.start, self.end, (1 - math.cos(math.pi * _progress(step, self.steps))) / 2)
+    def share(self, step: int) -> float:
+        return (1 - math.cos(math.pi * super().share(step))) / 2
 
 
 @dataclass(frozen=True)
 class Warmup(Scheduled):
     """A straight line from ``start`` at step 0 to ``value`` at step ``steps``, and ``value`` from there on.
 
-    ``start`` is 0 by default, which suits a strength. A radius cannot be 0: give ``start`` there.
+    Args:
+        value: a number >= 0; as a radius > 0.
+        steps: optimizer steps, a whole number >= 1.
+        start: default 0, which suits a strength. A radius cannot be 0: give ``start`` there.
     """
 
     value: float
@@ -188,23 +206,8 @@ class Warmup(Scheduled):
     start: float = 0.0
     name: ClassVar[str] = "warmup"
 
-    def __post_init__(self) -> None:
-        self._check()
-
-    def __call__(self, step: int) -> float:
-        return _between(self.start, self.value, _progress(step, self.steps))
-
     def ends(self) -> tuple[float, float]:
         return self.start, self.value
-
-
-def _progress(step: int, steps: int) -> float:
-    return min(max(step, 0) / steps, 1.0)
-
-
-def _between(start: float, end: float, share: float) -> float:
-    """Exact at both ends, which ``start + share * (end - start)`` is not."""
-    return start * (1 - share) + end * share
 
 
 SCHEDULES: dict[str, type[Scheduled]] = {cls.name: cls for cls in (Constant, Linear, Cosine, Warmup)}
