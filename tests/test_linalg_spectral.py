@@ -24,7 +24,6 @@ from normwise.norms.linalg import (
     upper_bound,
     zero_padded_norm,
 )
-from normwise.norms.linalg.spectral_norm import tightness
 
 # Bounds on the spectral norm
 
@@ -46,7 +45,7 @@ def test_bounds_hold_on_both_sides(name: str, scale: float) -> None:
         s = largest(x)
         for steps in (1, 3, 6):
             high = upper_bound(x, steps=steps).double()
-            assert (high >= s).all() and (high <= s * tightness(min(x.shape[1:]), steps) * 1.01).all()
+            assert (high >= s).all() and (high <= s * min(x.shape[1:]) ** 0.5 ** (steps + 1) * 1.01).all()
             assert (power_iteration(x, steps=steps)[0].double() <= s).all()
         assert (upper_bound(x, "holder").double() >= s).all()
         assert (power_iteration(x, steps=300)[0].double() >= 0.99 * s).all()

@@ -53,12 +53,11 @@ def widened(weights: Sequence[Tensor], states: Sequence[State]) -> list[Tensor]:
     """
     if not states:
         return list(weights)
-    return [_wide(w, s) if rounds([s]) else w for w, s in zip(weights, states, strict=True)]
-
-
-def _wide(weight: Tensor, state: State) -> Tensor:
-    exact = weight.float()
-    return exact if CARRY not in state else exact.addcmul_(state[CARRY].float(), ulp(exact, weight.dtype), value=1 / UNITS)
+    wide = [w.float() if rounds([s]) else w for w, s in zip(weights, states, strict=True)]
+    for weight, exact, state in zip(weights, wide, states, strict=True):
+        if CARRY in state:
+            exact.addcmul_(state[CARRY].float(), ulp(exact, weight.dtype), value=1 / UNITS)
+    return wide
 
 
 def narrow_(

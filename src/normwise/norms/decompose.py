@@ -68,11 +68,8 @@ def _surely(x: Tensor, fast: Fast, other: Other, scales: tuple[int, ...]) -> Par
     for i in failed.nonzero().flatten().tolist():
         for whole, own in zip(found, _alone(work[i : i + 1], fast, other, scales), strict=True):
             whole[i] = own[0]
-    return tuple(_nan_where(~finite, f) if power else f for f, power in zip(found, scales, strict=True))
-
-
-def _nan_where(which: Tensor, found: Tensor) -> Tensor:
-    return torch.where(which.view(-1, *[1] * (found.ndim - 1)), torch.nan, found)
+    usable = [finite.view(-1, *[1] * (f.ndim - 1)) for f in found]
+    return tuple(torch.where(w, f, torch.nan) if power else f for w, f, power in zip(usable, found, scales, strict=True))
 
 
 def _alone(x: Tensor, fast: Fast, other: Other, scales: tuple[int, ...]) -> Parts:
@@ -97,7 +94,9 @@ def _alone(x: Tensor, fast: Fast, other: Other, scales: tuple[int, ...]) -> Part
             continue
         if all(bool(f.isfinite().all()) for f in found):
             grown = (_times_two_to(f, exponent.to(f.device)) if scaled and power else f for f, power in zip(found, scales, strict=True))
-            return tuple(_like(f, x) for f in grown)
+            # In the dtype that the fast way has: real where it is real.
+            real = x.dtype.to_real() if x.is_complex() else x.dtype
+            return tuple(f.to(x.device, x.dtype if f.is_complex() else real) for f in grown)
     shaped = fast(torch.zeros_like(x))
     return tuple(torch.full_like(f, torch.nan) for f in shaped)
 
@@ -106,9 +105,3 @@ def _times_two_to(x: Tensor, exponent: Tensor) -> Tensor:
     """x · 2^exponent in two halves: the power alone may be beyond the range."""
     half = exponent // 2
     return torch.ldexp(torch.ldexp(x, half), exponent - half)
-
-
-def _like(found: Tensor, x: Tensor) -> Tensor:
-    """A result in the dtype that the fast way has: real where it is real."""
-    dtype = x.dtype if found.is_complex() or not x.is_complex() else x.dtype.to_real()
-    return found.to(x.device, dtype)

@@ -95,13 +95,10 @@ def floor_to(bound: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """The largest number of ``dtype`` that is not above ``bound``: 0.1 is no bf16 number, and its nearest is 0.10009."""
     exact = bound if isinstance(bound, Tensor) else torch.tensor(bound, dtype=torch.float64)
     nearest = exact.to(dtype)
-    rounded = torch.where(nearest.to(exact.dtype) > exact, _below(exact, nearest), nearest)
+    if dtype == torch.float16:    # torch.nextafter does not know it; a part in 1024 less, rounded again, is one or two numbers further down
+        info = torch.finfo(dtype)
+        below = (exact - exact.abs() * info.eps - info.smallest_normal * info.eps).clamp(max=info.max).to(dtype)
+    else:
+        below = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
+    rounded = torch.where(nearest.to(exact.dtype) > exact, below, nearest)
     return rounded if isinstance(bound, Tensor) else float(rounded)
-
-
-def _below(exact: Tensor, nearest: Tensor) -> Tensor:
-    if nearest.dtype != torch.float16:
-        return torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
-    # torch.nextafter does not know fp16; a part in 1024 less, rounded again, is one or two numbers further down.
-    info = torch.finfo(torch.float16)
-    return (exact - exact.abs() * info.eps - info.smallest_normal * info.eps).clamp(max=info.max).to(torch.float16)

@@ -12,7 +12,7 @@ from torch import Tensor
 from normwise.norms.base import Norm, Radius, column, lifted, register
 from normwise.norms.decompose import singular_values, svd
 from normwise.norms.reduce import compute_dtype, up, wide
-from normwise.norms.simplex import project_l1
+from normwise.norms.vector import project_l1
 
 FAR = 4.0    # radii: beyond, singular vectors from fp32, orthonormal to a hundred eps, would show in what is rebuilt from many of them
 
@@ -36,11 +36,6 @@ def svd_for(x: Tensor, radius: Radius = math.inf) -> tuple[Tensor, Tensor, Tenso
     largest = torch.finfo(s.dtype).max
     far = s[:, :1] > (FAR * torch.as_tensor(column(radius, s), device=s.device)).clamp(max=largest)    # NaN is not: it stays as it is
     return svd(x.to(wide(x.device))) if bool(far.any()) else (u, s, vh)
-
-
-def _kept(s: Tensor, x: Tensor) -> Tensor:
-    """Which singular values are more than the rounding of ``x``, in whatever it was decomposed: above max(m, n)·eps·σ₁."""
-    return s > s[:, :1] * (max(x.shape[1:]) * torch.finfo(compute_dtype(x.dtype)).eps)
 
 
 def _rebuild(u: Tensor, s: Tensor, vh: Tensor, like: Tensor) -> Tensor:
@@ -80,7 +75,9 @@ class Spectral(Norm):
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
         u, s, vh = svd_for(lifted(x, decomposed=True))
-        kept = torch.where(s.isfinite(), _kept(s, x).to(s.dtype), s)
+        # What is no more than the rounding of x, in whatever it was decomposed, has no direction.
+        kept = s > s[:, :1] * (max(x.shape[1:]) * torch.finfo(compute_dtype(x.dtype)).eps)
+        kept = torch.where(s.isfinite(), kept.to(s.dtype), s)
         return -_rebuild(u, kept * column(radius, s), vh, x)
 
 

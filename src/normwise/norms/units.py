@@ -10,8 +10,7 @@ from torch import Tensor
 
 from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, lifted, radial_factor, register, times
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs
-from normwise.norms.simplex import project_l1
-from normwise.norms.vector import one_hot_direction
+from normwise.norms.vector import one_hot_direction, project_l1
 
 Over = Literal["units", "inputs"]
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from normwise.norms.base import Norm, Radius, column, register
-from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs, up
-from normwise.norms.simplex import clamp_symmetric, project_l1
+from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs, up, wide
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,37 @@ class LInf(Norm):
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
-        return clamp_symmetric(x, column(radius, x))
+        limit = column(radius, x)
+        if isinstance(limit, Tensor):
+            return torch.clamp(x, -limit.to(x.dtype), limit.to(x.dtype))
+        limit = min(limit, torch.finfo(x.dtype).max)    # a number that the dtype cannot hold is refused by clamp
+        return torch.clamp(x, -limit, limit)
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)
         return (-column(radius, x) * up(x).sign()).to(x.dtype)
+
+
+def project_l1(x: Tensor, radius: Radius) -> Tensor:
+    """The nearest point of the L1 ball, row by row, ``(b, n)``; rows inside, and rows that are not finite, come back as they are.
+
+    max(|x| − θ, 0) with the θ ≥ 0 at which the sum is the radius, by sorting (Held, Wolfe & Crowder, 1974; Duchi et al., 2008).
+    """
+    if x.shape[1] == 0:
+        return x.clone()
+    total, work = sum_abs(x), up(x)
+    limit = radius if not isinstance(radius, Tensor) else radius.to(total.dtype)
+    outside = (total > limit) & total.isfinite()
+    # In terms of how far each size is below the largest, which is exact, and not of θ itself: of sizes a million radii large θ would have
+    # lost the digits that the radius is made of.
+    size = work.abs().to(wide(x.device))
+    below = size - size.amax(1, keepdim=True)
+    ordered = below.sort(dim=1, descending=True).values
+    counts = torch.arange(1, size.shape[1] + 1, device=size.device, dtype=size.dtype)
+    left = (column(limit, size) - ordered.cumsum(1)) / counts    # of the largest, if so many are left
+    active = (ordered + left > 0).sum(1, keepdim=True).clamp(min=1)
+    lowered = (below + left.gather(1, active - 1)).clamp(min=0)
+    return torch.where(outside[:, None], torch.copysign(lowered, work).to(work.dtype), work).to(x.dtype)
 
 
 def one_hot_direction(x: Tensor, radius: Radius) -> Tensor:

@@ -19,29 +19,19 @@ def scales(action: str, norm: Norm | Set) -> bool:
     return action in ("clip_norm", "normalize") or (action == "project" and isinstance(norm, Norm) and norm.radial)
 
 
-def wanted_norm(action: str, value: Tensor, radius: Radius, min_radius: Radius | None = None, rate: float = 1.0) -> Tensor:
-    """The norm that a block of norm ``value`` is scaled to, ``(b,)``.
+def factor(action: str, value: Tensor, radius: Radius, min_radius: Radius | None = None, rate: float = 1.0) -> Tensor:
+    """What each block of norm ``value`` (b,) is multiplied by, ``(b,)``; exactly 1 for a block that stays as it is.
 
-    ``normalize``: the radius. ``clip_norm``: value clamped into [min_radius, radius]. Of the way there the share ``rate`` is gone
+    ``normalize`` brings it to the radius, ``clip_norm`` clamps it into [min_radius, radius]. Of the way there the share ``rate`` is gone
     (Keras's MinMaxNorm: rate·clip(value) + (1 − rate)·value).
     """
     if action == "clip_norm" and rate == 1 and min_radius is None and not isinstance(radius, Tensor):
-        return value.clamp(max=radius)
+        return radial_factor(value, value.clamp(max=radius))
     limit = torch.as_tensor(radius, dtype=value.dtype, device=value.device).expand_as(value)
     wanted = limit if action == "normalize" else torch.minimum(value, limit)
     if min_radius is not None:
         wanted = wanted.clamp(min=min_radius)
-    return wanted if rate == 1 else torch.lerp(value, wanted, rate)
-
-
-def factor(action: str, value: Tensor, radius: Radius, min_radius: Radius | None = None, rate: float = 1.0) -> Tensor:
-    """What each block is multiplied by, ``(b,)``; exactly 1 for a block that stays as it is."""
-    return radial_factor(value, wanted_norm(action, value, radius, min_radius, rate))
-
-
-def project(norm: Norm | Set, x: Tensor, radius: Radius) -> Tensor:
-    """The Euclidean nearest point of the ball or the set."""
-    return norm.project(x, radius)
+    return radial_factor(value, wanted if rate == 1 else torch.lerp(value, wanted, rate))
 
 
 def steepest(norm: Norm, x: Tensor) -> Tensor:

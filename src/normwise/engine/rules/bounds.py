@@ -135,7 +135,7 @@ class Bound(BoundRule):
         if self.rule.action == "lmo":
             assert isinstance(self.norm, Norm)
             return actions.steepest(self.norm, blocks)
-        moved = actions.project(self.norm, blocks, radius)
+        moved = self.norm.project(blocks, radius)
         if self.phase == "weight" and blocks.dtype == torch.float64 and isinstance(self.norm, Norm):
             # In float64 nothing is wider to project in: the threshold's error, many times over, may be more than a hair.
             moved = self.norm.clip_norm(moved, radius)

@@ -90,13 +90,14 @@ def _by_svd(x: Tensor, limit: Tensor) -> Tensor:
 
 
 def _by_gram(x: Tensor, limit: Tensor) -> Tensor:
-    vectors = eigh(short_gram(x))[1].mT
-    return deflate(x, vectors, short_images(x, vectors), limit)
-
-
-def short_gram(x: Tensor) -> Tensor:
-    """xᵀx for a tall or square x (b, m, n), x xᵀ for a wide one."""
-    return paths.gram(x if x.shape[-2] < x.shape[-1] else x.mT)
+    """Every σᵢ > limit (b, 1) lowered to it, by the orthonormal singular vectors of the short side and their images, of norm σᵢ."""
+    short_rows = x.shape[-2] < x.shape[-1]
+    vectors = eigh(paths.gram(x if short_rows else x.mT))[1].mT
+    images = short_images(x, vectors)
+    sigma = torch.linalg.vector_norm(images, dim=-1)
+    excess = torch.where(sigma > limit, 1 - limit * (1 - inward(x.dtype)) / positive(sigma), 0.0)
+    left, right = (vectors, images) if short_rows else (images, vectors)
+    return torch.baddbmm(x, (left * excess[..., None]).mT, right, alpha=-1)
 
 
 def short_images(x: Tensor, vectors: Tensor) -> Tensor:
@@ -105,11 +106,3 @@ def short_images(x: Tensor, vectors: Tensor) -> Tensor:
     Rows, since a product with few columns is several times slower on a CPU.
     """
     return vectors @ (x if x.shape[-2] < x.shape[-1] else x.mT)
-
-
-def deflate(x: Tensor, vectors: Tensor, images: Tensor, limit: Tensor) -> Tensor:
-    """x with every σᵢ > limit (b, 1) lowered to it, given orthonormal singular vectors of the short side and images of norm σᵢ."""
-    sigma = torch.linalg.vector_norm(images, dim=-1)
-    excess = torch.where(sigma > limit, 1 - limit * (1 - inward(x.dtype)) / positive(sigma), 0.0)
-    left, right = (vectors, images) if x.shape[-2] < x.shape[-1] else (images, vectors)
-    return torch.baddbmm(x, (left * excess[..., None]).mT, right, alpha=-1)

@@ -32,11 +32,16 @@ class Method:
     source: str
     cubic_last: bool = False # the last step is a cubic: one product less
 
-    def coefficients(self, steps: int, dtype: torch.dtype) -> tuple[Step, ...]:
-        """The steps (a, b, c), first to last."""
-        if self.scale == "frobenius":
-            return (CLASSICAL,) * steps
-        return polar_express(steps, self.lower, SAFETY[dtype], self.cubic_last)
+    def precision(self, given: torch.dtype) -> torch.dtype:
+        """The dtype to iterate in for input of the dtype ``given``."""
+        return given if given == torch.float64 else torch.bfloat16 if self.quick else torch.float32
+
+    def coefficients(self, steps: int | None, dtype: torch.dtype) -> tuple[Step, ...]:
+        """The steps (a, b, c), first to last; None for the method's own number of them."""
+        count = steps if steps is not None else self.steps or steps_to_reach(4 * torch.finfo(dtype).eps, self.lower, SAFETY[dtype])
+        if count < 1:
+            raise NormError(f"polar needs at least one step, got steps={steps}; give a positive number, or None")
+        return (CLASSICAL,) * count if self.scale == "frobenius" else polar_express(count, self.lower, SAFETY[dtype], self.cubic_last)
 
 
 METHODS = {
@@ -71,48 +76,27 @@ def polar(
     """
     batch = as_batch(x)
     if method == "exact":
-        return like_input(_exact(batch), x)
+        finite = batch.isfinite().flatten(1).all(1)[:, None, None]
+        return like_input(torch.where(finite, -Spectral().lmo(batch), torch.nan), x) if x.numel() else x.detach().clone()
     row = _row(method if isinstance(method, str) else "quintic")
-    work = dtype or _work_dtype(row, x.dtype)
-    coefficients = row.coefficients(_step_count(row, steps, work), work) if isinstance(method, str) else method
+    work = dtype or row.precision(x.dtype)
+    coefficients = row.coefficients(steps, work) if isinstance(method, str) else method
     group = min(row.steps_per_gram, paths.steps_per_gram(batch.shape))
     iterate = partial(_iterate, coefficients=coefficients, scale=row.scale, dtype=work, group=group, floor=floor)
     with torch.no_grad():
         return like_input(paths.run(iterate, batch), x)
 
 
-def _exact(x: Tensor) -> Tensor:
-    if x.numel() == 0:
-        return x.clone()
-    finite = x.isfinite().all(-1).all(-1)[:, None, None]
-    return torch.where(finite, -Spectral().lmo(x), torch.nan)
-
-
 def error_bound(method: str, steps: int | None = None, lower: float | None = None) -> float:
     """max ``|σ - 1|`` of the result over input singular values in [``lower``, 1] x scale, in exact arithmetic."""
     row = _row(method)
-    dtype = _work_dtype(row, torch.float32)
-    table = row.coefficients(_step_count(row, steps, dtype), dtype)
-    return worst_error(table, row.lower if lower is None else lower)
+    return worst_error(row.coefficients(steps, row.precision(torch.float32)), row.lower if lower is None else lower)
 
 
 def _row(method: str) -> Method:
     if method not in METHODS:
         raise NormError(f"unknown polar method {method!r}.{nearest(method, [*METHODS, 'exact'])}")
     return METHODS[method]
-
-
-def _work_dtype(row: Method, given: torch.dtype) -> torch.dtype:
-    if given == torch.float64:
-        return given
-    return torch.bfloat16 if row.quick else torch.float32
-
-
-def _step_count(row: Method, steps: int | None, dtype: torch.dtype) -> int:
-    count = steps if steps is not None else row.steps or steps_to_reach(4 * torch.finfo(dtype).eps, row.lower, SAFETY[dtype])
-    if count < 1:
-        raise NormError(f"polar needs at least one step, got steps={steps}; give a positive number, or None")
-    return count
 
 
 def _iterate(x: Tensor, coefficients: Sequence[Step], scale: str, dtype: torch.dtype, group: int, floor: float) -> Tensor:
@@ -133,7 +117,11 @@ def _advance(y: Tensor, steps: Sequence[Step], rescale: bool) -> Tensor:
     g = paths.gram(y)
     if len(steps) == 1 and not rescale:
         return _apply(steps[0][0], _quadratic(g, steps[0]), y)
-    q = _rescaled_step(g, steps[0]) if rescale else _step(g, steps[0])
+    if rescale:
+        q = _rescaled_step(g, steps[0])
+    else:
+        q = _quadratic(g, steps[0])
+        q.diagonal(dim1=-2, dim2=-1).add_(steps[0][0])
     for step in steps[1:]:
         q = _apply(step[0], _quadratic(q @ g @ q, step), q)
     return y @ q if y.shape[-2] > y.shape[-1] else q @ y
@@ -145,13 +133,6 @@ def _quadratic(g: Tensor, step: Step) -> Tensor:
     if c == 0:
         return g.mul(b)
     return torch.baddbmm(g, g, g, beta=b, alpha=c) if g.ndim == 3 else paths.gram(g, g, b, c)
-
-
-def _step(g: Tensor, step: Step) -> Tensor:
-    """a I + b G + c G²."""
-    p = _quadratic(g, step)
-    p.diagonal(dim1=-2, dim2=-1).add_(step[0])
-    return p
 
 
 def _rescaled_step(g: Tensor, step: Step) -> Tensor:

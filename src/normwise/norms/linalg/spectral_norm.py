@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -106,8 +104,3 @@ def _unit(w: Tensor, fallback: Tensor) -> Tensor:
     """w scaled to length one; where w is zero (a zero matrix, or a start in its null space) the fallback."""
     length = torch.linalg.vector_norm(w, dim=-2, keepdim=True)
     return torch.where(length == 0, fallback, w / positive(length))
-
-
-def tightness(rank: int, steps: int = 3) -> float:
-    """How much too large the Gram bound can be for a matrix of this rank: r^(1/2^(steps+1))."""
-    return math.pow(rank, 0.5 ** (steps + 1))

@@ -90,15 +90,18 @@ def follow(parts: Sequence[Tensor], limit: Tensor, state: Tracked | None, tolera
     it is kept. limit: (b,), >= 0. state: its tensors are changed in place.
     """
     limit = limit.to(wide(limit.device))
-    if state is None or not _fits(state, parts):
-        state = _blank(parts)
+    state = _fitting(state, parts)
     if not parts[0][0:1].numel():
         return {}, state._replace(reach=torch.zeros_like(state.reach))
     grown = state.reach + torch.where(state.reach.isfinite(), _distance(parts, state.reference), 0.0)
     rows = (~(grown <= limit * (1 + tolerance))).nonzero().flatten().tolist()    # what is NaN has to be looked at, too
     if not rows:
         return {}, state
-    x = _chosen(parts, rows)
+    if len(parts) == 1:
+        x = parts[0] if len(rows) == len(parts[0]) else parts[0][rows]
+    else:
+        matrices = [m for part in parts for m in part.unbind()]
+        x = torch.stack([matrices[i] for i in rows])
     found = _look(x, limit[rows], state.vectors[rows], state.reach[rows].isfinite(), tolerance)
     missing = found.vectors.shape[1] - state.vectors.shape[1]
     if missing > 0:    # rows of zeros take part in a search as what it still has room for
@@ -109,22 +112,18 @@ def follow(parts: Sequence[Tensor], limit: Tensor, state: Tracked | None, tolera
     return {rows[i]: lowered for i, lowered in found.cut.items()}, state
 
 
-def _blank(parts: Sequence[Tensor]) -> Tracked:
-    """The state before anything is known."""
+def _fitting(state: Tracked | None, parts: Sequence[Tensor]) -> Tracked:
+    """The state if it belongs to such matrices; otherwise the one before anything is known."""
     first, count = parts[0], sum(len(p) for p in parts)
     shape, short = first.shape[1:], min(first.shape[1:])
-    width = 0 if short <= DENSE_BELOW else WIDTH
-    vectors = torch.zeros(count, width, short, dtype=up(first[:0]).dtype, device=first.device)
+    dense = short <= DENSE_BELOW
+    if state is not None and state.reference.shape == (count, *shape) and state.reference.dtype == first.dtype:
+        width = state.vectors.shape[1]
+        if state.vectors.shape == (count, width, short) and (width > 0) != dense and width <= max(short, 0):
+            return state
+    vectors = torch.zeros(count, 0 if dense else WIDTH, short, dtype=up(first[:0]).dtype, device=first.device)
     reference = torch.zeros(count, *shape, dtype=first.dtype, device=first.device)
     return Tracked(vectors, reference, torch.full((count,), math.inf, dtype=wide(first.device), device=first.device))
-
-
-def _fits(state: Tracked, parts: Sequence[Tensor]) -> bool:
-    """Whether the state belongs to such matrices."""
-    shape, short, count = parts[0].shape[1:], min(parts[0].shape[1:]), sum(len(p) for p in parts)
-    width = state.vectors.shape[1]
-    alike = state.reference.shape == (count, *shape) and state.reference.dtype == parts[0].dtype
-    return alike and state.vectors.shape == (count, width, short) and (width > 0) == (short > DENSE_BELOW) and width <= max(short, 0)
 
 
 def _distance(parts: Sequence[Tensor], reference: Tensor) -> Tensor:
@@ -154,14 +153,6 @@ def _length_of_difference(one: Tensor, other: Tensor) -> Tensor:
     return (torch.stack(squares).double().sum() + len(one) * torch.finfo(one.dtype).tiny).sqrt()
 
 
-def _chosen(parts: Sequence[Tensor], rows: list[int]) -> Tensor:
-    """Some of the matrices as one batch, which is the only part itself where that is all."""
-    if len(parts) == 1:
-        return parts[0] if len(rows) == len(parts[0]) else parts[0][rows]
-    matrices = [m for part in parts for m in part.unbind()]
-    return torch.stack([matrices[i] for i in rows])
-
-
 def _look(x: Tensor, limit: Tensor, vectors: Tensor, known: Tensor, tolerance: float) -> Found:
     """Finds what exceeds and cuts it. known: of which of the matrices (b, m, n) the vectors say something; the others are decomposed."""
     reach = torch.full_like(limit, math.inf)
@@ -184,7 +175,8 @@ def _search(x: Tensor, limit: Tensor, vectors: Tensor, known: Tensor, tolerance:
 
     All is done at the scale of the radius, by powers of two, so that neither squares nor their sums leave the range.
     """
-    scale = _power_of_two(limit).to(vectors.dtype)
+    exponent = torch.frexp(limit).exponent.clamp(-100, 120)    # within fp32's range
+    scale = torch.where(limit > 0, torch.ldexp(torch.ones_like(limit), exponent), 1.0).to(vectors.dtype)
     y = up(x) / scale[:, None, None]
     bound = (limit / scale)[:, None]
     gram = _gram(y)
@@ -214,12 +206,6 @@ def _search(x: Tensor, limit: Tensor, vectors: Tensor, known: Tensor, tolerance:
     reach[rows] += 2 * math.sqrt(y.shape[-1]) * unit * _trace(gram)[rows].sqrt()    # the rounding of the images and of what is written
     reach = torch.where(reach <= bound * (1 + tolerance), reach, math.inf)[:, 0] * scale.to(reach.dtype)
     return {i: w for i, w in cut.items() if bool(reach[i].isfinite())}, vectors, reach
-
-
-def _power_of_two(limit: Tensor) -> Tensor:
-    """The power of two above each limit, within fp32's range; 1 for a limit of zero."""
-    exponent = torch.frexp(limit).exponent.clamp(-100, 120)
-    return torch.where(limit > 0, torch.ldexp(torch.ones_like(limit), exponent), 1.0)
 
 
 def _turned(gram: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
