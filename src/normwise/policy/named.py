@@ -1,9 +1,15 @@
 """The named rules: each is one choice of the parts of a :class:`Rule`, and says which problem it solves.
 
-All take the keywords ``name``, ``exclude``, ``every``, ``start``, ``stop``, ``layout``, ``optional`` of a rule, and
-``rounding`` where the action reads it. In the formulas w is one block, g its gradient, η the learning rate of its parameter group.
-Selectors (``params``) default to the weights (``"role:matrix"``: no biases, no gains), except where a docstring says otherwise.
+In the formulas w is one block, g its gradient, u what the optimizer adds to w, and η the learning rate of its parameter group. What all
+named rules have in common:
 
+    params: which weights; by default ``"role:matrix"``, all but biases and gains, except where a docstring says otherwise.
+    per: the blocks that one norm is measured on, as in :class:`Rule`.
+    radius, strength: a number or a schedule of ``nw.schedules``; a radius is above 0, a strength may be 0.
+    ``**common``: ``name``, ``exclude``, ``every``, ``start``, ``stop``, ``layout`` and ``optional`` of a Rule, and ``rounding`` where the
+    action reads it.
+
+Each returns its Rule, or a list of Rules; each raises PolicyError for an argument that cannot mean anything, and says what is allowed.
 To add one, write a function under ``@named``: that alone makes it ``nw.<name>``, a rule in YAML and a line of ``normwise policies``.
 """
 
@@ -63,10 +69,15 @@ def l2_penalty(
 ) -> Rule:  # fmt: skip
     """Adds strength/2 · ‖w‖₂² to the loss: ``grad += strength * w`` before the step.
 
-    With ``samples=m``, the number of training samples, it is the article's λ/(2m) · Σθ² with λ = ``strength``, by default over
-    *all* parameters, biases too. ``center="init"`` penalises the distance from the weights when attached (L2-SP; Li et al.,
-    Explicit inductive bias for transfer learning, 2018). Under adaptive optimizers this does not minimise the penalised loss
-    exactly, since they rescale the gradient (Loshchilov and Hutter, 2019): see :func:`weight_decay`.
+    Under adaptive optimizers this does not minimise the penalised loss exactly, since they rescale the gradient (Loshchilov and Hutter,
+    2019): see :func:`weight_decay`.
+
+    Args:
+        strength: >= 0; the gradient of the penalty is strength · w.
+        params: which weights; default all but biases and gains, with ``samples`` *all* parameters.
+        samples: the number m of training samples; the penalty is then the article's λ/(2m) · Σθ², with λ = ``strength``.
+        center: ``"init"`` penalises the distance from the weights when attached, of which a copy is kept (L2-SP; Li et al., Explicit
+            inductive bias for transfer learning, 2018).
     """
     strength, params = _per_sample(strength, params, samples)
     return Rule(params=params, action="penalty", norm="l2", power=2, strength=strength, center=center, **common)
@@ -79,9 +90,14 @@ def l1_penalty(
 ) -> Rule:  # fmt: skip
     """Adds strength · ‖w‖₁ to the loss: ``grad += strength * sign(w)`` before the step, with sign(0) = 0.
 
-    With ``samples=m`` it is the article's λ/m · Σ|θ|, by default over *all* parameters. It gives small weights but no exact
-    zeros, for which there is :func:`l1_prox` (Tibshirani, 1996, is the penalty's source). Under adaptive optimizers it does
-    not minimise the penalised loss exactly.
+    It gives small weights but no exact zeros; :func:`l1_prox` gives those. Tibshirani, 1996. Under adaptive optimizers it does not
+    minimise the penalised loss exactly.
+
+    Args:
+        strength: >= 0; each entry is pulled by this much.
+        params: which weights; default all but biases and gains, with ``samples`` *all* parameters.
+        samples: the number m of training samples; the penalty is then the article's λ/m · Σ|θ|, with λ = ``strength``.
+        center: ``"init"`` penalises the distance from the weights when attached, of which a copy is kept.
     """
     strength, params = _per_sample(strength, params, samples)
     return Rule(params=params, action="penalty", norm="l1", strength=strength, center=center, **common)
@@ -91,7 +107,12 @@ def l1_penalty(
 def elastic_net(
     l1: Varying, l2: Varying, params: Selector | None = None, *, samples: int | None = None, **common: Unpack[Common]
 ) -> list[Rule]:
-    """Adds l1 · ‖w‖₁ + l2/2 · ‖w‖₂² to the loss: two rules (Zou and Hastie, 2005). ``samples`` as in :func:`l2_penalty`."""
+    """Adds l1 · ‖w‖₁ + l2/2 · ‖w‖₂² to the loss: two rules (Zou and Hastie, 2005).
+
+    Args:
+        l1, l2: the strengths of :func:`l1_penalty` and :func:`l2_penalty`.
+        params, samples: as there.
+    """
     return [
         l1_penalty(l1, params, samples=samples, **part_of(common, "l1")), l2_penalty(l2, params, samples=samples, **part_of(common, "l2")),
     ]  # fmt: skip
@@ -102,6 +123,10 @@ def weight_decay(strength: Varying, params: Selector | None = None, **common: Un
     """Decoupled decay: w ← (1 − η · strength) · w before the step, as torch's AdamW does (Loshchilov and Hutter, 2019).
 
     Set the optimizer's own ``weight_decay`` to 0, or both act.
+
+    Args:
+        strength: >= 0, the share of w that a learning rate of 1 would take away.
+        params: which weights; default all but biases and gains.
     """
     return Rule(params=params, action="weight_decay", strength=strength, **common)
 
@@ -110,7 +135,7 @@ def weight_decay(strength: Varying, params: Selector | None = None, **common: Un
 def decay_to_init(strength: Varying, params: Selector | None = None, **common: Unpack[Common]) -> Rule:
     """Decoupled decay to the initial weights: w ← w − η · strength · (w − w₀) before the step; keeps a copy of w₀.
 
-    The decoupled form of L2-SP (Li et al., 2018), which is ``l2_penalty(strength, center="init")``.
+    The decoupled form of L2-SP (Li et al., 2018), which is ``l2_penalty(strength, center="init")``. Args: as of :func:`weight_decay`.
     """
     return Rule(params=params, action="weight_decay", strength=strength, center="init", **common)
 
@@ -122,8 +147,12 @@ def decay_to_init(strength: Varying, params: Selector | None = None, **common: U
 def l1_prox(strength: Varying, params: Selector | None = None, **common: Unpack[Common]) -> Rule:
     """Soft threshold after the step, with exact zeros: w ← argmin over v of ½‖v − w‖² + η · strength · ‖v‖₁.
 
-    Each entry moves η · strength towards zero and stays there (ISTA; Daubechies, Defrise and De Mol, 2004). Exact for gradient
-    descent; under adaptive optimizers, whose step sizes differ by entry, the minimum is another.
+    ISTA (Daubechies, Defrise and De Mol, 2004). Exact for gradient descent; under adaptive optimizers, whose step sizes differ by entry,
+    it finds another minimum.
+
+    Args:
+        strength: >= 0; each entry moves η · strength towards zero and stays there.
+        params: which weights; default all but biases and gains.
     """
     return Rule(params=params, action="prox", norm="l1", strength=strength, **common)
 
@@ -132,8 +161,13 @@ def l1_prox(strength: Varying, params: Selector | None = None, **common: Unpack[
 def group_lasso(strength: Varying, params: Selector | None = None, *, per: str = "unit", **common: Unpack[Common]) -> Rule:
     """Shortens each block's L2 norm by η · strength after the step; short ones become exactly zero.
 
-    w ← argmin over v of ½‖v − w‖² + η · strength · Σ‖v_block‖₂: the prox of the sum of the blocks' norms is the L2 prox of
-    each. ``per="unit"`` removes whole units, ``per="input"`` whole inputs (Yuan and Lin, 2006).
+    w ← argmin over v of ½‖v − w‖² + η · strength · Σ‖v_block‖₂: the prox of the sum of the blocks' norms is the L2 prox of each (Yuan and
+    Lin, 2006). ``normwise prune`` removes the units that it set to zero.
+
+    Args:
+        strength: >= 0; each block gets η · strength shorter.
+        params: which weights; default all but biases and gains.
+        per: ``"unit"`` (default) removes whole units, ``"input"`` whole inputs.
     """
     return Rule(params=params, action="prox", norm="l2", per=per, strength=strength, **common)
 
@@ -142,7 +176,12 @@ def group_lasso(strength: Varying, params: Selector | None = None, *, per: str =
 def nuclear_prox(strength: Varying, params: Selector | None = None, *, per: str = "matrix", **common: Unpack[Common]) -> Rule:
     """Soft threshold of the singular values after the step: w ← argmin over v of ½‖v − w‖² + η · strength · ‖v‖_nuclear.
 
-    Lowers the rank (Cai, Candès and Shen, 2010). ``per="matrix"``: of each matrix that the module applies.
+    Lowers the rank (Cai, Candès and Shen, 2010). Costs a singular value decomposition.
+
+    Args:
+        strength: >= 0; each singular value shrinks by η · strength.
+        params: which weights; default all but biases and gains.
+        per: default each matrix that the module applies.
     """
     return Rule(params=params, action="prox", norm="nuclear", per=per, strength=strength, **common)
 
@@ -186,7 +225,10 @@ def max_norm(
 def unit_norm(radius: RadiusLike = 1.0, params: Selector | None = None, *, per: str = "unit", **common: Unpack[Common]) -> Rule:
     """Puts each unit's weights on the sphere: w ← w · radius / ‖w‖₂ after the step. A zero unit stays zero, and is counted.
 
-    The default radius 1 gives unit vectors, as Keras's UnitNorm does.
+    Args:
+        radius: > 0; default 1, unit vectors, as in Keras's UnitNorm.
+        params: which weights; default all but biases and gains.
+        per: the blocks; default each output unit.
     """
     return Rule(params=params, action="normalize", norm="l2", per=per, radius=radius, **common)
 
@@ -197,8 +239,14 @@ def min_max_norm(
 ) -> Rule:
     """Keeps each unit's L2 norm within [min, max]: w ← w · (rate · clip(‖w‖, min, max) + (1 − rate) · ‖w‖) / ‖w‖.
 
-    Keras's MinMaxNorm. ``rate`` below 1 (default 1) goes only that share of the way at each step, so that the bounds are
-    approached, not held. ``min=0`` means no lower bound.
+    Keras's MinMaxNorm.
+
+    Args:
+        min: shorter units are stretched to it; 0 for no lower bound.
+        max: longer units are shortened to it, > 0.
+        rate: the share of the way that is gone at each step, in (0, 1]; below 1 (the default) the bounds are approached, not held.
+        params: which weights; default all but biases and gains.
+        per: the blocks; default each output unit.
     """
     lower = None if schedules.is_number(min) and min == 0 else min
     return Rule(params=params, action="clip_norm", norm="l2", per=per, min_radius=lower, radius=max, rate=rate, **common)
@@ -208,7 +256,14 @@ def min_max_norm(
 def clip_weight_norm(
     radius: RadiusLike, params: Selector | None = None, *, norm: NormLike = "l2", per: str = "tensor", **common: Unpack[Common]
 ) -> Rule:
-    """Clips the norm of each whole weight tensor: w ← w · min(1, radius / ‖w‖) after the step (``tf.clip_by_norm``)."""
+    """Clips the norm of each whole weight tensor: w ← w · min(1, radius / ‖w‖) after the step (``tf.clip_by_norm``).
+
+    Args:
+        radius: the largest norm to leave, > 0.
+        params: which weights; default all but biases and gains.
+        norm: default ``"l2"``.
+        per: the blocks; default each parameter.
+    """
     return Rule(params=params, action="clip_norm", norm=norm, per=per, radius=radius, **common)
 
 
@@ -219,6 +274,11 @@ def clip_weight_value(
     """Clamps each entry after the step: to [−value, value], or with two numbers to [value, high] (``tf.clip_by_value``).
 
     The nearest point of the box; with one number, of the LInf ball. WGAN's critic uses 0.01 (Arjovsky et al., 2017).
+
+    Args:
+        value: > 0, or the lower end.
+        high: the upper end.
+        params: which weights; default all but biases and gains.
     """
     if high is None:
         return Rule(params=params, action="project", norm="linf", radius=value, **common)
@@ -227,7 +287,11 @@ def clip_weight_value(
 
 @named
 def non_negative(params: Selector | None = None, **common: Unpack[Common]) -> Rule:
-    """Sets negative weights to zero after the step: the nearest point with w ≥ 0 (Keras's NonNeg)."""
+    """Sets negative weights to zero after the step: the nearest point with w ≥ 0 (Keras's NonNeg).
+
+    Args:
+        params: which weights; default all but biases and gains.
+    """
     return Rule(params=params, action="project", norm=NonNegative(), **common)
 
 
@@ -236,6 +300,11 @@ def l1_ball(radius: RadiusLike, params: Selector | None = None, *, per: str = "u
     """The nearest point with ‖w‖₁ ≤ radius for each unit, after the step: sparse weights with a sum that is known.
 
     A soft threshold, found by sorting (Duchi et al., 2008).
+
+    Args:
+        radius: > 0.
+        params: which weights; default all but biases and gains.
+        per: the blocks; default each output unit.
     """
     return Rule(params=params, action="project", norm="l1", per=per, radius=radius, **common)
 
@@ -246,14 +315,18 @@ def spectral_cap(
 ) -> Rule:
     """The nearest matrix whose singular values are all at most ``radius``, after the step: the larger ones are cut to it.
 
-    ``per="matrix"``: each matrix that the module applies, a convolution's being its flattened filters. The layer is then
-    ``radius``-Lipschitz in L2, for a convolution up to the overlap of its patches (Yoshida and Miyato, 2017; Gouk et al., 2021).
+    The layer is then ``radius``-Lipschitz in L2, a convolution up to the overlap of its patches (Yoshida and Miyato, 2017; Gouk et al.,
+    2021).
 
-    ``tolerance=0`` (default) decomposes each matrix that may exceed, exactly, which costs about a training step for matrices of width
-    256. ``tolerance=0.01`` keeps σ₁ ≤ 1.01·radius at a small part of that, whatever the updates are. One pass over a matrix bounds how far
-    σ₁ can have grown since it was last looked at, which takes a copy of the matrix; those that may exceed are looked at, and what exceeds
-    is cut to (1 − tolerance/2)·radius, so that a matrix is cut every few steps. The state is in the control's. The more matrices are at
-    their radius, the dearer: :func:`normwise.norms.linalg.cap` says how it works, docs/benchmarks.md what it costs.
+    Args:
+        radius: the largest singular value to leave, > 0.
+        params: which weights; default all but biases and gains.
+        per: default each matrix that the module applies, a convolution's being its flattened filters.
+        tolerance: 0 (default) decomposes each matrix that may exceed, exactly, which costs about a training step for matrices of width 256.
+            0.01 keeps σ₁ ≤ 1.01·radius for a small part of that, whatever the updates are: one pass over a matrix bounds how far σ₁ can
+            have grown since it was last looked at, and only those that may exceed are looked at. It takes a copy of each matrix, in the
+            control's state, and costs more the more matrices are at their radius. :func:`normwise.norms.linalg.cap` says how it works,
+            docs/benchmarks.md what it costs.
     """
     return Rule(params=params, action="project", norm="spectral", per=per, radius=radius, tolerance=tolerance, **common)
 
@@ -264,9 +337,14 @@ def spectral_normalize(
 ) -> Rule:
     """Scales each matrix so that its largest singular value is ``radius`` (default 1), after the step.
 
-    Not the parametrization of ``torch.nn.utils.parametrizations.spectral_norm`` (Miyato et al., 2018): there the module uses
-    w / σ₁(w) in its forward pass and the gradient flows through σ₁. Here the plain weights are rescaled after each step, the
-    gradient knows nothing of it, and the state dict keeps its keys.
+    ``torch.nn.utils.parametrizations.spectral_norm`` (Miyato et al., 2018) is something else: there the module uses w / σ₁(w) in its
+    forward pass and the gradient flows through σ₁. Here the plain weights are rescaled after each step, the gradient knows nothing of it,
+    and the state dict keeps its keys.
+
+    Args:
+        radius: > 0, default 1.
+        params: which weights; default all but biases and gains.
+        per: default each matrix that the module applies.
     """
     return Rule(params=params, action="normalize", norm="spectral", per=per, radius=radius, **common)
 
@@ -280,15 +358,25 @@ def clip_grad_norm(
 ) -> Rule:
     """Clips the gradient: g ← g · min(1, max_norm / ‖g‖) before the step, by default all gradients as one vector.
 
-    ``params`` defaults to everything, as ``torch.nn.utils.clip_grad_norm_`` is used (Pascanu et al., 2013); there 1e-6 is added
-    to the norm, here nothing is. ``per="tensor"`` clips each parameter by itself.
+    Pascanu et al., 2013. ``torch.nn.utils.clip_grad_norm_`` adds 1e-6 to the norm, here nothing is added.
+
+    Args:
+        max_norm: the largest norm to leave, > 0.
+        params: whose gradients; default everything, as torch's function is used.
+        norm: default ``"l2"``.
+        per: default ``"global"``; ``"tensor"`` clips each parameter by itself.
     """
     return Rule(params=params, action="clip_norm", norm=norm, per=per, on="grad", radius=max_norm, **common)
 
 
 @named
 def clip_grad_value(value: RadiusLike, params: Selector | None = EVERYTHING, **common: Unpack[Common]) -> Rule:
-    """Clamps each entry of the gradient to [−value, value] before the step, as ``torch.nn.utils.clip_grad_value_`` does."""
+    """Clamps each entry of the gradient to [−value, value] before the step, as ``torch.nn.utils.clip_grad_value_`` does.
+
+    Args:
+        value: > 0.
+        params: whose gradients; default everything.
+    """
     return Rule(params=params, action="project", norm="linf", on="grad", radius=value, **common)
 
 
@@ -298,7 +386,11 @@ def normalize_grad(
 ) -> Rule:
     """Gives each gradient the norm ``radius``: g ← g · radius / ‖g‖ before the step; a zero gradient stays zero.
 
-    ``per="tensor"`` normalises layer by layer (Yu et al., Block-normalized gradient method, 2017), ``per="global"`` all at once.
+    Args:
+        radius: > 0, default 1.
+        params: whose gradients; default all but those of biases and gains.
+        norm: default ``"l2"``.
+        per: ``"tensor"`` (default) normalises layer by layer (Yu et al., Block-normalized gradient method, 2017), ``"global"`` all at once.
     """
     return Rule(params=params, action="normalize", norm=norm, per=per, on="grad", radius=radius, **common)
 
@@ -307,8 +399,12 @@ def normalize_grad(
 def agc(clipping: Varying = 0.01, params: Selector | None = None, *, eps: float = 1e-3, **common: Unpack[Common]) -> Rule:
     """Adaptive gradient clipping: each unit's gradient is at most ``clipping`` times as long as its weights.
 
-    g ← g · min(1, clipping · max(‖w‖₂, eps) / ‖g‖₂) before the step, per unit (Brock et al., 2021; defaults 0.01 and 1e-3 are
-    theirs). By default all weights but the head's, which the paper leaves unclipped; give ``params`` or ``exclude`` to choose.
+    g ← g · min(1, clipping · max(‖w‖₂, eps) / ‖g‖₂) before the step, per unit (Brock et al., 2021; both defaults are theirs).
+
+    Args:
+        clipping: > 0, default 0.01.
+        params: whose gradients; default all weights but the head's, which the paper leaves unclipped; ``exclude`` chooses as well.
+        eps: the least norm of a unit's weights that counts, so that units that start at zero can move; default 1e-3.
     """
     if params is None and "exclude" not in common:
         common = {"optional": True, **common, "exclude": "role:head"}

@@ -1,7 +1,7 @@
 """The published methods: named rules that methods of recent years are made of, each a choice of parts with its source.
 
-They take the keywords ``name``, ``exclude``, ``every``, ``start``, ``stop``, ``layout``, ``optional`` of a rule, as those of ``named``
-do. w is one block, u what the optimizer adds to it, η the learning rate of its parameter group.
+``named`` says what all named rules have in common. w is one block, u what the optimizer adds to it, η the learning rate of its parameter
+group. "The matrices" are the hidden, convolutional and recurrent weights: embeddings and heads are left out.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ def hyperball(
 ) -> list[Rule]:  # fmt: skip
     """Keeps each weight on its sphere and gives each step the length η · R: w ← R · normalise(w + η · R · normalise(u)).
 
-    R = ‖w‖₂ when attached (``"init"``, a multiple of it, or a number or schedule). The learning rate then means the length of a step
-    relative to the weight's norm: about the angle, in radians, that the weight turns by; 0.01 is a usual value, whatever the optimizer's
-    own scale was. A step of zero stays zero. Hyperball (arXiv 2606.16899, 2026), on any optimizer: over ``torch.optim.AdamW`` with
-    ``weight_decay=0`` it equals ``normwise.optim.AdamH``.
+    The learning rate then means the length of a step relative to the weight's norm: about the angle, in radians, that the weight turns by;
+    0.01 is a usual value, whatever the optimizer's own scale was. A step of zero stays zero. Hyperball (arXiv 2606.16899, 2026), on any
+    optimizer: over ``torch.optim.AdamW`` with ``weight_decay=0`` it equals ``normwise.optim.AdamH``.
 
-    Two rules: the update is normalised, then the weight. By default hidden, convolutional and recurrent matrices, each parameter as one
-    vector (``per="tensor"``); ``floor`` is the radius of a weight that starts at zero, which otherwise is an error.
+    Two rules: the update is normalised, then the weight. Outside normwise's own optimizers a copy of these weights is kept during the step.
 
-    Outside normwise's own optimizers it keeps a copy of these weights during the step.
+    Args:
+        radius: R; ``"init"`` (default) for ‖w‖₂ when attached, a multiple of it, a number or a schedule.
+        params: default the matrices.
+        per: default each parameter as one vector.
+        floor: the radius of a weight that starts at zero, which otherwise is an error.
 
     Raises:
         PolicyError: when attached to a parameter whose group has a ``weight_decay``, which would turn the step, not shorten the weight.
@@ -67,10 +69,15 @@ def relative_update(
     """Gives each step the length scale · η · ‖w‖: the learning rate is the relative change of the weight.
 
     u ← u · scale · η · ‖w‖ / ‖u‖, w as it was before the step (You et al., 2017, LARS, took gradients so; Bernstein et al., 2020, Fromage).
-    A step of zero stays zero. A weight that is zero when attached could never move, which is an error unless ``floor`` is given: then
-    max(‖w‖, floor) counts. Weights grow by about η²/2 of their norm a step: :func:`hyperball` keeps them, or :func:`radial_brake`.
+    A step of zero stays zero. Weights grow by about η²/2 of their norm a step: :func:`hyperball` keeps them, or :func:`radial_brake`.
+    The rule ``weight_decay`` acts before it and may stand beside it.
 
-    By default hidden, convolutional and recurrent matrices. The rule ``weight_decay`` acts before it and may stand beside it.
+    Args:
+        scale: > 0, default 1.
+        params: default the matrices.
+        norm: default ``"l2"``.
+        per: default each parameter.
+        floor: max(‖w‖, floor) counts for ‖w‖. Without it a weight that is zero when attached is an error, since it could never move.
 
     Raises:
         PolicyError: when attached to a parameter whose group has a ``weight_decay``, which would be measured as a part of the step.
@@ -85,8 +92,14 @@ def radial_brake(
 ) -> Rule:
     """Keeps only a share of what a step adds to a weight's norm: ‖w‖ ← before + keep · (after − before) where it grew.
 
-    The direction of the weight is the optimizer's; a norm that shrank is left as it is. ``keep=0`` lets no norm grow, 1 does nothing;
-    0.5 is NVIDIA's default (Emerging-Optimizers v0.5, ``RadialBrakeHook``). Needs the norms before the step, no copy of the weights.
+    The direction of the weight is the optimizer's; a norm that shrank is left as it is. Needs the norms before the step, no copy of the
+    weights. NVIDIA's Emerging-Optimizers v0.5, ``RadialBrakeHook``.
+
+    Args:
+        keep: in [0, 1]; 0 lets no norm grow, 1 does nothing. Default 0.5, NVIDIA's.
+        params: default the matrices.
+        norm: default ``"l2"``.
+        per: default each parameter.
     """
     shared: Any = on_matrices(params, common)
     return Rule(action="clip_norm", norm=norm, per=per, radius=Brake(keep), **shared)
@@ -130,11 +143,18 @@ def autoclip(
 ) -> Rule:  # fmt: skip
     """Clips the gradient to a percentile of the norms that it had so far: g ← g · min(1, p / ‖g‖), p found anew at each step.
 
-    The history holds the norms before clipping, this step's included, of the last ``window`` steps (default 10000; the paper keeps all),
-    and grows once a step that happens. Seetharaman et al., AutoClip: adaptive gradient clipping for source separation networks, 2020;
-    10 is theirs, so that nine of ten steps are clipped. ``per="tensor"`` keeps a history for each parameter: give a smaller window there,
-    since each history is sorted once a step (10000 norms: 0.8 ms on a CPU). ``on="update"`` clips what the optimizer adds to the weights
-    instead, by the history of that; ``per="global"`` is then for one optimizer.
+    The history holds the norms before clipping, this step's included, and grows once a step that happens. Seetharaman et al., AutoClip:
+    adaptive gradient clipping for source separation networks, 2020.
+
+    Args:
+        percentile: in [0, 100]; default 10, the paper's, so that nine of ten steps are clipped.
+        params: whose gradients; default everything.
+        window: how many norms the history keeps; default 10000, where the paper keeps all.
+        norm: default ``"l2"``.
+        per: default all as one vector. ``"tensor"`` keeps a history for each parameter: give a smaller window there, since each history is
+            sorted once a step (10000 norms: 0.8 ms on a CPU).
+        on: ``"update"`` clips what the optimizer adds to the weights instead, by the history of that; ``per="global"`` is then for one
+            optimizer.
     """
     return Rule(params=params, action="clip_norm", norm=norm, per=per, on=on, radius=Quantile(percentile, window), **common)
 
@@ -146,10 +166,17 @@ def zclip(
 ) -> Rule:  # fmt: skip
     """Clips only spikes: a gradient norm more than z deviations above its running mean, to mean + z²/score · deviation.
 
-    Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025 (arXiv 2504.02507), with its defaults: running mean and
-    variance with factor ``alpha``, which a spike enters as what it was clipped to; the first ``warmup`` norms only start them. See
-    :class:`normwise.radii.ZScore`. A norm that is not finite is left to ``on_nonfinite`` and does not enter. ``on="update"`` clips spikes
-    of what the optimizer adds to the weights instead; ``per="global"`` is then for one optimizer.
+    A spike enters the running mean and variance as what it was clipped to; a norm that is not finite is left to ``on_nonfinite`` and does
+    not enter. Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025 (arXiv 2504.02507), with its defaults.
+
+    Args:
+        z: > 0, default 2.5.
+        params: whose gradients; default everything.
+        alpha: the factor of the running mean and variance, default 0.97.
+        warmup: how many norms only start them, default 25. :class:`normwise.radii.ZScore` has the formulas.
+        norm: default ``"l2"``.
+        per: default all as one vector.
+        on: ``"update"`` clips spikes of what the optimizer adds to the weights instead; ``per="global"`` is then for one optimizer.
     """
     return Rule(params=params, action="clip_norm", norm=norm, per=per, on=on, radius=ZScore(z, alpha, warmup), **common)
 
@@ -165,14 +192,17 @@ def qk_clip(
     """Shrinks the queries and keys of attention heads whose largest logit exceeded tau: W_q, W_k ← √γ · W_q, √γ · W_k, γ = min(1, τ/max).
 
     After the step, for each head from the maxima that the attention reports, ``control.report_max_logits(attention, maxima)``; without a
-    report nothing happens. Biases of q and k are scaled too, so that the same inputs give γ times the logits. Kimi K2 (2025, arXiv
-    2507.20534); 100 is theirs. Under QK-norm the scale of W_q is divided away: there it has no effect.
+    report nothing happens. Biases of q and k are scaled too, so that the same inputs give γ times the logits. Under QK-norm the scale of
+    W_q is divided away: there it has no effect. Kimi K2 (2025, arXiv 2507.20534).
 
-    Which weights: without any selector the q and k of every ``nn.MultiheadAttention``. Otherwise
-    ``query="*q_proj.*", key="*k_proj.*", heads=8`` for separate layers; ``params="*c_attn.*", heads=(3, 8)`` for one layer of q, k and v
-    stacked in this order.
-    Where several query heads share a key (grouped-query: ``key_heads=2``), only the queries are scaled, by γ: the paper's rule for its
-    shared keys, since scaling a shared one would change heads that did not exceed τ. No ``key`` is needed then.
+    Args:
+        tau: the largest logit to leave; default 100, the paper's.
+        params: one layer of q, k and v stacked in this order: ``params="*c_attn.*", heads=(3, 8)``. Without any selector the q and k of
+            every ``nn.MultiheadAttention``.
+        query, key: separate layers: ``query="*q_proj.*", key="*k_proj.*", heads=8``.
+        heads: how many query heads there are, or (stacked matrices, heads).
+        key_heads: how many key heads, where several query heads share one (grouped-query). Only the queries are scaled then, by γ: the
+            paper's rule for its shared keys, since scaling a shared one would change heads that did not exceed τ. No ``key`` is needed.
     """
     if query is None:
         return Rule(action="qk_clip", radius=tau, heads=heads, **_fused(params, key, key_heads, common))
@@ -211,8 +241,13 @@ def _listed(selector: Selector | None) -> list[Any]:
 def orthogonal(radius: Varying = 1.0, params: Selector | None = None, *, per: str = "matrix", **common: Unpack[Common]) -> Rule:
     """Makes each matrix orthogonal after the step: radius · UVᵀ, the nearest one whose singular values are all ``radius``.
 
-    The projection onto the Stiefel manifold (the polar factor; Higham, 1986): of a rectangular matrix the shorter side is orthonormal. By
-    default hidden, convolutional and recurrent matrices, a convolution as its flattened filters. Costs a singular value decomposition.
+    The projection onto the Stiefel manifold (the polar factor; Higham, 1986): of a rectangular matrix the shorter side is orthonormal.
+    Costs a singular value decomposition.
+
+    Args:
+        radius: > 0, default 1.
+        params: default the matrices.
+        per: default each matrix that the module applies, a convolution as its flattened filters.
     """
     shared: Any = on_matrices(params, common)
     return Rule(action="project", norm=Orthogonal(), per=per, radius=radius, **shared)
@@ -222,8 +257,13 @@ def orthogonal(radius: Varying = 1.0, params: Selector | None = None, *, per: st
 def orthogonal_penalty(strength: Varying, params: Selector | None = None, *, per: str = "matrix", **common: Unpack[Common]) -> Rule:
     """Adds strength/4 · ‖WWᵀ − I‖_F² to the loss, on the shorter side: ``grad += strength * (WWᵀ − I)W`` before the step.
 
-    Soft orthogonality (Brock et al., 2017; Bansal et al., 2018): it pulls every singular value towards 1. By default hidden, convolutional
-    and recurrent matrices. Its value is in ``control.penalty()``.
+    Soft orthogonality (Brock et al., 2017; Bansal et al., 2018): it pulls every singular value towards 1. ``control.penalty()`` has its
+    value.
+
+    Args:
+        strength: >= 0.
+        params: default the matrices.
+        per: default each matrix that the module applies.
     """
     shared: Any = on_matrices(params, common)
     return Rule(action="penalty", norm=Orthogonal(), per=per, strength=strength, **shared)
