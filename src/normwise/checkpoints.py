@@ -130,8 +130,7 @@ def flat(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         NormwiseError: for any other type.
     """
     tensors: dict[str, Tensor] = {}
-    ways = Counter(_name(way) for way, _ in _ways(state, ()))
-    tree = _flatten(state, (), tensors, ways)
+    tree = _flatten(state, (), tensors, Counter(map(_name, _ways(state, ()))))
     return tensors, {KEY: json.dumps(tree, allow_nan=False)}
 
 
@@ -147,10 +146,10 @@ def nested(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Any:
         raise NormwiseError(f"these tensors and this metadata are none that normwise.checkpoints.flat() made ({error!r}).") from error
 
 
-def _ways(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _ways(value: Any, way: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """The way to every tensor within."""
     if isinstance(value, Tensor):
-        yield way, value
+        yield way
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, inner in items:
         yield from _ways(inner, (*way, key))

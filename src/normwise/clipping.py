@@ -46,20 +46,6 @@ def clip_grad_norm_(
     Raises:
         NormError: a threshold that is negative, zero or NaN, or norm_type below 1; nothing was changed.
     """
-    _check(max_norm, norm_type)
-    grads = _gradients(parameters)
-    if not grads:
-        return torch.tensor(0.0)
-    total = over_all(grads, lambda rows: _norm(rows, float(norm_type)))
-    grads = [here(g) for g in grads]
-    if error_if_nonfinite and not bool(total.isfinite()):
-        raise NonFiniteError(f"the gradients' norm of order {norm_type} is {float(total)}: they are not finite, and were not changed.")
-    if max_norm != math.inf:
-        _scale(grads, clip_factor(total.reshape(1), float(max_norm)))
-    return total.to(compute_dtype(grads[0].dtype.to_real()))
-
-
-def _check(max_norm: float, norm_type: float) -> None:
     if not float(max_norm) > 0:
         raise NormError(
             f"max_norm is {max_norm}, and must be > 0: a negative threshold would flip the gradients, zero would erase them. "
@@ -67,9 +53,6 @@ def _check(max_norm: float, norm_type: float) -> None:
         )
     if not float(norm_type) >= 1:
         raise NormError(f"norm_type is {norm_type}, and must be >= 1, or float('inf'): below 1 it is no norm.")
-
-
-def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     for p in listed:
         if p.grad is not None and is_sharded(p.grad) and is_sharded(p):
@@ -79,7 +62,15 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     for g in grads:
         if g.layout != torch.strided:
             raise NormError(f"a gradient is sparse ({g.layout}): clip_grad_norm_ needs dense ones, for instance Embedding(sparse=False).")
-    return grads
+    if not grads:
+        return torch.tensor(0.0)
+    total = over_all(grads, lambda rows: _norm(rows, float(norm_type)))
+    grads = [here(g) for g in grads]
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise NonFiniteError(f"the gradients' norm of order {norm_type} is {float(total)}: they are not finite, and were not changed.")
+    if max_norm != math.inf:
+        _scale(grads, clip_factor(total.reshape(1), float(max_norm)))
+    return total.to(compute_dtype(grads[0].dtype.to_real()))
 
 
 def _norm(rows: Tensor, order: float) -> Tensor:

@@ -28,8 +28,8 @@ def check_model(model: Any, optimizer: Any) -> None:
     if isinstance(model, nn.Module):
         return
     if isinstance(optimizer, nn.Module):
-        raise PolicyError(f"the arguments are swapped, {_kind(model)} before a model. Write attach(model, optimizer, rules).")
-    what = "parameters" if isinstance(model, Iterable) and not isinstance(model, str) else _kind(model)
+        raise PolicyError(f"the arguments are swapped, a {type(model).__name__} before a model. Write attach(model, optimizer, rules).")
+    what = "parameters" if isinstance(model, Iterable) and not isinstance(model, str) else f"a {type(model).__name__}"
     raise PolicyError(
         f"attach needs the model, given {what}: rules name parameters and ask module types for their axes. Write attach(model, "
         "optimizer, rules)."
@@ -61,8 +61,7 @@ def _hooked(given: Any) -> Optimizer:
             name, inner = type(wrapper).__name__, type(optimizer).__name__
             warnings.warn(
                 f"torch runs no step hooks for {name}, which does not call Optimizer.__init__: the rules act in the steps of its "
-                ".optimizer, a "
-                f"{inner}. What {name} does to the weights after those steps is not held; control.verify() measures it.",
+                f".optimizer, a {inner}. What {name} does to the weights after those steps is not held; control.verify() measures it.",
                 stacklevel=5,
             )
     result: Optimizer = optimizer
@@ -71,10 +70,8 @@ def _hooked(given: Any) -> Optimizer:
 
 def _runs_hooks(optimizer: Any) -> bool:
     """torch wraps ``step`` when an instance is initialised, class by class; a class of its own that never does has hooks that never run."""
-    if not hasattr(optimizer, "register_step_pre_hook"):
-        return False
     if not isinstance(optimizer, Optimizer):
-        return True
+        return hasattr(optimizer, "register_step_pre_hook")
     return "_optimizer_step_pre_hooks" in vars(optimizer) and getattr(type(optimizer).step, "hooked", False)
 
 
@@ -87,10 +84,6 @@ def _why_not(given: Any) -> str:
     driven = [f".{where} (a {type(one).__name__})" for where, one in inside if isinstance(one, Optimizer)]
     instead = f" Attach to the optimizer that it drives, {driven[0]}." if driven else " Attach to the optimizer that it drives."
     return f"torch runs no step hooks for this {name}, which does not call Optimizer.__init__, so that no rule would ever act.{instead}"
-
-
-def _kind(given: Any) -> str:
-    return f"a {type(given).__name__}"
 
 
 def check_ranks(model: nn.Module, policy: Policy, on_nonfinite: str) -> None:
@@ -109,8 +102,7 @@ def check_ranks(model: nn.Module, policy: Policy, on_nonfinite: str) -> None:
         here, there = next((a, b) for a, b in pairs if a != b)
         raise PolicyError(
             f"the ranks of this sharded model have different rules: rank {ranks[0]} has {here}, rank {ranks[other]} has {there}. Give "
-            "every rank "
-            "the same policy."
+            "every rank the same policy."
         )
 
 
