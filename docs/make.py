@@ -37,7 +37,7 @@ Cell = dict[str, Any]
 def load(name: str) -> dict[str, Any] | None:
     """Results by name: a race from its raw runs, ``race`` for all of them by task; None where there is nothing yet."""
     if name == "race":
-        found = {task: race for task in race_tables.SUPERVISED if (race := load(f"race-{task}")) is not None}
+        found = {task: race for task in race_tables.RACED if (race := load(f"race-{task}")) is not None}
         return found or None
     if name.startswith(("race-", "other-")):
         return raced(RESULTS / f"{name}.runs.jsonl")
@@ -178,7 +178,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mnist in full": ("cnn-mnist", in_full),
     "race": ("race", all_races),
     "races": ("race", race_tables.summary),
-    **{f"race {task}": (f"race-{task}", one_race) for task in race_tables.SUPERVISED},
+    **{f"race {task}": (f"race-{task}", one_race) for task in race_tables.RACED},
     **{f"other {task}": (f"other-{task}", partial(one_race, drawn=False)) for task in ("cnn", "gpt")},
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -31,7 +32,7 @@ from normwise.experiments.framework import interrupts
 from normwise.experiments.framework import pool as pool_module
 from normwise.experiments.framework import study as job
 from normwise.experiments.framework.lock import locked
-from normwise.experiments.framework.pool import pool
+from normwise.experiments.framework.pool import open_pool
 from normwise.experiments.gan import study as gan
 from normwise.experiments.prune import study as prune
 from normwise.experiments.race import study as race_module
@@ -240,7 +241,7 @@ BIG = 1 << 22
 
 
 def test_workers_do_what_is_asked_on_big_data_and_end_with_the_pool() -> None:
-    with pool(2, torch.zeros(BIG)) as executor:
+    with open_pool(2, partial(copy.copy, torch.zeros(BIG))) as executor:
         futures = [executor.submit(os.path.join, "a", str(n)) for n in range(20)]
         assert [future.result(PATIENCE) for future in futures] == [f"a/{n}" for n in range(20)]
         with pytest.raises(ZeroDivisionError) as caught:
@@ -256,7 +257,7 @@ def test_workers_do_what_is_asked_on_big_data_and_end_with_the_pool() -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.3, 2.0])
 def test_a_worker_that_dies_while_the_pool_starts_is_an_error_and_no_wait(delay: float) -> None:
     """The data are far larger than a pipe, in which the study would wait for ever for a reader."""
-    with pytest.raises(StudyError, match="A worker process was killed"), pool(2, torch.zeros(BIG)) as executor:
+    with pytest.raises(StudyError, match="A worker process was killed"), open_pool(2, partial(copy.copy, torch.zeros(BIG))) as executor:
         time.sleep(delay)
         os.kill(executor._processes[0].pid, signal.SIGKILL)    # type: ignore[attr-defined]
         with pool_module.working(executor):

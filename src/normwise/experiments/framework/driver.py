@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from normwise.experiments.framework.elsewhere import Elsewhere, opened
-from normwise.experiments.framework.pool import STOPPING, call, finished, open_pool, still_running, working
+from normwise.experiments.framework.pool import STOPPING, call, finished, open_pool, working
 from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.store import NUMBER, Form, Result, Run, Store, key_of
 
@@ -108,20 +108,23 @@ class Driver:
         with working(self.executor):
             try:
                 while self.queue or self.pending:
-                    self._hand_out(self.executor)
+                    # One run more than there are workers, so that none waits for this process, and few enough for Ctrl-C to be quick.
+                    slots = self.executor.slots() if isinstance(self.executor, Elsewhere) else self.workers
+                    capacity = 1 if self.workers == 1 and not self.elsewhere else slots + 1
+                    while self.queue and len(self.pending) < capacity:
+                        going, k = self.queue.popleft()
+                        self.pending[self.executor.submit(call, going.runs[k])] = going, k
                     self._collect()
             except KeyboardInterrupt:
+                # Those that no worker has begun are cancelled; the others are finished and kept.
+                self.queue.clear()
+                self.pending = {future: one for future, one in self.pending.items() if not future.cancel()}
+                if self.pending:
+                    self.progress.note(STOPPING.format(len(self.pending)))
                 with suppress(BrokenExecutor):
-                    self._finish_pending()
+                    while self.pending:
+                        self._collect()
                 raise
-
-    def _hand_out(self, executor: Executor) -> None:
-        # One more than there are workers, so that none waits for this process, and few enough for Ctrl-C to be quick.
-        slots = executor.slots() if isinstance(executor, Elsewhere) else self.workers
-        capacity = 1 if self.workers == 1 and not self.elsewhere else slots + 1
-        while self.queue and len(self.pending) < capacity:
-            going, k = self.queue.popleft()
-            self.pending[executor.submit(call, going.runs[k])] = going, k
 
     def _collect(self) -> None:
         for future in finished(self.pending):
@@ -132,14 +135,6 @@ class Driver:
             going.results[k] = result
             if going.complete:
                 self._advance(going)
-
-    def _finish_pending(self) -> None:
-        self.queue.clear()
-        self.pending = {future: self.pending[future] for future in still_running(self.pending)}
-        if self.pending:
-            self.progress.note(STOPPING.format(len(self.pending)))
-        while self.pending:
-            self._collect()
 
     def _advance(self, going: _Going) -> None:
         """Sends results to the plan until it asks for a run that is not kept."""

@@ -98,7 +98,10 @@ def watching(own: bool) -> Iterator[None]:
         yield
     finally:
         if before is not None and not _watch.own:
-            _stop(before)
+            sys.unraisablehook = before.pop(0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            _watch.on = False
 
 
 def leave(status: int) -> NoReturn:
@@ -210,7 +213,11 @@ def _start(own: bool) -> dict[int, Any] | None:
     _watch.__init__()  # type: ignore[misc]
     _watch.own, _watch.on = own, True
     if own:
-        _fill_standard_streams()
+        # Where a standard stream is closed (``>&-``), the next file that is opened would take its place, and get what is printed.
+        with suppress(OSError):
+            while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+                pass
+            os.close(fd)
     usual = (signal.SIG_DFL, signal.default_int_handler)
     mine = [number for number in (_SIGNALS if own else _SIGNALS[:1]) if signal.getsignal(number) in usual]
     before: dict[int, Any] = {number: signal.signal(number, _watch.handle) for number in mine}
@@ -219,38 +226,23 @@ def _start(own: bool) -> dict[int, Any] | None:
     return before
 
 
-def _stop(before: dict[int, Any]) -> None:
-    sys.unraisablehook = before.pop(0)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    _watch.on = False
-
-
 def _again(unraisable: Any) -> None:
     """Python swallows an exception that is raised in a finalizer or a callback, and prints it: Ctrl-C is to act after it instead."""
+
+    def press() -> None:
+        main = threading.main_thread().ident
+        if hasattr(signal, "pthread_kill") and main is not None:
+            signal.pthread_kill(main, signal.SIGINT)
+        else:
+            signal.raise_signal(signal.SIGINT)
+
     if unraisable.exc_type is KeyboardInterrupt:
         _watch.raised = -_ONE_PRESS
-        later = threading.Timer(0.02, _press)
+        later = threading.Timer(0.02, press)
         later.daemon = True
         later.start()
     else:
         sys.__unraisablehook__(unraisable)
-
-
-def _press() -> None:
-    main = threading.main_thread().ident
-    if hasattr(signal, "pthread_kill") and main is not None:
-        signal.pthread_kill(main, signal.SIGINT)
-    else:
-        signal.raise_signal(signal.SIGINT)
-
-
-def _fill_standard_streams() -> None:
-    """Where one of them is closed (``>&-``), the next file that is opened would take its place, and get what is printed."""
-    with suppress(OSError):
-        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-            pass
-        os.close(fd)
 
 
 def _end_all(pids: set[int]) -> None:

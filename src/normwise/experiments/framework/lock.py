@@ -70,14 +70,16 @@ def _take(path: Path, beside: Path, note: Callable[[str], None]) -> int | None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _same(fd, beside):
                 os.ftruncate(fd, 0)
-                os.write(fd, _about_us())
+                about = {"pid": os.getpid(), "host": platform.node(), "start": time.strftime("%Y-%m-%d %H:%M:%S"),
+                         "command": " ".join(sys.argv)[:200]}  # fmt: skip
+                os.write(fd, json.dumps(about).encode())
                 return fd
             os.close(fd)  # it was another study's, which ended in between and took it away
         except BlockingIOError:
-            about = _about(fd)
+            other = _about(fd)
             os.close(fd)
             raise StudyError(
-                f"{path}: another study works on this file: {about}. Wait until it has ended, or end it, or give another --state."
+                f"{path}: another study works on this file: {other}. Wait until it has ended, or end it, or give another --state."
             ) from None
         except OSError as error:
             os.close(fd)
@@ -92,11 +94,6 @@ def _same(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _about_us() -> bytes:
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    return json.dumps({"pid": os.getpid(), "host": platform.node(), "start": now, "command": " ".join(sys.argv)[:200]}).encode()
 
 
 def _about(fd: int) -> str:

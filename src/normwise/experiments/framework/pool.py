@@ -73,9 +73,15 @@ class Workers(Executor):
         self._error: BaseException | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
+        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)    # Windows: no Ctrl-C for it
+        # -P: the folder of worker.py is no place to import from.
+        command = [sys.executable, "-P", os.fspath(_WORKER)]
         try:
             for _ in range(count):
-                self._processes.append(_process())
+                with interrupts.no_interrupts():
+                    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=flags)
+                    interrupts.own(process.pid)
+                self._processes.append(process)
         except OSError as error:
             self.kill()
             raise StudyError(f"A worker process cannot be started ({error.strerror or error}); give a smaller --workers.") from None
@@ -160,17 +166,6 @@ class Workers(Executor):
                     what(job[0])
 
 
-def _process() -> subprocess.Popen[bytes]:
-    """-P: the folder of worker.py is no place to import from."""
-    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows: no Ctrl-C for it
-    with interrupts.no_interrupts():
-        process = subprocess.Popen(
-            [sys.executable, "-P", os.fspath(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=flags
-        )
-        interrupts.own(process.pid)
-    return process
-
-
 def _send(stream: Any, message: bytes) -> None:
     stream.write(len(message).to_bytes(8, "little"))
     stream.write(message)
@@ -187,33 +182,25 @@ def _receive(stream: Any) -> Any:
 
 def serve(receive: Callable[[], bytes], answers: BinaryIO) -> None:
     """What a worker does: sets itself up with the first message, then answers calls, for ever."""
-    work: Callable[[], Any] = partial(_set_up, receive)
+    first = True
     while True:
+        message = receive()
         try:
-            answer = pickle.dumps((True, work()))
+            if first:
+                _start(pickle.loads(message))
+                torch.set_num_threads(1)
+            answer = pickle.dumps((True, None if first else pickle.loads(message)()))
         except Exception as error:
-            answer = pickle.dumps((False, _portable(error)))
+            # With the worker's traceback, which would be lost; as a RuntimeError where it cannot travel.
+            told = "".join(traceback.format_exception(error))
+            error.add_note(f"In a worker process:\n{told}")
+            try:
+                answer = pickle.dumps((False, error))
+                pickle.loads(answer)
+            except Exception:
+                answer = pickle.dumps((False, RuntimeError(told)))
+        first = False
         _send(answers, answer)
-        work = partial(_called, receive())
-
-
-def _set_up(receive: Callable[[], bytes]) -> None:
-    _start(pickle.loads(receive()))
-    torch.set_num_threads(1)
-
-
-def _called(message: bytes) -> Any:
-    return pickle.loads(message)()
-
-
-def _portable(error: Exception) -> Exception:
-    """With the worker's traceback, which would be lost; as a RuntimeError where it cannot travel."""
-    error.add_note("In a worker process:\n" + "".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error
 
 
 # ----------------------------------------------------------------------------------------------------- for the studies
@@ -233,15 +220,6 @@ def open_pool(workers: int, setup: Callable[[], Any], context: Any = None) -> It
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         executor.kill()
-
-
-def pool(workers: int, data: Any) -> AbstractContextManager[Executor]:
-    """An executor of ``call(run)`` on the data."""
-    return open_pool(workers, partial(_itself, data))
-
-
-def _itself(data: Any) -> Any:
-    return data
 
 
 @contextmanager
@@ -276,11 +254,6 @@ def finished(pending: Collection[Future[Any]]) -> list[Future[Any]]:
         done, _ = wait(pending, _POLL, FIRST_COMPLETED)
         if done:
             return sorted(done, key=lambda future: future.exception() is not None)
-
-
-def still_running(pending: Collection[Future[Any]]) -> list[Future[Any]]:
-    """Cancels those that no worker has begun, and gives the others."""
-    return [future for future in pending if not future.cancel()]
 
 
 def call(run: Run) -> Result:

@@ -25,18 +25,15 @@ _HANDLER = "normwise.plain"
 
 def plain(text: str) -> str:
     """In ASCII: what has no other spelling becomes a question mark."""
-    return "".join(map(_spelled, text))
 
+    def spelled(character: str) -> str:
+        if character.isascii():
+            return character
+        if "\u2500" <= character <= "\u259f" and character not in _PLAIN:    # what remains of lines and blocks
+            return "+" if character < "\u2580" else "#"
+        return _PLAIN.get(character) or unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode() or "?"
 
-def _spelled(character: str) -> str:
-    if character.isascii():
-        return character
-    if character in _PLAIN:
-        return _PLAIN[character]
-    if "\u2500" <= character <= "\u259f":  # what remains of lines and blocks
-        return "+" if character < "\u2580" else "#"
-    spelled = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-    return spelled or "?"
+    return "".join(map(spelled, text))
 
 
 def for_stream(text: str, stream: TextIO) -> str:

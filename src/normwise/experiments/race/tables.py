@@ -10,7 +10,8 @@ from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, geomet
 from normwise.experiments.framework.printing import markdown
 from normwise.experiments.framework.provenance import where
 
-SUPERVISED = ("cnn", "resnet", "lstm", "gpt")
+RACED = ("cnn", "resnet", "lstm", "gpt")
+"""The tasks of the published races, in the order of their tables."""
 Results = Mapping[str, Any]
 Row = dict[str, str]
 
@@ -56,20 +57,21 @@ def _interval(line: Results) -> tuple[float, float]:
 
 def rows(results: Results) -> list[Row]:
     """A row a contender, the fastest first, for a terminal."""
-    return [_cells(line, results) | _rate(line) for line in _ranked(results)]
+    return [_cells(line, results) | {"rate": f"{line['tuned']['numbers']['lr']:g}{_edge(line)}"} for line in _ranked(results)]
 
 
 def ranked(results: Mapping[str, Results]) -> list[str]:
     """Every contender that has a line in some race: the most races, then the smallest mean share first; baselines last."""
-    lines = [line for one in results.values() for line in one["contenders"]]
-    names = list(dict.fromkeys(line["name"] for line in lines))
-    return sorted(names, key=lambda name: _rank([line for line in lines if line["name"] == name]))
+    lines: dict[str, list[Results]] = {}
+    for line in (line for one in results.values() for line in one["contenders"]):
+        lines.setdefault(line["name"], []).append(line)
 
+    def place(name: str) -> tuple[bool, int, int, float]:
+        shares = [line["share"] for line in lines[name] if line["share"] is not None]
+        mean = geometric_mean(shares) if shares else math.inf
+        return bool(lines[name][0]["baseline"]), len(lines[name]) - len(shares), -len(shares), mean
 
-def _rank(lines: Sequence[Results]) -> tuple[bool, int, int, float]:
-    shares = [line["share"] for line in lines if line["share"] is not None]
-    mean = geometric_mean(shares) if shares else math.inf
-    return bool(lines[0]["baseline"]), sum(line["share"] is None for line in lines), -len(shares), mean
+    return sorted(lines, key=place)
 
 
 # -------------------------------------------------------------------------------------------------------- docs/results.md
@@ -79,80 +81,49 @@ def page(results: Results) -> str:
     """One task: the target, what every contender needed for it and gives beside that, its tuned numbers, and where it was measured."""
     parts = [title(results)]
     if results["contenders"]:
-        parts += [markdown(_full(results)), _doubled(results), "Tuned numbers, to use as they are:", markdown(numbers(results))]
-    return "\n\n".join([*parts, *_left(results), _where(results)])
+        full = []
+        for line in _ranked(results):
+            zeros, broken = _mean([end["sparsity"] for end in line["ends"]]), sum(len(end["breaches"]) for end in line["ends"])
+            beside = {"zero weights, %": number(None if zeros is None else 100 * zeros, 1), "bounds broken": str(broken)}
+            full.append(_cells(line, results) | beside)
+        (_, before), (samples, after) = results["horizon"]["results"][-2:]
+        parts += [
+            markdown(full),
+            f"One more doubling of the horizon, to {samples} samples, took untuned AdamW from {number(before, 4)} to {number(after, 4)}.",
+            "Tuned numbers, to use as they are:", markdown(numbers(results)),
+        ]  # fmt: skip
+    if results["unfinished"]:
+        parts.append(f"Not finished: {', '.join(results['unfinished'])}.")
+    protocol, data = results["protocol"], f" on {results['data']}" if results["data"] else ""
+    parts.append(
+        f"Task `{results['task']}`{data}, protocol {protocol['number']}, budget {results['budget']}: {protocol['trials']} trials a "
+        f"contender, reported seeds 0 to {protocol['seeds'] - 1}; {where(results['machine'])}."
+    )
+    return "\n\n".join(parts)
 
 
 def summary(results: Mapping[str, Results]) -> str:
     """All tasks: contender × task, shares of samples / of seconds, and their geometric means over the supervised tasks."""
-    known = {task: results[task] for task in SUPERVISED if task in results}
-    table = [_summed(name, known) for name in ranked(known)]
-    said = [
+    known = {task: results[task] for task in RACED if task in results}
+    table = []
+    for name in ranked(known):
+        found = {task: line for task, one in known.items() for line in one["contenders"] if line["name"] == name}
+        row = {"contender": next(iter(found.values()))["label"], **dict.fromkeys(RACED, "-")}
+        for task, line in found.items():
+            row[task] = "missed" if line["share"] is None else f"{line['share']:.2f} / {number(line['seconds_share'])}"
+        for of, key in (("samples", "share"), ("seconds", "seconds_share")):
+            shares = [line[key] for line in found.values() if line[key] is not None]
+            row[f"mean, {of}"] = f"{geometric_mean(shares):.2f}" if len(shares) == len(RACED) else "-"
+        table.append(row)
+    said = (
         "Share of the baseline's horizon that each contender needs for the baseline's result: of its samples / of its seconds. "
         "Below 1 is sooner, above 1 later; missed: half of the seeds or more did not get there at all; "
         "-: not measured, and the means then have no value."
-    ]
-    return "\n\n".join([*said, *([markdown(table)] if table else []), _unfinished(known)])
-
-
-def _summed(name: str, results: Mapping[str, Results]) -> Row:
-    lines = {task: _line(one, name) for task, one in results.items()}
-    label = next(line["label"] for line in lines.values() if line)
-    means = {f"mean, {of}": _mean_share([lines.get(task) for task in SUPERVISED], key)
-             for of, key in (("samples", "share"), ("seconds", "seconds_share"))}  # fmt: skip
-    return {"contender": label, **{task: _pair(lines.get(task)) for task in SUPERVISED}, **means}
-
-
-def _line(results: Results, name: str) -> Results | None:
-    return next((line for line in results["contenders"] if line["name"] == name), None)
-
-
-def _pair(line: Results | None) -> str:
-    if line is None:
-        return "-"
-    return "missed" if line["share"] is None else f"{line['share']:.2f} / {number(line['seconds_share'])}"
-
-
-def _mean_share(lines: Sequence[Results | None], key: str) -> str:
-    shares = [None if line is None else line[key] for line in lines]
-    return "-" if None in shares else f"{geometric_mean([float(s) for s in shares if s is not None]):.2f}"
-
-
-def _unfinished(results: Mapping[str, Results]) -> str:
-    """What is not finished, in a sentence."""
-    missing = [f"{task} (no runs)" for task in SUPERVISED if task not in results]
-    partly = [f"{task} ({', '.join(one['unfinished'])})" for task, one in results.items() if one["unfinished"]]
-    return f"Not finished: {'; '.join(missing + partly)}." if missing or partly else "All four races are finished."
-
-
-def _left(results: Results) -> list[str]:
-    return [f"Not finished: {', '.join(results['unfinished'])}."] if results["unfinished"] else []
-
-
-def _where(results: Results) -> str:
-    """Task, machine, versions, seeds and budget in one sentence."""
-    protocol, seeds = results["protocol"], results["protocol"]["seeds"]
-    data = f" on {results['data']}" if results["data"] else ""
-    return (
-        f"Task `{results['task']}`{data}, protocol {protocol['number']}, budget {results['budget']}: "
-        f"{protocol['trials']} trials a contender, reported seeds 0 to {seeds - 1}; "
-        f"{where(results['machine'])}."
     )
-
-
-def _doubled(results: Results) -> str:
-    (_, before), (samples, after) = results["horizon"]["results"][-2:]
-    return f"One more doubling of the horizon, to {samples} samples, took untuned AdamW from {number(before, 4)} to {number(after, 4)}."
-
-
-def _full(results: Results) -> list[Row]:
-    return [_cells(line, results) | _beside(line) for line in _ranked(results)]
-
-
-def _beside(line: Results) -> Row:
-    ends = line["ends"]
-    zeros, broken = _mean([end["sparsity"] for end in ends]), sum(len(end["breaches"]) for end in ends)
-    return {"zero weights, %": number(None if zeros is None else 100 * zeros, 1), "bounds broken": str(broken)}
+    missing = [f"{task} (no runs)" for task in RACED if task not in results]
+    missing += [f"{task} ({', '.join(one['unfinished'])})" for task, one in known.items() if one["unfinished"]]
+    end = f"Not finished: {'; '.join(missing)}." if missing else "All four races are finished."
+    return "\n\n".join([said, *([markdown(table)] if table else []), end])
 
 
 def numbers(results: Results) -> list[Row]:
@@ -160,15 +131,13 @@ def numbers(results: Results) -> list[Row]:
         {
             "contender": line["label"], "trials": str(line["tuned"]["trials"]),
             f"validation {results['metric']}, tuned": number(line["tuned"]["result"], 4),
-            "numbers": ", ".join(f"{name} {_short(value)}" for name, value in line["tuned"]["numbers"].items()) + _edge(line),
+            "numbers": ", ".join(
+                f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in line["tuned"]["numbers"].items()
+            ) + _edge(line),
             "share of each seed": " ".join("missed" if s is None else f"{s:.2f}" for s in line["shares"]),
         }
         for line in _ranked(results)
     ]  # fmt: skip
-
-
-def _short(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ cells
@@ -191,10 +160,6 @@ def _cells(c: Results, results: Results) -> Row:
         "spikes": str(sum(end["spikes"] for end in c["ends"])),
         "result at rate × 0.1, 0.3, 1, 3, 10": " ".join(number(r["result"], 2) for r in c["robustness"]) or "-",
     }  # fmt: skip
-
-
-def _rate(c: Results) -> Row:
-    return {"rate": f"{c['tuned']['numbers']['lr']:g}{_edge(c)}"}
 
 
 def _edge(c: Results) -> str:
