@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from normwise.errors import DataError, OutputError
 from normwise.files import NOTHING, append_to, content, what_is
@@ -61,11 +61,6 @@ def key_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def open_state(path: Path) -> BinaryIO:
-    """The file of finished runs, open for one more line: the one place where it is opened for writing."""
-    return append_to(path)
-
-
 class Store:
     """Results by the key of their settings; kept in memory only where ``path`` is None.
 
@@ -104,9 +99,11 @@ class Store:
         line = json.dumps({"key": key, "settings": dict(settings), "result": result, "sum": _sum(settings, result)}, allow_nan=False)
         if self.path is not None:
             try:
-                with open_state(self.path) as file:
+                with append_to(self.path) as file:
                     # The newline comes first: a line that was cut off before must not swallow this one.
-                    _write(file, b"\n" + line.encode())
+                    rest = b"\n" + line.encode()
+                    while rest:    # without a buffer, a disk that fills up takes a part and says so at the next write only
+                        rest = rest[file.write(rest) :]
                     os.fsync(file.fileno())
             except OSError as error:
                 if isinstance(error, OutputError):
@@ -134,12 +131,6 @@ def fits(value: Any, form: Form) -> bool:
     if isinstance(form, tuple):
         return any(fits(value, one) for one in form)
     return isinstance(value, form) and (form is bool or not isinstance(value, bool))
-
-
-def _write(file: BinaryIO, line: bytes) -> None:
-    """All of it: without a buffer, a disk that fills up takes a part and says so at the next write only."""
-    while line:
-        line = line[file.write(line) :]
 
 
 def _entry(line: str) -> Record | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import normwise as nw
-from normwise.experiments.framework.timing import in_turn, seconds_each
+from normwise.experiments.framework.timing import in_turn, milliseconds, seconds_each
 from normwise.experiments.prune.run import example, rules, sgd
 from normwise.experiments.tasks.task import Batch, Task
 from normwise.prune import cut
@@ -32,11 +32,16 @@ def measure(task: Task, shapes: Sequence[Mapping[str, Sequence[int]]], rounds: i
     full = task.build()
     models = [full, task.build(), *(cut(full, inputs, units) for units in shapes)]
     lanes = [_Lane(task, model, rules(model, inputs, 1e-6, hold=hold) if place == 1 else []) for place, model in enumerate(models)]
-    first, lasso, *smaller = [_by_kind(kept) for kept in in_turn([lane.burst for lane in lanes], rounds)]
+    taken = in_turn([lane.burst for lane in lanes], rounds)
+    first, lasso, *smaller = [dict(zip(KINDS, zip(*bursts, strict=True), strict=True)) for bursts in taken]
+
+    def ratios(of: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        return {kind: statistics.median(x / y for x, y in zip(of[kind], first[kind], strict=True)) for kind in KINDS}
+
+    full_ms, lasso_ms, *smaller_ms = [{kind: milliseconds(of[kind]) for kind in KINDS} for of in (first, lasso, *smaller)]
     return {
-        "full": _medians(first), "lasso": {"step_ms": _medians(lasso)["step_ms"]}, "smaller": [_medians(s) for s in smaller],
-        "ratio": [{kind: _ratio(s[kind], first[kind]) for kind in KINDS} for s in smaller],
-        "lasso_ratio": _ratio(lasso["step_ms"], first["step_ms"]), "rounds": rounds, "threads": 1,
+        "full": full_ms, "lasso": {"step_ms": lasso_ms["step_ms"]}, "smaller": smaller_ms, "ratio": [ratios(of) for of in smaller],
+        "lasso_ratio": ratios(lasso)["step_ms"], "rounds": rounds, "threads": 1,
     }  # fmt: skip
 
 
@@ -65,15 +70,3 @@ class _Lane:
 
     def infer(self, batch: Batch) -> None:
         self.task.loss(self.model, batch)  # the forward pass in the task's own precision, and a cross-entropy beside it
-
-
-def _by_kind(kept: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    return {kind: [1e3 * seconds for seconds in column] for kind, column in zip(KINDS, zip(*kept, strict=True), strict=True)}
-
-
-def _medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {kind: statistics.median(values) for kind, values in times.items()}
-
-
-def _ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))

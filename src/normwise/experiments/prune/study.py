@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TextIO
 
 from normwise.errors import StudyError, nearest
-from normwise.experiments.framework.driver import Driver, Plan
+from normwise.experiments.framework.driver import Plan
 from normwise.experiments.framework.figures import spread
 from normwise.experiments.framework.printing import show_table
 from normwise.experiments.framework.progress import Progress
@@ -100,6 +100,15 @@ def study(options: Options, progress: Progress | None = None, budget: Budget | N
         lr, strength, rates, strengths = driver.run({"tuning": tuned(make, options.task)})["tuning"]
         found = driver.run({str(seed): one_seed(make, seed, lr, strength) for seed in range(plan.seeds)})
         seeds = [found[str(seed)] for seed in range(plan.seeds)]
+        shapes = [seed["smaller"]["removed"] for seed in seeds]
+        settings = {"kind": "prune timing", "task": task.key, "shapes": shapes, "rounds": plan.rounds}
+        times: Form = dict.fromkeys(step_cost.KINDS, NUMBER)
+        timing = driver.measured(
+            settings | ({"hold": True} if options.hold else {}),
+            {"full": times, "smaller": [times] * len(shapes), "ratio": [times] * len(shapes)},
+            lambda: step_cost.measure(task, shapes, plan.rounds, options.hold),
+            "Measuring times, full and smaller networks in turn.",
+        )  # fmt: skip
         protocol = {
             **asdict(plan), "tuning_seed": TUNING_SEED, "batch": task.batch, "allowed_loss": ALLOWED_LOSS, "momentum": MOMENTUM,
             "fine_tuning_rate": FINE_TUNING_RATE, "lasso_after": LASSO_AFTER, "hold": options.hold,
@@ -109,7 +118,7 @@ def study(options: Options, progress: Progress | None = None, budget: Budget | N
             "machine": machine(), "budget": options.budget, "lr": lr, "strength": strength, "protocol": protocol,
             "test_images": task.facts["test"], "rates": [_line("lr", rate, found) for rate, found in sorted(rates.items())],
             "strengths": [_line("strength", s, found) for s, found in sorted(strengths.items())],
-            "seeds": seeds, "summary": summary(seeds), "timing": _timing(driver, task, plan, options.hold, seeds),
+            "seeds": seeds, "summary": summary(seeds), "timing": timing,
         }  # fmt: skip
 
 
@@ -173,17 +182,6 @@ def one_seed(make: Make, seed: int, lr: float, strength: float) -> Plan:
 # --------------------------------------------------------------------------------------------------------- the results
 
 
-def _timing(driver: Driver, task: Task, plan: Budget, hold: bool, seeds: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    shapes = [seed["smaller"]["removed"] for seed in seeds]
-    settings = {"kind": "prune timing", "task": task.key, "shapes": shapes, "rounds": plan.rounds}
-    times: Form = dict.fromkeys(step_cost.KINDS, NUMBER)
-    form: Form = {"full": times, "smaller": [times] * len(shapes), "ratio": [times] * len(shapes)}
-    return driver.measured(
-        settings | ({"hold": True} if hold else {}), form, lambda: step_cost.measure(task, shapes, plan.rounds, hold),
-        "Measuring times, full and smaller networks in turn.",
-    )  # fmt: skip
-
-
 def chosen(strengths: Mapping[float, Mapping[str, Any]], full: Mapping[str, Any]) -> float:
     """The strength with the fewest parameters among those at most ``ALLOWED_LOSS`` below the full network on validation, fine-tuned;
     the best on validation where there is none. StudyError where every run failed."""
@@ -199,18 +197,13 @@ def chosen(strengths: Mapping[float, Mapping[str, Any]], full: Mapping[str, Any]
 
 def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Over seeds, by network: test accuracy trained and fine-tuned, parameters, multiplications; and the largest output difference."""
-    networks = {name: [seed[name] for seed in seeds] for name in ("full", "smaller", "fresh")}
-    return {
-        name: {
-            "trained": _over(runs, "trained"), "fine_tuned": _over(runs, "fine_tuned"),
-            "parameters": statistics.fmean(run["parameters"] for run in runs),
-            "multiplications": statistics.fmean(run["multiplications"] for run in runs),
-        } for name, runs in networks.items()
-    } | {"difference": max(seed["smaller"]["difference"] for seed in seeds), "before": _over(networks["smaller"], "before")}  # fmt: skip
-
-
-def _over(runs: list[dict[str, Any]], when: str) -> dict[str, Any]:
-    return spread([run[when]["test"] for run in runs])
+    found: dict[str, Any] = {}
+    for name in ("full", "smaller", "fresh"):
+        runs = [seed[name] for seed in seeds]
+        found[name] = {when: spread([run[when]["test"] for run in runs]) for when in ("trained", "fine_tuned")}
+        found[name] |= {what: statistics.fmean(run[what] for run in runs) for what in ("parameters", "multiplications")}
+    before = spread([seed["smaller"]["before"]["test"] for seed in seeds])
+    return found | {"difference": max(seed["smaller"]["difference"] for seed in seeds), "before": before}
 
 
 def _rank(found: Mapping[str, Any]) -> tuple[float, float]:

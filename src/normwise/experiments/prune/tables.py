@@ -19,13 +19,10 @@ def verdict(results: Mapping[str, Any]) -> str:
     one, other = (share_interval(network["fine_tuned"]["values"], count) for network in (smaller, full))
     low, high = (f"{100 * network['fine_tuned']['mean']:.1f}%" for network in (smaller, full))
     about = f"{sizes} and, fine-tuned, is right on {low} of {count} test images, the full one on {high}"
+    ends = " and ".join(f"[{100 * lowest:.1f}, {100 * highest:.1f}]" for lowest, highest in (one, other))
     if not differ(one, other):
-        return f"{about}: {NO_DIFFERENCE}, since the intervals {_ends(one)} and {_ends(other)} overlap."
-    return f"{about}; the intervals {_ends(one)} and {_ends(other)} do not overlap."
-
-
-def _ends(interval: tuple[float, float]) -> str:
-    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+        return f"{about}: {NO_DIFFERENCE}, since the intervals {ends} overlap."
+    return f"{about}; the intervals {ends} do not overlap."
 
 
 def trial(line: Mapping[str, Any]) -> dict[str, str]:
@@ -39,34 +36,24 @@ def trial(line: Mapping[str, Any]) -> dict[str, str]:
 
 def networks(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """The full network, the smaller one and the same shape from fresh weights, with what each step of them costs."""
-    full = _row("full", results, "full", results["timing"]["full"])
-    smaller = _row("smaller: group lasso, shrunk", results, "smaller", _typical(results, "smaller"))
-    ratios = _typical(results, "ratio")
-    fresh = _row("its shape from fresh weights", results, "fresh", {})
+    found, timing = results["summary"], results["timing"]
+    heads = {"step, ms": "step_ms", "inference, ms": "inference_ms", "one input, ms": "single_ms"}
+    # Of several seeds' networks the median, by kind of time.
+    typical = {
+        what: {kind: statistics.median(one[kind] for one in timing[what]) for kind in heads.values()} for what in ("smaller", "ratio")
+    }
+
+    def row(label: str, name: str, times: Mapping[str, float]) -> dict[str, str]:
+        test, tuned = (f"{100 * of['mean']:.1f} ± {100 * of['std']:.1f}" for of in (found[name]["trained"], found[name]["fine_tuned"]))
+        return {
+            "network": label, "test, %": test, "fine-tuned, %": tuned, "parameters": f"{found[name]['parameters']:,.0f}",
+            "multiplications": f"{found[name]['multiplications']:,.0f}",
+            **{head: f"{times[kind]:.3g}" if times else "" for head, kind in heads.items()},
+        }  # fmt: skip
+
+    full = row("full", "full", timing["full"])
     share = {**dict.fromkeys(full, ""), "network": "smaller / full"}
-    found = results["summary"]
     share |= {what: f"{found['smaller'][what] / found['full'][what]:.3f}" for what in ("parameters", "multiplications")}
-    share |= {head: f"{ratios[kind]:.2f}" for head, kind in _TIMES.items()}
-    return [full, smaller, fresh, share]
-
-
-_TIMES = {"step, ms": "step_ms", "inference, ms": "inference_ms", "one input, ms": "single_ms"}
-
-
-def _row(label: str, results: Mapping[str, Any], name: str, times: Mapping[str, float]) -> dict[str, str]:
-    found = results["summary"][name]
-    return {
-        "network": label, "test, %": _percent(found["trained"]), "fine-tuned, %": _percent(found["fine_tuned"]),
-        "parameters": f"{found['parameters']:,.0f}", "multiplications": f"{found['multiplications']:,.0f}",
-        **{head: f"{times[kind]:.3g}" if times else "" for head, kind in _TIMES.items()},
-    }  # fmt: skip
-
-
-def _typical(results: Mapping[str, Any], what: str) -> dict[str, float]:
-    """The median over the seeds' networks, by kind of time."""
-    measured = results["timing"][what]
-    return {kind: statistics.median(one[kind] for one in measured) for kind in measured[0]}
-
-
-def _percent(over_seeds: Mapping[str, Any]) -> str:
-    return f"{100 * over_seeds['mean']:.1f} ± {100 * over_seeds['std']:.1f}"
+    share |= {head: f"{typical['ratio'][kind]:.2f}" for head, kind in heads.items()}
+    smaller = row("smaller: group lasso, shrunk", "smaller", typical["smaller"])
+    return [full, smaller, row("its shape from fresh weights", "fresh", {}), share]

@@ -45,15 +45,11 @@ def frechet(one: Gaussian, other: Gaussian) -> float:
     form, whose eigenvalues are real and, but for rounding, not negative. nan where a fit is not finite."""
     if not all(bool(part.isfinite().all()) for fit in (one, other) for part in (fit.mean, fit.covariance)):
         return math.nan
-    root = _root(one.covariance)
+    values, vectors = (part[0] for part in eigh(one.covariance[None]))
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     crossed = eigvalsh((root @ other.covariance @ root)[None]).clamp(min=0).sqrt().sum()
     traces = one.covariance.trace() + other.covariance.trace()
     return float((one.mean - other.mean).square().sum() + traces - 2 * crossed)
-
-
-def _root(matrix: Tensor) -> Tensor:
-    values, vectors = (part[0] for part in eigh(matrix[None]))
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
 
 
 def precision_recall(real: Tensor, drawn: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
@@ -163,23 +159,9 @@ def train_judge(data: ImageData, *, epochs: int | None = None, seed: int = 0) ->
     torch.manual_seed(seed)
     classifier = Classifier(data.shape, data.classes)
     torch.set_rng_state(before)
-    _fit(classifier, data, epochs, size, seed)
-    classifier.eval().requires_grad_(False)
-    groups = [_hidden(classifier, images) for images in _by_class(data)]
-    scale = float(torch.cat(groups).double().var(0).sum().sqrt())
     top = brightest(data)
-    real = {"validation": data.validation, "test": data.test}
-    parts = {name: _hidden(classifier, scaled(part.images, top)) for name, part in real.items()}
-    classes = [Gaussian.of(features / scale) for features in groups]
-    references = {name: _reference(features / scale, classes) for name, features in parts.items()}
-    right = classifier.head(parts["test"].relu()).argmax(1) == torch.from_numpy(data.test.labels)
-    floor = frechet(references["validation"].fit, references["test"].fit)
-    return Judge(classifier, float(right.double().mean()), references, floor, scale)
-
-
-def _fit(classifier: Classifier, data: ImageData, epochs: int, size: int, seed: int) -> None:
-    images, labels = scaled(data.train.images, brightest(data)), torch.from_numpy(data.train.labels)
-    order, steps = torch.Generator().manual_seed(seed), len(labels) // size
+    images, labels = scaled(data.train.images, top), torch.from_numpy(data.train.labels)
+    order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * steps)
     for _ in range(epochs):
@@ -188,18 +170,21 @@ def _fit(classifier: Classifier, data: ImageData, epochs: int, size: int, seed: 
             nn.functional.cross_entropy(classifier(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-
-
-def _reference(features: Tensor, classes: list[Gaussian]) -> Reference:
-    fit = Gaussian.of(features)
-    return Reference(fit, features[:MANIFOLD], min(frechet(fit, one) for one in classes), len(classes))
-
-
-def _by_class(data: ImageData) -> list[Tensor]:
-    """Real training images of each class, 500 at most."""
-    groups = [torch.from_numpy(data.train.labels == label).nonzero().flatten()[:_PER_CLASS].numpy() for label in range(data.classes)]
-    top = brightest(data)
-    return [scaled(data.train.images[rows], top) for rows in groups if len(rows) > 1]
+    classifier.eval().requires_grad_(False)
+    # Real training images of each class, 500 at most.
+    members = [(labels == label).nonzero().flatten()[:_PER_CLASS] for label in range(data.classes)]
+    groups = [_hidden(classifier, images[rows]) for rows in members if len(rows) > 1]
+    scale = float(torch.cat(groups).double().var(0).sum().sqrt())
+    classes = [Gaussian.of(features / scale) for features in groups]
+    real = {"validation": data.validation, "test": data.test}
+    parts = {name: _hidden(classifier, scaled(part.images, top)) for name, part in real.items()}
+    references = {}
+    for name, features in parts.items():
+        fit = Gaussian.of(features / scale)
+        references[name] = Reference(fit, (features / scale)[:MANIFOLD], min(frechet(fit, one) for one in classes), len(classes))
+    right = classifier.head(parts["test"].relu()).argmax(1) == torch.from_numpy(data.test.labels)
+    floor = frechet(references["validation"].fit, references["test"].fit)
+    return Judge(classifier, float(right.double().mean()), references, floor, scale)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from normwise.experiments.framework.provenance import describe
@@ -36,7 +35,12 @@ class ImageTask(Supervised):
         self.mean, self.deviation = data.scale
         self.shift = max(1, min(data.shape[1:]) // _SHADES) if augmented else 0
         self.mirror = augmented and data.shape[0] > 1
-        self._parts = {name: _part(data, name) for name in ("train", "validation", "test")}
+        named = {"train": data.train, "validation": data.validation, "test": data.test}
+        # Arrays read from a file are read-only, which torch warns of.
+        self._parts = {
+            name: (torch.from_numpy(np.require(part.images, requirements=["C", "W"])), torch.from_numpy(part.labels))
+            for name, part in named.items()
+        }
         self._sample = torch.randperm(self.samples, generator=torch.Generator().manual_seed(0))[: len(data.validation)]
 
     def batches(self, batch: int, seed: int) -> Iterator[Batch]:
@@ -85,13 +89,3 @@ def endless(samples: int, batch: int, chance: torch.Generator) -> Iterator[Tenso
             waiting = torch.cat([waiting, torch.randperm(samples, generator=chance)])
         yield waiting[:batch]
         waiting = waiting[batch:]
-
-
-def _part(data: ImageData, name: str) -> tuple[Tensor, Tensor]:
-    part = getattr(data, name)
-    return torch.from_numpy(_writeable(part.images)), torch.from_numpy(part.labels)
-
-
-def _writeable(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Arrays read from a file are read-only, which torch warns of."""
-    return np.ascontiguousarray(array) if array.flags.writeable else array.copy()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from normwise.files import whole
 
 __all__ = ["Arrays", "cache_folder", "cached"]
 
@@ -34,20 +36,20 @@ def cached(files: list[Path], decode: Callable[[], Arrays]) -> Arrays:
     """
     if sum(path.stat().st_size for path in files) < _WORTH_BYTES:
         return decode()
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(repr((_VERSION, stats)).encode()).hexdigest()[:24]
     try:
-        place = cache_folder() / f"{_key(files)}.npz"
+        place = cache_folder() / f"{key}.npz"
     except (OSError, RuntimeError):  # a user without a home
         return decode()
     kept = _read(place)
     if kept is None:
         kept = decode()
-        _write(place, kept)
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with whole(place) as file:
+                np.savez(file, images=kept[0], labels=kept[1])
     return kept
-
-
-def _key(files: list[Path]) -> str:
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr((_VERSION, stats)).encode()).hexdigest()[:24]
 
 
 def _read(place: Path) -> Arrays | None:
@@ -58,18 +60,3 @@ def _read(place: Path) -> Arrays | None:
         return None
     sound = images.dtype == np.uint8 and labels.dtype == np.int64 and images.ndim == 4 and len(images) == len(labels)
     return (images, labels) if sound else None
-
-
-def _write(place: Path, arrays: Arrays) -> None:
-    """Whole or not at all: several workers may write the same file at once."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place.parent, suffix=".part")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, images=arrays[0], labels=arrays[1])
-        os.replace(name, place)
-    except OSError:
-        Path(name).unlink(missing_ok=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from normwise.errors import DataError, need
 from normwise.experiments.tasks.data.readers import MOST_BYTES, MOST_ROWS, MOST_TEXT, Images, Part, RawImages, Room, first_line
@@ -57,7 +56,9 @@ def read_text(source: str | Path, most: int = MOST_TEXT) -> str:
     """The rows of the one string column, joined by line ends, of train, validation and test in this order; ``most`` characters at most."""
     splits = _splits(source)
     known = [name for name in _SPLITS if name in splits] or list(splits)
-    columns = {name: _column(source, splits[name], "text", _is_text) for name in known}
+    columns = {
+        name: _column(source, splits[name], "text", lambda f: getattr(f, "dtype", None) in ("string", "large_string")) for name in known
+    }
     rows: list[str] = []
     size = 0
     for batch in (b[columns[name]] for name in known for b in splits[name].select_columns([columns[name]]).iter(_ROWS_AT_ONCE)):
@@ -88,41 +89,25 @@ def _images(source: str | Path, split: Any, room: Room) -> Part:
     if len(split) > MOST_ROWS:
         raise DataError(f"{name_of(source)}: expected at most {MOST_ROWS} rows, found {len(split)}.")
     image = _column(source, split, "image", lambda feature: isinstance(feature, datasets.Image))
-    labels = _labels(source, split)
+    # The one ClassLabel, or else the one whole number.
+    named = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
+    column = named[0] if len(named) == 1 else _column(
+        source, split, "label", lambda f: isinstance(f, datasets.ClassLabel) or str(getattr(f, "dtype", "")).startswith(("int", "uint"))
+    )
+    labels = np.asarray(split.with_format("numpy")[column][:])
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{name_of(source)}: expected whole numbers without gaps in the column {column}, found {labels.dtype}.")
     path = Path(name_of(source))
     images, row = Images(path, len(split), room), 0
     for batch in split.select_columns([image]).cast_column(image, datasets.Image(decode=False)).iter(_ROWS_AT_ONCE):
         for cell in batch[image]:
-            images.add(path, row, _with_bytes(cell))
+            # Folders of image files keep paths, parquet files the bytes.
+            if cell and not cell["bytes"] and cell["path"] and Path(cell["path"]).is_file():
+                cell = {"bytes": content(cell["path"], MOST_BYTES, "an image")}
+            images.add(path, row, cell)
             row += 1
     room.take(path, images.finished().size)
-    return Part(images.finished(), labels)
-
-
-def _with_bytes(cell: Any) -> Any:
-    """Folders of image files keep paths, parquet files the bytes."""
-    if cell and not cell["bytes"] and cell["path"] and Path(cell["path"]).is_file():
-        return {"bytes": content(cell["path"], MOST_BYTES, "an image")}
-    return cell
-
-
-def _labels(source: str | Path, split: Any) -> NDArray[np.int64]:
-    import datasets
-
-    named = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
-    column = named[0] if len(named) == 1 else _column(source, split, "label", _is_whole)
-    labels = np.asarray(split.with_format("numpy")[column][:])
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{name_of(source)}: expected whole numbers without gaps in the column {column}, found {labels.dtype}.")
-    return labels.astype(np.int64)
-
-
-def _is_whole(feature: Any) -> bool:
-    return type(feature).__name__ == "ClassLabel" or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
-
-
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
+    return Part(images.finished(), labels.astype(np.int64))
 
 
 def _column(source: str | Path, split: Any, wanted: str, fits: Callable[[Any], bool]) -> str:

@@ -8,11 +8,11 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,34 +194,36 @@ def _decoded(shards: list[Path], room: Room) -> Arrays:
     return images.finished(), np.concatenate(labels)
 
 
-def _cells(shards: list[Path]) -> Iterator[tuple[Path, int, Any, Any]]:
+def _cells(shards: list[Path]) -> Iterator[tuple[Path, int, Any, NDArray[np.int64] | None]]:
+    """Shard, row and cell of the column image, and with the first cell of each batch the batch's labels."""
     for shard in shards:
         with _parquet_file(shard) as table:
-            yield from ((shard, row, *found) for row, found in enumerate(_rows(shard, table)))
-
-
-def _rows(path: Path, table: Any) -> Iterator[tuple[Any, NDArray[np.int64] | None]]:
-    """The cells of the column image, and with the first of each batch the batch's labels."""
-    batches = table.iter_batches(_rows_at_once(table), columns=["image.bytes", "label"])
-    while True:
-        with _parquet_errors(path):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        labels: NDArray[np.int64] | None = _integer_labels(path, batch)
-        for cell in batch.column(batch.schema.get_field_index("image")):
-            yield cell.as_py(), labels
-            labels = None
+            batches, row = table.iter_batches(_rows_at_once(table), columns=["image.bytes", "label"]), 0
+            while True:
+                with _parquet_errors(shard):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                found = batch.column(batch.schema.get_field_index("label")).to_numpy(zero_copy_only=False)
+                if found.dtype.kind not in "iu":
+                    raise DataError(f"{shard}: expected whole numbers without gaps in the column label, found {found.dtype}.")
+                labels: NDArray[np.int64] | None = found.astype(np.int64)
+                for cell in batch.column(batch.schema.get_field_index("image")):
+                    yield shard, row, cell.as_py(), labels
+                    labels, row = None, row + 1
 
 
 def _rows_at_once(table: Any) -> int:
     """So many that they cannot take much memory together. A file may hold one image and say that a million rows have it: only without
     such encodings rows take no more than the file says."""
-    told = table.metadata
-    chunks = [told.row_group(group).column(column) for group in range(told.num_row_groups) for column in range(told.num_columns)]
-    unsure = [c.total_uncompressed_size for c in chunks if not set(c.encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}]
+    unsure = [c.total_uncompressed_size for c in _chunks(table.metadata) if not set(c.encodings) <= {"PLAIN", "RLE", "BIT_PACKED"}]
     largest = max(unsure, default=0)
     return min(1024, max(1, _MOST_ENCODED // largest)) if largest else 256
+
+
+def _chunks(told: Any) -> list[Any]:
+    """The column chunks that a parquet file's own account lists."""
+    return [told.row_group(group).column(column) for group in range(told.num_row_groups) for column in range(told.num_columns)]
 
 
 @contextmanager
@@ -247,17 +249,11 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         with _parquet_errors(path):
             file = pq.ParquetFile(plain)
             _check_account(path, file.metadata, file.schema_arrow)
-            _check_pages(plain, file.metadata)
+            for chunk in (chunk for chunk in _chunks(file.metadata) if chunk.path_in_schema in ("image.bytes", "label")):
+                size = unpacked_size(plain, chunk)
+                if size > chunk.total_uncompressed_size:
+                    raise ValueError(f"its pages unpack to {size} bytes, and it says {chunk.total_uncompressed_size}")
         yield file
-
-
-def _check_pages(plain: BinaryIO, told: Any) -> None:
-    """ValueError where the pages that are read unpack to more than the file's account says."""
-    chunks = [told.row_group(group).column(column) for group in range(told.num_row_groups) for column in range(told.num_columns)]
-    for chunk in (chunk for chunk in chunks if chunk.path_in_schema in ("image.bytes", "label")):
-        size = unpacked_size(plain, chunk)
-        if size > chunk.total_uncompressed_size:
-            raise ValueError(f"its pages unpack to {size} bytes, and it says {chunk.total_uncompressed_size}")
 
 
 def _check_account(path: Path, told: Any, schema: Any) -> None:
@@ -271,13 +267,6 @@ def _check_account(path: Path, told: Any, schema: Any) -> None:
     is_image = once and pa.types.is_struct(schema.field("image").type)
     if not is_image or schema.field("image").type.get_field_index("bytes") < 0:
         raise DataError(f"{path}: expected the columns image: {{bytes, path}} and label: int, found {columns or 'none'}.")
-
-
-def _integer_labels(path: Path, batch: Any) -> NDArray[np.int64]:
-    labels = batch.column(batch.schema.get_field_index("label")).to_numpy(zero_copy_only=False)
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{path}: expected whole numbers without gaps in the column label, found {labels.dtype}.")
-    return labels.astype(np.int64)
 
 
 @contextmanager
@@ -296,7 +285,9 @@ def _opened(path: Path, row: int, cell: Any) -> Iterator[Any]:
         raise DataError(f"{path}: the image in row {row} cannot be read (it has {len(content)} bytes, {_MOST_ENCODED} at most are read).")
     with _image_errors(path, row), warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
         image = Image.open(io.BytesIO(content), formats=(kind,))
-        _check_size(image.size)
+        width, height = image.size
+        if not 1 <= width * height <= MOST_PIXELS:
+            raise ValueError(f"it is {width} by {height} pixels, {MOST_PIXELS} at most are read")
     with image:
         yield image
 
@@ -320,13 +311,12 @@ def _image_errors(path: Path, row: int) -> Iterator[None]:
         raise DataError(f"{path}: the image in row {row} cannot be read ({first_line(error)}).") from None
 
 
-def _check_size(size: tuple[int, int]) -> None:
-    if not 1 <= size[0] * size[1] <= MOST_PIXELS:
-        raise ValueError(f"it is {size[0]} by {size[1]} pixels, {MOST_PIXELS} at most are read")
-
-
 def _idx_part(files: list[Path], part: str, room: Room) -> Part | None:
-    images, labels = (_idx_file(files, part, kind) for kind in ("images", "labels"))
+    def named(kind: str) -> Path | None:
+        prefixes = tuple(f"{name}-{kind}" for name in _IDX_NAMES[part])
+        return next((path for path in files if path.name.startswith(prefixes) and "ubyte" in path.name), None)
+
+    images, labels = named("images"), named("labels")
     if images is None and labels is None:
         return None
     if images is None or labels is None:
@@ -338,43 +328,29 @@ def _idx_part(files: list[Path], part: str, room: Room) -> Part | None:
     return Part(pixels[:, None], classes.astype(np.int64))
 
 
-def _idx_file(files: Iterable[Path], part: str, kind: str) -> Path | None:
-    prefixes = tuple(f"{name}-{kind}" for name in _IDX_NAMES[part])
-    return next((path for path in files if path.name.startswith(prefixes) and "ubyte" in path.name), None)
-
-
 def _read_idx(path: Path, dimensions: int, room: Room) -> NDArray[np.uint8]:
-    length = 4 + 4 * dimensions
     try:
         with opened(path, "an IDX file") as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
-            head = file.read(length)
-            shape = _idx_shape(path, head, dimensions, room)
-            content = _at_most(file, math.prod(shape) + 1)    # one more tells a file that is too long, and a bomb is not unpacked
+            head = file.read(4 + 4 * dimensions)
+            if len(head) < 4 + 4 * dimensions or head[:4] != bytes([0, 0, _IDX_UBYTE, dimensions]):
+                raise DataError(f"{path}: expected an IDX file of bytes in {dimensions} dimensions, found the start {head[:4].hex()}.")
+            shape = tuple(int(size) for size in np.frombuffer(head, ">u4", dimensions, offset=4))
+            size = math.prod(shape)
+            if not 1 <= size <= room.most:
+                told = "×".join(map(str, shape))
+                raise DataError(f"{path}: expected at least one and at most {room.most} bytes after its head, which says {told}.")
+            room.take(path, size)
+            # One byte more tells a file that is too long, and a bomb is not unpacked. Piece by piece, since one read takes the memory for
+            # all that it is asked for, whether it is there or not.
+            content = bytearray()
+            while len(content) < size + 1 and (piece := file.read(min(size + 1 - len(content), _PIECE))):
+                content += piece
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: expected a readable IDX file, found one that is not ({first_line(error)}).") from None
-    if len(content) != math.prod(shape):
-        more = " or more" if len(content) > math.prod(shape) else ""
-        raise DataError(f"{path}: expected {math.prod(shape)} bytes after its head, found {len(content)}{more}; the file is damaged.")
+    if len(content) != size:
+        more = " or more" if len(content) > size else ""
+        raise DataError(f"{path}: expected {size} bytes after its head, found {len(content)}{more}; the file is damaged.")
     return np.frombuffer(content, np.uint8).reshape(shape)
-
-
-def _at_most(file: gzip.GzipFile | BinaryIO, size: int) -> bytearray:
-    """Piece by piece, since one read takes the memory for all that it is asked for, whether it is there or not."""
-    content = bytearray()
-    while len(content) < size and (piece := file.read(min(size - len(content), _PIECE))):
-        content += piece
-    return content
-
-
-def _idx_shape(path: Path, head: bytes, dimensions: int, room: Room) -> tuple[int, ...]:
-    if len(head) < 4 + 4 * dimensions or head[:4] != bytes([0, 0, _IDX_UBYTE, dimensions]):
-        raise DataError(f"{path}: expected an IDX file of bytes in {dimensions} dimensions, found the start {head[:4].hex()}.")
-    shape = tuple(int(size) for size in np.frombuffer(head, ">u4", dimensions, offset=4))
-    if not 1 <= math.prod(shape) <= room.most:
-        told = "×".join(map(str, shape))
-        raise DataError(f"{path}: expected at least one and at most {room.most} bytes after its head, which says {told}.")
-    room.take(path, math.prod(shape))
-    return shape
 
 
 def first_line(error: Exception) -> str:

@@ -93,7 +93,10 @@ def load(folder: str | Path | None = None, *, seed: int = 0) -> ImageData:
 
     Raises DataError, in one sentence, for files that are missing, truncated or of the wrong kind.
     """
-    raw = _read(folder)
+    if folder is None:
+        raw = read_digits()
+    else:
+        raw = hub.read_images(folder) if hub.is_dataset(folder) else read_folder(Path(folder))
     _check(raw)
     rng = np.random.default_rng(seed)
     everything = len(raw.train)
@@ -107,12 +110,6 @@ def load(folder: str | Path | None = None, *, seed: int = 0) -> ImageData:
     parts = raw.train.take(rest), raw.train.take(validation), test
     classes = int(raw.train.labels.max()) + 1
     return ImageData(raw.name, *parts, classes, own, len(rest), _fingerprint(parts))
-
-
-def _read(folder: str | Path | None) -> RawImages:
-    if folder is None:
-        return read_digits()
-    return hub.read_images(folder) if hub.is_dataset(folder) else read_folder(Path(folder))
 
 
 def _split(
@@ -146,15 +143,11 @@ def _check(raw: RawImages) -> None:
             f"found {len(counts)} with {counts[scarce]} of class {scarce}."
         )
     if raw.test is not None:
-        _check_test(raw.name, raw.train, raw.test)
-
-
-def _check_test(name: str, train: Part, test: Part) -> None:
-    given, wanted = test.images.shape[1:], train.images.shape[1:]
-    if given != wanted:
-        raise DataError(f"{name}: expected test images of the train part's shape {wanted}, found {given}.")
-    if test.labels.max() > train.labels.max():
-        raise DataError(f"{name}: the test part has the label {test.labels.max()}, the train part ends at {train.labels.max()}.")
+        given, wanted = raw.test.images.shape[1:], raw.train.images.shape[1:]
+        if given != wanted:
+            raise DataError(f"{raw.name}: expected test images of the train part's shape {wanted}, found {given}.")
+        if raw.test.labels.max() > highest:
+            raise DataError(f"{raw.name}: the test part has the label {raw.test.labels.max()}, the train part ends at {highest}.")
 
 
 def _fingerprint(parts: tuple[Part, ...]) -> str:
