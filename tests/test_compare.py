@@ -30,8 +30,7 @@ from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.images import ImageTask
 from normwise.experiments.tasks.load import TASKS, load_task
 from normwise.experiments.tasks.models.cnn import CNN, kernels_for
-from normwise.experiments.tasks.supervised import Recipe
-from normwise.experiments.tasks.task import STEPS
+from normwise.experiments.tasks.task import STEPS, Recipe
 
 # CPR looks every 50 steps whether the growth of a matrix slows down, ZClip waits for its first 25 norms.
 LATE: dict[str, dict[str, Any]] = {"cpr": {"optimizer": "adam", "lr": 0.01, "steps": 256, "batch": 16}, "zclip": {"steps": 64}}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ import normwise as nw
 from normwise.errors import DataError, StudyError
 from normwise.experiments.catalog import BASELINES, COMMON, CONTENDERS, racing
 from normwise.experiments.framework import driver
-from normwise.experiments.framework.figures import geometric_mean, interval, median
+from normwise.experiments.framework.figures import geometric_mean, interval
 from normwise.experiments.framework.lattice import Axis, Point, best, compass
 from normwise.experiments.framework.progress import Bar, Lines, Progress
 from normwise.experiments.framework.store import Store

@@ -26,7 +26,7 @@ from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.images import ImageTask, augment, endless
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.models.resnet import ResNet
-from normwise.experiments.tasks.supervised import Recipe
+from normwise.experiments.tasks.task import Recipe
 from normwise.parameters.roles import find_roles
 
 RNG = np.random.default_rng(11)
@@ -157,7 +157,7 @@ def test_grey_images_are_not_mirrored_and_move_by_a_sixteenth_of_their_side(colo
     grey, colour = load_task("resnet", size="tiny"), load_task("resnet", colours, size="tiny")
     assert isinstance(grey, ImageTask) and isinstance(colour, ImageTask)
     assert (grey.shift, grey.mirror) == (1, False)
-    assert (colour.shift, colour.mirror) == (max(1, colour.part("train")[0].shape[-1] // 16), True)
+    assert (colour.shift, colour.mirror) == (max(1, colour.parts["train"][0].shape[-1] // 16), True)
 
 
 # ----------------------------------------------------------------------------------------------------------- the scores
@@ -193,7 +193,7 @@ def double(model: nn.Module) -> nn.Module:
 def test_the_parts_of_a_task_share_no_image(colours: Path) -> None:
     task = load_task("resnet", colours, size="tiny")
     assert isinstance(task, ImageTask)
-    images = [{image.numpy().tobytes() for image in task.part(part)[0]} for part in PARTS]
+    images = [{image.numpy().tobytes() for image in task.parts[part][0]} for part in PARTS]
     assert [len(part) for part in images] == [48, 12, 12]
     assert len(set.union(*images)) == 72
 
@@ -304,8 +304,7 @@ def test_small_sources_are_not_kept(tmp_path: Path, colours: Path, monkeypatch: 
 NEW = '''
 from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.images import ImageTask
-from normwise.experiments.tasks.supervised import Recipe
-from normwise.experiments.tasks.task import Source, task
+from normwise.experiments.tasks.task import Recipe, Source, task
 from torch import nn
 
 

@@ -42,11 +42,6 @@ def differ(one: Interval, other: Interval) -> bool:
     return one[1] < other[0] or other[1] < one[0]
 
 
-def median(values: Sequence[float]) -> float:
-    """Of an even number the mean of the two middle values, so inf where half of the runs missed."""
-    return statistics.median(values)
-
-
 def median_reached(numbers: Sequence[float | None]) -> dict[str, Any]:
     """The median in which a None, a seed that missed, counts as later than every other; None where that is the median."""
     middle = statistics.median([math.inf if number is None else number for number in numbers])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,9 +15,8 @@ import torch
 
 from normwise.errors import DataError, StudyError
 from normwise.experiments.catalog import BASELINES, CONTENDERS, racing
-from normwise.experiments.framework import figures
 from normwise.experiments.framework.driver import Driver, Replay
-from normwise.experiments.framework.figures import finite
+from normwise.experiments.framework.figures import finite, interval
 from normwise.experiments.framework.printing import show_table
 from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.provenance import data_name, machine
@@ -147,7 +147,7 @@ class _Race:
         if len(finals) < len(BASELINES):
             return told | nothing_yet | {"tuned": tuned}
         # The better baseline and the median of its results set the target.
-        scores = {b: figures.median([rules.score(r) for r in finals[b]]) for b in BASELINES}
+        scores = {b: statistics.median([rules.score(r) for r in finals[b]]) for b in BASELINES}
         leader = max(scores, key=lambda b: scores[b])
         if math.isinf(scores[leader]):
             raise StudyError("Both baselines diverged with half of the reported seeds: there is no target. See the finished runs.")
@@ -205,7 +205,7 @@ class _Race:
         """One contender in plain data; climbed is None for the baseline that set the target. None stands for a target missed, and for a
         step's time that is not measured yet."""
         shares = [1.0] * self.seeds if climbed is None else [_share(rules, c["rung"]) for c in climbed]
-        low, high = figures.interval(shares)
+        low, high = interval(shares)
         batch = batch_of(tuned["numbers"], self.facts.batch)
         # Of each seed the run at its shortest horizon; at the longest tried where it missed.
         ends = (finals or []) if climbed is None else [c["tried"][min(c["tried"]) if c["rung"] is None else c["rung"]] for c in climbed]
@@ -215,7 +215,7 @@ class _Race:
             "name": name, "label": CONTENDERS[name].label, "about": CONTENDERS[name].about,
             "baseline": name in BASELINES, "sets_target": climbed is None, "tuned": tuned,
             "batch": batch, "step_ms": ms, "ms_a_sample": None if ms is None else ms / batch,
-            "share": finite(figures.median(shares)), "low": finite(low), "high": finite(high),
+            "share": finite(statistics.median(shares)), "low": finite(low), "high": finite(high),
             "missed": sum(math.isinf(s) for s in shares), "shares": [finite(s) for s in shares],
             "at_horizon": [r["result"] for r in finals or []], "ends": ends,
             "ladder": [{"seed": seed, "share": _share(rules, k), "result": seen[seed, k]["result"]} for seed, k in sorted(seen)],

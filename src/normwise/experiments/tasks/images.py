@@ -10,8 +10,7 @@ from torch import Tensor
 
 from normwise.experiments.framework.provenance import describe
 from normwise.experiments.tasks.data.splits import ImageData
-from normwise.experiments.tasks.supervised import Recipe, Supervised
-from normwise.experiments.tasks.task import Batch, Part
+from normwise.experiments.tasks.task import Batch, Part, Recipe, Task
 
 __all__ = ["ImageTask", "augment", "endless"]
 
@@ -19,13 +18,13 @@ _SCORED_AT_ONCE = 250
 _SHADES = 16  # pixels of an image's side for each pixel that a crop may move: 2 on 32×32, 1 on 8×8
 
 
-class ImageTask(Supervised):
+class ImageTask(Task):
     """Classify images; the model maps ``(n, channels, height, width)`` to ``(n, classes)``.
 
     Images are kept as bytes and standardised batch by batch with the training part's mean and deviation, channels last, which
     is twice as fast on the CPU. augmented: training images are shifted by up to a sixteenth of their side, as if they were padded
     with the mean and cropped at random, and colour images are mirrored with probability one half; grey ones are not, since a
-    mirrored digit is another thing.
+    mirrored digit is another thing. ``parts``: the images as bytes ``(n, channels, height, width)`` and the labels ``(n,)`` of each part.
     Validation and test are scored whole, the training part on a fixed sample of the validation part's size.
     """
 
@@ -37,7 +36,7 @@ class ImageTask(Supervised):
         self.mirror = augmented and data.shape[0] > 1
         named = {"train": data.train, "validation": data.validation, "test": data.test}
         # Arrays read from a file are read-only, which torch warns of.
-        self._parts = {
+        self.parts = {
             name: (torch.from_numpy(np.require(part.images, requirements=["C", "W"])), torch.from_numpy(part.labels))
             for name, part in named.items()
         }
@@ -45,19 +44,15 @@ class ImageTask(Supervised):
 
     def batches(self, batch: int, seed: int) -> Iterator[Batch]:
         chance = torch.Generator().manual_seed(seed)
-        images, labels = self._parts["train"]
+        images, labels = self.parts["train"]
         for rows in endless(self.samples, batch, chance):
             yield augment(self._standardised(images[rows]), self.shift, self.mirror, chance), labels[rows]
 
     def scored(self, part: Part) -> Iterable[Batch]:
-        images, labels = self._parts[part]
+        images, labels = self.parts[part]
         rows = self._sample if part == "train" else torch.arange(len(labels))
         for some in torch.split(rows, _SCORED_AT_ONCE):
             yield self._standardised(images[some]), labels[some]
-
-    def part(self, name: Part) -> tuple[Tensor, Tensor]:
-        """Images of a part as bytes ``(n, channels, height, width)`` and their labels ``(n,)``."""
-        return self._parts[name]
 
     def _standardised(self, images: Tensor) -> Tensor:
         plain = images.float().sub_(self.mean).div_(self.deviation)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 from normwise.errors import DataError
 from normwise.experiments.tasks.data import hub
 from normwise.experiments.tasks.data.readers import MOST_TEXT
-from normwise.experiments.tasks.supervised import Recipe, Supervised
-from normwise.experiments.tasks.task import Batch, Part
+from normwise.experiments.tasks.task import Batch, Part, Recipe, Task
 from normwise.files import content, what_is
 
 __all__ = ["TextData", "TextTask", "load_text"]
@@ -59,7 +58,7 @@ class TextData:
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
 
-class TextTask(Supervised):
+class TextTask(Task):
     """Predict every next character; the model maps numbers ``(n, length)`` to logits ``(n, length, vocabulary)``.
 
     context: characters a sample, of which the model sees the ones before. A batch starts at places drawn evenly from the
@@ -111,7 +110,11 @@ def load_text(source: str | Path | None = None) -> TextData:
     Raises DataError, in one sentence, for a source that is missing, empty, too short, longer than 128 MiB or not UTF-8.
     """
     if source is None:
-        return TextData.of("pydoc_data.topics", _reference())
+        try:
+            topics: dict[str, str] = import_module("pydoc_data.topics").topics
+        except ImportError:
+            raise DataError("This Python carries no pydoc_data.topics; give a text file with --data.") from None
+        return TextData.of("pydoc_data.topics", "\n".join(topics[name] for name in sorted(topics)))
     if hub.is_dataset(source):
         return TextData.of(hub.name_of(source), hub.read_text(source))
     try:
@@ -133,12 +136,3 @@ def _text_file(path: Path) -> Path:
         names = ", ".join(file.name for file in texts[:4]) or "none"
         raise DataError(f"{path}: expected a folder with one *.txt, found {names}; name the file itself.")
     return texts[0]
-
-
-def _reference() -> str:
-    try:
-        from pydoc_data import topics
-    except ImportError:
-        raise DataError("This Python carries no pydoc_data.topics; give a text file with --data.") from None
-    texts: dict[str, Any] = topics.topics
-    return "\n".join(texts[name] for name in sorted(texts))

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from normwise.errors import StudyError
 from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.images import ImageTask
-from normwise.experiments.tasks.supervised import Recipe
-from normwise.experiments.tasks.task import Source, task
+from normwise.experiments.tasks.task import Recipe, Source, task
 
 WEIGHT_STD = 0.02
 BIAS = 0.1

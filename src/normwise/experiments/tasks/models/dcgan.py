@@ -43,7 +43,7 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
             nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh(),
         )  # fmt: skip
-        self.apply(_start_generator)
+        self.apply(_start)
 
     def forward(self, noise: Tensor) -> Tensor:
         # A tenth less time on the CPU; the weights keep their plain layout, so that rules see one view of them, not a copy.
@@ -71,7 +71,7 @@ class Discriminator(nn.Module):
             nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(SLOPE),
             nn.Flatten(), nn.Linear(2 * width * (height // 4) * (wide // 4), 1),
         )  # fmt: skip
-        self.apply(_start_discriminator)
+        self.apply(_start)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.layers(images.contiguous(memory_format=torch.channels_last))
@@ -83,20 +83,16 @@ def _check(shape: tuple[int, int, int]) -> None:
         raise StudyError(f"Images are {shape[1]}×{shape[2]}, but the GAN draws {_LEAST}×{_LEAST} to {_MOST}×{_MOST}; resize them.")
 
 
-@torch.no_grad()
-def _start_generator(module: nn.Module) -> None:
+def _start(module: nn.Module) -> None:
+    """The initial weights of a layer of either network."""
     if isinstance(module, nn.ConvTranspose2d):
         nn.init.normal_(module.weight, std=_GENERATOR_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-@torch.no_grad()
-def _start_discriminator(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    elif isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(module.weight, SLOPE)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def scaled(images: NDArray[np.uint8], top: int) -> Tensor:

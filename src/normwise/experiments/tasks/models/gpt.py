@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normwise.errors import StudyError
-from normwise.experiments.tasks.supervised import Recipe
-from normwise.experiments.tasks.task import Source, task
+from normwise.experiments.tasks.task import Recipe, Source, task
 from normwise.experiments.tasks.text import TextTask, load_text
 
 EMBEDDING_STD = 0.02

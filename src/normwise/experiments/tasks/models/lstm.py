@@ -7,8 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from normwise.experiments.tasks.supervised import Recipe
-from normwise.experiments.tasks.task import Source, task
+from normwise.experiments.tasks.task import Recipe, Source, task
 from normwise.experiments.tasks.text import TextTask, load_text
 
 

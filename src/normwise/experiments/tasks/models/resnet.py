@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from normwise.experiments.tasks.data.splits import load
 from normwise.experiments.tasks.images import ImageTask
-from normwise.experiments.tasks.supervised import Recipe
-from normwise.experiments.tasks.task import Source, task
+from normwise.experiments.tasks.task import Recipe, Source, task
 
 WIDTHS = (16, 32, 64, 128)
 
