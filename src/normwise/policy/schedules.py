@@ -121,7 +121,7 @@ class Scheduled(Plain):
             object.__setattr__(self, f.name, checked)
 
     def __call__(self, step: int) -> float:
-        (start, end), share = self.ends(), self.share(step)
+        (start, end), share = self.ends(), self._share(step)
         # Exact at both ends, which start + share * (end - start) is not.
         return start * (1 - share) + end * share
 
@@ -129,7 +129,7 @@ class Scheduled(Plain):
         """The two values between which the schedule stays."""
         raise NotImplementedError
 
-    def share(self, step: int) -> float:
+    def _share(self, step: int) -> float:
         """How much of the way is gone at ``step``, in [0, 1]."""
         return min(max(step, 0) / self.steps, 1.0)
 
@@ -187,8 +187,8 @@ class Cosine(Linear):
 
     name: ClassVar[str] = "cosine"
 
-    def share(self, step: int) -> float:
-        return (1 - math.cos(math.pi * super().share(step))) / 2
+    def _share(self, step: int) -> float:
+        return (1 - math.cos(math.pi * super()._share(step))) / 2
 
 
 @dataclass(frozen=True)
