@@ -141,3 +141,39 @@ assert list(control.violations().values()) == [4], control.violations()
 assert not control.verify().breaches
 control.load_state_dict(control.state_dict())
 """
+
+
+def test_the_recipe_for_a_preset(copy: Copy) -> None:
+    """One file; a step is the formula, biases take AdamW, the arguments are documented, and a run resumes bit for bit."""
+    (source,) = copy.follow("A preset")
+    assert source.parts[:3] == ("src", "normwise", "optim")
+    copy.python("-c", USE_OF_A_PRESET)
+
+
+USE_OF_A_PRESET = """
+import copy, torch
+from normwise.optim.presets import PRESETS, UnitAdam
+assert PRESETS["UnitAdam"] is UnitAdam and "policy: rules that run inside the step" in UnitAdam.__doc__
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+optimizer = UnitAdam(model, lr=0.03)
+assert optimizer.routing.of["0.weight"] == "unit_adam" and optimizer.routing.of["0.bias"] == "adamw_undecayed", optimizer.routing
+x, before = torch.randn(16, 8), model[0].weight.detach().double().clone()
+
+def step(m, o):
+    o.zero_grad()
+    m(x).square().mean().backward()
+    o.step()
+
+step(model, optimizer)
+g = model[0].weight.grad.double()
+u = g / (g.abs() + 1e-8)    # Adam's first step
+wanted = before - 0.03 * before.norm(dim=1, keepdim=True) / u.norm(dim=1, keepdim=True) * u
+assert torch.allclose(model[0].weight.detach().double(), wanted, rtol=1e-4, atol=1e-6)
+other = copy.deepcopy(model)
+resumed = UnitAdam(other, lr=0.03)
+resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+for m, o in ((model, optimizer), (other, resumed)):
+    step(m, o), step(m, o)
+assert all(map(torch.equal, model.parameters(), other.parameters()))
+"""
