@@ -419,10 +419,8 @@ def _plain(
     """
 
     def build(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        if on_spheres:
-            with torch.no_grad():
-                for w in (module.weight for module in model.modules() if isinstance(module, nn.Conv2d)):
-                    w *= (2 / w[0].numel()) ** 0.5 / w.square().mean().sqrt()
+        for w in (module.weight for module in model.modules() if on_spheres and isinstance(module, nn.Conv2d)):
+            w.data *= (2 / w[0].numel()) ** 0.5 / w.detach().square().mean().sqrt()
         rest: dict[str, Any] = {"adamw": {"lr": lr}} if own_rest else {}
         optimizer: torch.optim.Optimizer = getattr(nw.optim, name)(model, lr, **rest, **columns)
         return optimizer

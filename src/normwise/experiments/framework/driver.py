@@ -107,14 +107,7 @@ class Driver:
             self.executor = self.stack.enter_context(workers)
         with working(self.executor):
             try:
-                while self.queue or self.pending:
-                    # One run more than there are workers, so that none waits for this process, and few enough for Ctrl-C to be quick.
-                    slots = self.executor.slots() if isinstance(self.executor, Elsewhere) else self.workers
-                    capacity = 1 if self.workers == 1 and not self.elsewhere else slots + 1
-                    while self.queue and len(self.pending) < capacity:
-                        going, k = self.queue.popleft()
-                        self.pending[self.executor.submit(call, going.runs[k])] = going, k
-                    self._collect()
+                self._hand_out(self.executor)
             except KeyboardInterrupt:
                 # Those that no worker has begun are cancelled; the others are finished and kept.
                 self.queue.clear()
@@ -122,11 +115,24 @@ class Driver:
                 if self.pending:
                     self.progress.note(STOPPING.format(len(self.pending)))
                 with suppress(BrokenExecutor):
-                    while self.pending:
-                        self._collect()
+                    self._collect()
                 raise
 
+    def _hand_out(self, executor: Executor) -> None:
+        while self.queue or self.pending:
+            # One run more than there are workers, so that none waits for this process, and few enough for Ctrl-C to be quick.
+            slots = executor.slots() if isinstance(executor, Elsewhere) else self.workers
+            capacity = 1 if self.workers == 1 and not self.elsewhere else slots + 1
+            while self.queue and len(self.pending) < capacity:
+                going, k = self.queue.popleft()
+                self.pending[executor.submit(call, going.runs[k])] = going, k
+            self._collect_some()
+
     def _collect(self) -> None:
+        while self.pending:
+            self._collect_some()
+
+    def _collect_some(self) -> None:
         for future in finished(self.pending):
             (going, k), result = self.pending[future], future.result()
             self.store.add(going.runs[k].settings(), result)

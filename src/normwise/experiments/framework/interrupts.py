@@ -98,10 +98,7 @@ def watching(own: bool) -> Iterator[None]:
         yield
     finally:
         if before is not None and not _watch.own:
-            sys.unraisablehook = before.pop(0)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            _watch.on = False
+            _stop(before)
 
 
 def leave(status: int) -> NoReturn:
@@ -212,11 +209,11 @@ def _start(own: bool) -> dict[int, Any] | None:
         return None
     _watch.__init__()  # type: ignore[misc]
     _watch.own, _watch.on = own, True
-    if own:
-        # Where a standard stream is closed (``>&-``), the next file that is opened would take its place, and get what is printed.
-        with suppress(OSError):
-            while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-                pass
+    # Where a standard stream is closed (``>&-``), the next file that is opened would take its place, and get what is printed.
+    with suppress(OSError):
+        while own and (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        if own:
             os.close(fd)
     usual = (signal.SIG_DFL, signal.default_int_handler)
     mine = [number for number in (_SIGNALS if own else _SIGNALS[:1]) if signal.getsignal(number) in usual]
@@ -224,6 +221,13 @@ def _start(own: bool) -> dict[int, Any] | None:
     if not own:
         before[0], sys.unraisablehook = sys.unraisablehook, _again
     return before
+
+
+def _stop(before: dict[int, Any]) -> None:
+    sys.unraisablehook = before.pop(0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    _watch.on = False
 
 
 def _again(unraisable: Any) -> None:

@@ -73,15 +73,9 @@ class Workers(Executor):
         self._error: BaseException | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
-        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)    # Windows: no Ctrl-C for it
-        # -P: the folder of worker.py is no place to import from.
-        command = [sys.executable, "-P", os.fspath(_WORKER)]
         try:
             for _ in range(count):
-                with interrupts.no_interrupts():
-                    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=flags)
-                    interrupts.own(process.pid)
-                self._processes.append(process)
+                self._processes.append(_process())
         except OSError as error:
             self.kill()
             raise StudyError(f"A worker process cannot be started ({error.strerror or error}); give a smaller --workers.") from None
@@ -166,6 +160,15 @@ class Workers(Executor):
                     what(job[0])
 
 
+def _process() -> subprocess.Popen[bytes]:
+    """-P: the folder of worker.py is no place to import from."""
+    command, flags = [sys.executable, "-P", os.fspath(_WORKER)], getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows: no Ctrl-C
+    with interrupts.no_interrupts():
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=flags)
+        interrupts.own(process.pid)
+    return process
+
+
 def _send(stream: Any, message: bytes) -> None:
     stream.write(len(message).to_bytes(8, "little"))
     stream.write(message)
@@ -191,16 +194,20 @@ def serve(receive: Callable[[], bytes], answers: BinaryIO) -> None:
                 torch.set_num_threads(1)
             answer = pickle.dumps((True, None if first else pickle.loads(message)()))
         except Exception as error:
-            # With the worker's traceback, which would be lost; as a RuntimeError where it cannot travel.
-            told = "".join(traceback.format_exception(error))
-            error.add_note(f"In a worker process:\n{told}")
-            try:
-                answer = pickle.dumps((False, error))
-                pickle.loads(answer)
-            except Exception:
-                answer = pickle.dumps((False, RuntimeError(told)))
+            answer = pickle.dumps((False, _portable(error)))
         first = False
         _send(answers, answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """With the worker's traceback, which would be lost; as a RuntimeError where it cannot travel."""
+    told = "".join(traceback.format_exception(error))
+    error.add_note(f"In a worker process:\n{told}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(told)
+    return error
 
 
 # ----------------------------------------------------------------------------------------------------- for the studies

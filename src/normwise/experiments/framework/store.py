@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, BinaryIO, ClassVar, TypeAlias
 
 from normwise.errors import DataError, OutputError
 from normwise.files import NOTHING, append_to, content, what_is
@@ -101,9 +101,7 @@ class Store:
             try:
                 with append_to(self.path) as file:
                     # The newline comes first: a line that was cut off before must not swallow this one.
-                    rest = b"\n" + line.encode()
-                    while rest:    # without a buffer, a disk that fills up takes a part and says so at the next write only
-                        rest = rest[file.write(rest) :]
+                    _write(file, b"\n" + line.encode())
                     os.fsync(file.fileno())
             except OSError as error:
                 if isinstance(error, OutputError):
@@ -131,6 +129,12 @@ def fits(value: Any, form: Form) -> bool:
     if isinstance(form, tuple):
         return any(fits(value, one) for one in form)
     return isinstance(value, form) and (form is bool or not isinstance(value, bool))
+
+
+def _write(file: BinaryIO, line: bytes) -> None:
+    """All of it: without a buffer, a disk that fills up takes a part and says so at the next write only."""
+    while line:
+        line = line[file.write(line) :]
 
 
 def _entry(line: str) -> Record | None:

@@ -142,20 +142,8 @@ def deliver(
         import_module("normwise.experiments.report")  # an extra that is missing is told now, not after the work
     interrupts.say(partial(_how_to_go_on, state))
     results = work()
-    written: dict[str, Path] = {}
-    failed = []
     with interrupts.held():
-        if outputs.json is not None:
-            try:
-                write_json(outputs.json, results)
-                written["Results"] = outputs.json
-            except (OSError, DataError) as error:
-                failed.append(f"the results could not be written ({str(error).rstrip('.')})")
-        if outputs.report is not None:
-            try:
-                written["Report"] = import_module("normwise.experiments.report").write(results, outputs.report)
-            except (OSError, DataError) as error:
-                failed.append(f"the report could not be written ({str(error).rstrip('.')})")
+        written, failed = _save(results, outputs)
         interrupts.say(lambda: f"Interrupted: {_whereabouts(written, state)}.")
     try:
         printed(partial(_print, show, results, written), _whereabouts(written, state))
@@ -167,6 +155,24 @@ def deliver(
     if failed:
         raise OutputError(f"{'; '.join(failed)}.")
     return not wrong
+
+
+def _save(results: Results, outputs: Outputs) -> tuple[dict[str, Path], list[str]]:
+    """Where everything is now, and what is wrong with the rest."""
+    written: dict[str, Path] = {}
+    failed = []
+    if outputs.json is not None:
+        try:
+            write_json(outputs.json, results)
+            written["Results"] = outputs.json
+        except (OSError, DataError) as error:
+            failed.append(f"the results could not be written ({str(error).rstrip('.')})")
+    if outputs.report is not None:
+        try:
+            written["Report"] = import_module("normwise.experiments.report").write(results, outputs.report)
+        except (OSError, DataError) as error:
+            failed.append(f"the report could not be written ({str(error).rstrip('.')})")
+    return written, failed
 
 
 def _print(show: Callable[[Results], None], results: Results, written: Mapping[str, Path]) -> None:

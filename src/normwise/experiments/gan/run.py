@@ -23,6 +23,7 @@ from normwise.experiments.tasks.fidelity import Judge
 from normwise.experiments.tasks.models.dcgan import LOSSES, NOISE, Discriminator, Generator, Loss, brightest, scaled
 
 _LAST = 3
+_CURVE = ("step", "samples", "distance", "precision", "recall", "collapsed")
 # Seed of the noise that is judged: one and the same in every run, and none that is trained on.
 _JUDGED_NOISE = 20_000
 # Added to a run's seed.
@@ -68,7 +69,7 @@ class GanRun(Run):
 
     @property
     def form(self) -> Form:
-        curve: Form = dict.fromkeys(("step", "samples", "distance", "precision", "recall", "collapsed"), list)
+        curve: Form = dict.fromkeys(_CURVE, list)
         return {
             "distance": MAYBE, "diverged": bool, "steps": int, "samples": int, "seconds": NUMBER, "breaches": list, "curve": curve,
         }  # fmt: skip
@@ -164,7 +165,7 @@ def train(run: GanRun, data: JudgedData) -> Result:
     """
     training, marks = Training(run, data), set(marks_of(run))
     reference = data.judge.references["test" if run.full else "validation"]
-    curve: dict[str, list[Any]] = {name: [] for name in ("step", "samples", "distance", "precision", "recall", "collapsed")}
+    seen: list[tuple[Any, ...]] = []
     started, step, diverged = time.perf_counter(), 0, False
     for step, real in enumerate(itertools.islice(batches(run, data), run.steps), start=1):
         diverged = not all(map(math.isfinite, training.step(real)))
@@ -172,9 +173,8 @@ def train(run: GanRun, data: JudgedData) -> Result:
             break
         if step in marks:
             found = reference.judged(data.judge.features(training.draw(run.drawn)))
-            line = (step, step * len(real), found.distance, found.precision, found.recall, reference.collapsed(found))
-            for values, value in zip(curve.values(), line, strict=True):
-                values.append(value)
+            seen.append((step, step * len(real), found.distance, found.precision, found.recall, reference.collapsed(found)))
+    curve = {name: [line[k] for line in seen] for k, name in enumerate(_CURVE)}
     distances = curve["distance"][-_LAST:]
     diverged = diverged or None in distances
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from normwise.errors import StudyError
@@ -56,10 +57,9 @@ def cells(results: dict[str, Any]) -> list[Cell]:
         given = ", ".join(sorted(map(str, results))) or "an empty dictionary"
         raise StudyError(f"A report needs results with at least one entry in 'cells', got: {given}. "
                          "Pass what a study wrote with --json.")
-    for cell in found:
-        for key in ("strategy", "optimizer"):
-            if not isinstance(cell.get(key), str):
-                raise StudyError(f"Each cell of the results needs {key!r} as text, got {cell.get(key)!r}.")
+    for cell, key in product(found, ("strategy", "optimizer")):
+        if not isinstance(cell.get(key), str):
+            raise StudyError(f"Each cell of the results needs {key!r} as text, got {cell.get(key)!r}.")
     return found
 
 

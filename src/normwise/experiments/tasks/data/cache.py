@@ -47,8 +47,8 @@ def cached(files: list[Path], decode: Callable[[], Arrays]) -> Arrays:
         kept = decode()
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            with whole(place) as file:
-                np.savez(file, images=kept[0], labels=kept[1])
+        with suppress(OSError), whole(place) as file:
+            np.savez(file, images=kept[0], labels=kept[1])
     return kept
 
 

@@ -98,14 +98,11 @@ def _images(source: str | Path, split: Any, room: Room) -> Part:
     if labels.dtype.kind not in "iu":
         raise DataError(f"{name_of(source)}: expected whole numbers without gaps in the column {column}, found {labels.dtype}.")
     path = Path(name_of(source))
-    images, row = Images(path, len(split), room), 0
-    for batch in split.select_columns([image]).cast_column(image, datasets.Image(decode=False)).iter(_ROWS_AT_ONCE):
-        for cell in batch[image]:
-            # Folders of image files keep paths, parquet files the bytes.
-            if cell and not cell["bytes"] and cell["path"] and Path(cell["path"]).is_file():
-                cell = {"bytes": content(cell["path"], MOST_BYTES, "an image")}
-            images.add(path, row, cell)
-            row += 1
+    images, batches = Images(path, len(split), room), split.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    for row, cell in enumerate(cell for batch in batches.iter(_ROWS_AT_ONCE) for cell in batch[image]):
+        # Folders of image files keep paths, parquet files the bytes.
+        on_disk = cell and not cell["bytes"] and cell["path"] and Path(cell["path"]).is_file()
+        images.add(path, row, {"bytes": content(cell["path"], MOST_BYTES, "an image")} if on_disk else cell)
     room.take(path, images.finished().size)
     return Part(images.finished(), labels.astype(np.int64))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,19 +198,23 @@ def _cells(shards: list[Path]) -> Iterator[tuple[Path, int, Any, NDArray[np.int6
     """Shard, row and cell of the column image, and with the first cell of each batch the batch's labels."""
     for shard in shards:
         with _parquet_file(shard) as table:
-            batches, row = table.iter_batches(_rows_at_once(table), columns=["image.bytes", "label"]), 0
-            while True:
-                with _parquet_errors(shard):
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                found = batch.column(batch.schema.get_field_index("label")).to_numpy(zero_copy_only=False)
-                if found.dtype.kind not in "iu":
-                    raise DataError(f"{shard}: expected whole numbers without gaps in the column label, found {found.dtype}.")
-                labels: NDArray[np.int64] | None = found.astype(np.int64)
-                for cell in batch.column(batch.schema.get_field_index("image")):
-                    yield shard, row, cell.as_py(), labels
-                    labels, row = None, row + 1
+            yield from ((shard, row, *found) for row, found in enumerate(_rows(shard, table)))
+
+
+def _rows(path: Path, table: Any) -> Iterator[tuple[Any, NDArray[np.int64] | None]]:
+    batches = table.iter_batches(_rows_at_once(table), columns=["image.bytes", "label"])
+    while True:
+        with _parquet_errors(path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        found = batch.column(batch.schema.get_field_index("label")).to_numpy(zero_copy_only=False)
+        if found.dtype.kind not in "iu":
+            raise DataError(f"{path}: expected whole numbers without gaps in the column label, found {found.dtype}.")
+        labels: NDArray[np.int64] | None = found.astype(np.int64)
+        for cell in batch.column(batch.schema.get_field_index("image")):
+            yield cell.as_py(), labels
+            labels = None
 
 
 def _rows_at_once(table: Any) -> int:
@@ -249,11 +253,16 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         with _parquet_errors(path):
             file = pq.ParquetFile(plain)
             _check_account(path, file.metadata, file.schema_arrow)
-            for chunk in (chunk for chunk in _chunks(file.metadata) if chunk.path_in_schema in ("image.bytes", "label")):
-                size = unpacked_size(plain, chunk)
-                if size > chunk.total_uncompressed_size:
-                    raise ValueError(f"its pages unpack to {size} bytes, and it says {chunk.total_uncompressed_size}")
+            _check_pages(plain, file.metadata)
         yield file
+
+
+def _check_pages(plain: BinaryIO, told: Any) -> None:
+    """ValueError where the pages that are read unpack to more than the file's account says."""
+    for chunk in (chunk for chunk in _chunks(told) if chunk.path_in_schema in ("image.bytes", "label")):
+        size = unpacked_size(plain, chunk)
+        if size > chunk.total_uncompressed_size:
+            raise ValueError(f"its pages unpack to {size} bytes, and it says {chunk.total_uncompressed_size}")
 
 
 def _check_account(path: Path, told: Any, schema: Any) -> None:
@@ -331,26 +340,33 @@ def _idx_part(files: list[Path], part: str, room: Room) -> Part | None:
 def _read_idx(path: Path, dimensions: int, room: Room) -> NDArray[np.uint8]:
     try:
         with opened(path, "an IDX file") as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
-            head = file.read(4 + 4 * dimensions)
-            if len(head) < 4 + 4 * dimensions or head[:4] != bytes([0, 0, _IDX_UBYTE, dimensions]):
-                raise DataError(f"{path}: expected an IDX file of bytes in {dimensions} dimensions, found the start {head[:4].hex()}.")
-            shape = tuple(int(size) for size in np.frombuffer(head, ">u4", dimensions, offset=4))
-            size = math.prod(shape)
-            if not 1 <= size <= room.most:
-                told = "×".join(map(str, shape))
-                raise DataError(f"{path}: expected at least one and at most {room.most} bytes after its head, which says {told}.")
-            room.take(path, size)
-            # One byte more tells a file that is too long, and a bomb is not unpacked. Piece by piece, since one read takes the memory for
-            # all that it is asked for, whether it is there or not.
-            content = bytearray()
-            while len(content) < size + 1 and (piece := file.read(min(size + 1 - len(content), _PIECE))):
-                content += piece
+            shape = _idx_shape(path, file.read(4 + 4 * dimensions), dimensions, room)
+            content = _at_most(file, math.prod(shape) + 1)    # one more tells a file that is too long, and a bomb is not unpacked
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: expected a readable IDX file, found one that is not ({first_line(error)}).") from None
-    if len(content) != size:
+    if len(content) != (size := math.prod(shape)):
         more = " or more" if len(content) > size else ""
         raise DataError(f"{path}: expected {size} bytes after its head, found {len(content)}{more}; the file is damaged.")
     return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _at_most(file: gzip.GzipFile | BinaryIO, size: int) -> bytearray:
+    """Piece by piece, since one read takes the memory for all that it is asked for, whether it is there or not."""
+    content = bytearray()
+    while len(content) < size and (piece := file.read(min(size - len(content), _PIECE))):
+        content += piece
+    return content
+
+
+def _idx_shape(path: Path, head: bytes, dimensions: int, room: Room) -> tuple[int, ...]:
+    if len(head) < 4 + 4 * dimensions or head[:4] != bytes([0, 0, _IDX_UBYTE, dimensions]):
+        raise DataError(f"{path}: expected an IDX file of bytes in {dimensions} dimensions, found the start {head[:4].hex()}.")
+    shape = tuple(int(size) for size in np.frombuffer(head, ">u4", dimensions, offset=4))
+    if not 1 <= math.prod(shape) <= room.most:
+        told = "×".join(map(str, shape))
+        raise DataError(f"{path}: expected at least one and at most {room.most} bytes after its head, which says {told}.")
+    room.take(path, math.prod(shape))
+    return shape
 
 
 def first_line(error: Exception) -> str:
