@@ -121,8 +121,12 @@ def check_blocks(name: str, matrix: bool, x: Tensor, radius: Radius) -> None:
 class Norm(ABC):
     """A norm on blocks. Vectors are ``(b, n)``, matrices ``(b, m, n)`` with m outputs and n inputs; the batch is never mixed.
 
-    A subclass gives ``value``, ``project``, ``lmo`` and names its dual; the prox (Moreau) and the subgradient follow from the dual norm.
+    A subclass gives ``measure``, ``project``, ``lmo`` and names its dual; the prox (Moreau) and the subgradient follow from the dual norm.
     fp16 and bf16 blocks are computed in fp32 and rounded once. Blocks that are zero or not finite are left as they are.
+
+    Its methods take blocks ``x`` and a ``radius`` or ``step``: a number >= 0, or one a block, ``(b,)``. They return new tensors of x's
+    shape and dtype, ``value`` and ``dual`` ``(b,)``. They raise NormError for blocks of another shape, for integers and complex numbers,
+    and for a radius below zero.
     """
 
     name: ClassVar[str]

@@ -18,7 +18,7 @@ from normwise.norms.vector import L2, LInf
 
 @dataclass(frozen=True)
 class Form:
-    """One row of the table: ``base`` times ``scale(block_shape)``; matrices are ``(d_out, d_in)``."""
+    """One row of the table: ``base`` times ``scale(block_shape)``, of a matrix ``(d_out, d_in)``; ``about`` has its formula and source."""
 
     base: Norm
     scale: Callable[[torch.Size], float]
@@ -44,7 +44,13 @@ FORMS: dict[str, Form] = {
 
 @dataclass(frozen=True)
 class Scaled(Norm):
-    """``base`` times the scale of ``form``; ``inverse`` divides by it, which is what the dual norm does."""
+    """A dimension-free form: ``base`` times the scale that ``form`` has for the shape of a block.
+
+    Args:
+        base: the norm that is scaled.
+        form: a name in `FORMS`.
+        inverse: divides by the scale instead, as the dual norm does.
+    """
 
     base: Norm
     form: str

@@ -17,7 +17,14 @@ from normwise.norms.spectral import Spectral, _rebuild, svd_for
 
 @dataclass(frozen=True)
 class Box(Set):
-    """Every entry within [low, high]; either end may be infinite."""
+    """Every entry within [low, high].
+
+    Args:
+        low, high: the ends, low <= high; either may be infinite.
+
+    Raises:
+        NormError: an end that is NaN, or low > high.
+    """
 
     low: float
     high: float

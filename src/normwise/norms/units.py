@@ -18,16 +18,17 @@ Over = Literal["units", "inputs"]
 @dataclass(frozen=True)
 class _Mixed(Norm):
     over: Over = "units"
+    kind: ClassVar[str]
     matrix: ClassVar[bool] = True
     oriented: ClassVar[bool] = True
 
-    def vectors(self, x: Tensor) -> Tensor:
-        """``(b, m, n)`` seen as ``(b, vectors, entries)``."""
-        return x if self.over == "units" else x.mT
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.kind}_of_{self.over}"
 
     def lengths(self, x: Tensor) -> Tensor:
         """The L2 norm of each vector, ``(b, vectors)``."""
-        v = self.vectors(x)
+        v = x if self.over == "units" else x.mT
         return root_sum_squares(v.flatten(0, 1)).view(v.shape[:2])
 
     def scaled(self, x: Tensor, factors: Tensor) -> Tensor:
@@ -39,11 +40,8 @@ class _Mixed(Norm):
 class MaxOfUnits(_Mixed):
     """The largest L2 norm of a unit, the 2→∞ operator norm ("max-norm"); over inputs, the 1→2 norm. Dual: SumOfUnits."""
 
+    kind: ClassVar[str] = "max"
     level: ClassVar[int | None] = 1
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"max_of_{self.over}"
 
     @property
     def dual_norm(self) -> Norm:
@@ -70,11 +68,8 @@ class MaxOfUnits(_Mixed):
 class SumOfUnits(_Mixed):
     """The L2 norms of the units summed: the group lasso's norm (Yuan & Lin, 2006). Dual: MaxOfUnits."""
 
+    kind: ClassVar[str] = "sum"
     level: ClassVar[int | None] = 5
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"sum_of_{self.over}"
 
     @property
     def dual_norm(self) -> Norm:

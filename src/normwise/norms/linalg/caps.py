@@ -55,7 +55,14 @@ def cap_singular_values(x: Tensor, cap: float | Tensor, method: str = "auto") ->
 def soft_threshold_singular_values(x: Tensor, threshold: float | Tensor) -> Tensor:
     """argmin ½‖Y − X‖_F² + t Σσ(Y) = U max(Σ − t, 0) Vᵀ, by SVD: the prox of the nuclear norm, with exact rank.
 
-    x: (..., m, n); threshold: a number or one a matrix (b,), >= 0. Cai, Candès, Shen 2010, "A Singular Value Thresholding Algorithm".
+    Cai, Candès, Shen 2010, "A Singular Value Thresholding Algorithm".
+
+    Args:
+        x: (..., m, n).
+        threshold: t, a number or one a matrix (b,), >= 0.
+
+    Raises:
+        NormError: x is not a stack of matrices, or a threshold is below zero.
     """
     batch = as_batch(x)
     return like_input(Nuclear().prox(batch, bounds(threshold, batch)), x) if batch.numel() else x.detach().clone()

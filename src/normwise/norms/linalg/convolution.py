@@ -26,10 +26,19 @@ _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3
 def convolution_norms(weight: Tensor, size: Sequence[int], groups: int = 1, steps: int = 100) -> dict[str, float]:
     """Every norm of one stride-one convolution side by side, labelled.
 
-    weight: (out, in / groups, *kernel); size: the image's, one number a kernel axis.
-    ``"operator, circular padding"`` exact; ``"operator, zero padding"`` a lower bound by ``steps`` power iterations;
-    ``"flattened filter"`` σ₁ of (out, in × kernel), the largest over the groups; ``"upper bound from the filter"`` that times
-    √(kernel entries), which the operator norm never exceeds under either padding.
+    Args:
+        weight: (out, in / groups, *kernel).
+        size: the image's, one number a kernel axis, at least the kernel's.
+        groups: of the convolution.
+        steps: power iterations for zero padding.
+
+    Returns:
+        ``"operator, circular padding"`` exact; ``"operator, zero padding"`` a lower bound; ``"flattened filter"`` σ₁ of (out, in × kernel),
+        the largest over the groups; ``"upper bound from the filter"`` that times √(kernel entries), which the operator norm never exceeds
+        under either padding.
+
+    Raises:
+        NormError: a weight, a size or a number of groups that no such convolution has.
     """
     flat = float(flattened_filter_norm(weight, groups))
     return {
@@ -51,8 +60,7 @@ def flattened_filter_norm(weight: Tensor, groups: int = 1) -> Tensor:
 def circular_norm(weight: Tensor, size: Sequence[int], groups: int = 1) -> Tensor:
     """The operator norm under circular padding, exactly: the largest σ₁ over the frequencies of the kernel's Fourier transform.
 
-    weight: (out, in / groups, *kernel), stride one; size: the image's, at least the kernel's; returns a 0-d tensor.
-    Sedghi, Gupta, Long 2019, "The Singular Values of Convolutional Layers".
+    A 0-d tensor. Sedghi, Gupta, Long 2019, "The Singular Values of Convolutional Layers". Args: as of `convolution_norms`.
     """
     _check(weight, size, groups)
     if weight.numel() == 0:
@@ -67,8 +75,8 @@ def circular_norm(weight: Tensor, size: Sequence[int], groups: int = 1) -> Tenso
 def zero_padded_norm(weight: Tensor, size: Sequence[int], groups: int = 1, steps: int = 100) -> Tensor:
     """The operator norm under zero padding of half the kernel ("same" for odd kernels), from below, by power iteration.
 
-    weight: (out, in / groups, *kernel), stride one; size: the image's; steps: each one convolution and one transposed.
-    Returns a 0-d tensor: ‖conv(v)‖ / ‖v‖ of the last v, which no step makes smaller.
+    A 0-d tensor: ‖conv(v)‖ / ‖v‖ of the last v, which no step makes smaller. A step is one convolution and one transposed one. Args: as of
+    `convolution_norms`.
     """
     _check(weight, size, groups)
     if weight.numel() == 0:

@@ -57,22 +57,29 @@ def polar(
 ) -> Tensor:
     """The polar factor: argmax over ‖Y‖₂ <= 1 of ⟨X, Y⟩, which is U Vᵀ for X = U Σ Vᵀ.
 
-    x: real matrices (..., m, n), each its own; returns a new tensor of the same shape and dtype.
-    method, with the share of its scale above which the bound on ``|σ - 1|`` holds (exact arithmetic; bf16 may add 0.03):
-      ``"quintic"``        5 steps, fixed coefficients: 0.33 from 3e-3 ‖X‖_F; the values never settle on one
-      ``"fast"``           4 steps, the last a cubic, bf16: 0.18 from 6e-3 s; the cheapest that is nowhere worse than the quintic (default)
-      ``"polar_express"``  any number of steps, bf16: from 1e-3 s, 0.14 at 5 steps, 3e-3 at 6; bf16 may add 0.08
-      ``"accurate"``       as many steps as rounding asks for, fp32 or float64: 1e-5 from 1e-5 s (fp32)
-      ``"exact"``          SVD in fp32 or float64; singular values below max(m, n) eps σ₁ count as zero
-    The scale s is 1.01 ‖X‖ in the Schatten-8 norm: σ₁ <= s <= 1.01 r^(1/8) σ₁ for rank r, and costs nothing since the
-    first step forms (X Xᵀ)². Below the domain a value is still moved towards one, by the product of the steps' slopes.
-    Instead of a name, the steps (a, b, c) of an iteration of your own, which runs as the quintic does.
-    steps: how many, where the method takes a number. dtype: the iteration's, instead of the method's.
-    floor: the least Frobenius norm that the quintic, or an iteration of your own, divides by; torch.optim.Muon's ``eps``.
+    A zero matrix stays zero; tiny ones (1e-30) are like any other; a matrix that is not finite becomes NaN, alone. The scale s of most
+    methods is 1.01 ‖X‖ in the Schatten-8 norm: σ₁ <= s <= 1.01 r^(1/8) σ₁ for rank r, and costs nothing since the first step forms (X Xᵀ)².
+    Below its domain a value is still moved towards one, by the product of the steps' slopes. Rounding to bf16 gives a rank-deficient matrix
+    small singular values, which grow like all others; ``"accurate"`` and ``"exact"`` keep the rank.
 
-    A zero matrix stays zero; tiny ones (1e-30) are like any other; a matrix that is not finite becomes NaN, alone. Rounding to bf16
-    gives a rank-deficient matrix small singular values, which grow like all others; ``"accurate"`` and ``"exact"`` keep the rank.
-    Raises NormError for what is not a real floating-point matrix, an unknown method or a step count below one.
+    Args:
+        x: real matrices (..., m, n), each its own.
+        method: with the share of its scale above which the bound on ``|σ - 1|`` holds (exact arithmetic; bf16 may add 0.03):
+            ``"quintic"``        5 steps, fixed coefficients: 0.33 from 3e-3 ‖X‖_F; the values never settle on one
+            ``"fast"``           4 steps, the last a cubic, bf16: 0.18 from 6e-3 s; the cheapest that is nowhere worse than the quintic
+            ``"polar_express"``  any number of steps, bf16: from 1e-3 s, 0.14 at 5 steps, 3e-3 at 6; bf16 may add 0.08
+            ``"accurate"``       as many steps as rounding asks for, fp32 or float64: 1e-5 from 1e-5 s (fp32)
+            ``"exact"``          SVD in fp32 or float64; singular values below max(m, n) eps σ₁ count as zero
+            Or the steps (a, b, c) of an iteration of your own, which runs as the quintic does. Default ``"fast"``.
+        steps: how many, where the method takes a number.
+        dtype: the iteration's, instead of the method's.
+        floor: the least Frobenius norm that the quintic, or an iteration of your own, divides by; torch.optim.Muon's ``eps``.
+
+    Returns:
+        A new tensor of x's shape and dtype.
+
+    Raises:
+        NormError: x is not a stack of real floating-point matrices, an unknown method, or a step count below one.
     """
     batch = as_batch(x)
     if method == "exact":

@@ -48,14 +48,22 @@ def start_vectors(x: Tensor, count: int) -> Tensor:
 
 
 def upper_bound(x: Tensor, method: str = "gram", steps: int = 3) -> Tensor:
-    """A number that σ₁ of each matrix does not exceed, rounding included. x: (b, m, n) -> (b,), in the widest dtype of the device.
+    """A number that σ₁ of each matrix does not exceed, rounding included: every product is allowed its worst case γ_k = k u/(1 − k u).
 
-    method:
-      ``"gram"``     ‖(xᵀx)^(2^(steps-1))‖_F^(1/2^steps), the Schatten-2^(steps+1) norm: at most r^(1/2^(steps+1)) times
-                     too large for rank r (1.54 for 1024 equal singular values at 3 steps; 1 for rank one). ``steps``
-                     products, all but the first on the small side. Delattre et al. 2023, arXiv 2305.16173, Gram iteration.
-      ``"holder"``   √(‖x‖₁ ‖x‖_∞), the largest column sum times the largest row sum: one reading of x, often far off.
-    Rounding: every product is allowed its worst case γ_k = k u/(1 - k u) (Higham 2002, section 3.5).
+    Delattre et al. 2023, arXiv 2305.16173, Gram iteration; Higham 2002, section 3.5, for γ_k.
+
+    Args:
+        x: (b, m, n).
+        method: ``"gram"`` ‖(xᵀx)^(2^(steps-1))‖_F^(1/2^steps), the Schatten-2^(steps+1) norm: at most r^(1/2^(steps+1)) times too large
+            for rank r (1.54 for 1024 equal singular values at 3 steps; 1 for rank one). ``"holder"`` √(‖x‖₁ ‖x‖_∞), the largest column
+            sum times the largest row sum: one reading of x, often far off.
+        steps: products of ``"gram"``, all but the first on the small side.
+
+    Returns:
+        (b,), in the widest dtype of the device.
+
+    Raises:
+        NormError: an unknown method, or fewer than one step.
     """
     batch = up(as_batch(x))
     if method not in _UPPER:

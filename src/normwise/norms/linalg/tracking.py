@@ -52,9 +52,7 @@ class Found(NamedTuple):
 def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, tolerance: float = 0.01) -> tuple[Tensor, Tracked]:
     """Holds σ₁ <= (1 + tolerance) radius through training, whatever the updates: ``(x, state) -> (capped x, state)``.
 
-    x: (b, m, n); radius: a number or one a matrix (b,); tolerance: >= 0.01. state: None at first, then what the call before returned; its
-    tensors are not changed. Returns new tensors, or x itself where nothing exceeds. It is cheapest where x has changed little since the
-    call before.
+    It is cheapest where x has changed little since the call before.
 
     1. The state holds a copy of each matrix as it was last looked at, and a certified bound of its σ₁. σ₁ of the present matrix is at most
        that plus the Frobenius norm of the difference (Weyl), which one reading tells. Where that is within (1 + tolerance) radius, its bits
@@ -70,6 +68,15 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
     of a conspiracy among them (Higham and Mary 2019); the worst case k u would exceed the tolerance from side 2000 on, in fp32.
     Memory: one copy of the matrices. Reads two flags a call, each a synchronisation on a GPU.
     Zhou, Saad 2006, "A Chebyshev–Davidson algorithm"; Higham, Mary 2019, "A new approach to probabilistic rounding error analysis".
+
+    Args:
+        x: (b, m, n).
+        radius: a number or one a matrix (b,), >= 0.
+        state: None at first, then what the call before returned; its tensors are not changed.
+        tolerance: the share of the radius by which σ₁ may exceed it, >= 0.01.
+
+    Returns:
+        New tensors, or x itself where nothing exceeds.
     """
     # The state is cloned: a caller may keep the old one, as a checkpoint does.
     batch = as_batch(x)
