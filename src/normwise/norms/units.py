@@ -18,17 +18,21 @@ Over = Literal["units", "inputs"]
 @dataclass(frozen=True)
 class _Mixed(Norm):
     over: Over = "units"
-    kind: ClassVar[str]
+    _kind: ClassVar[str]
     matrix: ClassVar[bool] = True
     oriented: ClassVar[bool] = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"{self.kind}_of_{self.over}"
+        return f"{self._kind}_of_{self.over}"
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """``(b, m, n)`` seen as ``(b, vectors, entries)``."""
+        return x if self.over == "units" else x.mT
 
     def lengths(self, x: Tensor) -> Tensor:
         """The L2 norm of each vector, ``(b, vectors)``."""
-        v = x if self.over == "units" else x.mT
+        v = self.vectors(x)
         return root_sum_squares(v.flatten(0, 1)).view(v.shape[:2])
 
     def scaled(self, x: Tensor, factors: Tensor) -> Tensor:
@@ -40,7 +44,7 @@ class _Mixed(Norm):
 class MaxOfUnits(_Mixed):
     """The largest L2 norm of a unit, the 2→∞ operator norm ("max-norm"); over inputs, the 1→2 norm. Dual: SumOfUnits."""
 
-    kind: ClassVar[str] = "max"
+    _kind: ClassVar[str] = "max"
     level: ClassVar[int | None] = 1
 
     @property
@@ -68,7 +72,7 @@ class MaxOfUnits(_Mixed):
 class SumOfUnits(_Mixed):
     """The L2 norms of the units summed: the group lasso's norm (Yuan & Lin, 2006). Dual: MaxOfUnits."""
 
-    kind: ClassVar[str] = "sum"
+    _kind: ClassVar[str] = "sum"
     level: ClassVar[int | None] = 5
 
     @property

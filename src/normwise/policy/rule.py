@@ -348,9 +348,20 @@ def _check_fields(rule: Rule) -> None:
 
 
 def _check_norm(rule: Rule) -> None:
-    if isinstance(rule.norm, Set):
-        _check_set(rule, rule.norm)
-    label = rule_fields.norm_label(rule.norm)
+    """What a set takes, and what a norm has a meaning on."""
+    norm, label = rule.norm, rule_fields.norm_label(rule.norm)
+    soft = rule.action == "penalty" and isinstance(norm, Orthogonal) and rule.center is None and rule.power == 1
+    if isinstance(norm, Set) and not soft:
+        if rule.action != "project":
+            raise FieldError(f"{label!r} is a set, not a norm: use it with action 'project', given {rule.action!r}.", "norm")
+        if not norm.needs_radius and rule.radius is not None:
+            raise FieldError(f"norm {label!r} takes no radius: leave it out.", "radius")
+        if isinstance(rule.radius, radii.Init | radii.Relative | radii.RadiusRule):
+            raise FieldError(f"norm {label!r} takes a number or a schedule as its radius, given {rule.radius.label()!r}.", "radius")
+        if rule.center is not None:
+            raise FieldError(f"norm {label!r} takes no center: use norm 'linf' for a box around a center.", "center")
+        if not norm.matrix and rule.per not in ("tensor", "element"):
+            raise FieldError(f"norm {label!r} is the same for every block: leave per={rule.per!r} out.", "per")
     if rule.norm.matrix and rule.per in VECTOR_PER:
         allowed = ", ".join(per for per in PER if per not in VECTOR_PER)
         raise FieldError(f"norm {label!r} is a norm of matrices, and per={rule.per!r} has none. Allowed per: {allowed}.", "per")
@@ -360,22 +371,6 @@ def _check_norm(rule: Rule) -> None:
         raise FieldError(f"tolerance is for projecting weights under the norm 'spectral', given {label!r} on={rule.on!r}.", "tolerance")
     if rule.action == "prox" and rule.power == 2 and not (isinstance(rule.norm, Norm) and rule.norm.p == 2):
         raise FieldError(f"prox with power=2 is defined for norm l2, given {label!r}: use power=1, or a penalty.", "power")
-
-
-def _check_set(rule: Rule, norm: Set) -> None:
-    label = rule_fields.norm_label(norm)
-    if rule.action == "penalty" and isinstance(norm, Orthogonal) and rule.center is None and rule.power == 1:
-        return
-    if rule.action != "project":
-        raise FieldError(f"{label!r} is a set, not a norm: use it with action 'project', given {rule.action!r}.", "norm")
-    if not norm.needs_radius and rule.radius is not None:
-        raise FieldError(f"norm {label!r} takes no radius: leave it out.", "radius")
-    if isinstance(rule.radius, radii.Init | radii.Relative | radii.RadiusRule):
-        raise FieldError(f"norm {label!r} takes a number or a schedule as its radius, given {rule.radius.label()!r}.", "radius")
-    if rule.center is not None:
-        raise FieldError(f"norm {label!r} takes no center: use norm 'linf' for a box around a center.", "center")
-    if not norm.matrix and rule.per not in ("tensor", "element"):
-        raise FieldError(f"norm {label!r} is the same for every block: leave per={rule.per!r} out.", "per")
 
 
 def _check_radius(rule: Rule) -> None:
