@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,6 +151,13 @@ class Pack:
         """What is to be measured together with the norms of other packs, in one collective; nothing where all blocks lie here."""
         return []
 
+    def run(self, step: Iterator[Any]) -> list[Iterator[Any]]:
+        """Takes a step that stops where it is about to measure, and yields what, to its end: its scratch memory is then free for the next
+        pack. Gives back what must wait for other packs, to be measured together: nothing where all blocks lie here."""
+        for _ in step:
+            pass
+        return []
+
     def norms_for(self, action: str, norm: Norm, power: int, tensors: list[Tensor]) -> list[tuple[Norm, Sequence[Tensor]]]:
         """What ``prox`` or ``penalty_gradient`` will measure of the tensors."""
         return []
@@ -178,8 +185,8 @@ class Pack:
 
     def _blocks(self, tensors: Sequence[Tensor], stack: Callable[[list[Tensor]], Tensor]) -> Tensor:
         view = self.view
-        if len(tensors) == 1:
-            return view.blocks(tensors[0])
+        if len(tensors) == 1:    # as view.blocks, in the fewest calls
+            return tensors[0].view(view.shape).permute(view.order).reshape(view.count, *view.block_shape)
         order = [0, *(axis + 1 for axis in view.order)]
         stacked = stack(list(tensors)).view(len(tensors), *view.shape)
         return stacked.permute(order).reshape(len(tensors) * view.count, *view.block_shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,6 @@ STATE: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The buffers of the parameter's own shape that a direction keeps."""
 
-
 NESTEROV = {"heavy_ball": "nesterov", "ema": "ema_nesterov"}
 """Directions without and with Nesterov's look ahead."""
 
@@ -99,8 +99,7 @@ TORCHS = {
     "amsgrad": "keeps the largest second moment, which no direction here does",
     "dampening": "is not here: direction='ema' averages gradients, each with the weight 1 - momentum",
     "decoupled_weight_decay": "is said by decay='weight', or 'gradient' for L2",
-    "ns_steps": "is Muon's; in a row polar= says it: a name, or a tuple of steps (a, b, c)",
-    "ns_coefficients": "is Muon's; in a row polar= says it: a name, or a tuple of steps (a, b, c)",
+    **dict.fromkeys(("ns_steps", "ns_coefficients"), "is Muon's; in a row polar= says it: a name, or a tuple of steps (a, b, c)"),
     "adjust_lr_fn": "is Muon's; in a row scale= says it",
 }
 """Options of torch's optimizers that are none here, and why."""
@@ -168,9 +167,12 @@ def complete(given: Mapping[str, Any], name: str, base: Mapping[str, Any] | None
     return row
 
 
-def refuse_unused(given: Mapping[str, Any], row: Mapping[str, Any], name: str) -> None:
-    """PolicyError for a number that somebody gave, and nothing in the complete ``row`` uses."""
+def refuse_unused(given: Mapping[str, Any], row: Mapping[str, Any], name: str, copied: Sequence[Mapping[str, Any]] = ()) -> None:
+    """PolicyError for a number that somebody gave, and nothing in the complete ``row`` uses; not for one that came with a copy of one of
+    the groups ``copied``."""
     for column, used in USERS.items():
+        if any(column in given and other.get(column) == given[column] for other in copied):
+            continue
         if column not in given or used(row) or as_plain(given[column], column) in (DEFAULTS[column], 0):
             continue
         if column == "momentum" and row["direction"] in ("adam", "lion") and as_plain(given[column], column) == row["betas"][0]:
@@ -207,14 +209,7 @@ def as_plain(value: Any, column: str) -> Any:
             return value
     if column == "lr" and isinstance(value, Tensor):
         return value.reshape(()) if value.numel() == 1 else value    # a view: who keeps the tensor may go on filling it
-    if column in DEFAULTS or column == "beta":
-        return as_number(value)
-    return value
-
-
-def as_number(value: Any) -> Any:
-    """A number of numpy's or of torch's as Python's; anything else as it is."""
-    if isinstance(value, bool | int | float | str) and type(value) in (bool, int, float, str):
+    if (column not in DEFAULTS and column != "beta") or type(value) in (bool, int, float, str):
         return value
     single = getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1)
     return value.item() if single and hasattr(value, "item") else value
@@ -248,25 +243,14 @@ def check_row(row: Mapping[str, Any], name: str = "a group", besides: Collection
             raise PolicyError(f"{name} has {unknown}={row[unknown]!r}, which is no option: it {TORCHS[unknown]}. Leave it out.")
         if not extras or difflib.get_close_matches(unknown, DEFAULTS, n=1, cutoff=0.8):
             raise PolicyError(f"{name} has the unknown option {unknown!r}.{nearest(unknown, DEFAULTS)}")
-    for column, choices in CHOICES.items():
-        _word(row, column, choices, name)
-    _word(row, "per", PER, name)
-    if not _are_steps(row["polar"]):
-        _word(row, "polar", (*METHODS, "exact"), name)
+    polar = row["polar"] if isinstance(row["polar"], tuple | list) else ()
+    own_steps = bool(polar) and all(len(s) == 3 and all(isinstance(x, int | float) and math.isfinite(x) for x in s) for s in polar)
+    for column, allowed in {**CHOICES, "per": PER, "polar": (*METHODS, "exact")}.items():
+        if row[column] not in allowed and not (column == "polar" and own_steps):
+            raise PolicyError(f"{name} has {column}={row[column]!r}.{nearest(str(row[column]), allowed)}")
     if not isinstance(get_norm(row["norm"]), Norm):
         raise PolicyError(f"{name} has norm={row['norm']!r}, which is a set: a step needs a norm.")
     _check_numbers(row, name)
-
-
-def _are_steps(polar: Any) -> bool:
-    """Whether it is an iteration, step by step, each (a, b, c)."""
-    steps = polar if isinstance(polar, tuple | list) else ()
-    return bool(steps) and all(len(s) == 3 and all(isinstance(x, int | float) and math.isfinite(x) for x in s) for s in steps)
-
-
-def _word(row: Mapping[str, Any], column: str, allowed: Collection[str], name: str) -> None:
-    if row[column] not in allowed:
-        raise PolicyError(f"{name} has {column}={row[column]!r}.{nearest(str(row[column]), allowed)}")
 
 
 def _check_numbers(row: Mapping[str, Any], name: str) -> None:
@@ -331,3 +315,57 @@ def shape_scale(scale: str, rows: int, columns: int, kernel: int) -> float:
         "conv_rms_rms": math.sqrt(rows * kernel / columns) / kernel,
         "normuon": 0.2 * math.sqrt(rows * columns),
     }.get(scale, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ groups in training
+
+
+# What a group had when it was last settled.
+Settled = tuple[Any, ...]
+SETTLED = operator.itemgetter("direction", "momentum", "betas", "velocity")
+
+
+def settle(group: Row, last: Settled | None, name: str) -> Settled:
+    """Makes the group say one thing: ``momentum`` and the first of ``betas`` are two names of one number, whichever the step uses.
+
+    torch's schedulers choose one of the two names by the optimizer's ``defaults`` and write it into every group; so does a user. What was
+    changed since ``last`` counts. Without it, as after loading a checkpoint, the step's own name does. ``nesterov`` becomes a direction,
+    and the number of a ``velocity`` without another momentum becomes ``momentum``; numbers of numpy become plain ones.
+
+    ValueError, before any step, for a learning rate that is none.
+    """
+    now = SETTLED(group)
+    rate = group["lr"]
+    ready = type(rate) is float or (isinstance(rate, Tensor) and not rate.ndim)
+    if ready and last is not None and now == last and "nesterov" not in group:
+        return last
+    for column in ("lr", "momentum", "betas", "velocity", "weight_decay", "eps"):
+        group[column] = as_plain(group[column], column)
+    if "nesterov" in group:
+        wanted = group.pop("nesterov")
+        if group["direction"] == "plain" and wanted and group["momentum"]:
+            group["direction"] = "heavy_ball"
+        set_nesterov(group, wanted, name)
+    if group["direction"] == "plain" and group["velocity"] and group["velocity"] is not True:
+        group["momentum"], group["velocity"] = group["velocity"], True
+    _agree(group, last)
+    check_row({**DEFAULTS, **{c: group[c] for c in DEFAULTS}}, name)
+    return SETTLED(group)
+
+
+def _agree(group: Row, last: Settled | None) -> None:
+    """The momentum by both of its names."""
+    same = last is not None and last[0] == group["direction"]    # another direction has other names: its own counts
+    new_momentum = last is not None and same and group["momentum"] != last[1]
+    new_betas = last is not None and same and group["betas"] != last[2]
+    if group["direction"] in ("adam", "lion"):
+        if new_momentum and not new_betas:
+            group["betas"] = (group["momentum"], *group["betas"][1:])
+        group["momentum"] = group["betas"][0]
+    elif has_momentum(group):
+        if new_betas and not new_momentum:
+            group["momentum"] = group["betas"][0]
+    elif new_momentum and group["momentum"]:    # of plain descent: torch's SGD begins to have one, too
+        group["direction"] = "heavy_ball"
+    else:
+        group["momentum"] = 0.0

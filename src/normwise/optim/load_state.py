@@ -12,7 +12,8 @@ from torch import Tensor
 from normwise.errors import PolicyError
 from normwise.low_precision import CARRY
 from normwise.optim.columns import DEFAULTS, NESTEROV, STATE, TORCHS, Row, as_plain, check_row, newton_schulz
-from normwise.optim.plan import LAYOUTS, members, names_of
+from normwise.optim.plan import members, names_of
+from normwise.optim.step import LAYOUTS
 from normwise.parameters.layouts import Layout
 
 Group = dict[str, Any]
@@ -38,8 +39,11 @@ def adapt(live: Sequence[Group], raw: Mapping[str, Any], state: dict[str, Any], 
     for own, given in zip(live, saved, strict=True):
         group = dict(given)
         name = f"the saved group {own.get('name', len(groups))!r}"
-        others = _others(own, given)
-        if others:
+        # Having a momentum or Nesterov's look ahead is an option of the same method.
+        family = {"heavy_ball": "plain", "nesterov": "plain", "ema_nesterov": "ema"}
+        changed = [c for c in CHANGED if c in given and family.get(given[c], given[c]) != family.get(own[c], own[c])]
+        if changed:
+            others = [f"{c}={given[c]!r} for {own[c]!r}" for c in changed]
             told = f"{name} has {', '.join(others)}: as in torch, the columns of the checkpoint are used from here on."
             warnings.warn(told, stacklevel=7)
         if "direction" not in given:
@@ -50,13 +54,6 @@ def adapt(live: Sequence[Group], raw: Mapping[str, Any], state: dict[str, Any], 
         _check_states(own, group, [known.get(i, {}) for i in given["params"]])
         groups.append(group)
     return {**state, "state": known, "param_groups": groups}
-
-
-def _others(own: Group, saved: Mapping[str, Any]) -> list[str]:
-    """What makes the saved group another method than the live one; having a momentum or Nesterov's is an option of the same."""
-    family = {"heavy_ball": "plain", "nesterov": "plain", "ema_nesterov": "ema"}
-    changed = [c for c in CHANGED if c in saved and family.get(saved[c], saved[c]) != family.get(own[c], own[c])]
-    return [f"{c}={saved[c]!r} for {own[c]!r}" for c in changed]
 
 
 def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,17 +15,15 @@ from torch.optim import Optimizer
 
 from normwise.engine.block_tensors import refuse_overlap
 from normwise.engine.optimizer_state import KEY, waiting, with_part
-from normwise.engine.sharded.prefetch import align, run_stages
+from normwise.engine.sharded.prefetch import align, run_together
 from normwise.engine.step import makes_state
 from normwise.errors import PolicyError
 from normwise.low_precision import NOISE
-from normwise.optim.columns import DEFAULTS, USERS, Radius, Row, check_row, complete, refuse_unused, refused_option
+from normwise.optim.columns import DEFAULTS, SETTLED, Radius, Row, check_row, complete, has_momentum, refuse_unused, refused_option, settle
 from normwise.optim.load_state import adapt
-from normwise.optim.param_groups import Settled, settle
-from normwise.optim.plan import LAYOUTS, PARTS, WIDE_STATE, Plan, build, layouts, members, names_of, no_matrix
-from normwise.optim.routing import Routing, route
-from normwise.optim.routing_report import Receipt, little_covered
-from normwise.optim.step import STAGES, Update, step_group
+from normwise.optim.plan import WIDE_STATE, build, layouts, members, names_of, no_matrix
+from normwise.optim.routing import Receipt, Routing, little_covered, route
+from normwise.optim.step import GRADIENT, LAYOUTS, PARTS, Plan, step_group
 from normwise.parameters.inventory import LayoutLike
 from normwise.policy import Policy
 
@@ -89,23 +88,21 @@ class NormOptimizer(Optimizer):
             if given and self.routing is None:
                 raise PolicyError(f"{name}= speaks of names and roles, which only a module tells: give the module instead of its tensors.")
         groups: Any = self.routing.groups() if self.routing is not None else params
-        self._settled: dict[int, Settled] = {}
+        self._settled: dict[int, Any] = {}
         self._of_matrices = full[main] if roles.get("bias", main) != main and full[main]["hold"] == "sphere" else None
-        super().__init__(groups, _defaults(full[main]))
+        # A new group's columns. Schedulers that cycle a momentum look here for its name: only the one in use is shown.
+        momentum = "betas" if full[main]["direction"] in ("adam", "lion") else "momentum" if has_momentum(full[main]) else ""
+        super().__init__(groups, {c: v for c, v in full[main].items() if c not in ("momentum", "betas") or c == momentum})
         self._plans: dict[Any, Plan] = {}
         self._told = False
-        self._policy_control = self._attach(params, policy, layouts)
+        self._policy_control: Any = None
+        if policy is not None:
+            if not isinstance(params, nn.Module):
+                raise PolicyError("policy= needs the module, since rules name parameters: give the module instead of its tensors.")
+            from normwise.control import Control
 
-    def _attach(self, params: Any, policy: Any, layouts: Mapping[Any, LayoutLike] | None) -> Any:
-        if policy is None:
-            return None
-        if not isinstance(params, nn.Module):
-            raise PolicyError("policy= needs the module, since rules name parameters: give the module instead of its tensors.")
-        from normwise.control import Control
-
-        control = Control(params, [self], Policy(policy, layouts=layouts), "ignore", False, False, built_in=True)
-        control.engine.inline = True
-        return control
+            self._policy_control = Control(params, [self], Policy(policy, layouts=layouts), "ignore", False, False, built_in=True)
+            self._policy_control.engine.inline = True
 
     @property
     def control(self) -> Any:
@@ -121,9 +118,13 @@ class NormOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _refuse_vectors(group, getattr(self, "_of_matrices", None))
+            # Most rows of matrices cannot act on vectors and say so themselves. Hyperball's could: a bias would be held on a sphere.
+            row, vectors = getattr(self, "_of_matrices", None), [p for p in group["params"] if p.ndim < 2]
+            if row and vectors and LAYOUTS not in group and all(group.get(part, row[part]) == row[part] for part in PARTS):
+                raise no_matrix(vectors[0])
             _check_group(group, stated)
-            refuse_unused(_wished(stated, self.param_groups[:-1]) if hasattr(self, "_plans") else stated, group, group_name(group))
+            copied = hasattr(self, "_plans") and stated.keys() >= DEFAULTS.keys()    # a copy of a group states every column
+            refuse_unused(stated, group, group_name(group), self.param_groups[:-1] if copied else ())
             self._settled[len(self.param_groups) - 1] = settle(group, None, group_name(group))
         except Exception:
             self.param_groups.pop()
@@ -138,65 +139,66 @@ class NormOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        only_state = makes_state(self)
-        align(p for group in self.param_groups for p in group["params"])
-        plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
-        if only_state:
+        plans = self._prepare()
+        if plans is None:
             return loss
-        if not self._told:
-            self._tell()
-        on_update = self._update_rules()
-        pairs = zip(self.param_groups, plans, strict=True)
-        run_stages((one for group, plan in pairs for one in step_group(plan, group, on_update)), STAGES)
+        control = self.control
+        on_update = control.engine.act_on_updates if control is not None and control.engine.inline_rules() else None
+        waiting = [one for group, plan in zip(self.param_groups, plans, strict=True) for one in step_group(plan, group, on_update)]
+        if waiting:
+            run_together(waiting)
         return loss
 
     @_disable_dynamo    # a compiled step compiles the arithmetic, not the bookkeeping
+    def _prepare(self) -> list[Plan] | None:
+        """A plan for each group. Everything that can be refused is refused here, before the first group has stepped. None where the step is
+        taken for the sake of the state alone."""
+        only_state = not self.state and makes_state(self)
+        plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        if only_state:
+            return None
+        if not self._told:    # in the first step, once: where a matrix method has little to do, which wrong roles look like
+            self._told = True
+            message = little_covered(self)
+            if message:
+                warnings.warn(message, stacklevel=5)
+        return plans
+
     def _plan(self, index: int, group: dict[str, Any]) -> Plan:
-        """Everything that can be refused is refused here, before the first group has stepped."""
-        self._settle(index, group)
-        grads = [p.grad for p in group["params"]]
+        if SETTLED(group) != self._settled.get(index) or type(group["lr"]) is not float or "nesterov" in group:
+            self._settled[index] = settle(group, self._settled.get(index), group_name(group))
+        grads = list(map(GRADIENT, group["params"]))
         if any([g is not None and g.layout != torch.strided for g in grads]):    # noqa: C419 - faster than a generator
             raise RuntimeError("NormOptimizer does not support sparse gradients: use Embedding(sparse=False), or SparseAdam there.")
         key = (index, *[g is None for g in grads])
         plan = self._plans.get(key)
-        if plan is None or not plan.fits(group, self.state):
-            if len(self._plans) >= KEPT_PLANS:
-                self._plans.clear()
-            plan = build(group, [i for i, g in enumerate(grads) if g is not None and g.numel()], self.state)
-            self._plans[key] = plan
+        if plan is not None and plan.fits(group, self.state):
+            if plan.aligned:
+                align(plan.aligned)
+            return plan
+        align(group["params"])
+        if len(self._plans) >= KEPT_PLANS:
+            self._plans.clear()
+        plan = build(group, [i for i, g in enumerate(grads) if g is not None and g.numel()], self.state)
+        self._plans[key] = plan
         return plan
-
-    @_disable_dynamo
-    def _tell(self) -> None:
-        """In the first step, once: where a matrix method has little to do, which wrong roles look like."""
-        self._told = True
-        message = little_covered(self)
-        if message:
-            warnings.warn(message, stacklevel=5)
 
     def receipt(self) -> Receipt:
         """Who takes which step, in a few lines: how many matrices and numbers each method has, which parameters had no gradient so far, and
         what the rules of ``policy=`` did in the last step. ``print`` it."""
         return Receipt.of(self)
 
-    def _settle(self, index: int, group: dict[str, Any]) -> None:
-        """See :func:`normwise.optim.param_groups.settle`; before every step, and before a group is saved or copied."""
-        self._settled[index] = settle(group, self._settled.get(index), group_name(group))
-
-    def _settle_all(self) -> None:
+    def _settle(self) -> None:
+        """See :func:`normwise.optim.columns.settle`; before every step, and before a group is saved or copied."""
         for index, group in enumerate(self.param_groups):
-            self._settle(index, group)
-
-    def _update_rules(self) -> Update | None:
-        control = self.control
-        return control.engine.act_on_updates if control is not None and control.engine.inline_rules() else None
+            self._settled[index] = settle(group, self._settled.get(index), group_name(group))
 
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: tensors and plain data, safe to load weights-only; with ``policy=`` also the state of its rules, in the first
         group."""
-        self._settle_all()
+        self._settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -220,18 +222,15 @@ class NormOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        self._restore_wide(seen[0])
-        if self.control is None and any(part.get("inside") for part in waiting(self)):
-            warnings.warn("the state is of an optimizer with policy=, and this one has none: its rules do not act here.", stacklevel=2)
-
-    def _restore_wide(self, saved: Mapping[str, Any]) -> None:
-        """torch casts floating-point state to the parameter's dtype; what is kept wider for bf16 parameters stays as it was."""
+        saved = seen[0]
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for name in WIDE_STATE:
-                if name in saved["state"].get(i, {}):
-                    self.state[p][name] = saved["state"][i][name].to("cpu" if name == NOISE else p.device, copy=True)
+        # torch casts floating-point state to the parameter's dtype; what is kept wider for bf16 parameters stays as it was.
+        for (i, p), name in product(zip(ids, params, strict=True), WIDE_STATE):
+            if name in saved["state"].get(i, {}):
+                self.state[p][name] = saved["state"][i][name].to("cpu" if name == NOISE else p.device, copy=True)
+        if self.control is None and any(part.get("inside") for part in waiting(self)):
+            warnings.warn("the state is of an optimizer with policy=, and this one has none: its rules do not act here.", stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.control is not None:
@@ -240,7 +239,7 @@ class NormOptimizer(Optimizer):
                 "nw.attach(model_copy, optimizer_copy, optimizer.control.policy).load_state_dict(optimizer.control.state_dict()).",
                 stacklevel=3,
             )
-        self._settle_all()
+        self._settle()
         state: dict[str, Any] = super().__getstate__()
         return state
 
@@ -249,10 +248,9 @@ class NormOptimizer(Optimizer):
         self._plans, self._settled = {}, {}
         self._told = True
         self.__dict__.setdefault("routing", None)
-        for index, group in enumerate(self.param_groups):
-            for column, value in DEFAULTS.items():
-                group.setdefault(column, value)
-            self._settle(index, group)
+        for group in self.param_groups:
+            group |= {**DEFAULTS, **group}
+        self._settle()
 
     def __repr__(self) -> str:
         """What each group trains, and how: the columns that are not the defaults."""
@@ -266,36 +264,9 @@ class NormOptimizer(Optimizer):
         return f"{type(self).__name__} (\n{''.join(lines)})"
 
 
-def _defaults(row: Row) -> Row:
-    """A new group's columns. Schedulers that cycle a momentum look here for its name: only the one in use is shown."""
-    unused = {"momentum" if row["direction"] in ("adam", "lion") else "betas"}
-    if row["direction"] == "plain" and not row["velocity"]:
-        unused = {"betas", "momentum"}
-    return {column: value for column, value in row.items() if column not in unused}
-
-
 def group_name(group: dict[str, Any]) -> str:
     """What errors call a group."""
     return f"the group {group['name']!r}" if "name" in group else "a parameter group"
-
-
-def _refuse_vectors(group: dict[str, Any], row: Row | None) -> None:
-    """LayoutError where a group without layouts takes the row that a preset has for matrices alone, and a vector is among its parameters.
-
-    Most such rows cannot act on vectors and say so themselves. Hyperball's could: a bias would be held on a sphere, or be an error if zero.
-    """
-    if row is None or LAYOUTS in group or any(group.get(part, row[part]) != row[part] for part in PARTS):
-        return
-    for p in group["params"]:
-        if p.ndim < 2:
-            raise no_matrix(p)
-
-
-def _wished(stated: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Without the numbers that came with a copy of another group, which states every column: nobody asked for them here."""
-    if not stated.keys() >= DEFAULTS.keys():
-        return stated
-    return {c: value for c, value in stated.items() if c not in USERS or all(other.get(c) != value for other in others)}
 
 
 def _check_group(group: dict[str, Any], stated: dict[str, Any]) -> None:

@@ -263,8 +263,6 @@ class LAMB(NormOptimizer):
 
 
 ADJUST = {"original": "original", "match_rms_adamw": "match_rms_adamw", "rms_rms": "rms_rms", "none": "absolute"}
-
-
 TORCH_EPS = 1e-7    # torch.optim.Muon's
 
 

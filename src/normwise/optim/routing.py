@@ -1,20 +1,25 @@
-"""Which parameter takes which row: by the user's word, then by its role; shown as a table."""
+"""Which parameter takes which row: by the user's word, then by its role; shown as a table. And which of them really took a step."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from normwise.engine.action_report import Receipt as RuleReceipt
 from normwise.errors import PolicyError, nearest
-from normwise.optim.columns import Radius, Row, acts_on_blocks, apart, check_row, complete, needs_matrices
+from normwise.optim.columns import Radius, Row, acts_on_blocks, apart, check_row, complete, needs_matrices, norm_of
+from normwise.optim.plan import names_of
 from normwise.parameters.inventory import Entry, Inventory, LayoutLike
 from normwise.parameters.selectors import select
 from normwise.reports import Loggable, table
+
+if TYPE_CHECKING:
+    from normwise.optim.optimizer import NormOptimizer
 
 SKIP = "skip"
 """In the place of a row: another optimizer trains these parameters."""
@@ -35,11 +40,11 @@ class Routing(Loggable):
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for torch: one a row that is used, named parameters in the model's order."""
-        return [g for name, row in self.rows.items() if (g := self._group(name, row))["params"]]
-
-    def _group(self, name: str, row: Row) -> dict[str, Any]:
-        members = [e for e in self.entries if self.of[e.name] == name]
-        return {**row, "name": name, "params": [(e.name, e.param) for e in members], "layouts": [e.layout for e in members]}
+        members = {name: [e for e in self.entries if self.of[e.name] == name] for name in self.rows}
+        return [
+            {**self.rows[name], "name": name, "params": [(e.name, e.param) for e in found], "layouts": [e.layout for e in found]}
+            for name, found in members.items() if found
+        ]  # fmt: skip
 
     def __str__(self) -> str:
         return table(("parameter", "shape", "role", "row", "direction", "under", "scale", "hold", "lr"), map(self._line, self.entries))
@@ -74,7 +79,8 @@ def route(
     if not entries:
         raise PolicyError("the model has no trainable parameters.")
     rows = dict(rows)
-    of = {e.name: roles[role] for e in entries if (role := _routed_as(e)) in roles}
+    role_of = {e.name: "other" if e.adapter == "A" and e.role == "hidden" else e.role for e in entries}
+    of = {name: roles[role] for name, role in role_of.items() if role in roles}
     unsure = {e.name: e for e in inventory.unsure}
     left: set[str] = set()
     for i, (selector, wanted) in enumerate(override.items()):
@@ -111,17 +117,16 @@ def _check_raw(entries: Sequence[Entry], row_of: Mapping[str, Row]) -> None:
             )
     stepped = [f"{e.name} (of {e.aliases[0]})" for e in raw if acts_on_blocks(row_of[e.name])]
     if stepped:
-        more = f" and {len(stepped) - 8} more" if len(stepped) > 8 else ""
         warnings.warn(
-            f"steps under a norm are taken in raw tensors that weights are computed from: {', '.join(stepped[:8])}{more}. The norm is that "
+            f"steps under a norm are taken in raw tensors that weights are computed from: {_first(stepped)}. The norm is that "
             "of the raw tensor's step, not of the weight's. "
             "Route them by override= to a row such as 'adamw', or remove the parametrization, if that is not meant.",
             stacklevel=5,    # whoever called the preset
         )
 
 
-def _routed_as(entry: Entry) -> str:
-    return "other" if entry.adapter == "A" and entry.role == "hidden" else entry.role
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _refuse_complex(entries: Sequence[Entry]) -> None:
@@ -136,10 +141,9 @@ def _refuse_complex(entries: Sequence[Entry]) -> None:
 def _warn_of(unsure: Sequence[Entry]) -> None:
     if not unsure:
         return
-    shown = ", ".join(f"{e.name} ({'x'.join(map(str, e.param.shape))} of {type(e.module).__name__})" for e in unsure[:8])
-    more = f" and {len(unsure) - 8} more" if len(unsure) > 8 else ""
+    shown = _first([f"{e.name} ({'x'.join(map(str, e.param.shape))} of {type(e.module).__name__})" for e in unsure])
     warnings.warn(
-        f"{shown}{more}: nothing states the axes of these parameters, so that they are not stepped as matrices. Where they are matrices, "
+        f"{shown}: nothing states the axes of these parameters, so that they are not stepped as matrices. Where they are matrices, "
         f"state it: layouts={{{unsure[0].name!r}: nw.Layout(...)}}, or nw.register_layout({type(unsure[0].module).__name__}, ..., "
         "role='hidden'). Where they are none, say which row they take, by override=, and this warning goes.",
         stacklevel=5,    # whoever called the preset
@@ -163,14 +167,119 @@ def _scaled(rows: dict[str, Row], base: str, selector: Any, factor: Radius) -> s
     check_row({**row, "radius": factor}, f"override of {selector!r}")
     if isinstance(factor, tuple | list) and apart(row) and len(factor) != len(row["radius"]):
         raise PolicyError(f"override multiplies {selector!r} by {len(factor)} numbers, whose row {base!r} has {len(row['radius'])}.")
+    radius = row["radius"]
+    if isinstance(radius, Sequence) or isinstance(factor, Sequence):    # one number for each block where either has one for each
+        each = (x if isinstance(x, Sequence) else repeat(x) for x in (radius, factor))
+        product: Radius = tuple(r * f for r, f in zip(*each, strict=False))    # a number for all is repeated without an end
+    else:
+        product = radius * factor
     name = f"{base} x {factor}"
-    rows[name] = {**row, "radius": _times(row["radius"], factor)}
+    rows[name] = {**row, "radius": product}
     return name
 
 
-def _times(radius: Radius, factor: Radius) -> Radius:
-    """The product, one number for each block where either has one for each."""
-    if not isinstance(radius, Sequence) and not isinstance(factor, Sequence):
-        return radius * factor
-    each = (x if isinstance(x, Sequence) else repeat(x) for x in (radius, factor))
-    return tuple(r * f for r, f in zip(*each, strict=False))    # a number for all is repeated without an end
+# ---------------------------------------------------------------------------------------------------------- who takes which step
+
+
+# The share of the weights of two or more dimensions below which a matrix method is told to have little to do.
+HALF = 0.5
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """The parameters of one group: tensors and numbers by kind (matrices, embeddings, vectors), and those that have not stepped yet."""
+
+    row: str
+    method: str
+    kinds: Mapping[str, int]
+    numbers: int
+    matrix_method: bool
+    idle: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Receipt(Loggable):
+    """Print it, or read ``groups``, ``covered`` (the share of the weights of two or more dimensions under a matrix method; None where no
+    row is one) and ``rules``."""
+
+    prefix: ClassVar[str] = "steps/"
+    groups: list[Stepped]
+    size: int
+    """How many numbers all groups hold."""
+    covered: float | None
+    rules: RuleReceipt | None = None
+
+    @classmethod
+    def of(cls, optimizer: NormOptimizer) -> Receipt:
+        """Of the optimizer's groups and state as they are now."""
+        entries = () if optimizer.routing is None else optimizer.routing.entries
+        roles = {id(e.param): e.role for e in entries}
+        groups = [_stepped(group, roles, optimizer.state) for group in optimizer.param_groups if group["params"]]
+        control = optimizer.control
+        numbers = sum(g.numbers for g in groups)
+        return cls(groups, numbers, _covered(optimizer), None if control is None else control.receipt())
+
+    def numbers(self) -> dict[str, float]:
+        """Each row's share of the parameters, the share of ``covered``, and the numbers of the rules."""
+        shares = {f"share/{g.row}": g.numbers / max(self.size, 1) for g in self.groups}
+        return {**shares, **({} if self.covered is None else {"covered": self.covered}), **(self.rules.flat() if self.rules else {})}
+
+    def __str__(self) -> str:
+        lines = []
+        for g in self.groups:
+            plurals = ((n, kind if n == 1 else {"matrix": "matrices"}.get(kind, f"{kind}s")) for kind, n in g.kinds.items() if n)
+            shown = ", ".join(f"{n} {kind}" for n, kind in plurals)
+            share = g.numbers / max(self.size, 1)
+            lines.append(f"{shown} under {g.method} ({share:.0%} of the parameters; row '{g.row}')")
+        idle = [name for g in self.groups for name in g.idle]
+        if idle:
+            lines.append(f"not stepped yet, without a gradient: {len(idle)} ({', '.join(idle[:5])}{', ...' if len(idle) > 5 else ''})")
+        return "\n".join([*lines, *([str(self.rules)] if self.rules else [])])
+
+
+def _stepped(group: Mapping[str, Any], roles: Mapping[int, str], state: Mapping[Tensor, Any]) -> Stepped:
+    kinds = {"matrix": 0, "embedding": 0, "head": 0, "vector": 0}
+    for p in group["params"]:
+        role = roles.get(id(p), "")
+        kinds[role if role in kinds else "matrix" if p.ndim >= 2 else "vector"] += 1
+    idle = [name for name, p in zip(names_of(group), group["params"], strict=True) if p not in state and group["direction"] != "plain"]
+    numbers = sum(p.numel() for p in group["params"])
+    return Stepped(str(group.get("name", "main")), _method(group), kinds, numbers, needs_matrices(group), idle)
+
+
+def _method(group: Mapping[str, Any]) -> str:
+    if group["act"] == "none":
+        return {"adam": "AdamW" if group["hold"] == "none" else "Adam", "plain": "gradient descent"}.get(group["direction"], "momentum")
+    if group["act"] == "ridge":
+        return "the ridge inverse"
+    name = getattr(norm_of(group), "name", str(group["norm"]))
+    return f"the {name} LMO" if group["act"] == "lmo" else f"normalisation by {name}"
+
+
+def _covered(optimizer: NormOptimizer) -> float | None:
+    """Of the numbers in weights of two or more dimensions the share that a matrix method steps; None where no row is one."""
+    groups = optimizer.param_groups
+    if not any(map(needs_matrices, groups if optimizer.routing is None else optimizer.routing.rows.values())):
+        return None
+    # LoRA's A: the matrix methods step B of the product, and leave A to AdamW.
+    others = set() if optimizer.routing is None else {id(e.param) for e in optimizer.routing.entries if e.adapter == "A"}
+    sizes = [(needs_matrices(g), p.numel()) for g in groups for p in g["params"] if p.ndim >= 2 and id(p) not in others]
+    whole = sum(n for _, n in sizes)
+    return sum(n for matrix, n in sizes if matrix) / whole if whole else None
+
+
+def little_covered(optimizer: NormOptimizer) -> str | None:
+    """A warning where a matrix method steps less than half of the weights of two or more dimensions, with the largest of the others."""
+    covered = _covered(optimizer)
+    if covered is None or covered >= HALF or optimizer.routing is None:
+        return None
+    rows, of = optimizer.routing.rows, optimizer.routing.of
+    others = [e for e in optimizer.routing.entries if e.param.ndim >= 2 and not needs_matrices(rows[of[e.name]])]
+    largest = sorted(others, key=lambda e: -e.param.numel())[:3]
+    matrix_row = next(name for name, row in rows.items() if needs_matrices(row))
+    named = ", ".join(f"{e.name} ({e.role}, {'x'.join(map(str, e.param.shape))})" for e in largest)
+    return (
+        f"the matrix method of this {type(optimizer).__name__} steps {covered:.0%} of the weights of two or more dimensions; the largest "
+        f"of the others are {named}. If they should take it, route them: override={{{largest[0].name!r}: {matrix_row!r}}}. "
+        "print(optimizer.receipt()) shows who takes what."
+    )

@@ -1,301 +1,406 @@
-"""One pack of parameters through the columns: act, rows, scale, apply, hold."""
+"""What a step of a group runs, pack by pack: direction, act, rows, scale, apply, hold. ``plan`` prepares it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from normwise.engine.pack import Pack
-from normwise.engine.sharded.norms import simple
+from normwise.engine.sharded import here
 from normwise.engine.sharded.prefetch import Request
 from normwise.low_precision import narrow_, widened
 from normwise.norms import L2, Norm
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.linalg import polar, ridge_inverse
-from normwise.optim.columns import apart, norm_of, polar_floor, shape_scale
-from normwise.optim.directions import DIRECTIONS
-from normwise.optim.plan import Alike, Part, Plan
+from normwise.norms.reduce import compute_dtype, up
+from normwise.parameters.layouts import is_dense, lie_alike
 from normwise.policy import actions
 
 Group = Mapping[str, Any]
-States = Sequence[dict[str, Any]]
+State = dict[str, Any]
+States = Sequence[State]
 Update = Callable[[Pack, list[Tensor]], None]
 """What a policy's rules on updates do to the finished updates of a pack, in place."""
+LAYOUTS = "layouts"
+"""The group's key that keeps the axes of its parameters, as plain data, in their order."""
 RELATIVE_FLOOR = 1e-3
 """The least root mean square that a relative step takes a weight to have, so that zero weights can leave zero (Adafactor, 2018)."""
-
-
-def step_group(plan: Plan, group: Group, on_update: Update | None = None) -> Iterator[Stepping]:
-    """One optimizer step of a group, pack by pack: what is to be taken through ``STAGES``. Gradients are read, never written."""
-    if plan.alike and on_update is None and not plan.rounds and _is_plain_adamw(group):
-        for alike in plan.alike:
-            _fused_adamw(alike, group)
-        return
-    for part in plan.parts:
-        yield Stepping(part, group, on_update)
-
-
-def _is_plain_adamw(group: Group) -> bool:
-    """The row of AdamW is torch's fused kernel: one pass over all it touches, where separate calls need five. The compiler fuses itself."""
-    if torch.compiler.is_compiling():
-        return False
-    plain = (group["direction"], group["act"], group["scale"], group["hold"]) == ("adam", "none", "absolute", "none")
-    simple = plain and not apart(group) and group["radius"] > 0 and not group["row_beta"] and not group["velocity"]
-    return simple and (group["decay"] in ("none", "weight") or not group["weight_decay"])
-
-
-def _fused_adamw(alike: Alike, group: Group) -> None:
-    (params, grads, firsts, seconds), copies = alike.tensors()
-    steps, radius = [s["step"] for s in alike.states], group["radius"]
-    torch._foreach_add_(steps, 1)
-    torch._fused_adamw_(
-        params, grads, firsts, seconds, [], steps, lr=group["lr"] * radius, beta1=group["betas"][0], beta2=group["betas"][1],
-        weight_decay=group["weight_decay"] / radius if group["decay"] == "weight" else 0.0, eps=group["eps"], amsgrad=False,
-        maximize=group["maximize"],
-    )  # fmt: skip
-    for original, copy in copies:
-        original.copy_(copy)
-
-
-STAGES = ("direct", "turn", "divide", "move", "hold")
-"""A new one begins where norms of blocks are needed that were not known before."""
-
-
-class Stepping:
-    """One pack on its way through the columns, stage by stage."""
-
-    def __init__(self, planned: Part, group: Group, on_update: Update | None = None) -> None:
-        self.part, self.radii, self.group, self.on_update = planned.pack, planned.radii, group, on_update
-        self.states: States = self.part.local_states(planned.states)
-
-    def take(self, stage: str) -> None:
-        """One of ``STAGES``."""
-        getattr(self, stage)()
-
-    def direct(self) -> None:
-        """Decay of gradients, and the direction."""
-        part, group = self.part, self.group
-        self.params = part.local(part.params)
-        grads = _readable(part.local([p.grad for p in part.params if p.grad is not None]), self.params)
-        self.grads = list(torch._foreach_neg(grads)) if group["maximize"] else grads
-        decayed = _with_decay(self.grads, self.params, group, "gradient")
-        update = list(DIRECTIONS[group["direction"]](decayed, self.states, group))
-        self.update = _with_decay(update, self.params, group, "direction")
-
-    def turn(self) -> None:
-        """Act: the direction under the norm."""
-        self.update = _act(self.part, self.update, self.group)
-
-    def divide(self) -> None:
-        """Units by their running size."""
-        if self.group["row_beta"]:
-            self.update = _divide_rows(self.part, self.update, self.states, self.group)
-        self.weights = widened(self.params, self.states)
-
-    def move(self) -> None:
-        """Scale, decay and step."""
-        part, group = self.part, self.group
-        lengths = {of: part.measure(L2(), tensors) for of, tensors in self._of_scale().items()}
-        factor = _scale(part, lengths, self.states, group, self.radii)
-        self.before = part.measure(L2(), self.weights) if group["hold"] == "radial_brake" else None
-        _apply(part, self.weights, self.update, factor, self.states, group, self.on_update)
-
-    def hold(self) -> None:
-        """What the weights are held to; then they are rounded."""
-        _hold(self.part, self.weights, self.states, self.group, self.before)
-        narrow_(self.params, self.weights, self.states, self.part.noise_numbers(self.states))
-
-    def _of_scale(self) -> dict[str, list[Tensor]]:
-        """What the scale measures, by name."""
-        known = {"weights": self.weights, "update": self.update, "grads": self.grads}
-        return {of: known[of] for of in MEASURED.get(self.group["scale"], ())}
-
-    def asked(self, stage: str) -> list[Request]:
-        """What the stage will measure, in its order."""
-        part, group, held = self.part, self.group, self.group["hold"]
-        if stage == "turn":
-            return [(part, norm, self.update) for norm in _measured_by_act(part, group)]
-        if stage == "divide" and group["row_beta"]:
-            return part.requests_of_rows(self.update)
-        if stage == "move":
-            before = [self.weights] if held == "radial_brake" else []
-            return [(part, L2(), tensors) for tensors in (*self._of_scale().values(), *before)]
-        if stage == "hold" and held in ("sphere", "ball", "radial_brake"):
-            return [(part, L2(), self.weights)]
-        if stage == "hold" and held == "row_floor":
-            return part.requests_of_rows(self.weights)
-        return []
-
-
-def _measured_by_act(part: Pack, group: Group) -> list[Norm]:
-    """The norm that an act divides by; none where it needs no norm, or whole blocks."""
-    norm = norm_of(group)
-    base = simple(norm, part.block_shape)
-    if base is None or group["act"] not in ("normalize", "lmo"):
-        return []
-    return [norm] if group["act"] == "normalize" else [L2()] if isinstance(base[0], L2) else []
-
-
 MEASURED = {
     "normuon": ("update",), "init": ("update",), "relative": ("weights", "update"), "lamb": ("weights", "update"),
     "lars": ("weights", "grads"),
 }  # fmt: skip
 """The norms that a scale needs."""
 
-
-def _readable(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    """Gradients in the weights' dtype, which torch lets them differ from, and without lazy negation, which foreach does not take."""
-    pairs = zip(grads, params, strict=True)
-    return [g if g.dtype == p.dtype and not g.is_neg() else g.to(p.dtype).resolve_neg() for g, p in pairs]
-
-
-def _with_decay(tensors: list[Tensor], params: list[Tensor], group: Group, where: str) -> list[Tensor]:
-    if group["decay"] != where or not group["weight_decay"]:
-        return list(tensors)
-    return list(torch._foreach_add(tensors, params, alpha=group["weight_decay"]))
+# C functions, since all of this is asked of every parameter at every step.
+GRADIENT, DTYPE, KIND = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.attrgetter("__class__", "dtype", "device")
+STRIDE, IS_NEGATIVE = Tensor.stride, Tensor.is_neg
+PARTS = ("direction", "act", "norm", "per", "scale", "hold", "rounding")
+COLUMNS = operator.itemgetter(*PARTS, "polar", "eps")
 
 
-# ---------------------------------------------------------------------------------------------------------- act and scale
+# ---------------------------------------------------------------------------------------------------------- what is prepared
 
 
-def _act(part: Pack, update: list[Tensor], group: Group) -> list[Tensor]:
-    if group["act"] == "none":
+@dataclass(eq=False)
+class Part:
+    """A pack with the states of its members, and what its columns come to for blocks of this shape."""
+
+    pack: Pack
+    states: list[State]
+    radii: Tensor | None
+    """The radius of each block, ``(members · count,)``, where they are not all one."""
+    norm: Norm
+    act_measures: list[Norm]
+    """The norm that the act divides by; none where it needs no norm, or whole blocks."""
+    polar_floor: float
+    polar_scale: float
+    """What the polar factor is divided by under a multiple of the spectral norm."""
+    shape_scale: float
+
+
+@dataclass(eq=False)
+class Fused:
+    """Parameters of one dtype and device for torch's fused AdamW kernel, with their states."""
+
+    params: list[Tensor]
+    states: list[State]
+    dtensors: bool
+    known: list[list[tuple[int, ...]]] = field(default_factory=list)
+    """The strides of what :meth:`tensors` gives, when all of it was last found to lie as the kernel needs it."""
+
+    def step(self, group: Group) -> None:
+        (params, grads, firsts, seconds), copies = self.tensors()
+        steps, radius = [s["step"] for s in self.states], group["radius"]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            params, grads, firsts, seconds, [], steps, lr=group["lr"] * radius, beta1=group["betas"][0], beta2=group["betas"][1],
+            weight_decay=group["weight_decay"] / radius if group["decay"] == "weight" else 0.0, eps=group["eps"], amsgrad=False,
+            maximize=group["maximize"],
+        )  # fmt: skip
+        for original, copy in copies:
+            original.copy_(copy)
+
+    def tensors(self) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+        """Parameters, gradients, first and second moments as the kernel takes them; and (original, copy) where it is to step a copy.
+
+        The CPU's kernel runs over raw memory, whatever the strides: all four must be dense and lie alike. What does is given as it is.
+        A parameter with gaps (a slice of a larger tensor) is stepped as a dense copy; a gradient that lies otherwise (transposed,
+        expanded), is negated lazily or has another dtype is read from a copy; moments that lie otherwise, as after a change to
+        ``channels_last`` or from a checkpoint of before it, are laid out anew. So all of them get the numbers of contiguous copies.
+        """
+        params, grads = self.params, list(map(GRADIENT, self.params))
+        every = [params, grads, [s["exp_avg"] for s in self.states], [s["exp_avg_sq"] for s in self.states]]
+        if self.dtensors:
+            every = [list(map(here, x)) for x in every]
+        plain = set(map(DTYPE, grads)) == {params[0].dtype} and not any(map(IS_NEGATIVE, grads))
+        if plain and [list(map(STRIDE, x)) for x in every] == self.known:
+            return every, []
+        every = [list(x) for x in every]
+        back = [pair for i, s in enumerate(self.states) for pair in _lay_out(every, i, {} if self.dtensors else s)]
+        self.known = [] if back else [list(map(STRIDE, x)) for x in every]
+        return every, back
+
+
+def _lay_out(every: list[list[Tensor]], i: int, state: State) -> list[tuple[Tensor, Tensor]]:
+    """Makes the ``i``-th tensors lie like their parameter, or like a dense copy of it; (original, copy) of what is to be copied back.
+    Moments are replaced in ``state``, where they are in it."""
+    p, back = every[0][i], []
+    work = every[0][i] = p if is_dense(p.shape, p.stride()) else torch.empty_like(p).copy_(p)
+    if work is not p:
+        back.append((p, work))
+    for k, name in ((1, ""), (2, "exp_avg"), (3, "exp_avg_sq")):
+        t = every[k][i]
+        if t.dtype == p.dtype and not t.is_neg() and lie_alike(p.shape, work.stride(), t.stride()):
+            continue
+        every[k][i] = torch.empty_like(work).copy_(t)
+        if name in state:
+            state[name] = every[k][i]
+        elif name:
+            back.append((t, every[k][i]))
+    return back
+
+
+@dataclass(eq=False)
+class Plan:
+    """``parts`` for the columns one by one; ``fused`` for torch's AdamW kernel, all parameters again, where the row is that of AdamW."""
+
+    parts: list[Part]
+    fused: list[Fused]
+    rounds: bool
+    """Whether some weights are rounded in another way than to nearest."""
+    aligned: list[Tensor]
+    """The DTensors, whose gradients are brought to their placements."""
+    params: list[Tensor]
+    layouts: Any
+    columns: tuple[Any, ...]
+    present: list[Tensor]
+    kinds: list[tuple[Any, ...]]
+    states: list[State]
+
+    def fits(self, group: Group, state: MutableMapping[Tensor, State]) -> bool:
+        """Whether nothing that it was built for has changed."""
+        return (
+            self.layouts is group[LAYOUTS]
+            and self.columns == columns_of(group)
+            and same(self.params, group["params"])
+            and self.kinds == list(map(KIND, self.present))
+            and same(self.states, list(map(state.get, self.present)))
+        )
+
+    def takes_fused(self, group: Group) -> bool:
+        """Whether torch's kernel takes the step: one pass over all it touches, where separate calls need five. A compiler fuses itself."""
+        if not self.fused or torch.compiler.is_compiling():
+            return False
+        return group["radius"] > 0 and (group["decay"] in ("none", "weight") or not group["weight_decay"])
+
+
+def columns_of(group: Group) -> tuple[Any, ...]:
+    """What a plan is built for. One radius for all blocks may change at every step, as rates and decays may."""
+    radius = group["radius"]
+    return *COLUMNS(group), tuple(radius) if isinstance(radius, tuple | list) else None, group["velocity"] > 0, group["row_beta"] > 0
+
+
+def same(a: Sequence[object], b: Sequence[object]) -> bool:
+    """Whether these are the very same objects."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+# ---------------------------------------------------------------------------------------------------------- directions
+
+
+# Each function advances its state and returns new tensors or its own buffers, which are only read.
+
+
+def plain(grads: list[Tensor], states: States, group: Group) -> list[Tensor]:
+    return grads
+
+
+def heavy_ball(grads: list[Tensor], states: States, group: Group) -> list[Tensor]:
+    buffers = [s["momentum_buffer"] for s in states]
+    torch._foreach_mul_(buffers, group["momentum"])
+    torch._foreach_add_(buffers, grads)
+    return buffers
+
+
+def nesterov(grads: list[Tensor], states: States, group: Group) -> list[Tensor]:
+    return list(torch._foreach_add(grads, heavy_ball(grads, states, group), alpha=group["momentum"]))
+
+
+def ema(grads: list[Tensor], states: States, group: Group) -> list[Tensor]:
+    buffers = [s["momentum_buffer"] for s in states]
+    torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+    return buffers
+
+
+def ema_nesterov(grads: list[Tensor], states: States, group: Group) -> list[Tensor]:
+    return list(torch._foreach_lerp(grads, ema(grads, states, group), group["momentum"]))
+
+
+def lion(grads: list[Tensor], states: States, group: Group) -> list[Tensor]:
+    buffers = [s["momentum_buffer"] for s in states]
+    first, second = group["betas"]
+    mixed = list(torch._foreach_lerp(buffers, grads, 1 - first))
+    torch._foreach_lerp_(buffers, grads, 1 - second)
+    return mixed
+
+
+def adam(grads: list[Tensor], states: States, group: Group) -> list[Tensor]:
+    first, second = group["betas"]
+    torch._foreach_add_([s["step"] for s in states], 1)
+    averages, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+    torch._foreach_lerp_(averages, grads, 1 - first)
+    torch._foreach_mul_(squares, second)
+    torch._foreach_addcmul_(squares, grads, grads, value=1 - second)
+    averages, squares = [up(a) for a in averages], [up(v) for v in squares]    # in fp16 eps would be 0
+    roots = list(torch._foreach_sqrt(squares))
+    torch._foreach_div_(roots, _corrections(states, second, 0.5))
+    torch._foreach_add_(roots, group["eps"])
+    directions = list(torch._foreach_div(averages, roots))
+    torch._foreach_div_(directions, _corrections(states, first, 1.0))
+    return directions
+
+
+def _corrections(states: States, beta: float, power: float) -> Any:
+    """(1 − βᵗ) to ``power``; as tensors where reading the step count would break a compiled graph or wait for a device."""
+    if torch.compiler.is_compiling() or states[0]["step"].device.type != "cpu":
+        return [(1 - beta ** s["step"].double()).pow(power).to(compute_dtype(s["exp_avg"].dtype)) for s in states]
+    return [(1 - beta ** float(s["step"])) ** power for s in states]
+
+
+DIRECTIONS: dict[str, Callable[[list[Tensor], States, Group], list[Tensor]]] = {
+    "plain": plain, "heavy_ball": heavy_ball, "nesterov": nesterov, "ema": ema, "ema_nesterov": ema_nesterov, "lion": lion, "adam": adam,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- a pack's way
+
+
+def step_group(plan: Plan, group: Group, on_update: Update | None) -> list[Iterator[list[Request]]]:
+    """One step of a group. Returns what is left to do: packs of DTensors wait for those of the other groups."""
+    if on_update is None and plan.takes_fused(group):
+        for batch in plan.fused:
+            batch.step(group)
+        return []
+    return [going for part in plan.parts for going in part.pack.run(take(part, group, plan.rounds, on_update))]
+
+
+def take(part: Part, group: Group, rounds: bool, on_update: Update | None) -> Iterator[list[Request]]:
+    """One pack through the columns. Gradients are read, never written.
+
+    It stops four times, each time before norms of blocks are needed that were not known before, and yields what it will measure. Packs of
+    DTensors go from stop to stop together, so that all of it travels in one collective. Of a plain pack there is nothing to send.
+    """
+    pack, hold = part.pack, group["hold"]
+    states, params = pack.local_states(part.states), pack.local(pack.params)
+    decay = group["decay"] if group["weight_decay"] else "none"
+    given: list[Any] = [p.grad for p in pack.params]    # a compiler knows no attrgetter
+    pairs = zip(pack.local(given), params, strict=True)
+    # torch lets a gradient's dtype differ, and negates lazily, which foreach does not take. Asking for that would break a compiled graph.
+    compiled = torch.compiler.is_compiling()
+    grads = [g if g.dtype == p.dtype and not (compiled or g.is_neg()) else g.to(p.dtype).resolve_neg() for g, p in pairs]
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    update = grads if decay != "gradient" else list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+    update = list(DIRECTIONS[group["direction"]](update, states, group))
+    if decay == "direction":
+        update = list(torch._foreach_add(update, params, alpha=group["weight_decay"]))
+
+    yield pack.requests(lambda: [(norm, update) for norm in part.act_measures])
+    update = _act(part, update, group)
+
+    yield pack.requests_of_rows(update) if group["row_beta"] else []
+    if group["row_beta"]:
+        update = _divide_rows(pack, update, states, group)
+
+    weights = widened(params, states) if rounds else params
+    known = {"weights": weights, "update": update, "grads": grads}
+    scaled_by = {of: known[of] for of in MEASURED.get(group["scale"], ())}
+    braked = [weights] if hold == "radial_brake" else []
+    yield pack.requests(lambda: [(L2(), tensors) for tensors in (*scaled_by.values(), *braked)])
+    factor = _scale(part, {of: pack.measure(L2(), tensors) for of, tensors in scaled_by.items()}, states, group)
+    before = pack.measure(L2(), weights) if braked else None
+    _apply(pack, weights, update, factor, states, group, on_update)
+
+    rows = hold == "row_floor"
+    yield pack.requests_of_rows(weights) if rows else pack.requests(lambda: [(L2(), weights)] if hold in HELD_BY_NORM else [])
+    if hold not in ("none", "frank_wolfe"):
+        _hold(pack, weights, states, group, before)
+    if rounds:
+        narrow_(params, weights, states, pack.noise_numbers(states))
+
+
+HELD_BY_NORM = ("sphere", "ball", "radial_brake")
+
+
+def _act(part: Part, update: list[Tensor], group: Group) -> list[Tensor]:
+    """The direction under the norm: −lmo(d, 1) and the like."""
+    act, pack, norm = group["act"], part.pack, part.norm
+    if act == "none":
         return update
-    if group["act"] == "ridge":
-        blocks = part.gather(update)
-        return part.split(ridge_inverse(blocks, float(group["damping"])))
-    norm = norm_of(group)
-    if group["act"] == "normalize":
-        return part.normalized(norm, update)
-    return part.steepest(norm, update, lambda blocks: steepest(norm, blocks, group))
-
-
-def steepest(norm: Norm, blocks: Tensor, group: Group) -> Tensor:
-    """−lmo(blocks, 1); under a spectral norm the polar factor by the group's iteration, elsewhere exact."""
+    if act == "ridge":
+        return pack.split(ridge_inverse(pack.gather(update), float(group["damping"])))
+    if act == "normalize":
+        return pack.normalized(norm, update)
     if not norm.polar:
-        return actions.steepest(norm, blocks)
-    factor, scale = polar(blocks, group["polar"], floor=polar_floor(group)), norm.unscaled(tuple(blocks.shape[1:]))[1]
-    return factor if scale == 1 else factor / scale
+        return pack.steepest(norm, update, partial(actions.steepest, norm))
+    # Under a spectral norm by the group's iteration, elsewhere exact.
+    factors = pack.steepest(norm, update, partial(polar, method=group["polar"], floor=part.polar_floor))
+    return factors if part.polar_scale == 1 else list(torch._foreach_div(factors, part.polar_scale))
 
 
-def _divide_rows(part: Pack, update: list[Tensor], states: States, group: Group) -> list[Tensor]:
+def _divide_rows(pack: Pack, update: list[Tensor], states: States, group: Group) -> list[Tensor]:
     """Each unit over the root of the running mean of its squares (NorMuon, Li et al., 2025)."""
-    squares, running = part.row_squares(update), [s["row_squares"] for s in states]
-    torch._foreach_lerp_(running, list(squares.to(running[0]).view(len(states), part.view.count, -1).unbind()), 1 - group["row_beta"])
-    return part.over_rows(update, torch.stack(running).view_as(squares).sqrt_() + group["eps"])
+    squares, running = pack.row_squares(update), [s["row_squares"] for s in states]
+    torch._foreach_lerp_(running, list(squares.to(running[0]).view(len(states), pack.view.count, -1).unbind()), 1 - group["row_beta"])
+    return pack.over_rows(update, torch.stack(running).view_as(squares).sqrt_() + group["eps"])
 
 
-def _scale(part: Pack, lengths: Mapping[str, Tensor], states: States, group: Group, radii: Tensor | None) -> float | Tensor:
+def _scale(part: Part, lengths: Mapping[str, Tensor], states: States, group: Group) -> float | Tensor:
     """What the update is multiplied by before the learning rate: a number, or one a block ``(members · count,)``.
 
-    lengths: the L2 norms of the blocks of what ``MEASURED`` says. radii: of each block, where they are not all one.
+    lengths: the L2 norms of the blocks of what ``MEASURED`` says.
     """
-    scale, shape = group["scale"], part.view.block_shape
-    radius = float(group["radius"]) if radii is None else radii
-    number = radius * (shape_scale(scale, shape[0], shape[-1], part.view.kernel) if len(shape) == 2 else 1.0)
+    scale = group["scale"]
+    number = (float(group["radius"]) if part.radii is None else part.radii) * part.shape_scale
+    if scale not in MEASURED:
+        return number
     if scale == "normuon":
         return radial_factor(lengths["update"], number)
     if scale == "init":
-        return radial_factor(lengths["update"], _radii(part, states)) * number
-    if scale in ("relative", "lamb", "lars"):
-        return _trust(part, lengths, group) * number
-    return number
-
-
-def _trust(part: Pack, lengths: Mapping[str, Tensor], group: Group) -> Tensor:
+        return radial_factor(lengths["update"], _radii(states)) * number
     weight = lengths["weights"]
-    if group["scale"] == "lars":
-        return _lars(weight, lengths["grads"], group)
+    if scale == "lars":
+        slope = lengths["grads"]
+        ratio = group["trust"] * weight / (slope + group["weight_decay"] * weight)
+        return torch.where((weight > 0) & (slope > 0), ratio, 1.0) * number
     length = lengths["update"]
-    if group["scale"] == "relative":
-        least = RELATIVE_FLOOR * math.prod(part.view.block_shape) ** 0.5
-        return torch.where(length > 0, weight.clamp(min=least) / length, 0.0)
-    return torch.where((weight > 0) & (length > 0), weight / length, 1.0)
+    if scale == "relative":
+        least = RELATIVE_FLOOR * math.prod(part.pack.view.block_shape) ** 0.5
+        return torch.where(length > 0, weight.clamp(min=least) / length, 0.0) * number
+    return torch.where((weight > 0) & (length > 0), weight / length, 1.0) * number
 
 
-def _lars(weight: Tensor, slope: Tensor, group: Group) -> Tensor:
-    ratio = group["trust"] * weight / (slope + group["weight_decay"] * weight)
-    return torch.where((weight > 0) & (slope > 0), ratio, 1.0)
-
-
-def _radii(part: Pack, states: States) -> Tensor:
+def _radii(states: States) -> Tensor:
+    """R of every block: its norm when first stepped."""
     return torch.cat([s["radius"] for s in states]) if len(states) > 1 else states[0]["radius"]
 
 
-# ---------------------------------------------------------------------------------------------------------- apply and hold
-
-
 def _apply(
-    part: Pack, weights: list[Tensor], update: list[Tensor], factor: float | Tensor, states: States, group: Group, on_update: Update | None
+    pack: Pack, weights: list[Tensor], update: list[Tensor], factor: float | Tensor, states: States, group: Group, on_update: Update | None
 ) -> None:
     """Decay and step; ``weights`` are the parameters, or what stands for them until they are rounded."""
-    lr = float(group["lr"])
+    rate = float(group["lr"])
+    step, share = rate, rate * group["weight_decay"]
     if isinstance(factor, Tensor):
-        update = _scaled(part, update, factor)
-        factor = 1.0
-    if group["velocity"]:
-        update, factor = _accelerate(update, lr * factor, states, group), 1.0
-        lr = 1.0
-    _decay(weights, update, group)
-    if on_update is None:
-        torch._foreach_add_(weights, [u.to(w.dtype) for u, w in zip(update, weights, strict=True)], alpha=-lr * factor)
+        update = [u.clone() for u in update]    # it may be a buffer of the direction's
+        pack.scale_(update, factor)
     else:
-        change: list[Tensor] = list(torch._foreach_mul([u.to(w.dtype) for u, w in zip(update, weights, strict=True)], -lr * factor))
-        on_update(part, change)
+        step = rate * factor
+    if group["velocity"]:
+        # v ← μ·v + η·u: momentum on the scaled step, so that a changed rate does not rescale what is under way (LARS).
+        velocities = [s["velocity"] for s in states]
+        torch._foreach_mul_(velocities, group["momentum"] if group["velocity"] is True else group["velocity"])
+        torch._foreach_add_(velocities, update, alpha=step)
+        update, step = velocities, 1.0
+    if group["hold"] == "frank_wolfe":
+        torch._foreach_mul_(weights, 1 - rate)
+    if share and group["decay"] == "weight":
+        torch._foreach_mul_(weights, 1 - share)
+    elif share and group["decay"] == "cautious":
+        for w, u in zip(weights, update, strict=True):
+            w.sub_(w * (w * u > 0), alpha=share)
+    if update[0].dtype != weights[0].dtype:    # they are of one dtype each
+        update = [u.to(w.dtype) for u, w in zip(update, weights, strict=True)]
+    if on_update is None:
+        torch._foreach_add_(weights, update, alpha=-step)
+    else:
+        change = list(torch._foreach_mul(update, -step))
+        on_update(pack, change)
         torch._foreach_add_(weights, change)
 
 
-def _scaled(part: Pack, update: list[Tensor], factor: Tensor) -> list[Tensor]:
-    copies = [u.clone() for u in update]
-    part.scale_(copies, factor)
-    return copies
-
-
-def _accelerate(update: list[Tensor], lr: float, states: States, group: Group) -> list[Tensor]:
-    """v ← μ·v + η·u: momentum on the scaled step, so that a changed learning rate does not rescale what is under way (LARS)."""
-    velocities = [s["velocity"] for s in states]
-    torch._foreach_mul_(velocities, group["momentum"] if group["velocity"] is True else group["velocity"])
-    torch._foreach_add_(velocities, update, alpha=lr)
-    return velocities
-
-
-def _decay(weights: list[Tensor], update: list[Tensor], group: Group) -> None:
-    share = float(group["lr"]) * group["weight_decay"]
-    if group["hold"] == "frank_wolfe":
-        torch._foreach_mul_(weights, 1 - float(group["lr"]))
-    if not share:
-        return
-    if group["decay"] == "weight":
-        torch._foreach_mul_(weights, 1 - share)
-    elif group["decay"] == "cautious":
-        for w, u in zip(weights, update, strict=True):
-            w.sub_(w * (w * u > 0), alpha=share)
-
-
-def _hold(part: Pack, weights: list[Tensor], states: States, group: Group, before: Tensor | None) -> None:
-    hold = group["hold"]
-    if hold in ("none", "frank_wolfe"):
-        return
+def _hold(pack: Pack, weights: list[Tensor], states: States, group: Group, before: Tensor | None) -> None:
+    """Brings the weights back to what holds them. before: their norms before the step, where a brake needs them."""
+    hold, limit = group["hold"], group["limit"]
     if hold == "row_floor":
-        _floor_rows(part, weights, states, group["limit"])
+        rows, length = pack.view.block_shape[0], pack.row_lengths(weights)
+        floor = (_radii(states) * limit / rows**0.5).repeat_interleave(rows)
+        pack.scale_rows_(weights, torch.where(length < floor, radial_factor(length, floor), 1.0))
         return
-    value = part.measure(L2(), weights)
+    value = pack.measure(L2(), weights)
     if hold == "sphere":
-        factor = radial_factor(value, _radii(part, states))
+        factor = radial_factor(value, _radii(states))
     elif hold == "ball":
-        factor = clip_factor(value, group["limit"])
+        factor = clip_factor(value, limit)
     else:
         assert before is not None
         grown = value - before
-        factor = radial_factor(value, before + torch.where(grown > 0, group["limit"] * grown, grown))
-    part.scale_(weights, factor)
-
-
-def _floor_rows(part: Pack, weights: list[Tensor], states: States, limit: float) -> None:
-    rows, length = part.view.block_shape[0], part.row_lengths(weights)
-    floor = (_radii(part, states) * limit / rows**0.5).repeat_interleave(rows)
-    part.scale_rows_(weights, torch.where(length < floor, radial_factor(length, floor), 1.0))
+        factor = radial_factor(value, before + torch.where(grown > 0, limit * grown, grown))
+    pack.scale_(weights, factor)

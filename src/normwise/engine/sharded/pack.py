@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,9 @@ class Split(Pack):
 
     def requests(self, norms: Callable[[], Iterable[tuple[Norm, Sequence[Tensor]]]]) -> list[tuple[Any, Norm, list[Tensor]]]:
         return [(self, norm, list(tensors)) for norm, tensors in norms()]
+
+    def run(self, step: Iterator[Any]) -> list[Iterator[Any]]:
+        return [step]
 
     def expect(self, norm: Norm, value: Tensor) -> None:
         """Keeps a value that the next ``measure`` of that norm returns."""

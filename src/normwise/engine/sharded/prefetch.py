@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
@@ -67,20 +68,11 @@ def fulfil(requests: Sequence[Request]) -> None:
         part.expect(norm, part.finished(norm, shares))
 
 
-def run_stages(going: Iterable[Any], stages: Sequence[str]) -> None:
-    """Takes packs through the stages of a step. Of DTensors all go together, stage by stage: what a stage measures of all of them travels
-    in one collective a mesh. A plain pack is done before the next one begins, so that its scratch memory is free again."""
-    waiting = []
-    for one in going:
-        if isinstance(one.part, Split):
-            waiting.append(one)
-            continue
-        for stage in stages:
-            one.take(stage)
-    for stage in stages if waiting else ():
-        fulfil([request for one in waiting for request in one.asked(stage)])
-        for one in waiting:
-            one.take(stage)
+def run_together(going: Sequence[Iterator[Sequence[Request]]]) -> None:
+    """Runs the steps of packs of DTensors side by side. Each stops before it measures and yields what; at every stop what all of them
+    measure travels in one collective a mesh."""
+    for asked in zip_longest(*going, fillvalue=()):    # plain zip would leave the others at their last stop once the first has ended
+        fulfil([request for requests in asked for request in requests])
 
 
 def forget(bounds: Sequence[Any]) -> None:
