@@ -23,6 +23,7 @@ from normwise.norms.decompose import singular_values
 
 LAST = 3  # marks whose mean a run is chosen by, so that one lucky batch decides nothing
 _BURST = 5
+_CURVE = ("step", "validation_accuracy", "validation_loss", "train_loss")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class CompareRun(Run):
     def form(self) -> Form:
         score: Form = {"accuracy": NUMBER, "loss": MAYBE}
         trial: dict[str, Form] = {"validation": score, "steps": int, "diverged": bool}
-        curve: Form = {"step": list, "validation_accuracy": list, "validation_loss": list, "train_loss": list, "norms": dict}
+        curve: Form = dict.fromkeys(_CURVE, list) | {"norms": dict}
         more: dict[str, Form] = {"test": score, "train": score, "sparsity": NUMBER, "norms": dict, "breaches": list}
         return trial | more | {"curve": curve} if self.full else trial
 
@@ -102,7 +103,7 @@ def train(run: CompareRun, task: Task) -> Result:
     schedule = torch.optim.lr_scheduler.LambdaLR(lane.optimizer, lambda step: constant_then_linear(step, run.steps))
     marks = sorted({round(run.steps * (mark + 1) / run.marks) for mark in range(run.marks)})
     marks = marks if run.full else marks[-LAST:]
-    curve: dict[str, Any] = {"step": [], "validation_accuracy": [], "validation_loss": [], "train_loss": []}
+    seen: list[tuple[Any, ...]] = []
     norms: dict[str, list[float | None]] = {name: [] for name, _ in lane.model.named_parameters()}
     losses: list[float] = []
     started, step, diverged = time.perf_counter(), 0, False
@@ -113,17 +114,16 @@ def train(run: CompareRun, task: Task) -> Result:
         schedule.step()
         if step in marks:
             score = task.evaluate(lane.model, "validation")
-            line = (step, score.accuracy, finite(score.loss), statistics.fmean(losses))
-            for values, value in zip(curve.values(), line, strict=True):
-                values.append(value)
+            seen.append((step, score.accuracy, finite(score.loss), statistics.fmean(losses)))
             for name, parameter in lane.model.named_parameters():
                 norms[name].append(finite(parameter.detach().norm().item()))
             losses.clear()
-    accuracies, seen = curve["validation_accuracy"][-LAST:], curve["validation_loss"][-LAST:]
-    if not seen:
+    curve: dict[str, Any] = {name: [line[k] for line in seen] for k, name in enumerate(_CURVE)}
+    accuracies, ends = curve["validation_accuracy"][-LAST:], curve["validation_loss"][-LAST:]
+    if not ends:
         score = task.evaluate(lane.model, "validation")
-        accuracies, seen = [score.accuracy], [finite(score.loss)]
-    loss = None if None in seen else statistics.fmean(seen)
+        accuracies, ends = [score.accuracy], [finite(score.loss)]
+    loss = None if None in ends else statistics.fmean(ends)
     result = {
         "validation": {"accuracy": statistics.fmean(accuracies), "loss": loss}, "steps": step,
         "diverged": diverged or loss is None, "seconds": time.perf_counter() - started,

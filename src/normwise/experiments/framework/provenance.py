@@ -52,9 +52,7 @@ def describe(data: Any) -> dict[str, Any]:
 
 def where(machine: Any) -> str:
     """One machine in words."""
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}, {machine['date'][:10]}"
-    )
+    return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}, {machine['date'][:10]}"
 
 
 def _commit() -> str | None:
