@@ -282,7 +282,12 @@ def clip_weight_value(
     """
     if high is None:
         return Rule(params=params, action="project", norm="linf", radius=value, **common)
-    return Rule(params=params, action="project", norm=_box(value, high), **common)
+    if not schedules.is_number(value) or not schedules.is_number(high):
+        raise PolicyError(f"a box has two numbers as its ends, given {value!r} and {high!r}.")
+    ends = [schedules.as_float(end) for end in (value, high)]
+    if not ends[0] <= ends[1]:
+        raise PolicyError(f"the box [{ends[0]}, {ends[1]}] holds nothing: give low <= high.")
+    return Rule(params=params, action="project", norm=Box(*ends), **common)
 
 
 @named
@@ -424,12 +429,3 @@ def _per_sample(strength: Varying, params: Selector | None, samples: int | None)
     if callable(strength):
         raise PolicyError("samples needs strength to be a number: divide a schedule's values by the number of samples yourself.")
     return schedules.number(strength, "strength", zero=True) / samples, EVERYTHING if params is None else params
-
-
-def _box(low: RadiusLike, high: float) -> Box:
-    if not schedules.is_number(low) or not schedules.is_number(high):
-        raise PolicyError(f"a box has two numbers as its ends, given {low!r} and {high!r}.")
-    ends = [schedules.as_float(end) for end in (low, high)]
-    if not ends[0] <= ends[1]:
-        raise PolicyError(f"the box [{ends[0]}, {ends[1]}] holds nothing: give low <= high.")
-    return Box(*ends)

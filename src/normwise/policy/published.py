@@ -205,7 +205,12 @@ def qk_clip(
             paper's rule for its shared keys, since scaling a shared one would change heads that did not exceed τ. No ``key`` is needed.
     """
     if query is None:
-        return Rule(action="qk_clip", radius=tau, heads=heads, **_fused(params, key, key_heads, common))
+        if key is not None or key_heads is not None:
+            raise PolicyError("qk_clip with key= or key_heads= needs query= too.")
+        if params is None:
+            params, exclude = "class:MultiheadAttention", [s for s in _listed(common.get("exclude")) if s is not None]
+            common = {"optional": True, **common, "exclude": [*ATTENTION_VALUES, *exclude]}
+        return Rule(action="qk_clip", params=params, radius=tau, heads=heads, **common)
     shared = key_heads is not None and key_heads != heads
     if params is not None or not isinstance(heads, int):
         raise PolicyError("qk_clip with query= needs heads=, the number of query heads, and no params=.")
@@ -215,15 +220,6 @@ def qk_clip(
         raise PolicyError("qk_clip with query= needs key= too, or key_heads= where query heads share keys.")
     chosen = query if shared else [*_listed(query), *_listed(key)]
     return Rule(action="qk_clip", params=chosen, radius=tau, heads=heads, power=2 if shared else 1, **common)
-
-
-def _fused(params: Selector | None, key: Selector | None, key_heads: int | None, common: Common) -> dict[str, Any]:
-    if key is not None or key_heads is not None:
-        raise PolicyError("qk_clip with key= or key_heads= needs query= too.")
-    if params is not None:
-        return {**common, "params": params}
-    exclude = [*ATTENTION_VALUES, *(s for s in _listed(common.get("exclude")) if s is not None)]
-    return {"optional": True, **common, "params": "class:MultiheadAttention", "exclude": exclude}
 
 
 # Of `nn.MultiheadAttention` what is neither query nor key.
