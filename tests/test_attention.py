@@ -15,8 +15,7 @@ import normwise as nw
 from attention_cases import F64, WIDTH, Model, Parts, Separate, grads
 from normwise.errors import PolicyError
 from normwise.optim import AdamW, Muon, NormOptimizer, Ridge
-from normwise.parameters.inventory import Inventory
-from normwise.parameters.selectors import select, selector_from_data, selector_to_data
+from normwise.parameters.inventory import Inventory, select, selector_from_data, selector_to_data
 
 
 def found(model: nn.Module) -> dict[str, str]:

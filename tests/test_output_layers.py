@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import normwise as nw
 from normwise.errors import PolicyError
 from normwise.optim import Muon, auto
-from normwise.parameters.inventory import Inventory
-from normwise.parameters.roles import find_roles, is_normalisation, normalises
+from normwise.parameters.inventory import Inventory, find_roles
+from normwise.parameters.roles import is_normalisation, normalises
 
 
 def heads(model: nn.Module) -> list[str]:

@@ -12,10 +12,19 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import prune
 
 from normwise.errors import LayoutError, PolicyError
-from normwise.parameters.inventory import Entry, Inventory, clean_name
+from normwise.parameters.inventory import (
+    Entry,
+    Inventory,
+    check_selector,
+    clean_name,
+    find_roles,
+    matches,
+    select,
+    selector_from_data,
+    selector_to_data,
+)  # fmt: skip
 from normwise.parameters.layouts import Layout
-from normwise.parameters.roles import GROUPS, ROLES, find_roles
-from normwise.parameters.selectors import check_selector, matches, select, selector_from_data, selector_to_data
+from normwise.parameters.roles import GROUPS, ROLES
 
 
 class Net(nn.Module):

@@ -27,7 +27,7 @@ from normwise.experiments.tasks.images import ImageTask, augment, endless
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.models.resnet import ResNet
 from normwise.experiments.tasks.task import Recipe
-from normwise.parameters.roles import find_roles
+from normwise.parameters.inventory import find_roles
 
 RNG = np.random.default_rng(11)
 PARTS = ("train", "validation", "test")

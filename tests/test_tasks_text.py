@@ -16,7 +16,7 @@ from normwise.experiments.tasks.models.gpt import GPT, attend
 from normwise.experiments.tasks.models.lstm import CharLSTM
 from normwise.experiments.tasks.task import Score
 from normwise.experiments.tasks.text import TextData, TextTask, load_text
-from normwise.parameters.roles import find_roles
+from normwise.parameters.inventory import find_roles
 
 LETTERS = "abcdefgh\nÄ€𝛼"
 GENERATOR = torch.Generator().manual_seed(3)

@@ -14,8 +14,7 @@ from normwise.engine.action_report import Receipt as RuleReceipt
 from normwise.errors import PolicyError, nearest
 from normwise.optim.columns import Radius, Row, acts_on_blocks, apart, check_row, complete, needs_matrices, norm_of
 from normwise.optim.plan import names_of
-from normwise.parameters.inventory import Entry, Inventory, LayoutLike
-from normwise.parameters.selectors import select
+from normwise.parameters.inventory import Entry, Inventory, LayoutLike, select
 from normwise.reports import Loggable, table
 
 if TYPE_CHECKING:

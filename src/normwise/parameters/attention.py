@@ -43,6 +43,8 @@ _SEPARATE = {"q", "k", "v"}
 _JOINT = {"kv_b_proj": {"q"}, "query_key": {"v"}}
 # What a second set of names in one module ends with: the Longformer's.
 _SECOND = "_global"
+# Of any attention at least one layer has such a name: a model without them has none to look for.
+TELLING = {*_NAMES["q"], *FUSED_NAMES, *(f"{name}{_SECOND}" for name in _NAMES["q"]), *_JOINT}
 # The path of a module -> the names of its layers -> their matrices.
 Layers = Mapping[str, Mapping[str, nn.Parameter]]
 

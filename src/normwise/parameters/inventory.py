@@ -1,24 +1,33 @@
-"""Every parameter of a model once: its names, module, role and layout. Rules are matched against this and nothing else."""
+"""Every parameter of a model once: its names, module, role and layout; and selectors, which pick some of them.
+
+Rules are matched against this and nothing else. A selector is a glob, a regular expression, a role, a part of attentions, a module class,
+a predicate, or a list of these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from normwise.errors import LayoutError, PolicyError, nearest
-from normwise.parameters.attention import find_attention
+from normwise.parameters.attention import CIRCUITS, FUSED_NAMES, PARTS, TELLING, find_attention
 from normwise.parameters.computed_weights import Computed, find_computed
-from normwise.parameters.layout_registry import Statement, statement
-from normwise.parameters.layouts import ROWS, Layout
-from normwise.parameters.names import Site, clean_name, sites
-from normwise.parameters.output_layers import Heads
-from normwise.parameters.roles import ROLES, group_tied, may_be_matrix, refuse_placeholders, role_of
+from normwise.parameters.layout_registry import Statement, by_source, split_by_source, stated_experts
+from normwise.parameters.layouts import ROWS, Layout, layout_of, registered
+from normwise.parameters.names import Site, adapter_of, clean_name, sites
+from normwise.parameters.regex import LONGEST, finder
+from normwise.parameters.roles import GROUPS, ROLES, Heads, group_tied, may_be_matrix, refuse_placeholders, role_of
 
-__all__ = ["Entry", "Inventory", "LayoutLike", "clean_name"]
+__all__ = ["Entry", "Inventory", "LayoutLike", "Selector", "clean_name", "find_roles"]
 
 LayoutLike: TypeAlias = "Layout | Callable[[nn.Module, str, nn.Parameter], Layout | None]"
 """The axes of a parameter, or a function of its module, its name in it and the tensor that gives them; None leaves them as found."""
@@ -96,8 +105,12 @@ class Inventory:
         refuse_placeholders(places)
         heads = Heads(model, places)
         grouped = [(tied, _statement(tied)) for tied in group_tied(places)]
-        attention = find_attention(places, {id(tied[0].param): told.layout.parts for tied, told in grouped if told.layout.parts})
-        computed = find_computed(places)
+        # Most models have neither attention nor computed weights; a look at names and hooks tells, and spares them the search.
+        steps = {step.removesuffix("_orig") for place in places for step in place.name.split(".")}
+        parts_of = {id(tied[0].param): told.layout.parts for tied, told in grouped if told.layout.parts}
+        attention = find_attention(places, parts_of) if steps & TELLING else {}
+        raw = [place for place in places if _may_be_raw(place)]
+        computed = find_computed(raw) if raw else []
         found = tuple(_entry(tied, told, heads, attention, computed) for tied, told in grouped)
         weights = _weights(found, computed, heads) if computed else found
         relaid = _relaid((*found, *weights), layouts or {})
@@ -163,6 +176,59 @@ def _computed_entry(computed: Computed, entries: tuple[Entry, ...], heads: Heads
     )  # fmt: skip
 
 
+def _may_be_raw(place: Site) -> bool:
+    """Whether a weight may be computed from it: it is a parametrization's, or hooks run before its module, or that keeps a plain tensor."""
+    module = place.module
+    parametrized = any(isinstance(above, ParametrizationList) for above in (*place.parents, module))
+    return parametrized or bool(module._forward_pre_hooks) or any(isinstance(value, Tensor) for value in vars(module).values())
+
+
+def find_roles(model: nn.Module) -> dict[str, str]:
+    """The role of every parameter, by clean name; a tied parameter is listed under its first name only. It may have no shape yet.
+
+    >>> find_roles(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8, 10)))
+    {'0.weight': 'conv', '0.bias': 'bias', '2.weight': 'head', '2.bias': 'bias'}
+    """
+    places = sites(model)
+    heads = Heads(model, places)
+    found = {}
+    for tied in group_tied(places):
+        stated = None if is_lazy(tied[0].param) else next((s.role for place in tied if (s := statement(place)).role is not None), None)
+        found[tied[0].name] = role_of(tied, heads, stated)
+    return found
+
+
+def statement(place: Site) -> Statement:
+    """What is known of the parameter at ``place``, from the first that tells: what is registered for a class that holds its layer
+    (``register_layout(child=)``), its module's type, what transformers' modules say of themselves, the source of the forward pass.
+    LayoutError where a registered layout does not fit it, or it has no shape yet."""
+    module, name = place.home
+    tensor, plain = place.param, name.removesuffix("_orig")
+    whole = module is place.module    # what stands behind a parametrization has axes of its own
+    holders = [(parent, path) for parent, path in place.above() if path]
+    for parent, path in holders if whole else ():
+        if (told := registered(parent, plain, tensor, path)) is not None:
+            return Statement(*told)
+    layout = layout_of(place.module, place.local_name, tensor, place.parent)
+    own = registered(module, plain, tensor) if whole else None
+    if own is not None and own[1] is not None:
+        return Statement(*own)
+    adapter = adapter_of(place)
+    if adapter and tensor.ndim == 2:
+        # A bare matrix of PEFT's embeddings and AdaLoRA in a ParameterDict: (rank, tokens) and (width, rank), else (outputs, inputs).
+        if "lora_embedding_A" in place.name.split("."):
+            return Statement(Layout("io", tuple(tensor.shape)), "embedding", adapter)
+        return Statement(layout if layout.certain else replace(layout, axes="oi", certain=True), "hidden", adapter)
+    # Only a layer that is called as one of q, k and v in one: any projection may be cut into three.
+    if layout.certain and plain == "weight" and holders and holders[0][1] in FUSED_NAMES:
+        split = split_by_source(*holders[0], tensor)
+        if split is not None:
+            return Statement(split)
+    if layout.certain or not whole:
+        return Statement(layout, None, adapter)
+    return stated_experts(module, plain, tensor) or by_source(module, plain, tensor) or Statement(layout)
+
+
 def _statement(tied: list[Site]) -> Statement:
     """The first whose layout is certain: a bare parameter tied to a Linear's weight has the Linear's axes."""
     told = []
@@ -176,8 +242,6 @@ def _statement(tied: list[Site]) -> Statement:
 
 def _relaid(entries: Sequence[Entry], layouts: Mapping[Any, LayoutLike]) -> dict[int, Entry]:
     """The entries by their ids, with the axes that the user states by name."""
-    from normwise.parameters.selectors import select
-
     said = {id(e): e for e in entries}
     together = list(said.values())
     for selector, layout, e in ((one, layout, e) for one, layout in layouts.items() for e in select(together, one)):
@@ -195,8 +259,6 @@ def _relaid(entries: Sequence[Entry], layouts: Mapping[Any, LayoutLike]) -> dict
 
 def _with_roles(entries: Sequence[Entry], roles: Mapping[Any, str]) -> dict[int, Entry]:
     """The entries by their ids, with the roles that the user states by name."""
-    from normwise.parameters.selectors import select
-
     said = {id(e): e for e in entries}
     together = list(said.values())
     for selector, role in roles.items():
@@ -204,3 +266,201 @@ def _with_roles(entries: Sequence[Entry], roles: Mapping[Any, str]) -> dict[int,
             raise PolicyError(f"Role {role!r} for {selector!r} is unknown.{nearest(str(role), ROLES)}")
         said |= {id(e): replace(e, role=role) for e in select(together, selector)}
     return said
+
+
+# ------------------------------------------------------------------------------------------------------------ selectors
+
+Predicate: TypeAlias = "Callable[[Entry], bool]"
+One: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | Predicate"
+Selector: TypeAlias = "One | Sequence[One]"
+"""What ``params=`` and ``exclude=`` take.
+
+- a clean name, which means this parameter whatever characters it has, or a glob on the whole of it: ``"fc*"``, ``"*.weight"``,
+  ``"blocks.[01].*"``;
+- a regular expression, found anywhere in the clean name: ``"re:fc[12]"`` or ``re.compile("fc[12]")``; any but one that refers back to
+  what another part matched (see ``parameters.regex``);
+- a role, or a group of roles: ``"role:bias"``, ``"role:matrix"``, ``"role:all"``;
+- a part of an attention, or two: ``"attention:q"``, ``"attention:qk"``, ``"attention:ov"``, ``"attention:all"``;
+- the class of the module that holds the parameter, or a base of it: ``"class:Linear"``, ``"class:torch.nn.Linear"``, ``nn.Linear``;
+- a predicate of the inventory's entry: ``lambda e: e.param.ndim == 4``;
+- a list or tuple of these: whatever any of them matches.
+"""
+
+_LISTED = 30
+
+
+def matches(selector: Selector, entry: Entry, names: Collection[str] = ()) -> bool:
+    """Whether ``selector`` means this entry under any of its names; PolicyError for a selector that means nothing at all.
+
+    names: those of all parameters, so that a selector that is one of them is not read as a glob.
+    """
+    return any(_predicate(one, names)(entry) for one in _several(selector))
+
+
+def names_of(entries: Iterable[Entry]) -> frozenset[str]:
+    """All names of all entries."""
+    return frozenset(name for entry in entries for name in entry.names)
+
+
+def select(entries: Iterable[Entry], params: Selector, exclude: Selector | None = None) -> list[Entry]:
+    """The entries that ``params`` matches and ``exclude`` does not, in their own order.
+
+    Raises PolicyError, with a list of what there is, if nothing is left or one element of either matches nothing: a rule that silently
+    does less than it says is the hardest mistake to find.
+    """
+    listed = list(entries)
+    wanted = _union(params, listed, "params")
+    excluded = set() if exclude is None else _union(exclude, listed, "exclude")
+    found = [entry for entry in listed if id(entry) in wanted - excluded]
+    if not found:
+        raise PolicyError(f"exclude={shown(exclude)} leaves nothing of what params={shown(params)} matches. {_inventory(listed)}")
+    return found
+
+
+def check_selector(selector: Selector) -> None:
+    """PolicyError for an unknown role or part, a broken regular expression or something that is no selector; needs no model."""
+    for one in _several(selector):
+        _predicate(one)
+
+
+def selector_to_data(selector: Selector) -> str | list[str]:
+    """The selector as a string or a list of strings, for YAML; PolicyError for a predicate."""
+    return [_written(one) for one in selector] if isinstance(selector, list | tuple) else _written(selector)
+
+
+def selector_from_data(data: Any) -> str | list[str]:
+    """The inverse of `selector_to_data`; PolicyError for anything but strings that are selectors."""
+    texts = data if isinstance(data, list) else [data]
+    if not all(isinstance(text, str) for text in texts):
+        raise PolicyError(f"A selector is written as a string or a list of strings; given {data!r}.")
+    check_selector(data)
+    return list(data) if isinstance(data, list) else str(data)
+
+
+# ------------------------------------------------------------------------------------------------------- one selector
+
+
+def _several(selector: Selector) -> list[Any]:
+    return list(selector) if isinstance(selector, list | tuple) else [selector]
+
+
+def _predicate(one: Any, names: Collection[str] = ()) -> Predicate:
+    if isinstance(one, str):
+        return (lambda entry: one in entry.names) if one in names else _from_text(one)
+    if isinstance(one, re.Pattern) and isinstance(one.pattern, str):
+        found = finder(one.pattern, one.flags)
+        return lambda entry: any(map(found, entry.names))
+    if isinstance(one, type) and issubclass(one, nn.Module):
+        return lambda entry: any(isinstance(owner, one) for owner in entry.owners)
+    if callable(one) and not isinstance(one, type | nn.Module):
+        return lambda entry: _judged(one, entry)
+    raise PolicyError(
+        f"{one!r} selects no parameters: a selector is a glob such as 'fc*', 're:...', 'role:...', 'attention:...', "
+        "'class:...', a compiled pattern, a module class, a function of an entry, or a list of these."
+    )
+
+
+def _judged(predicate: Predicate, entry: Entry) -> bool:
+    try:
+        return bool(predicate(entry))
+    # A predicate is the user's own code and may raise anything; the message says on which entry.
+    except Exception as error:
+        raise PolicyError(f"the selector {shown(predicate)} failed on {entry.name!r}: {type(error).__name__}: {error}.") from error
+
+
+def _from_text(text: str) -> Predicate:
+    kind, _, rest = text.partition(":")
+    if kind == "re":
+        found = finder(rest)
+        return lambda entry: any(map(found, entry.names))
+    if len(text) > LONGEST:
+        raise PolicyError(f"the selector {text[:60]!r}... has {len(text)} characters, {LONGEST} at most are read.")
+    if kind == "role":
+        roles = _listed_in(GROUPS, ROLES, text, "role")
+        return lambda entry: entry.role in roles
+    if kind == "attention":
+        parts = _listed_in(CIRCUITS, PARTS, text, "part of an attention")
+        return lambda entry: entry.attention in parts
+    if kind == "class":
+        return lambda entry: any(rest in _class_names(cls) for owner in entry.owners for cls in type(owner).__mro__)
+    return lambda entry: any(fnmatch.fnmatchcase(name, text) for name in entry.names)
+
+
+def _listed_in(groups: Mapping[str, tuple[str, ...]], singles: tuple[str, ...], text: str, what: str) -> tuple[str, ...]:
+    """What the selector ``text`` names behind its colon: one of ``singles``, or a group of them."""
+    name = text.partition(":")[2]
+    if name in singles:
+        return (name,)
+    if name in groups:
+        return groups[name]
+    raise PolicyError(f"{text!r} is no {what}.{nearest(name, (*singles, *groups))}")
+
+
+def _class_names(cls: type) -> tuple[str, ...]:
+    """Its name, its full path, and the public path of torch's own."""
+    short = (f"torch.nn.{cls.__name__}",) if getattr(nn, cls.__name__, None) is cls else ()
+    return (cls.__name__, f"{cls.__module__}.{cls.__qualname__}", *short)
+
+
+def _written(one: Any) -> str:
+    _predicate(one)
+    if isinstance(one, str):
+        return one
+    if isinstance(one, re.Pattern):
+        return f"re:{_with_flags(one)}"
+    if isinstance(one, type):
+        return f"class:{one.__module__}.{one.__qualname__}"
+    raise PolicyError(f"a predicate cannot be written to YAML: {shown(one)}; use a glob, 're:...', 'role:...' or 'class:...'.")
+
+
+def _with_flags(pattern: re.Pattern[str]) -> str:
+    """The pattern's text with all its flags written inside, at the front, where alone they may stand."""
+    flags = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
+    letters = "".join(letter for letter, flag in flags.items() if pattern.flags & flag)
+    body = re.sub(r"\A(\(\?[aimsux]+\))+", "", pattern.pattern)
+    return f"(?{letters}){body}" if letters else body
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def _union(selector: Selector, entries: list[Entry], field: str) -> set[int]:
+    """The ids of what any of the selector's elements matches; each has to match something."""
+    found: set[int] = set()
+    names = names_of(entries)
+    for one in _several(selector):
+        predicate = _predicate(one, names)
+        ids = {id(entry) for entry in entries if predicate(entry)}
+        if not ids:
+            raise PolicyError(f"{field}={shown(one)} matches no parameter.{_near(one, entries)} {_inventory(entries)}")
+        found |= ids
+    if not found:
+        raise PolicyError(f"{field}={shown(selector)} names nothing. {_inventory(entries)}")
+    return found
+
+
+def shown(selector: object, quoted: bool = True) -> str:
+    """A selector as its user wrote it, for messages; without quotes where the message puts some around what it is a part of."""
+    if isinstance(selector, list | tuple):
+        return f"[{', '.join(shown(one, quoted) for one in selector)}]"
+    if isinstance(selector, str) and not quoted:
+        return selector
+    return getattr(selector, "__qualname__", None) or repr(selector)
+
+
+def _near(one: object, entries: list[Entry]) -> str:
+    """The name or class nearest to what was written; a prefix counts as near, since a module's name is no parameter's."""
+    if not isinstance(one, str) or one.startswith(("re:", "role:", "attention:")):
+        return ""
+    names = [name for entry in entries for name in entry.names]
+    classes = [f"class:{type(owner).__name__}" for entry in entries for owner in entry.owners]
+    options = classes if one.startswith("class:") else names
+    inside = [option for option in options if option.startswith(f"{one}.")]
+    close = inside or difflib.get_close_matches(one, options, n=1, cutoff=0.5)
+    return f" Did you mean {(f'{one}.*' if inside else close[0])!r}?" if close else ""
+
+
+def _inventory(entries: list[Entry]) -> str:
+    shown = ", ".join(f"{entry.name} ({entry.role})" for entry in entries[:_LISTED])
+    rest = f", ... and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
+    return f"There are: {shown}{rest}." if entries else "The model has no parameters."

@@ -1,8 +1,8 @@
-"""Axes that a module's type alone does not tell: several matrices in one layer, stacked experts, adapters. One registry, open to users.
+"""Axes that a module's type alone does not tell: several matrices in one layer, stacked experts, bare parameters.
 
-It asks in this order: what is registered for a class that holds the layer (`register_layout` with ``child=``); the module's own type;
-what the modules of transformers state about themselves (``is_transposed``); the source of the forward pass
-(`normwise.parameters.forward_source`).
+Fused layers of known classes are registered here as a user would (`register_layout` with ``child=``). Of others, what transformers'
+modules of experts state about themselves (``is_transposed``) and the source of the forward pass (`normwise.parameters.forward_source`)
+tell the axes. ``inventory.statement`` asks all of them in their order.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import ast
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from normwise.parameters import forward_source
-from normwise.parameters.layouts import QKV, Describe, Layout, layout_of, register_layout, registered
-from normwise.parameters.names import Site, class_of
+from normwise.parameters.layouts import QKV, Describe, Layout, register_layout
+from normwise.parameters.names import class_of
 
 GATE_UP = ("gate", "up")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -32,36 +32,6 @@ class Statement:
     layout: Layout
     role: str | None = None
     adapter: str = ""
-
-
-def statement(place: Site) -> Statement:
-    """What is known of the parameter at ``place``. LayoutError where a registered layout does not fit it, or it has no shape yet."""
-    module, name = place.home
-    tensor = place.param
-    plain = name.removesuffix("_orig")
-    whole = module is place.module    # what stands behind a parametrization has axes of its own
-    if whole and (told := _by_parent(place, plain)) is not None:
-        return Statement(*told)
-    layout = layout_of(place.module, place.local_name, tensor, place.parent)
-    own = registered(module, plain, tensor) if whole else None
-    if own is not None and own[1] is not None:
-        return Statement(*own)
-    adapter = adapter_of(place)
-    if adapter and tensor.ndim == 2:
-        return _of_adapter(place, layout, adapter)
-    if layout.certain and plain == "weight" and (split := _split_by_source(place, tensor)) is not None:
-        return Statement(split)
-    if layout.certain or not whole:
-        return Statement(layout, None, adapter)
-    return _experts(module, plain, tensor) or _by_source(module, plain, tensor) or Statement(layout)
-
-
-def _by_parent(place: Site, name: str) -> tuple[Layout, str | None] | None:
-    """What the innermost module that has something to say about its submodule says."""
-    for parent, path in place.above():
-        if path and (told := registered(parent, name, place.param, path)) is not None:
-            return told
-    return None
 
 
 # ------------------------------------------------------------------------------------------ several matrices in one layer
@@ -185,24 +155,14 @@ for _child, _describe, _classes in _FUSED:
         register_layout(_cls, _describe, child=_child)
 
 
-def _split_by_source(place: Site, tensor: Tensor) -> Layout | None:
+def split_by_source(module: nn.Module, child: str, tensor: Tensor) -> Layout | None:
     """A layer of q, k and v in one, told by how the forward pass of the module that holds it takes the result apart; what it says in two
-    ways counts for nothing. The layer must be called as such a layer is: any projection may be cut into three."""
-    from normwise.parameters.attention import FUSED_NAMES
-
-    for parent, child in place.above():
-        if not child or "." in child:
-            continue
-        if child not in FUSED_NAMES:
-            return None
-        ways = forward_source.splits(type(parent)).get(child, frozenset())
-        return _split_as(next(iter(ways)), parent, tensor, _is_transposed(parent, child)) if len(ways) == 1 else None
-    return None
-
-
-def _split_as(way: forward_source.Split, module: nn.Module, tensor: Tensor, transposed: bool) -> Layout | None:
-    if way.count != 3:
+    ways counts for nothing."""
+    ways = forward_source.splits(type(module)).get(child, frozenset())
+    way = next(iter(ways)) if len(ways) == 1 else None
+    if way is None or way.count != 3:
         return None
+    transposed = _is_transposed(module, child)
     heads = forward_source.number(way.heads, module) or (_attribute(module, HEADS) if not way.inner else 0)
     if way.sizes is not None:
         sizes = [forward_source.number(size, module) for size in way.sizes]
@@ -220,7 +180,7 @@ def _split_as(way: forward_source.Split, module: nn.Module, tensor: Tensor, tran
 # ------------------------------------------------------------------------------------------------------- stacked experts
 
 
-def _experts(module: Any, name: str, tensor: Tensor) -> Statement | None:
+def stated_experts(module: Any, name: str, tensor: Tensor) -> Statement | None:
     """What transformers' modules of experts say of themselves: each tensor is (expert, out, in), or (expert, in, out) where
     ``is_transposed``; gate and up lie one after the other where ``is_concatenated``, else in turns."""
     if not isinstance(getattr(module, "is_transposed", None), bool) or not isinstance(getattr(module, "has_gate", None), bool):
@@ -268,7 +228,7 @@ register_layout("ZambaMambaMixer", _zamba, role="hidden")
 # ---------------------------------------------------------------------------------------------------- the source of the forward pass
 
 
-def _by_source(module: nn.Module, name: str, tensor: Tensor) -> Statement | None:
+def by_source(module: nn.Module, name: str, tensor: Tensor) -> Statement | None:
     """A bare parameter, by how the forward pass multiplies by it; None where it does not, or in ways that differ."""
     cls = class_of(module)
     if _LOOKED_UP.search(name):
@@ -309,31 +269,3 @@ def _by_einsum(cls: type[nn.Module], name: str, tensor: Tensor) -> Statement | N
     if len(axes) != tensor.ndim or axes.count("s") > 1 or "o" not in axes or "i" not in axes:
         return None
     return Statement(Layout(axes.replace("s", _lead(cls, name)), tuple(tensor.shape)), "hidden")
-
-
-# ------------------------------------------------------------------------------------------------------------- adapters
-
-# The names under which PEFT, kohya and diffusers keep the two matrices of a low-rank product B·A, B zero at the start.
-_ADAPTERS = {
-    "A": ("lora_A", "lora_down", "lora_embedding_A"),
-    "B": ("lora_B", "lora_up", "lora_embedding_B"),
-}
-
-
-def adapter_of(place: Site) -> str:
-    """"A" or "B" where the parameter is one matrix of a low-rank product: told by the names on its path."""
-    steps = place.name.split(".")
-    found = [part for part, names in _ADAPTERS.items() if any(step in names for step in steps)]
-    if found or len(steps) < 3:
-        return found[0] if found else ""
-    holder = type(place.parent).__name__ if place.parent is not None else ""
-    return {"down": "A", "up": "B"}.get(steps[-2], "") if "lora" in holder.lower() else ""    # diffusers' LoRALinearLayer
-
-
-def _of_adapter(place: Site, layout: Layout, adapter: str) -> Statement:
-    """A bare matrix of PEFT's embeddings and AdaLoRA in a ParameterDict: (rank, tokens) and (width, rank), else (outputs, inputs)."""
-    embedding = "lora_embedding_A" in place.name.split(".")
-    shape = tuple(place.param.shape)
-    if embedding:
-        return Statement(Layout("io", shape), "embedding", adapter)
-    return Statement(layout if layout.certain else replace(layout, axes="oi", certain=True), "hidden", adapter)

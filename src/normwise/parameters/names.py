@@ -47,6 +47,8 @@ def is_wrapper(owner: nn.Module, child: str) -> bool:
 
 # Names under which PEFT keeps the layer that an adapter, or a trained copy, takes the place of.
 ADAPTED = ("base_layer", "original_module")
+# The names under which PEFT, kohya and diffusers keep the two matrices of a low-rank product B·A, B zero at the start.
+_ADAPTERS = {"A": ("lora_A", "lora_down", "lora_embedding_A"), "B": ("lora_B", "lora_up", "lora_embedding_B")}
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -97,19 +99,25 @@ class Site:
 def sites(model: nn.Module) -> list[Site]:
     """Every place of every parameter, in the order of ``named_parameters``, under clean names; once where a wrapper has it twice."""
     found: dict[tuple[str, int], Site] = {}
-    for place in _walk(model, "", (), ()):
-        found.setdefault((place.name, id(place.module)), place)
+
+    def walk(module: nn.Module, prefix: str, parents: tuple[nn.Module, ...], steps: tuple[str, ...]) -> None:
+        for local, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            found.setdefault((prefix + local, id(module)), Site(prefix + local, param, module, local, parents, steps))
+        # ``named_children`` leaves out a submodule's second name, and with it that its parameters are tied.
+        for child, inner in module._modules.items():
+            if inner is not None:
+                step = "" if is_wrapper(module, child) else child
+                walk(inner, f"{prefix}{step}." if step else prefix, (*parents, module), (*steps, step))
+
+    walk(model, "", (), ())
     return list(found.values())
 
 
-def _walk(module: nn.Module, prefix: str, parents: tuple[nn.Module, ...], steps: tuple[str, ...]) -> Iterator[Site]:
-    for local, param in module.named_parameters(recurse=False, remove_duplicate=False):
-        yield Site(prefix + local, param, module, local, parents, steps)
-    for child, inner in _children(module):
-        step = "" if is_wrapper(module, child) else child
-        yield from _walk(inner, f"{prefix}{step}." if step else prefix, (*parents, module), (*steps, step))
-
-
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """``named_children`` leaves out a submodule's second name, and with it that its parameters are tied."""
-    return [(name, child) for name, child in module._modules.items() if child is not None]
+def adapter_of(place: Site) -> str:
+    """"A" or "B" where the parameter is one matrix of a low-rank product: told by the names on its path."""
+    steps = place.name.split(".")
+    found = [part for part, names in _ADAPTERS.items() if any(step in names for step in steps)]
+    if found or len(steps) < 3:
+        return found[0] if found else ""
+    holder = type(place.parent).__name__ if place.parent is not None else ""
+    return {"down": "A", "up": "B"}.get(steps[-2], "") if "lora" in holder.lower() else ""    # diffusers' LoRALinearLayer

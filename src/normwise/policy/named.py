@@ -20,8 +20,8 @@ from typing import TypedDict, TypeVar, Unpack
 
 from normwise.errors import PolicyError
 from normwise.norms import Box, NonNegative
+from normwise.parameters.inventory import Selector
 from normwise.parameters.layouts import Layout
-from normwise.parameters.selectors import Selector
 from normwise.policy import schedules
 from normwise.policy.radii import Init, Relative
 from normwise.policy.rule import EVERYTHING, Rule

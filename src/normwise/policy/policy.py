@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from normwise import files
 from normwise.errors import DataError, OutputError, PolicyError, nearest
+from normwise.parameters.inventory import LayoutLike, check_selector
 from normwise.parameters.layouts import Layout
 from normwise.parameters.roles import ROLES
-from normwise.parameters.selectors import check_selector
 from normwise.policy import yaml_form
 from normwise.policy.rule import Rule
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from normwise.parameters.inventory import LayoutLike
     from normwise.policy.explain import Explanation
 
 PolicyLike: TypeAlias = Union["Policy", Rule, Iterable["PolicyLike"]]

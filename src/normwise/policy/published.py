@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from normwise.errors import PolicyError
 from normwise.norms import Orthogonal
-from normwise.parameters.selectors import Selector
+from normwise.parameters.inventory import Selector
 from normwise.policy import radii
 from normwise.policy.named import Common, named, part_of
 from normwise.policy.radii import Brake, Inflection, Init, Quantile, StepLength, ZScore

@@ -14,7 +14,7 @@ from normwise.errors import NormwiseError, PolicyError, nearest
 from normwise.low_precision import ROUNDINGS
 from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
 from normwise.parameters.layouts import PER, BlockView, Heads, Layout, block_view, split_heads
-from normwise.parameters.selectors import Selector, matches, names_of, select, selector_to_data, shown
+from normwise.parameters.inventory import Selector, matches, names_of, select, selector_to_data, shown
 from normwise.policy import radii, rule_fields, schedules
 from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike, or_none
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normwise.errors import NormError, PolicyError, nearest
 from normwise.norms import FORMS, NORMS, SETS, Box, Norm, Set, get_norm
-from normwise.parameters import selectors
+from normwise.parameters import inventory
 from normwise.parameters.layouts import Heads, Layout
 from normwise.policy import radii, schedules
 
@@ -118,7 +118,7 @@ def convert_selector(selector: Any) -> Any:
         return None
     if isinstance(selector, list | tuple) and not selector:
         raise PolicyError("an empty list of selectors selects nothing: leave it out for the default.")
-    selectors.check_selector(selector)
+    inventory.check_selector(selector)
     return tuple(selector) if isinstance(selector, list) else selector
 
 
@@ -173,7 +173,7 @@ def layout_from_data(data: Any) -> Any:
 
 
 def selector_from_data(data: Any) -> Any:
-    """The inverse of :func:`normwise.parameters.selectors.selector_to_data`."""
+    """The inverse of :func:`normwise.parameters.inventory.selector_to_data`."""
     if data is not None and not isinstance(data, str | list):
         raise PolicyError(f"a selector is {data!r}, but it must be a string, or a list of strings.")
     return data

@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from normwise.errors import NormwiseError, PolicyError, nearest, need
+from normwise.parameters.inventory import selector_to_data
 from normwise.parameters.layouts import Layout
-from normwise.parameters.selectors import selector_to_data
 from normwise.policy import radii, schedules
 from normwise.policy.named import NAMED, Common
 from normwise.policy.rule import Rule, read_field
