@@ -20,7 +20,7 @@ from torch import nn
 import normwise as nw
 from normwise.norms import FORMS, NORMS, SETS
 from normwise.policy import NAMED, Policy, Rule, radii
-from normwise.policy.rule import ACTIONS
+from normwise.policy.actions import ACTIONS
 
 Data = list[Any]
 HUGE = "9" * 400

@@ -25,8 +25,9 @@ from normwise.low_precision import ROUNDINGS
 from normwise.norms import FORMS, NORMS, SETS
 from normwise.parameters.regex import LONGEST
 from normwise.policy import listing, yaml_form
+from normwise.policy.actions import ACTIONS
 from normwise.policy.named import NAMED
-from normwise.policy.rule import ACTIONS, ON, Rule
+from normwise.policy.rule import ON, Rule
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

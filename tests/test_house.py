@@ -15,7 +15,6 @@ import house
 
 MISSED = {
     "source lines": 26_948,
-    "attach([max_norm]): files": 30,
 }
 """Bars that are still missed, with the figure of the day it was written down. Whoever meets one removes its line: the test says so."""
 

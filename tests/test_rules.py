@@ -14,8 +14,9 @@ from normwise.norms import FORMS, L2, NORMS, SETS, Box, Spectral, get_norm
 from normwise.parameters.inventory import Inventory
 from normwise.parameters.layouts import Layout
 from normwise.policy import NAMED, Rule, named
+from normwise.policy.actions import ACTIONS
 from normwise.policy.radii import Init, Relative
-from normwise.policy.rule import ACTIONS, ON, PHASES
+from normwise.policy.rule import ON, PHASES
 from normwise.policy.schedules import Linear
 
 PUBLISHED = {name: make for name, make in NAMED.items() if make.__module__ == "normwise.policy.published"}

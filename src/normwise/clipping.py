@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from normwise.engine.block_tensors import own_grads
-from normwise.engine.sharded import collectives, here, is_sharded
+from normwise.engine.pack import here, is_sharded
+from normwise.engine.sharded import collectives
 from normwise.engine.sharded.norms import over_all
 from normwise.errors import NonFiniteError, NormError
 from normwise.norms import L1, L2, LInf, Norm

@@ -9,27 +9,28 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from normwise import validate as given
 from normwise.engine import Engine, Turn
 from normwise.engine import state as states
 from normwise.engine.action_report import Receipt
 from normwise.engine.detached_control import Detached, yaml_of
-from normwise.engine.nonfinite import OnNonFinite, check_choice
+from normwise.engine.nonfinite import OnNonFinite
 from normwise.engine.norm_report import NormLog, NormReport, Radii, Zeros
 from normwise.engine.optimizer_state import Part, Traveller, fold, unfold
+from normwise.engine.pack import versions
+from normwise.engine.program import check_model, check_ranks, optimizers_of
 from normwise.engine.rules.qk_clip import report
 from normwise.engine.sharded import reshard
 from normwise.engine.sharded.collectives import TRAFFIC, Traffic
-from normwise.engine.step import Marks, Start, Stepper, grads, makes_state, may_nest, steps_under_way, versions, witnesses
+from normwise.engine.step import Marks, Start, Stepper, grads, makes_state, steps_under_way, witnesses
 from normwise.engine.verify import Rested, Verification, verify
-from normwise.errors import PolicyError
+from normwise.errors import PolicyError, nearest
 from normwise.parameters.inventory import Inventory, clean_name
 from normwise.policy import Policy, Rule
 
@@ -93,9 +94,10 @@ def attach(
 
     >>> control = nw.attach(model, optimizer, [nw.max_norm(3.0), nw.clip_grad_norm(1.0)])
     """
-    given.check_model(model, optimizer)
-    check_choice(on_nonfinite)
-    return Control(model, given.optimizers(optimizer), Policy(policy), on_nonfinite, log, timed, in_optimizer_state, replace)
+    check_model(model, optimizer)
+    if on_nonfinite not in get_args(OnNonFinite):
+        raise PolicyError(f"on_nonfinite={on_nonfinite!r} is unknown.{nearest(str(on_nonfinite), get_args(OnNonFinite))}")
+    return Control(model, optimizers_of(optimizer), Policy(policy), on_nonfinite, log, timed, in_optimizer_state, replace)
 
 
 class Control:
@@ -117,7 +119,7 @@ class Control:
         self._timed = timed
         self._steppers = [Stepper() for _ in optimizers]
         self._noted: list[str] = []
-        given.check_ranks(model, policy, on_nonfinite)
+        check_ranks(model, policy, on_nonfinite)
         if not isinstance(log, bool) and not (isinstance(log, int) and log >= 0):
             raise PolicyError(f"log is {log!r}, but log must be True, False, or how many steps to keep the norms of.")
         self._past: deque[dict[str, Tensor]] = deque(maxlen=0 if isinstance(log, bool) else log)
@@ -132,7 +134,8 @@ class Control:
         """Time spent in the hooks, with ``timed=True``."""
         self._told: set[str] = set()
         self._traffic = Traffic()
-        self._nests = [may_nest(type(o)) for o in optimizers]
+        # A class may have a ``step`` of its own over that of another optimizer, which it calls.
+        self._nests = [sum("step" in vars(base) for base in type(o).__mro__ if base is not Optimizer) > 1 for o in optimizers]
         self._born = [versions(self.engine.params(k)) for k in range(len(optimizers))]
         self._travellers: list[Traveller] = []
         if in_optimizer_state:
@@ -149,7 +152,6 @@ class Control:
         if resting:
             self.engine.refuse_replaced(inventory)
         engine = Engine(self._model, inventory, self.policy, self.optimizers, resting)
-        given.refuse_iterate_owners(engine, self.optimizers)
         self.inventory, self.engine = inventory, engine
         self._counts_cost = self._timed or engine.sharded
         self._names = {id(module): clean_name(name) for name, module in self._model.named_modules(remove_duplicate=False)}
@@ -296,7 +298,7 @@ class Control:
     def _start(self, k: int) -> Start | None:
         """Where a step with a closure starts. Copies are kept at the first one, and later where that was evaluated elsewhere: SAM moves the
         weights, evaluates, and puts them back, so that what a rule changes in between is lost."""
-        params, stepper = self.engine.programs[k].starts, self._steppers[k]
+        params, stepper = self.engine.program(k).starts, self._steppers[k]
         if not params:
             return None
         stepper.closures += 1
@@ -305,7 +307,7 @@ class Control:
 
     def _begin(self, k: int, failed: Turn | None = None) -> None:
         """All that happens between the gradients and the step. ``failed``: the turn of a step that raised just before."""
-        stepper, program = self._steppers[k], self.engine.programs[k]
+        stepper, program = self._steppers[k], self.engine.program(k)
         params = program.params
         ready, stepper.ready = stepper.ready, None
         prepared = ready is not None and ready.still(grads(params))
@@ -328,7 +330,7 @@ class Control:
 
     def _decay(self, k: int, turn: Turn) -> None:
         """Once a step that happens, at the weights that it starts from."""
-        stepper, decaying, start = self._steppers[k], witnesses(self.engine.programs[k].decaying), self._steppers[k].start
+        stepper, decaying, start = self._steppers[k], witnesses(self.engine.program(k).decaying), self._steppers[k].start
         again = stepper.decayed is not None and stepper.decayed.any_still(decaying)    # none: they were restored, and decay anew
         if start is None or versions(start.params) == start.versions:
             self.engine.decay_phase(turn, decays=not again)
@@ -373,7 +375,7 @@ class Control:
         turn = Turn(k, stepper.steps, lambda m: engine.rate(m.param), tell=self._tell)
         if stepper.turn is not None:
             turn.before = stepper.turn.before
-        if engine.programs[k].ascends and engine.maximizes():
+        if engine.program(k).ascends and engine.maximizes():
             turn.ascends = lambda m: engine.ascends(m.param)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.pack import Pack
-from normwise.engine.sharded import here
+from normwise.engine.pack import Pack, here
 from normwise.engine.sharded.grouping import placed_like
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError
@@ -74,15 +73,6 @@ def own_grads(params: Iterable[Tensor]) -> None:
             p.grad = g.resolve_neg()
         elif not local.is_contiguous() and overlaps(local.shape, local.stride()):
             p.grad = g.clone(memory_format=torch.contiguous_format)
-
-
-def refuse_overlap(p: Tensor, name: str) -> None:
-    """Refuses a parameter of which several entries are one place in memory: a step of one would be a step of all."""
-    if p.layout == torch.strided and overlaps(here(p).shape, here(p).stride()):
-        raise PolicyError(
-            f"{name} of shape {tuple(p.shape)} and strides {here(p).stride()} has entries that overlap in memory, as those of expand() do: "
-            "nothing can be written to one alone. Give a parameter of its own memory: nn.Parameter(tensor.contiguous())."
-        )
 
 
 def given_center(centers: Any, name: str, weight: Tensor) -> Tensor:

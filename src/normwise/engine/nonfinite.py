@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from normwise.engine.block_tensors import own_grads
-from normwise.engine.sharded import collectives, here, is_sharded
-from normwise.errors import NonFiniteError, PolicyError, nearest
+from normwise.engine.pack import here, is_sharded
+from normwise.engine.sharded import collectives
+from normwise.errors import NonFiniteError
 
 OnNonFinite = Literal["raise", "skip", "zero", "ignore"]
-
-
-def check_choice(on_nonfinite: str) -> None:
-    """Refuses a word that is none of the four."""
-    if on_nonfinite not in get_args(OnNonFinite):
-        raise PolicyError(f"on_nonfinite={on_nonfinite!r} is unknown.{nearest(str(on_nonfinite), get_args(OnNonFinite))}")
 
 
 def all_finite(grads: Sequence[Tensor]) -> bool:

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from normwise.engine.pack import Member
+from normwise.engine.pack import Member, is_sharded
 from normwise.engine.program import Engine
 from normwise.engine.rules.base import BoundRule
-from normwise.engine.sharded import is_sharded
 from normwise.engine.sharded.grouping import packs_of
 from normwise.engine.sharded.norms import lengths
 from normwise.norms import L2

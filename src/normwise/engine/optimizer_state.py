@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normwise.engine.sharded import is_sharded
+from normwise.engine.pack import is_sharded
 from normwise.engine.state import KEPT, Saved
 from normwise.errors import PolicyError
 

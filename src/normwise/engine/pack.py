@@ -15,17 +15,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.errors import PolicyError
 from normwise.norms import L2, Norm, Radius, Set
 from normwise.norms.base import two_steps
 from normwise.norms.reduce import compute_dtype, may_branch, root_sum_squares, up, wide
 from normwise.parameters.computed_weights import Computed
-from normwise.parameters.layouts import BlockView
+from normwise.parameters.layouts import BlockView, overlaps
 from normwise.policy import actions
 
 # Tensors above this are run alone: copying them into one batch costs more than the calls it saves.
 ALONE_FROM_BYTES = 1 << 20
 # One batch of small tensors: what a rule needs of scratch memory at most.
 SCRATCH_BYTES = 8 << 20
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether ``t`` is a DTensor; told without importing it, which costs 0.4 s."""
+    return hasattr(t, "placements") and hasattr(t, "device_mesh")
+
+
+def here(t: Tensor) -> Tensor:
+    """What lies on this rank of a tensor: of a DTensor its part, of another all."""
+    return t.to_local() if is_sharded(t) else t    # type: ignore[attr-defined]
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each was written to."""
+    return [here(t)._version for t in tensors]
+
+
+FLAT = ("_is_flat_param", "_fsdp_flattened")
+"""What FullyShardedDataParallel marks its flat pieces with."""
+
+
+def refuse_memory(p: Tensor, name: str) -> None:
+    """Refuses a parameter of which several entries are one place in memory: a step of one would be a step of all. And a flat piece."""
+    if p.layout == torch.strided and overlaps(here(p).shape, here(p).stride()):
+        raise PolicyError(
+            f"{name} of shape {tuple(p.shape)} and strides {here(p).stride()} has entries that overlap in memory, as those of expand() do: "
+            "nothing can be written to one alone. Give a parameter of its own memory: nn.Parameter(tensor.contiguous())."
+        )
+    if any(getattr(p, mark, False) for mark in FLAT):
+        raise PolicyError(
+            f"{name} is a flat shard of FullyShardedDataParallel, which no longer knows its matrix: use fully_shard (FSDP2), whose "
+            "parameters are DTensors, or attach rules to a model that is not wrapped."
+        )
 
 
 @dataclass(eq=False)

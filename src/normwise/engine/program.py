@@ -1,11 +1,13 @@
-"""A policy bound to what some optimizers hold, whether that still stands, and the prepared program that each step of one of them runs."""
+"""A policy bound to what some optimizers hold: what it can be bound to, whether that still stands, and the program that each step runs."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import chain
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -14,13 +16,11 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine import nonfinite
-from normwise.engine.block_tensors import own_grads, refuse_overlap
-from normwise.engine.computed_weights import refuse_computed
-from normwise.engine.pack import Member, Pack
-from normwise.engine.rules.base import BoundRule
-from normwise.engine.rules.registry import bind
-from normwise.engine.rules.step_length import refuse_foreign_decay
-from normwise.engine.sharded import here, is_sharded, reshard
+from normwise.engine.block_tensors import own_grads
+from normwise.engine.inverse_trials import refuse_computed
+from normwise.engine.pack import Member, Pack, here, is_sharded, refuse_memory
+from normwise.engine.rules.base import BoundRule, bind
+from normwise.engine.sharded import collectives, reshard
 from normwise.engine.sharded.prefetch import align, fulfil, run_all
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError
@@ -33,6 +33,11 @@ from normwise.policy.schedules import at
 
 _GROUPS, _HELD = operator.attrgetter("param_groups"), operator.itemgetter("params")
 _KIND = operator.attrgetter("requires_grad", "dtype", "shape")
+OWN_THEIR_ITERATES = ("LBFGS", "ScheduleFree")
+INNER = ("base_optimizer", "optim", "_optimizer", "inner_optimizer", "opt", "base")
+"""Where wrappers that are not opened keep the optimizer that they drive."""
+FORWARDERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric", "transformers", "deepspeed", "torch")
+"""Packages whose wrappers hand a step on and do nothing to the weights after it."""
 
 
 class Bindings:
@@ -133,7 +138,8 @@ class Engine:
         self.inventory, self.policy, self.optimizers = inventory, policy, list(optimizers)
         self.owner = _owners(inventory, self.optimizers)
         targets = [(rule, self._targets(rule, resting)) for rule in policy]
-        check([(rule, {e.name for e in entries}) for rule, entries in targets])
+        if len(targets) > 1:
+            check([(rule, {e.name for e in entries}) for rule, entries in targets])
         self.rules = [bind(rule, entries, self.owner, i) for i, (rule, entries) in enumerate(targets)]
         self._bindings = Bindings(model, self.optimizers)
         self._params = [list(self.held(k).values()) for k in range(len(self.optimizers))]
@@ -143,27 +149,25 @@ class Engine:
                 f"rule '{bound.rule.label()}' takes parameters of several optimizers as one vector, which on={bound.rule.on!r} with action "
                 f"{bound.rule.action!r} has no meaning for: narrow params= to one optimizer's, or use another per=."
             )
-        for bound in self.rules:
-            refuse_foreign_decay(bound, self._group)
+        for bound, m in ((b, m) for b in self.rules for m in b.members):
+            bound.check_group(m.name, self._bindings.group_of[id(m.param)])
+            name = type(self.optimizers[m.optimizer]).__name__
+            if bound.phase == "update" and any(owner in name for owner in OWN_THEIR_ITERATES):
+                raise PolicyError(
+                    f"rule '{bound.rule.label()}' would change the updates of {name}, which keeps its own iterates and would drift apart "
+                    "from them: use on='grad' or on='weight'."
+                )
         for bound in self.phase("gradient")[:1]:
             bound.watches = not self.phase("penalty") and bound.flat and bound.rule.action == "clip_norm"
-        self._check_rates()
         self.foreign = [(b, what, v) for b in self.rules for what, v in b.functions()]
         """The schedules that are the user's own functions."""
         self.sharded = any(is_sharded(p) for params in self._params for p in params)
         """Whether any parameter is a DTensor."""
         self._turn: Turn | None = None
         self.inline = False
-
-    @property
-    def inline(self) -> bool:
         """Whether the optimizer hands its updates over before it applies them, so that rules on them need no snapshot of the weights."""
-        return self._inline
-
-    @inline.setter
-    def inline(self, inline: bool) -> None:
-        self._inline = inline
-        self.programs = [Program(self, k) for k in range(len(self.optimizers))]
+        # Made at the first step: until then the optimizer may still say that it hands over its updates, and attaching costs less.
+        self.program: Callable[[int], Program] = cache(partial(Program, self))
 
     # ------------------------------------------------------------------------------------------------ binding
 
@@ -224,16 +228,6 @@ class Engine:
                 )
         return told
 
-    def _check_rates(self) -> None:
-        """PolicyError where a rule needs the learning rate and its parameters' group has none."""
-        for bound, m in ((b, m) for b in self.rules if b.paced for m in b.members):
-            rate = self._group(m.param).get("lr")
-            if rate is None:
-                raise PolicyError(
-                    f"rule '{bound.rule.label()}' needs the learning rate, and the group of {m.name!r} has lr={rate!r}: its optimizer "
-                    "finds its own. Give it a learning rate, or leave the rule out."
-                )
-
     def _targets(self, rule: Rule, resting: bool) -> list[Entry]:
         matched = rule.targets(self.inventory.entries if rule.phase == "gradient" else self.inventory.weights)
         trainable = [e for e in matched if e.trained]
@@ -250,7 +244,8 @@ class Engine:
             raise PolicyError(f"rule '{rule.label()}' has nothing to act on: all it matches ({names}) is {why}.")
         for e in held:
             _refuse(e, rule)
-        refuse_computed(held, rule, self.owner)
+        if rule.phase != "gradient" and any(_is_stored_otherwise(e) for e in held):
+            refuse_computed(held, rule, self.owner)
         return held
 
     def held(self, optimizer: int) -> dict[str, nn.Parameter]:
@@ -306,7 +301,7 @@ class Engine:
 
     def gradient_phase(self, turn: Turn) -> None:
         """Penalties, then gradient rules in the policy's order."""
-        program = self.programs[turn.optimizer]
+        program = self.program(turn.optimizer)
         for bound, part in program.dense:
             _make_dense(bound, part)
         if program.aligned:
@@ -321,7 +316,7 @@ class Engine:
 
         decays: False where a step that raised is tried again, whose weights have decayed already.
         """
-        self._turn, program = turn, self.programs[turn.optimizer]
+        self._turn, program = turn, self.program(turn.optimizer)
         if self.sharded:
             fulfil([request for bound in program.begins for request in bound.before_begin(turn)])
         for bound in program.begins:
@@ -348,7 +343,7 @@ class Engine:
         if turn.happened is not None and may_branch(turn.happened) and not bool(turn.happened):
             self.drop_reports([turn.optimizer])
             return
-        program = self.programs[turn.optimizer]
+        program = self.program(turn.optimizer)
         for call in program.after:
             call(turn)
         for bound in program.commits:
@@ -417,7 +412,13 @@ def _refuse(entry: Entry, rule: Rule) -> None:
             f"{entry.name!r} is {p.dtype}, and rule '{rule.label()}' needs real floating-point numbers: exclude it, or train its "
             "torch.view_as_real."
         )
-    refuse_overlap(p, repr(entry.name))
+    refuse_memory(p, repr(entry.name))
+
+
+def _is_stored_otherwise(entry: Entry) -> bool:
+    """Whether a weight may be anything else than the numbers of a plain parameter: computed, quantised, sharded."""
+    plain = entry.computed is None and type(entry.param) is nn.Parameter
+    return not plain or hasattr(entry.module, f"{entry.local_name}_fake_quant")
 
 
 def _names_parameters(rule: Rule) -> bool:
@@ -428,3 +429,91 @@ def _names_parameters(rule: Rule) -> bool:
 
 def _spans(bound: BoundRule) -> bool:
     return bound.flat and len({m.optimizer for m in bound.members}) > 1
+
+
+# ------------------------------------------------------------------------------------------ what a policy can be attached to
+
+
+def check_model(model: Any, optimizer: Any) -> None:
+    """PolicyError for what is no module: parameters, swapped arguments."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(optimizer, nn.Module):
+        raise PolicyError(f"the arguments are swapped, a {type(model).__name__} before a model. Write attach(model, optimizer, rules).")
+    what = "parameters" if isinstance(model, Iterable) and not isinstance(model, str) else f"a {type(model).__name__}"
+    raise PolicyError(
+        f"attach needs the model, given {what}: rules name parameters and ask module types for their axes. Write attach(model, "
+        "optimizer, rules)."
+    )
+
+
+def optimizers_of(given: Any) -> list[Optimizer]:
+    """One optimizer or several, out of their wrappers; PolicyError for anything else, and where hooks would never run."""
+    single = isinstance(given, str | Optimizer) or not isinstance(given, Iterable) or hasattr(given, "optimizer")
+    found = [_hooked(o) for o in ([given] if single else given)]
+    if not found:
+        raise PolicyError("no optimizer was given: attach(model, optimizer, policy) takes one or a list of several.")
+    if len({id(o) for o in found}) < len(found):
+        raise PolicyError("an optimizer was given twice, and its rules would act twice a step: give each once.")
+    return found
+
+
+def _hooked(given: Any) -> Optimizer:
+    """The optimizer itself, or the one in ``.optimizer`` of a wrapper whose own step hooks never run."""
+    optimizer, passed = given, []
+    while not _runs_hooks(optimizer):
+        passed.append(optimizer)
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or any(inner is one for one in passed):
+            raise PolicyError(_why_not(given))
+        optimizer = inner
+    for wrapper in passed:
+        if isinstance(wrapper, Optimizer) and type(wrapper).__module__.partition(".")[0] not in FORWARDERS:
+            name, inner = type(wrapper).__name__, type(optimizer).__name__
+            warnings.warn(
+                f"torch runs no step hooks for {name}, which does not call Optimizer.__init__: the rules act in the steps of its "
+                f".optimizer, a {inner}. What {name} does to the weights after those steps is not held; control.verify() measures it.",
+                stacklevel=5,
+            )
+    result: Optimizer = optimizer
+    return result
+
+
+def _runs_hooks(optimizer: Any) -> bool:
+    """torch wraps ``step`` when an instance is initialised, class by class; a class of its own that never does has hooks that never run."""
+    if not isinstance(optimizer, Optimizer):
+        return hasattr(optimizer, "register_step_pre_hook")
+    return "_optimizer_step_pre_hooks" in vars(optimizer) and getattr(type(optimizer).step, "hooked", False)
+
+
+def _why_not(given: Any) -> str:
+    if not isinstance(given, Optimizer):
+        created = " Its .optimizer is not created yet: attach later." if hasattr(given, "optimizer") else ""
+        return f"{given!r} is no optimizer with step hooks: attach(model, optimizer, policy) needs a torch.optim.Optimizer.{created}"
+    name = type(given).__name__
+    inside = [(where, getattr(given, where, None)) for where in INNER]
+    driven = [f".{where} (a {type(one).__name__})" for where, one in inside if isinstance(one, Optimizer)]
+    instead = f" Attach to the optimizer that it drives, {driven[0]}." if driven else " Attach to the optimizer that it drives."
+    return f"torch runs no step hooks for this {name}, which does not call Optimizer.__init__, so that no rule would ever act.{instead}"
+
+
+def check_ranks(model: nn.Module, policy: Policy, on_nonfinite: str) -> None:
+    """PolicyError on every rank of a sharded model whose ranks have different rules: other radii would drift apart without a word, other
+    rules would wait for each other until the time-out. Nothing is sent for a model without DTensors."""
+    meshes = {p.device_mesh: None for p in model.parameters() if is_sharded(p)}    # type: ignore[attr-defined]
+    if not meshes:
+        return
+    mine = "\n".join([f"on_nonfinite={on_nonfinite!r}", *(re.sub(r" at 0x[0-9a-f]+", "", repr(rule)) for rule in policy)])
+    for mesh in meshes:
+        texts = collectives.texts_if_different(mine, mesh)
+        if not texts:
+            continue
+        ranks = collectives.ranks_of(collectives.group_of(mesh, tuple(range(mesh.ndim))))
+        other = next(i for i, text in enumerate(texts) if text != texts[0])
+        first, second = texts[0].split("\n"), texts[other].split("\n")
+        pairs = zip_longest(first, second, fillvalue="nothing")
+        own, other_one = next((a, b) for a, b in pairs if a != b)
+        raise PolicyError(
+            f"the ranks of this sharded model have different rules: rank {ranks[0]} has {own}, rank {ranks[other]} has {other_one}. Give "
+            "every rank the same policy."
+        )

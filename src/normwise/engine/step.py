@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from normwise.engine.pack import Member
-from normwise.engine.sharded import here
+from normwise.engine.pack import Member, here
 
 WITNESSES = 8
 """Tensors that are looked at to tell whether a step that raised is tried again with the same gradients: backward passes change all."""
@@ -87,11 +86,6 @@ def witnesses(tensors: Sequence[Any]) -> list[Any]:
     return list(tensors[:: max(1, len(tensors) // WITNESSES)])
 
 
-def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """How often each was written to."""
-    return [here(t)._version for t in tensors]
-
-
 @dataclass
 class Start:
     """The weights that a step with a closure starts from: how often written to, and copies where the step may be evaluated elsewhere."""
@@ -151,11 +145,6 @@ class Stepper:
 
 
 # ---------------------------------------------------------------------------------------------------- who takes it
-
-
-def may_nest(cls: type) -> bool:
-    """Whether an optimizer's class has a ``step`` of its own over that of another optimizer, which it may call."""
-    return sum("step" in vars(base) for base in cls.__mro__ if base is not Optimizer) > 1
 
 
 def steps_under_way(optimizer: Optimizer) -> int:

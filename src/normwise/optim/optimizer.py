@@ -13,8 +13,8 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from normwise.engine.block_tensors import refuse_overlap
 from normwise.engine.optimizer_state import KEY, waiting, with_part
+from normwise.engine.pack import refuse_memory
 from normwise.engine.sharded.prefetch import align, run_together
 from normwise.engine.step import makes_state
 from normwise.errors import PolicyError
@@ -280,7 +280,7 @@ def _check_group(group: dict[str, Any], stated: dict[str, Any]) -> None:
         twice = [n for n, p in zip(names_of(group), group["params"], strict=True) if sum(p is q for q in group["params"]) > 1]
         raise ValueError(f"{name} has a parameter more than once ({', '.join(twice)}): it would take more than one step.")
     for p, whose in zip(group["params"], names_of(group), strict=True):
-        refuse_overlap(p, whose)
+        refuse_memory(p, whose)
         if not p.is_floating_point():
             raise PolicyError(f"a parameter is {p.dtype}: steps under a norm need real floating-point numbers; train its view_as_real.")
     group[LAYOUTS] = layouts(group)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack
-from normwise.engine.sharded import is_sharded
+from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack, is_sharded
 from normwise.engine.sharded.grouping import loose_pack, packs_of
 from normwise.engine.sharded.norms import simple
 from normwise.errors import LayoutError, PolicyError

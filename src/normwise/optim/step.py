@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.pack import Pack
-from normwise.engine.sharded import here
+from normwise.engine.pack import Pack, here
 from normwise.engine.sharded.prefetch import Request
 from normwise.low_precision import narrow_, widened
 from normwise.norms import L2, Norm

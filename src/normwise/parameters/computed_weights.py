@@ -1,7 +1,7 @@
 """Weights that a module computes from other tensors: parametrizations, the hooks of torch.nn.utils, masks of pruning.
 
 A rule on weights means the weight that the module uses. For each kind of computation a `Way` says which raw tensors it reads, how it
-computes, and which raw tensors would give another weight. ``engine.computed_weights`` tries, when a rule is bound, whether that works for
+computes, and which raw tensors would give another weight. ``engine.inverse_trials`` tries, when a rule is bound, whether that works for
 what the rule does; nothing outside of this file asks which kind it is.
 """
 

@@ -1,7 +1,13 @@
-"""What each action does to a batch of blocks: pure functions of (norm, blocks, radius). The rules for zero blocks and for blocks that
-are not finite stand in ``norms.base.radial_factor``."""
+"""Actions: what a rule of each may say, and what it does to a batch of blocks, as pure functions of (norm, blocks, radius).
+
+The rules for zero blocks and for blocks that are not finite stand in ``norms.base.radial_factor``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +16,60 @@ from normwise.norms import Norm, Radius, Set
 from normwise.norms.base import column, radial_factor
 from normwise.norms.linalg.checks import peak
 from normwise.norms.reduce import may_branch, up
+from normwise.parameters.layouts import PER
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a rule of this action may say. Which class runs it, ``engine.rules`` says."""
+
+    targets: tuple[str, ...]
+    """What it has a meaning for, of "weight", "grad" and "update"; the first is its default."""
+    needs: str | None
+    """The one number that it cannot do without: "radius", "strength" or none."""
+    uses: frozenset[str]
+    """The fields that it reads, beside those that every action reads. Any other given one is an error, not ignored."""
+    phase: str | None = None
+    """When in a step it acts, one of `PHASES`; None for the phase of what it acts on."""
+    blocks: tuple[str, ...] = PER
+    """The kinds of block that it has a meaning on; it acts on the first of them if it does not read ``per``."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that are something else than usual where a rule leaves them out."""
+    measures: str = ""
+    """What it bounds of a block, if that is no norm."""
+    bounds: str = ""
+    """What its radius is a bound on, if that is nothing that a weight has when attached."""
+    power_2: str = ""
+    """What ``power=2`` does, if that is not half of the squared norm."""
+
+
+ACTIONS: dict[str, Action] = {}
+"""Every action by its name in a rule."""
+
+
+def register_action(name: str, targets: str, needs: str | None, uses: str, phase: str | None = None, **more: Any) -> None:
+    """Makes an action known by its name; ``targets`` and ``uses`` are lists of words, ``more`` the other fields of `Action`."""
+    ACTIONS[name] = Action(tuple(targets.split()), needs, frozenset(uses.split()), phase, **more)
+
+
+register_action("penalty", "weight", "strength", "strength norm per heads power center", "penalty")
+register_action("weight_decay", "weight", "strength", "strength center rounding", "decay")
+register_action("prox", "weight", "strength", "strength norm per heads power center rounding", "prox")
+register_action("clip_norm", "weight grad update", "radius", "radius norm per heads min_radius rate floor center")
+register_action("project", "weight grad update", "radius", "radius norm per heads floor center tolerance")
+register_action("normalize", "weight grad update", "radius", "radius norm per heads rate floor center")
+register_action("lmo", "grad update", None, "norm per heads")
+register_action(
+    "cpr", "weight", "radius", "radius strength per heads floor", "cpr", defaults={"strength": 1.0}, measures="mean square",
+    blocks=tuple(per for per in PER if per not in ("global", "element")),
+)  # fmt: skip
+register_action(
+    "qk_clip", "weight", "radius", "radius heads power", "qk_clip", blocks=("head",), bounds="attention logits, such as 100",
+    power_2="on queries alone",
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- on a batch of blocks
 
 LARGE = 1e10    # entries from here on are multiplied at unit scale: three of them leave fp32's range
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from normwise.errors import PolicyError
 from normwise.norms import L2, LInf, MaxOfUnits, Norm
-from normwise.policy.rule import Rule
-from normwise.policy.rule_fields import norm_label
+from normwise.policy.rule import Rule, norm_label
 from normwise.policy.schedules import Constant, is_number
 
 # The kinds of block that a block of each kind lies within. (A unit need not lie within a head: heads may split the inputs.)

@@ -24,8 +24,7 @@ from normwise.parameters.inventory import Selector
 from normwise.parameters.layouts import Layout
 from normwise.policy import schedules
 from normwise.policy.radii import Init, Relative
-from normwise.policy.rule import EVERYTHING, Rule
-from normwise.policy.rule_fields import CenterLike, NormLike, RadiusLike
+from normwise.policy.rule import EVERYTHING, CenterLike, NormLike, RadiusLike, Rule
 from normwise.policy.schedules import Varying
 
 

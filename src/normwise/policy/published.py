@@ -14,8 +14,7 @@ from normwise.parameters.inventory import Selector
 from normwise.policy import radii
 from normwise.policy.named import Common, named, part_of
 from normwise.policy.radii import Brake, Inflection, Init, Quantile, StepLength, ZScore
-from normwise.policy.rule import EVERYTHING, MATRICES, Rule
-from normwise.policy.rule_fields import NormLike, RadiusLike
+from normwise.policy.rule import EVERYTHING, MATRICES, NormLike, RadiusLike, Rule
 from normwise.policy.schedules import Varying
 
 

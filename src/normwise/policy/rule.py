@@ -1,75 +1,267 @@
-"""A rule is data: which parameters, what is done, under which norm, on which blocks, how strongly and when."""
-# ruff: noqa: RUF009 - a Field is a descriptor: one object shared by all rules is what is meant
+"""A rule is data: which parameters, what is done, under which norm, on which blocks, how strongly and when.
+
+First its fields: what each accepts, what it becomes, and its plain form in YAML. Then the rule, and what its fields may say together.
+"""
+
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
-from normwise.errors import NormwiseError, PolicyError, nearest
+from torch import Tensor
+
+from normwise.errors import NormError, NormwiseError, PolicyError, nearest
 from normwise.low_precision import ROUNDINGS
-from normwise.norms import L2, Norm, Orthogonal, Set, Spectral
+from normwise.norms import FORMS, L2, NORMS, SETS, Box, Norm, Orthogonal, Set, Spectral, get_norm
+from normwise.parameters.inventory import Entry, Selector, check_selector, matches, names_of, select, selector_to_data, shown
 from normwise.parameters.layouts import PER, BlockView, Heads, Layout, block_view, split_heads
-from normwise.parameters.inventory import Selector, matches, names_of, select, selector_to_data, shown
-from normwise.policy import radii, rule_fields, schedules
-from normwise.policy.rule_fields import Center, CenterLike, Field, FieldError, NormLike, RadiusLike, or_none
+from normwise.policy import radii, schedules
+from normwise.policy.actions import ACTIONS
 
-if TYPE_CHECKING:
-    from normwise.parameters.inventory import Entry
+Given = TypeVar("Given")
+Kept = TypeVar("Kept")
 
-
-@dataclass(frozen=True)
-class Action:
-    """What a rule of this action may say. Which class runs it, ``engine.rules`` says."""
-
-    targets: tuple[str, ...]
-    """What it has a meaning for, of "weight", "grad" and "update"; the first is its default."""
-    needs: str | None
-    """The one number that it cannot do without: "radius", "strength" or none."""
-    uses: frozenset[str]
-    """The fields that it reads, beside those that every action reads. Any other given one is an error, not ignored."""
-    phase: str | None = None
-    """When in a step it acts, one of `PHASES`; None for the phase of what it acts on."""
-    blocks: tuple[str, ...] = PER
-    """The kinds of block that it has a meaning on; it acts on the first of them if it does not read ``per``."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that are something else than usual where a rule leaves them out."""
-    measures: str = ""
-    """What it bounds of a block, if that is no norm."""
-    bounds: str = ""
-    """What its radius is a bound on, if that is nothing that a weight has when attached."""
-    power_2: str = ""
-    """What ``power=2`` does, if that is not half of the squared norm."""
+NormLike: TypeAlias = str | Norm | Set
+LONGEST_NAME = 100
+RadiusLike: TypeAlias = radii.Radius | str | None
 
 
-ACTIONS: dict[str, Action] = {}
-"""Every action by its name in a rule."""
+class FieldError(PolicyError):
+    """A PolicyError that knows which field of the rule it is about, so that a YAML file can be told the line."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
-def register_action(name: str, targets: str, needs: str | None, uses: str, phase: str | None = None, **more: Any) -> None:
-    """Makes an action known by its name; ``targets`` and ``uses`` are lists of words, ``more`` the other fields of `Action`."""
-    ACTIONS[name] = Action(tuple(targets.split()), needs, frozenset(uses.split()), phase, **more)
+def _same(value: Any) -> Any:
+    return value
 
 
-register_action("penalty", "weight", "strength", "strength norm per heads power center", "penalty")
-register_action("weight_decay", "weight", "strength", "strength center rounding", "decay")
-register_action("prox", "weight", "strength", "strength norm per heads power center rounding", "prox")
-register_action("clip_norm", "weight grad update", "radius", "radius norm per heads min_radius rate floor center")
-register_action("project", "weight grad update", "radius", "radius norm per heads floor center tolerance")
-register_action("normalize", "weight grad update", "radius", "radius norm per heads rate floor center")
-register_action("lmo", "grad update", None, "norm per heads")
-register_action(
-    "cpr", "weight", "radius", "radius strength per heads floor", "cpr", defaults={"strength": 1.0}, measures="mean square",
-    blocks=tuple(per for per in PER if per not in ("global", "element")),
+class Field(Generic[Given, Kept]):
+    """A dataclass field that is converted and checked when it is set, so that a rule holds one form of each value; a default once for all.
+
+    ``to_data`` gives its plain form in YAML, ``from_data`` takes that back; without them the value is plain.
+    """
+
+    def __init__(
+        self, convert: Callable[[Any], Kept], default: Given, to_data: Callable[[Any], Any] = _same, from_data: Callable[[Any], Any] = _same
+    ) -> None:
+        self.convert, self.default, self.to_data, self.from_data = convert, default, to_data, from_data
+        self.usual = convert(default)
+
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, rule: None, owner: type[Any]) -> Given: ...
+    @overload
+    def __get__(self, rule: object, owner: type[Any]) -> Kept: ...
+    def __get__(self, rule: object | None, owner: type[Any]) -> Given | Kept:
+        # Asked of the class, as the dataclass machinery does, a descriptor tells the default.
+        return self.default if rule is None else rule.__dict__[self.name]
+
+    def __set__(self, rule: object, value: Given) -> None:
+        try:
+            rule.__dict__[self.name] = self.usual if value is self.default else self.convert(value)
+        except (PolicyError, NormError) as error:
+            raise FieldError(str(error), self.name) from error
+
+
+# -------------------------------------------------------------------------------------------------------------- norm
+
+
+def convert_norm(norm: object) -> Norm | Set:
+    """A name or an object as the object."""
+    if not isinstance(norm, str | Norm | Set):
+        raise PolicyError(f"norm is {norm!r}, but norm must be a name ({', '.join(_norm_names())}) or an object of normwise.norms.")
+    if norm == Box.name:
+        raise PolicyError("norm 'box' needs its two ends: norm=nw.Box(low, high), in YAML norm: {box: [low, high]}.")
+    return get_norm(norm)
+
+
+def _norm_names() -> list[str]:
+    return [*NORMS, *FORMS, *SETS]
+
+
+def norm_name(norm: Norm | Set) -> str | None:
+    """The name that :func:`get_norm` takes for this object, None where it has none."""
+    if isinstance(norm, Norm) and NORMS.get(norm.name) == norm:    # nearly every norm, without a search
+        return norm.name
+    return next((name for name in _norm_names() if name != Box.name and get_norm(name) == norm), None)
+
+
+def norm_label(norm: Norm | Set) -> str:
+    """For tables and messages: ``l2``, ``box(-1, 1)``."""
+    return f"box({norm.low:g}, {norm.high:g})" if isinstance(norm, Box) else norm_name(norm) or repr(norm)
+
+
+def norm_to_data(norm: Norm | Set) -> Any:
+    """``"l2"``, or ``{"box": [low, high]}``; a norm of the user's own has no YAML form: PolicyError."""
+    if isinstance(norm, Box):
+        return {Box.name: [float(norm.low), float(norm.high)]}
+    name = norm_name(norm)
+    if name is None:
+        raise PolicyError(f"{norm!r} cannot be written to YAML, which knows {', '.join(_norm_names())}: keep this rule in Python.")
+    return name
+
+
+def norm_from_data(data: Any) -> Any:
+    """The inverse of :func:`norm_to_data`; ``{box: {low: -1, high: 1}}`` is taken as well."""
+    if not isinstance(data, Mapping):
+        return data
+    _, arguments = schedules.one_entry(data, "norm", {Box.name: Box})
+    given = schedules.arguments_by_name(["low", "high"], arguments, "norm's box")
+    if set(given) != {"low", "high"} or not all(schedules.is_number(end) for end in given.values()):
+        raise PolicyError(f"norm's box has {given!r}, but it needs two numbers: {{box: [low, high]}}.")
+    return Box(*(schedules.as_float(given[end]) for end in ("low", "high")))
+
+
+# ---------------------------------------------------------------------------------------- selectors, centres, layouts
+
+
+def convert_selector(selector: Any) -> Any:
+    """Checked, with lists as tuples, so that a rule can be hashed; an empty list selects nothing and is an error."""
+    if selector is None:
+        return None
+    if isinstance(selector, list | tuple) and not selector:
+        raise PolicyError("an empty list of selectors selects nothing: leave it out for the default.")
+    check_selector(selector)
+    return tuple(selector) if isinstance(selector, list) else selector
+
+
+class Weights(dict[str, Tensor]):
+    """Weights by parameter name, to be a center. Compared by identity: comparing tensors is no way to compare rules."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Weights({len(self)} tensors)"
+
+
+CenterLike: TypeAlias = Literal["init"] | Mapping[str, Tensor] | None
+Center: TypeAlias = Literal["init"] | Weights | None
+
+
+def convert_center(center: Any) -> Center:
+    """None, ``"init"`` or weights by name."""
+    if center is None or isinstance(center, Weights):
+        return center
+    if isinstance(center, str) and center == "init":
+        return "init"
+    if isinstance(center, Mapping) and center and all(isinstance(t, Tensor) for t in center.values()):
+        return Weights(center)
+    raise PolicyError(f"center is {center!r}, but center must be None, 'init', or tensors by parameter name (a state_dict).")
+
+
+def center_to_data(center: Center) -> Any:
+    """``"init"``; tensors: PolicyError."""
+    if isinstance(center, Weights):
+        raise PolicyError("a center given as tensors cannot be written to YAML: use center='init', or keep this rule in Python.")
+    return center
+
+
+def layout_to_data(layout: Layout) -> Any:
+    """``{"axes": "hoi", "shape": [8, 64, 512]}``, and ``"parts"`` where it has them."""
+    return {"axes": layout.axes, "shape": list(layout.shape), **({"parts": list(layout.parts)} if layout.parts else {})}
+
+
+def layout_from_data(data: Any) -> Any:
+    """``{axes: hoi, shape: [8, 64, 512]}`` as a Layout; with ``parts: [q, k, v]``, the names of the matrices along s, where it has them."""
+    if not isinstance(data, Mapping):
+        return data
+    given = schedules.arguments_by_name(["axes", "shape", "parts"], data, "layout")
+    shape, parts = given.get("shape"), given.get("parts") or []
+    if not isinstance(given.get("axes"), str) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise PolicyError(f"layout is {given!r}, but it needs its axes and its shape: {{axes: hoi, shape: [8, 64, 512]}}.")
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise PolicyError(f"the parts of a layout are {parts!r}, but they are a list of names: [q, k, v].")
+    return Layout(given["axes"], tuple(shape), parts=tuple(parts))
+
+
+def selector_from_data(data: Any) -> Any:
+    """The inverse of :func:`normwise.parameters.inventory.selector_to_data`."""
+    if data is not None and not isinstance(data, str | list):
+        raise PolicyError(f"a selector is {data!r}, but it must be a string, or a list of strings.")
+    return data
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+def word(value: object, what: str, allowed: tuple[str, ...]) -> str:
+    """``value`` if it is one of the words allowed; otherwise PolicyError with the nearest."""
+    if not isinstance(value, str) or value not in allowed:
+        raise FieldError(f"{what} is {value!r}, which is unknown.{nearest(str(value), allowed)}", what)
+    return value
+
+
+def or_none(convert: Callable[[Any], Kept]) -> Callable[[Any], Kept | None]:
+    """``convert`` that lets None pass."""
+    return lambda value: None if value is None else convert(value)
+
+
+def required(what: str, test: Callable[[Any], bool], must_be: str, kind: Callable[[Any], Kept] = _same) -> Callable[[Any], Kept]:
+    """A value that passes the test, as ``kind``; of any other a PolicyError says what it must be."""
+
+    def convert(value: Any) -> Kept:
+        if not test(value):
+            raise PolicyError(f"{what} is {value!r}, but {what} must be {must_be}.")
+        return kind(value)
+
+    return convert
+
+
+convert_power = required("power", lambda v: schedules.is_number(v) and v in (1, 2), "1 (the norm) or 2 (half of its square)", int)
+convert_flag: Callable[[Any], bool] = required("optional", lambda v: isinstance(v, bool), "true or false")
+convert_layout: Callable[[Any], Layout] = required(
+    "layout", lambda v: isinstance(v, Layout), "nw.Layout(axes, shape), e.g. nw.Layout('hoi', (8, 64, 512))"
+)
+convert_name: Callable[[Any], str] = required(
+    "name", lambda v: isinstance(v, str) and bool(v.strip()) and v.isprintable() and len(v) <= LONGEST_NAME,
+    f"a text of one line, {LONGEST_NAME} characters at most",
 )  # fmt: skip
-register_action(
-    "qk_clip", "weight", "radius", "radius heads power", "qk_clip", blocks=("head",), bounds="attention logits, such as 100",
-    power_2="on queries alone",
-)  # fmt: skip
+
+
+def convert_radius(value: Any) -> radii.Radius | None:
+    """None, or what ``radii.radius`` makes of it; a plain number above zero is what it is."""
+    if value is None or (type(value) is float and 0 < value < math.inf):
+        return value
+    return radii.radius(value)
+
+
+def convert_rate(value: Any) -> float:
+    rate = schedules.number(value, "rate")
+    if rate > 1:
+        raise PolicyError(f"rate is {rate:g}, but rate must be in (0, 1]: the share of the way that is gone at each step.")
+    return rate
+
+
+def convert_tolerance(value: Any) -> float:
+    tolerance = schedules.number(value, "tolerance", zero=True)
+    if tolerance and not 0.01 <= tolerance < 1:
+        raise PolicyError(f"tolerance is {tolerance:g}, but tolerance must be 0 (exact) or in [0.01, 1): less is not promised.")
+    return tolerance
+
+
+def convert_heads(value: Any) -> Heads | None:
+    """None, a number of heads, or (stacked matrices, heads); a list becomes a tuple."""
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    if value is None:
+        return None
+    if not all(type(n) is int and n >= 1 for n in listed) or (isinstance(value, list | tuple) and len(listed) != 2):
+        raise PolicyError(f"heads is {value!r}, but heads must be a whole number >= 1, or two of them: (stacked matrices, heads).")
+    return (listed[0], listed[1]) if len(listed) == 2 else int(listed[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- rule
 
 ON = ("weight", "grad", "update")
 PHASES = ("penalty", "gradient", "decay", "cpr", "update", "prox", "qk_clip", "weight")
@@ -79,7 +271,7 @@ MATRICES = ("role:hidden", "role:conv", "role:recurrent")
 WEIGHT_ONLY = ("min_radius", "rate", "center")
 VECTOR_PER = ("unit", "input", "element", "global")
 
-SELECTOR = (or_none(selector_to_data), rule_fields.selector_from_data)
+SELECTOR = (or_none(selector_to_data), selector_from_data)
 _T = TypeVar("_T", bound=type[Any])
 
 
@@ -142,41 +334,41 @@ class Rule:
         PolicyError: whatever cannot mean anything; the message says what is allowed.
     """
 
-    params: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None, *SELECTOR)
+    params: Field[Selector | None, Selector | None] = Field(convert_selector, None, *SELECTOR)
     action: str
-    norm: Field[NormLike, Norm | Set] = Field(rule_fields.convert_norm, "l2", rule_fields.norm_to_data, rule_fields.norm_from_data)
+    norm: Field[NormLike, Norm | Set] = Field(convert_norm, "l2", norm_to_data, norm_from_data)
     per: str = "tensor"
     on: str | None = None
     radius: Field[RadiusLike, radii.Radius | None] = Field(
-        or_none(radii.radius), None, schedules.to_data, partial(radii.from_data, what="radius")
+        convert_radius, None, schedules.to_data, partial(radii.from_data, what="radius")
     )
     strength: Field[schedules.Varying | None, schedules.Varying | None] = Field(
         or_none(partial(schedules.varying, what="strength", zero=True)), None, schedules.to_data,
         partial(radii.from_data, what="strength"),
     )  # fmt: skip
-    power: Field[int, int] = Field(rule_fields.convert_power, 1)
+    power: Field[int, int] = Field(convert_power, 1)
     heads: Field[Heads | list[int] | None, Heads | None] = Field(
-        rule_fields.convert_heads, None, lambda heads: list(heads) if isinstance(heads, tuple) else heads
+        convert_heads, None, lambda heads: list(heads) if isinstance(heads, tuple) else heads
     )
-    center: Field[CenterLike, Center] = Field(rule_fields.convert_center, None, rule_fields.center_to_data)
+    center: Field[CenterLike, Center] = Field(convert_center, None, center_to_data)
     floor: Field[float | None, float | None] = Field(or_none(partial(schedules.number, what="floor")), None)
     min_radius: Field[float | None, float | None] = Field(or_none(partial(schedules.number, what="min_radius")), None)
-    tolerance: Field[float, float] = Field(rule_fields.convert_tolerance, 0.0)
-    rate: Field[float, float] = Field(rule_fields.convert_rate, 1.0)
-    rounding: Field[str, str] = Field(partial(rule_fields.word, what="rounding", allowed=tuple(ROUNDINGS)), "nearest")
+    tolerance: Field[float, float] = Field(convert_tolerance, 0.0)
+    rate: Field[float, float] = Field(convert_rate, 1.0)
+    rounding: Field[str, str] = Field(partial(word, what="rounding", allowed=tuple(ROUNDINGS)), "nearest")
     every: Field[int, int] = Field(partial(schedules.count, what="every", least=1), 1)
     start: Field[int, int] = Field(partial(schedules.count, what="start", least=0), 0)
     stop: Field[int | None, int | None] = Field(or_none(partial(schedules.count, what="stop", least=1)), None)
-    exclude: Field[Selector | None, Selector | None] = Field(rule_fields.convert_selector, None, *SELECTOR)
+    exclude: Field[Selector | None, Selector | None] = Field(convert_selector, None, *SELECTOR)
     layout: Field[Layout | None, Layout | None] = Field(
-        or_none(rule_fields.convert_layout), None, or_none(rule_fields.layout_to_data), rule_fields.layout_from_data
+        or_none(convert_layout), None, or_none(layout_to_data), layout_from_data
     )
-    optional: Field[bool, bool] = Field(rule_fields.convert_flag, False)
-    name: Field[str | None, str | None] = Field(or_none(rule_fields.convert_name), None)
+    optional: Field[bool, bool] = Field(convert_flag, False)
+    name: Field[str | None, str | None] = Field(or_none(convert_name), None)
 
     def __post_init__(self) -> None:
-        rule_fields.word(self.action, "action", tuple(ACTIONS))
-        rule_fields.word(self.per, "per", PER)
+        word(self.action, "action", tuple(ACTIONS))
+        word(self.per, "per", PER)
         self._resolve()
         for check in (_check_fields, _check_norm, _check_radius, _check_blocks):
             check(self)
@@ -220,7 +412,7 @@ class Rule:
 
     def kind(self) -> tuple[Any, ...]:
         """What two rules have in common that do the same to different amounts: action, target, norm and blocks."""
-        return self.action, self.on, rule_fields.norm_label(self.norm) if "norm" in ACTIONS[self.action].uses else None, self.per
+        return self.action, self.on, norm_label(self.norm) if "norm" in ACTIONS[self.action].uses else None, self.per
 
     def matched(self, entries: Iterable[Entry]) -> list[Entry]:
         """As :meth:`targets`, but empty where the rule matches nothing."""
@@ -247,7 +439,7 @@ class Rule:
         """What it does, in short, whatever it is called: ``clip_norm l2/unit <= 3``."""
         action = ACTIONS[self.action]
         target = "" if self.on == action.targets[0] else f" {self.on}"
-        measured = action.measures or (rule_fields.norm_label(self.norm) if "norm" in action.uses else "")
+        measured = action.measures or (norm_label(self.norm) if "norm" in action.uses else "")
         if measured and self.power == 2:
             measured = f"half {measured}^2"
         if measured and (isinstance(self.norm, Norm) or self.norm.matrix):
@@ -333,7 +525,7 @@ def _default(rule: Rule, name: str) -> Any:
 def _check_fields(rule: Rule) -> None:
     """What the action acts on, the fields that it reads, and the number that it needs."""
     action = ACTIONS[rule.action]
-    rule_fields.word(rule.on, "on", ON)
+    word(rule.on, "on", ON)
     if rule.on not in action.targets:
         raise FieldError(f"action {rule.action!r} has no meaning on={rule.on!r}. Allowed for it: {', '.join(action.targets)}.", "on")
     for name in sorted(set[str]().union(*(other.uses for other in ACTIONS.values())) - action.uses):
@@ -349,7 +541,7 @@ def _check_fields(rule: Rule) -> None:
 
 def _check_norm(rule: Rule) -> None:
     """What a set takes, and what a norm has a meaning on."""
-    norm, label = rule.norm, rule_fields.norm_label(rule.norm)
+    norm, label = rule.norm, norm_label(rule.norm)
     soft = rule.action == "penalty" and isinstance(norm, Orthogonal) and rule.center is None and rule.power == 1
     if isinstance(norm, Set) and not soft:
         if rule.action != "project":

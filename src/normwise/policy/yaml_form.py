@@ -17,8 +17,7 @@ from normwise.parameters.inventory import selector_to_data
 from normwise.parameters.layouts import Layout
 from normwise.policy import radii, schedules
 from normwise.policy.named import NAMED, Common
-from normwise.policy.rule import Rule, read_field
-from normwise.policy.rule_fields import FieldError, layout_from_data, layout_to_data
+from normwise.policy.rule import FieldError, Rule, layout_from_data, layout_to_data, read_field
 
 KEYS = ("rules", "roles", "layouts")
 # Far above any policy; a file beyond them was not written by hand, or loops or explodes through its aliases. All are checked before the

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from normwise.engine.pack import Pack
+from normwise.engine.rules.base import runs
 from normwise.engine.rules.bounds import Bound
 from normwise.engine.rules.memory import Observer, Remembering, State, where_finite, zeros
-from normwise.engine.rules.registry import runs
 from normwise.engine.step import Turn
 from normwise.norms import Norm, Radius
 from normwise.norms.reduce import may_branch, wide

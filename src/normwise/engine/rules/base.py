@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from normwise.engine.block_tensors import given_center, put_back, starts_of
-from normwise.engine.computed_weights import margin_of, refuse_narrow
-from normwise.engine.pack import Member, Pack, nothing_to_do
+from normwise.engine.inverse_trials import margin_of, refuse_narrow
+from normwise.engine.pack import Member, Pack, is_sharded, nothing_to_do, pack
 from normwise.engine.sharded.grouping import check_split, lying_here, packs_of, placed_like
 from normwise.engine.sharded.prefetch import Request
 from normwise.engine.step import Turn
@@ -27,7 +28,7 @@ from normwise.policy.schedules import Scheduled, at
 class BoundRule:
     """A :class:`Rule` bound to parameters. ``packs`` are built once.
 
-    A subclass says in ``run_pack`` what it does to one pack at a step, and which rules it runs by ``registry.runs``.
+    A subclass says in ``run_pack`` what it does to one pack at a step, and which rules it runs by `runs`.
     """
 
     paced = False
@@ -55,12 +56,15 @@ class BoundRule:
         self.phase = rule.phase
         self.flat = rule.per == "global"
         self._owner = owner
-        present = lying_here(entries, self.flat)
+        split = any(is_sharded(e.param) for e in entries)    # what only DTensors need is asked of them alone
+        present = lying_here(entries, self.flat) if split else list(entries)
         self.elsewhere = {id(e.param) for e in entries} - {id(e.param) for e in present}
         """The ids of parameters that lie on other ranks alone."""
         members = [self._member(e, owner[id(e.param)]) for e in present]
-        self.packs = packs_of(members, self.flat, self.remembers) if members else []
-        check_split(rule, self.packs)
+        packs = packs_of(members, self.flat, self.remembers) if split and members else pack(members, self.flat) if members else []
+        self.packs = packs
+        if split:
+            check_split(rule, packs)
         self.optimizers = frozenset[int]().union(*(p.optimizers for p in self.packs))
         self.computes = any(p.computed for p in self.packs)
         """Whether some of the weights are computed from other tensors."""
@@ -69,6 +73,14 @@ class BoundRule:
             self._refuse_zero(self._stored(self.packs[0]), f"the {len(members)} parameters together")
         self.store: dict[str, dict[str, Tensor]] = {}
         """What the rule found in training, by parameter and name: a part of the control's state."""
+
+    def check_group(self, name: str, group: Mapping[str, Any]) -> None:
+        """PolicyError where the optimizer's group of a parameter is none that the rule can act beside."""
+        if self.paced and group.get("lr") is None:
+            raise PolicyError(
+                f"rule '{self.rule.label()}' needs the learning rate, and the group of {name!r} has lr=None: its optimizer "
+                "finds its own. Give it a learning rate, or leave the rule out."
+            )
 
     def view(self, entry: Entry) -> BlockView:
         """The blocks of a parameter."""
@@ -283,3 +295,53 @@ def now(value: Any, step: Callable[[], int]) -> float:
 def _taken_back(saved: Tensor, own: Tensor) -> Tensor:
     """A copy of what was saved, as the rule's own is: its device, dtype and placement."""
     return placed_like(saved.to(own.device, own.dtype, copy=True), own)
+
+
+# ------------------------------------------------------------------------------------------ which class runs a rule
+
+C = TypeVar("C", bound="type[BoundRule]")
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """A class, and the rules that it is for."""
+
+    cls: type[BoundRule]
+    actions: tuple[str, ...]
+    radius: type[Any] | None
+    when: Callable[[Rule], bool] | None
+    whole: bool
+
+    def takes(self, rule: Rule, entries: Sequence[Entry]) -> bool:
+        named = rule.action in self.actions if self.radius is None else isinstance(rule.radius, self.radius)
+        return named and (self.when is None or self.when(rule)) and not (self.whole and any(is_sharded(e.param) for e in entries))
+
+
+_RUNNERS: list[_Runner] = []
+
+
+def runs(
+    *actions: str, radius: type[Any] | None = None, when: Callable[[Rule], bool] | None = None, whole: bool = False
+) -> Callable[[C], C]:
+    """Registers a class of bound rules.
+
+    Args:
+        actions: the actions that it runs; without any, those of rules with ``radius``.
+        radius: the kind of radius that it finds in training; such a rule is not for the class of its action.
+        when: for some rules of the action alone. Such a class comes before the one that takes all.
+        whole: not where a parameter is a DTensor.
+    """
+
+    def register(cls: C) -> C:
+        runner = _Runner(cls, actions, radius, when, whole)
+        # The more a class asks for, the earlier it is asked.
+        _RUNNERS.append(runner)
+        _RUNNERS.sort(key=lambda r: (r.when is None, r.radius is None))
+        return cls
+
+    return register
+
+
+def bind(rule: Rule, entries: Sequence[Entry], owner: dict[int, int], index: int) -> BoundRule:
+    """The bound form of a rule: what its radius or its action asks for."""
+    return next(r for r in _RUNNERS if r.takes(rule, entries)).cls(rule, entries, owner, index)

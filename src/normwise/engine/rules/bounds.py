@@ -12,8 +12,7 @@ from torch import Tensor
 from normwise.engine.block_tensors import centers_of, grads_of, offsets_of, recenter_, starts_of, weights_of
 from normwise.engine.margins import inside, least, relative_margin, room, shy
 from normwise.engine.pack import Pack, nothing_to_do
-from normwise.engine.rules.base import BoundRule
-from normwise.engine.rules.registry import runs
+from normwise.engine.rules.base import BoundRule, runs
 from normwise.engine.step import Turn
 from normwise.norms import Norm, Radius
 from normwise.norms.base import beyond

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from normwise.engine.block_tensors import weights_of
 from normwise.engine.pack import Pack
+from normwise.engine.rules.base import runs
 from normwise.engine.rules.memory import Observer, Remembering, State, where_finite, zeros
-from normwise.engine.rules.registry import runs
 from normwise.engine.step import Turn
 from normwise.norms import L2, Norm
 from normwise.norms.reduce import wide

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from normwise.engine.block_tensors import recenter_, weights_of
 from normwise.engine.pack import Pack
-from normwise.engine.rules.base import BoundRule
+from normwise.engine.rules.base import BoundRule, runs
 from normwise.engine.rules.penalty import Priced
-from normwise.engine.rules.registry import runs
 from normwise.engine.step import Turn
 from normwise.low_precision import memory, narrow_, rounds, widened
 from normwise.norms import Norm, Radius

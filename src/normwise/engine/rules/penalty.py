@@ -9,8 +9,7 @@ from torch import Tensor
 
 from normwise.engine.block_tensors import grads_of, offsets_of, weights_of
 from normwise.engine.pack import Pack
-from normwise.engine.rules.base import BoundRule
-from normwise.engine.rules.registry import runs
+from normwise.engine.rules.base import BoundRule, runs
 from normwise.engine.step import Turn
 from normwise.norms import Norm, Set
 from normwise.norms.reduce import up

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from normwise.engine.block_tensors import weights_of
 from normwise.engine.pack import Member, Pack
-from normwise.engine.rules.base import BoundRule
-from normwise.engine.rules.registry import runs
+from normwise.engine.rules.base import BoundRule, runs
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError, nearest
 from normwise.norms.base import clip_factor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from normwise.engine.block_tensors import starts_of, weights_of
 from normwise.engine.pack import Member, Pack
-from normwise.engine.rules.base import BoundRule, now
+from normwise.engine.rules.base import now, runs
 from normwise.engine.rules.bounds import Bound
-from normwise.engine.rules.registry import runs
 from normwise.engine.sharded.prefetch import Request
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError
@@ -23,22 +22,21 @@ from normwise.policy import actions
 from normwise.policy.radii import Brake, StepLength
 
 
-def refuse_foreign_decay(bound: BoundRule, group_of: Callable[[Any], Mapping[str, Any]]) -> None:
-    """A step that is given its length anew would have the optimizer's own decay in it."""
-    for m in bound.members if isinstance(bound, Stepped) else ():
-        decay = float(group_of(m.param).get("weight_decay") or 0.0)
-        if decay:
-            raise PolicyError(
-                f"rule '{bound.rule.label()}' sets the length of the step of {m.name!r}, whose parameter group has weight_decay={decay:g}: "
-                "it would be a part of that step, and shrink nothing. Give the group weight_decay=0."
-            )
-
-
 @runs(radius=StepLength)
 class Stepped(Bound):
     """Updates of length scale · η · (the weight's norm when attached, or before the step, or 1)."""
 
     paced = True
+
+    def check_group(self, name: str, group: Mapping[str, Any]) -> None:
+        """A step that is given its length anew would have the optimizer's own decay in it."""
+        decay = float(group.get("weight_decay") or 0.0)
+        if decay:
+            raise PolicyError(
+                f"rule '{self.rule.label()}' sets the length of the step of {name!r}, whose parameter group has weight_decay={decay:g}: "
+                "it would be a part of that step, and shrink nothing. Give the group weight_decay=0."
+            )
+        super().check_group(name, group)
 
     def _member(self, entry: Entry, optimizer: int) -> Member:
         member = super()._member(entry, optimizer)

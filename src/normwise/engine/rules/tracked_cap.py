@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from normwise.engine.pack import SCRATCH_BYTES, Member, Pack, pack
+from normwise.engine.rules.base import runs
 from normwise.engine.rules.bounds import Bound
-from normwise.engine.rules.registry import runs
 from normwise.engine.step import Turn
 from normwise.norms import Radius
 from normwise.norms.linalg import Tracked, follow

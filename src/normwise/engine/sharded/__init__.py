@@ -4,19 +4,7 @@
 ``block_exchange`` brings whole matrices to one rank each, ``pack`` is what the rules work on, ``grouping`` makes packs of either kind.
 """
 
-from typing import Any
-
-from torch import Tensor, nn
-
-
-def is_sharded(t: Any) -> bool:
-    """Whether ``t`` is a DTensor; told without importing it, which costs 0.4 s."""
-    return hasattr(t, "placements") and hasattr(t, "device_mesh")
-
-
-def here(t: Tensor) -> Tensor:
-    """What lies on this rank of a tensor: of a DTensor its part, of another all."""
-    return t.to_local() if is_sharded(t) else t    # type: ignore[attr-defined]
+from torch import nn
 
 
 def reshard(model: nn.Module) -> None:

@@ -7,20 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from normwise.engine.pack import SCRATCH_BYTES, Member, Pack, pack
-from normwise.engine.sharded import is_sharded
+from normwise.engine.pack import SCRATCH_BYTES, Member, Pack, is_sharded, pack
 from normwise.engine.sharded.norms import simple
 from normwise.engine.sharded.pack import Loads, Loose, SplitFlat, SplitPack, acts_on_entries
 from normwise.errors import PolicyError
 from normwise.parameters.inventory import Entry
 from normwise.policy import Rule
 
-FLAT = ("_is_flat_param", "_fsdp_flattened")
-
 
 def packs_of(members: Sequence[Member], flat: bool, agree: bool = False) -> list[Pack]:
     """Members as packs; those of DTensors by view, dtype, mesh and placements. ``agree``: every rank is to know the norms of all blocks."""
-    _refuse_flat(members)
     split = [m for m in members if is_sharded(m.param)]
     if not split:
         return pack(members, flat)
@@ -63,15 +59,6 @@ def _buckets(group: list[Member]) -> list[list[Member]]:
     size = p.numel() * p.element_size()
     room = p.device_mesh.size() * max(1, SCRATCH_BYTES // max(size, 1))
     return [group[i : i + room] for i in range(0, len(group), room)]
-
-
-def _refuse_flat(members: Sequence[Member]) -> None:
-    for m in members:
-        if any(getattr(m.param, mark, False) for mark in FLAT):
-            raise PolicyError(
-                f"{m.name!r} is a flat shard of FullyShardedDataParallel, which no longer knows its matrix: use fully_shard (FSDP2), whose "
-                "parameters are DTensors, or attach rules to a model that is not wrapped."
-            )
 
 
 def check_split(rule: Rule, packs: Sequence[Pack]) -> None:

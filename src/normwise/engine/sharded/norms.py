@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.sharded import collectives, here, is_sharded
+from normwise.engine.pack import here, is_sharded
+from normwise.engine.sharded import collectives
 from normwise.engine.sharded.placement import Place
 from normwise.norms import L2, Norm, Set
 from normwise.norms.reduce import root_sum_squares, wide

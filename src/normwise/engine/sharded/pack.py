@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.pack import Flat, Member, Pack, scale_tensors_
-from normwise.engine.sharded import collectives, here, is_sharded
+from normwise.engine.pack import Flat, Member, Pack, here, is_sharded, scale_tensors_
+from normwise.engine.sharded import collectives
 from normwise.engine.sharded.block_exchange import Owners
 from normwise.engine.sharded.block_parts import Pieces
 from normwise.engine.sharded.norms import Share, complete, simple

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from normwise.engine.sharded import collectives, is_sharded
+from normwise.engine.pack import is_sharded
+from normwise.engine.sharded import collectives
 from normwise.engine.sharded.norms import Share, complete
 from normwise.engine.sharded.pack import Split
 from normwise.errors import PolicyError

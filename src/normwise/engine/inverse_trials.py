@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from normwise.engine.sharded import is_sharded
+from normwise.engine.pack import is_sharded
 from normwise.errors import PolicyError
 from normwise.norms import Norm, Set
 from normwise.norms.reduce import HALF, up
