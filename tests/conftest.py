@@ -16,7 +16,9 @@ WIDTH = 132
 pytest.register_assert_rewrite("norm_checks", "norm_interface")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores; more threads each would only wait for one another
+    # The workers share the cores: more threads each would only wait for one another, in the processes that tests start as well.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -265,7 +265,7 @@ def test_runs_are_ranked_by_what_their_task_is_judged_by(task: ImageTask) -> Non
     assert study._score(words, [right]) < study._score(words, [sure])
 
 
-@pytest.mark.parametrize("name", ["cnn", "gpt", "lstm", "resnet"])
+@pytest.mark.parametrize("name", ["cnn", "lstm", *(pytest.param(name, marks=pytest.mark.long) for name in ("gpt", "resnet"))])
 def test_every_task_can_be_compared_on_the_network_of_the_race(name: str) -> None:
     task = load_task(name, size="tiny")
     found = compare(replace(ONE, task=name, seeds=1), budget=Budget(trials=9, scale=2 / STEPS[name], marks=2, rounds=1))
@@ -291,7 +291,7 @@ def test_every_pair_trains_and_holds_its_bounds(task: ImageTask, optimizer: str)
         assert all(math.isfinite(norm["l2"]) for norm in result["norms"].values()), strategy
 
 
-@pytest.mark.parametrize("optimizer", PRESETS)
+@pytest.mark.parametrize("optimizer", [pytest.param(p, marks=() if p in ("muon", "scion") else pytest.mark.long) for p in PRESETS])
 def test_a_preset_learns_digits_at_the_centre_of_its_axis(optimizer: str) -> None:
     whole = task_of(2000, (16, 32))
     run = run_of(whole, "nothing", optimizer, float(OPTIMIZERS[optimizer].lr.value(0)), batch=32, steps=396)

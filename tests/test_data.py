@@ -143,6 +143,7 @@ def mnist() -> Path | None:
     return next((folder for folder in found if folder.is_dir()), None)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(mnist() is None, reason="MNIST is not here; NORMWISE_DATA may name the folder that holds mnist/")
 def test_mnist_as_parquet() -> None:
     data = load(mnist())

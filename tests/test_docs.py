@@ -31,6 +31,7 @@ def test_every_variant_that_was_tried_can_be_tried_again(monkeypatch: pytest.Mon
     assert len(set(found.values())) == len(found), found
 
 
+@pytest.mark.long
 def test_every_variant_of_the_tuned_form_does_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the network with gates, so that what is said of gates is tried too; what is said of attention and of kernels, on those that have
     them."""

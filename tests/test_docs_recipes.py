@@ -38,8 +38,12 @@ class Copy:
                 file.write(f"\n\n{code}" if where == "at the end" else code)
         return [Path(name) for name, _, _ in blocks]
 
+    def use(self, code: str) -> None:
+        """Runs ``code`` on the copy, and makes sure that it is the copy, not the package that is tested here."""
+        self.python("-c", f"import normwise; assert normwise.__file__.startswith({str(self.folder)!r})\n{code}")
+
     def python(self, *arguments: str) -> str:
-        """Runs Python on the copy; what it prints. The copy alone is found, not the package that is tested here."""
+        """Runs Python on the copy; what it prints."""
         environment = os.environ | {"PYTHONPATH": f"{self.folder / 'src'}{os.pathsep}{self.folder / 'tests'}", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *arguments]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -49,9 +53,7 @@ class Copy:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Copy:
-    made = Copy(tmp_path)
-    assert str(tmp_path) in made.python("-c", "import normwise; print(normwise.__file__)")
-    return made
+    return Copy(tmp_path)
 
 
 def test_the_recipe_for_a_norm(copy: Copy) -> None:
@@ -62,7 +64,7 @@ def test_the_recipe_for_a_norm(copy: Copy) -> None:
     printed = copy.python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/test_norm_laws.py", "-k", LAWS)
     passed = re.search(r"(\d+) passed", printed)
     assert passed and int(passed[1]) > 60, printed
-    copy.python("-c", USE_OF_A_NORM)
+    copy.use(USE_OF_A_NORM)
 
 
 LAWS = "_of_fours and (float64 or bfloat16)"    # the exact numbers, and the dtype that rounds most: the laws take a second each
@@ -87,7 +89,7 @@ def test_the_recipe_for_a_task(copy: Copy) -> None:
     """One file; the task is known by its name, its batches are decided by the seed, and a tiny model learns in a few dozen steps."""
     (source,) = copy.follow("A task")
     assert source.parts[:4] == ("src", "normwise", "experiments", "tasks")
-    copy.python("-c", USE_OF_A_TASK)
+    copy.use(USE_OF_A_TASK)
 
 
 USE_OF_A_TASK = """
@@ -113,7 +115,7 @@ def test_the_recipe_for_an_action(copy: Copy) -> None:
     """One file; the rule goes through YAML, acts as its formula says, is counted, and is saved and loaded."""
     (source,) = copy.follow("An action")
     assert source.parts[:4] == ("src", "normwise", "engine", "rules")
-    copy.python("-c", USE_OF_AN_ACTION)
+    copy.use(USE_OF_AN_ACTION)
 
 
 USE_OF_AN_ACTION = """

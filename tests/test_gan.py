@@ -298,6 +298,7 @@ def test_a_study_that_is_interrupted_ends_as_if_it_had_not_been(
     assert [sum(run["seed"] == seed for run in runs) for seed in (TUNING_SEED, AGAIN_SEED)] == [18, 4]
 
 
+@pytest.mark.long
 def test_two_workers_give_what_one_gives(uninterrupted: dict[str, Any]) -> None:
     assert lasting(study.study(replace(ONE, workers=2), budget=TINY)) == lasting(uninterrupted)
 

@@ -126,9 +126,10 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize(
     ("form", "number", "times"),
-    [("-m normwise", signal.SIGINT, 1), ("-m normwise", signal.SIGINT, 3), ("-m normwise", signal.SIGTERM, 3),
-     ("-m normwise", signal.SIGHUP, 1),
-     ("-mnormwise", signal.SIGINT, 1), ("the installed command", signal.SIGINT, 1), ("the installed command", signal.SIGTERM, 1)],
+    [("-m normwise", signal.SIGINT, 3), ("the installed command", signal.SIGTERM, 1),
+     *(pytest.param(*given, marks=pytest.mark.long) for given in (
+         ("-m normwise", signal.SIGINT, 1), ("-m normwise", signal.SIGTERM, 3), ("-m normwise", signal.SIGHUP, 1),
+         ("-mnormwise", signal.SIGINT, 1), ("the installed command", signal.SIGINT, 1)))],
 )    # fmt: skip
 def test_a_signal_while_torch_is_imported_is_one_sentence(form: str, number: signal.Signals, times: int, tmp_path: Path) -> None:
     script = tmp_path / "normwise"
@@ -254,7 +255,7 @@ def test_workers_do_what_is_asked_on_big_data_and_end_with_the_pool() -> None:
     assert not [thread for thread in threading.enumerate() if "_lead" in thread.name]
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.02, 0.3, 2.0])
+@pytest.mark.parametrize("delay", [0.0, 0.3, *(pytest.param(d, marks=pytest.mark.long) for d in (0.02, 2.0))])
 def test_a_worker_that_dies_while_the_pool_starts_is_an_error_and_no_wait(delay: float) -> None:
     """The data are far larger than a pipe, in which the study would wait for ever for a reader."""
     with pytest.raises(StudyError, match="A worker process was killed"), open_pool(2, partial(copy.copy, torch.zeros(BIG))) as executor:
@@ -407,7 +408,7 @@ def test_help_that_cannot_be_printed_is_no_success(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "redirection",
-    ["| true", ">&- 2>&- <&-", *(pytest.param(r, marks=pytest.mark.long) for r in (">&-", ">/dev/full", "2>&-", "2>/dev/full"))],
+    [">&- 2>&- <&-", *(pytest.param(r, marks=pytest.mark.long) for r in ("| true", ">&-", ">/dev/full", "2>&-", "2>/dev/full"))],
 )
 def test_a_shell_redirects_to_nowhere(redirection: str, tmp_path: Path) -> None:
     """In a real process, whose end flushes what is left. `policies` says least, an unknown name is said on standard error."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,16 +26,20 @@ LAYERS = documented()
 LEVEL = {name: i for i, line in enumerate(LAYERS) for name in line}
 
 
+@functools.cache
 def layer_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__main__", "cli")
 
 
+@functools.cache
 def modules() -> list[Path]:
     return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
-def imported(path: Path) -> Iterator[tuple[int, str]]:
+@functools.cache
+def imported(path: Path) -> list[tuple[int, str]]:
     """Line and layer of every import of normwise, within functions too; ``""`` for the package as a whole."""
+    layers, found = {layer_of(p) for p in modules()}, []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno} imports relatively, which hides the layer"
@@ -48,7 +52,8 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             top, _, rest = name.partition(".")
             if top == "normwise":
                 first = rest.split(".")[0]
-                yield node.lineno, first if first in {layer_of(p) for p in modules()} else ""
+                found.append((node.lineno, first if first in layers else ""))
+    return found
 
 
 def test_the_page_names_every_layer_that_there_is():

@@ -247,7 +247,7 @@ def rules_of(name: str) -> list[Any]:
 
 
 @pytest.mark.xdist_group("transformers")
-@pytest.mark.parametrize("where", ["callback", "create_optimizer"])
+@pytest.mark.parametrize("where", [pytest.param("callback", marks=pytest.mark.long), "create_optimizer"])
 @pytest.mark.parametrize("name", RULES)
 def test_hugging_face_trainer(tmp_path: Path, name: str, where: str) -> None:
     """Attached in a callback, after the Trainer has loaded the optimizer's state; and as the optimizer is made, before."""

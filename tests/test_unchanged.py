@@ -31,7 +31,9 @@ def how(name: str) -> str:
     return "text" if name in TEXTS else "exact" if recorded(name)[0] == machine() else "near"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}-{how(name)}") for name in RECORDS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, id=f"{name}-{how(name)}", marks=pytest.mark.long if name == "sharded" else ()) for name in RECORDS]
+)
 def test_nothing_has_changed(name: str) -> None:
     lines = differences(recorded(name)[1], found_now(name), name, exact=how(name) != "near")
     shown = "\n".join(lines[:40])
@@ -42,7 +44,7 @@ def test_nothing_has_changed(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ the comparison sees a change
 
 
-@pytest.mark.parametrize("contender", RACERS)
+@pytest.mark.parametrize("contender", [pytest.param(r, marks=() if r == "muon" else pytest.mark.long) for r in RACERS])
 def test_a_race_with_a_learning_rate_a_little_off_is_seen(contender: str) -> None:
     """By 0.1%, under both comparisons; by 1% within the tolerance of what is computed in bf16."""
     was, slightly, more = (on_one_thread(partial(unchanged.race, "lstm", factor, [contender])) for factor in (1.0, 1.001, 1.01))
@@ -52,7 +54,7 @@ def test_a_race_with_a_learning_rate_a_little_off_is_seen(contender: str) -> Non
     assert differences(was, was, "race_lstm", True) == []
 
 
-@pytest.mark.parametrize("name", ["states", "loaded"])
+@pytest.mark.parametrize("name", [pytest.param("states", marks=pytest.mark.long), "loaded"])
 def test_steps_after_a_state_with_a_learning_rate_a_little_off_are_seen(name: str) -> None:
     """In every state: by 0.1% under both comparisons, by 1% within the tolerance of bf16."""
     was = found_now(name)
