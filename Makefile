@@ -9,14 +9,14 @@ run: $(STAMP)
 	$(BIN)/normwise compare cnn --json out/cnn/results.json --report out/cnn
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests examples docs
 	$(BIN)/mypy
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "long or not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long"
 
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -49,9 +49,8 @@ def test_columns_break_into_bands_that_fit(width: int) -> None:
     assert all(sum(name in line.split() for line in grid) == 1 for name in names), "each column has one place"
 
 
-@pytest.mark.parametrize(
-    "workers", [pytest.param(["-p", "no:xdist"], marks=pytest.mark.long, id="one process"), pytest.param(["-n", "2"], id="two workers")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [["-p", "no:xdist"], ["-n", "2"]], ids=["one process", "two workers"])
 def test_the_table_is_printed_at_the_end(workers: list[str], tmp_path: Path) -> None:
     for name in ("conftest.py", "coverage_table.py"):
         shutil.copy(Path(__file__).parent / name, tmp_path)

@@ -20,13 +20,14 @@ def torchrun(processes: int, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("many", "fewer"), [(2, (1,)), pytest.param(4, (2, 1), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("many", "fewer"), [(2, (1,)), (4, (2, 1))])
 def test_a_run_resumes_from_its_checkpoint_on_fewer_processes(many: int, fewer: tuple[int, ...], tmp_path: Path) -> None:
     text, half = tmp_path / "text.txt", tmp_path / "half"
     text.write_text("the norm of every weight is where its user wants it; " * 60, encoding="utf-8")
     common = ["--text", str(text), "--steps", "8"]
     runs = {many: torchrun(many, *common, "--save", str(half)), **{n: torchrun(n, *common, "--resume", str(half)) for n in fewer}}
-    (start,) = re.findall(rf"{many} processes, held-out loss ([\d.]+)", runs[4])
+    (start,) = re.findall(rf"{many} processes, held-out loss ([\d.]+)", runs[many])
     ends = {n: float(*re.findall(r"step 8: held-out loss ([\d.]+)", out)) for n, out in runs.items()}
     assert ends[many] < 0.9 * float(start)
     assert max(abs(ends[n] - ends[many]) for n in fewer) < 2e-3, f"a resumed run is another one: {ends}"

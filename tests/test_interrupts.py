@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -336,43 +336,47 @@ class Pipe:
 KINDS = ["ascii", "closed", "full", "head"]
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """Results of every study, trained in seconds."""
+# Taken before a test puts anything in their place.
+SHORT_RUNS: dict[str, Callable[[], dict[str, Any]]] = {
+    "compare": partial(compare.compare, compare.Options(budget="quick", only=["l2", "adam"], seeds=2)),
+    "race": partial(race_module.race, job.Options("lstm", budget="quick", only=[], seeds=1, size="tiny")),
+    "gan": partial(gan.study, job.Options("gan", budget="quick", only=("clip_value",), seeds=1)),
+    "prune": partial(prune.study, job.Options(budget="quick", seeds=1)),
+    "bench": lambda: {"bench": "control", "rows": [{"case": "‖W‖ ≤ 3 µs ± ², é 字", "ms": 1.0}]},
+}
+
+
+@cache
+def result_of(name: str) -> dict[str, Any]:
+    """Results of a study, trained in seconds."""
     with pytest.MonkeyPatch.context() as patch, pool_module.one_thread():
         strike_command.shorten(patch.setattr)
-        return {
-            "compare": compare.compare(compare.Options(budget="quick", only=["l2", "adam"], seeds=2)),
-            "race": race_module.race(job.Options("lstm", budget="quick", only=[], seeds=1, size="tiny")),
-            "gan": gan.study(job.Options("gan", budget="quick", only=("clip_value",), seeds=1)),
-            "prune": prune.study(job.Options(budget="quick", seeds=1)),
-            "bench": {"bench": "control", "rows": [{"case": "‖W‖ ≤ 3 µs ± ², é 字", "ms": 1.0}]},
-        }
+        return SHORT_RUNS[name]()
 
 
 @pytest.fixture
-def worked(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def worked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every study has these results at once."""
-    monkeypatch.setattr(compare, "compare", lambda *given: found["compare"])
-    monkeypatch.setattr(race_module, "race", lambda *given: found["race"])
-    monkeypatch.setattr(gan, "study", lambda *given: found["gan"])
-    monkeypatch.setattr(prune, "study", lambda *given: found["prune"])
-    monkeypatch.setattr(control, "run", lambda: found["bench"])
+    monkeypatch.setattr(compare, "compare", lambda *given: result_of("compare"))
+    monkeypatch.setattr(race_module, "race", lambda *given: result_of("race"))
+    monkeypatch.setattr(gan, "study", lambda *given: result_of("gan"))
+    monkeypatch.setattr(prune, "study", lambda *given: result_of("prune"))
+    monkeypatch.setattr(control, "run", lambda: result_of("bench"))
 
 
 STUDIES = {"compare": "compare cnn", "race": "race lstm", "gan": "gan", "prune": "prune cnn", "bench": "bench control"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [pytest.param(s, marks=() if s in ("compare", "bench") else pytest.mark.long) for s in STUDIES])
 def test_results_are_saved_whatever_becomes_of_the_terminal(
-    name: str, kind: str, worked: None, found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    name: str, kind: str, worked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     target = tmp_path / "out.json"
     pipe = Pipe(kind, monkeypatch)
     status = cli.main([*STUDIES[name].split(), "--json", str(target)])
     err = capfd.readouterr().err
-    assert json.loads(target.read_text()) == json.loads(json.dumps(found[name]))
+    assert json.loads(target.read_text()) == json.loads(json.dumps(result_of(name)))
     if kind == "ascii":
         assert status == (1 if name == "compare" else 0), err    # two epochs teach nobody
         assert f"Results: {target}" in pipe.written() and len(pipe.written().splitlines()) > 3

@@ -68,7 +68,7 @@ def differences(a: Any, b: Any) -> list[str]:
     return [path for path in one.keys() | two.keys() if path not in one or path not in two or not equal(one[path], two[path])]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(kills: int, tmp_path: Path, coverage: Callable[..., None]) -> None:
     """Killed at random moments, also while it saves; each time a new process goes on."""
     steps, rng = 6 * kills + 4, random.Random(kills)

@@ -167,6 +167,7 @@ def lasting(value: Any) -> Any:
     return [lasting(item) for item in value] if isinstance(value, list) else value
 
 
+@pytest.mark.long
 def test_a_cluster_that_loses_a_worker_in_the_middle_ends_with_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A race on two worker processes, of which one is killed: the runs that it had are done by the other."""
     pytest.importorskip("distributed", reason="the extra 'dask'")

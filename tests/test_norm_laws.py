@@ -288,7 +288,10 @@ def clip_norm_is_the_projection(case: Case) -> None:
     blocks_equal(case, clipped, projected, size(projected), "clip_norm against project")
 
 
-@pytest.mark.parametrize(("name", "norm", "dtype"), all_checks())
+# In fp16 alone they wait for ``make test-long``: it computes as bf16 does, in fp32, and rounds less.
+@pytest.mark.parametrize(
+    ("name", "norm", "dtype"), [pytest.param(*c, marks=pytest.mark.long if c[2] == "float16" else ()) for c in all_checks()]
+)
 def test_law(name: str, norm: str, dtype: str, coverage: Callable[..., None]) -> None:
     for case in cases(norm, dtype):
         LAWS[name](case)
