@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from normwise.errors import PolicyError
 from normwise.norms import L2, Norm, Radius, Set
-from normwise.norms.base import two_steps
-from normwise.norms.reduce import compute_dtype, may_branch, root_sum_squares, up, wide
+from normwise.norms.base import radial_factor, two_steps
+from normwise.norms.reduce import TRUSTED_FROM, column_norms, compute_dtype, may_branch, row_norms_in_range, up, wide
 from normwise.parameters.computed_weights import Computed
 from normwise.parameters.layouts import BlockView, overlaps
 from normwise.policy import actions
@@ -114,6 +114,8 @@ class Pack:
     optimizers: frozenset[int] = field(init=False)
     coarsest: torch.dtype = field(init=False)
     block_shape: tuple[int, ...] = field(init=False)
+    columns: bool = field(init=False)
+    """Whether the blocks are the columns of a matrix, as a layer that stores its weight transposed has its units."""
 
     def __post_init__(self) -> None:
         self.view = self.members[0].view
@@ -124,6 +126,8 @@ class Pack:
         self.optimizers = frozenset(m.optimizer for m in self.members).union(*(m.moved_by for m in self.members))
         self.coarsest = max((w.dtype for w in self.weights), key=lambda dtype: torch.finfo(dtype).eps)
         self.block_shape = self.view.block_shape
+        rank, first = len(self.view.order), len(self.view.order) - self.view.batch
+        self.columns = 0 < first < rank and self.view.order == (*range(first, rank), *range(first))
 
     # ------------------------------------------------------------------------------------------------ which blocks there are
 
@@ -227,18 +231,15 @@ class Pack:
 
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
         """Multiplies each block by its factor, in place, rounded once."""
-        view, k = self.view, len(tensors)
-        sizes = [view.shape[axis] for axis in view.order[: view.batch]]
-        opened = factor.reshape(k, *sizes, *[1] * (len(view.order) - view.batch))
-        inverse = [0, *(view.order.index(axis) + 1 for axis in range(len(view.order)))]
-        targets = list(tensors) if tensors[0].shape == view.shape else [view.open(t) for t in tensors]
-        scale_tensors_(targets, list(opened.permute(inverse).unbind()))
+        targets = list(tensors) if tensors[0].shape == self.view.shape else [self.view.open(t) for t in tensors]
+        scale_tensors_(targets, self._opened(factor))
 
     def plain(self) -> bool:
-        """Whether :meth:`cap_` can work here: fp32 weights on a CPU, of which each block is one stretch after the other."""
-        whole = self.view.order == tuple(range(len(self.view.order))) and self.view.count > 0 and math.prod(self.block_shape) > 0
+        """Whether :meth:`cap_` can work here: fp32 weights on a CPU, of which each block is a row of a matrix or a column."""
+        in_order = self.view.order == tuple(range(len(self.view.order)))
+        there = self.view.count > 0 and math.prod(self.block_shape) > 0 and not self.computed
         kinds = {(type(w) in (nn.Parameter, Tensor), w.is_cpu, w.dtype, w.layout) for w in self.weights}
-        return type(self) is Pack and whole and kinds == {(True, True, torch.float32, torch.strided)} and not self.computed
+        return type(self) is Pack and there and (in_order or self.columns) and kinds == {(True, True, torch.float32, torch.strided)}
 
     def cap_(self, radius: float) -> Tensor | None:
         """Scales every block of the weights whose L2 norm is above ``radius`` onto it, in place.
@@ -247,26 +248,38 @@ class Pack:
         where a norm or a factor is too small or too large for fp32: ``scale_`` takes care of that. The same numbers as ``measure`` and
         ``scale_`` give, bit for bit, in a few calls.
         """
-        weights, view = self.weights, self.view
+        weights = self.weights
         if not weights[0].is_cpu:    # moved since: reading a norm would wait for the device
             return None
-        stacked = weights[0] if len(weights) == 1 else _stacked(weights)
-        value = root_sum_squares(stacked.reshape(len(weights) * view.count, -1))
+        if self.columns:
+            value = self.measure(L2(), weights)
+        else:
+            stacked = weights[0] if len(weights) == 1 else _stacked(weights)
+            value = row_norms_in_range(stacked.reshape(len(weights) * self.view.count, -1))
         low, high = torch.aminmax(value)
-        smallest, largest = float(low), float(high)
+        if not (float(low) >= TRUSTED_FROM[torch.float32] and float(high) < math.inf):    # a zero block, or squares that left the range
+            value = self.measure(L2(), weights)
+            high = value.max()
+        largest = float(high)
         if largest <= radius:
             return value[:0]
-        if not (smallest > 0 and largest < math.inf and radius >= 2 * torch.finfo(torch.float32).smallest_normal * largest):
+        if not (largest < math.inf and radius >= 2 * torch.finfo(torch.float32).smallest_normal * largest):
             return None
-        factor = value.clamp(max=radius) / value
-        sizes = view.shape[: view.batch]
-        shares = factor.to(torch.float32).view(len(weights), *sizes, *[1] * (len(view.shape) - len(sizes)))
-        targets = weights if weights[0].shape == view.shape else [w.view(view.shape) for w in weights]
+        factor = radial_factor(value, value.clamp(max=radius))
+        shares = self._opened(factor.to(torch.float32))
+        targets = weights if weights[0].shape == self.view.shape else [w.view(self.view.shape) for w in weights]
         if len(targets) == 1:
             targets[0].mul_(shares[0])
         else:
             torch._foreach_mul_(targets, list(shares.unbind()))
         return factor
+
+    def _opened(self, factor: Tensor) -> Tensor:
+        """One number a block as ``(members, ...)`` that broadcasts against the members with their axes split."""
+        view = self.view
+        sizes = [view.shape[axis] for axis in view.order[: view.batch]]
+        opened = factor.reshape(len(self.members), *sizes, *[1] * (len(view.order) - view.batch))
+        return opened.permute(0, *(view.order.index(axis) + 1 for axis in range(len(view.order))))
 
     def write_(self, tensors: Sequence[Tensor], blocks: Tensor) -> None:
         """Replaces the tensors by the blocks."""
@@ -276,6 +289,8 @@ class Pack:
 
     def measure(self, norm: Norm, tensors: Sequence[Tensor], agree: bool = False) -> Tensor:
         """The norm of every block, ``(count,)``. ``agree``: every rank is to know those of blocks that lie on others."""
+        if self.columns and norm.name == "l2" and all([_fits_columns(t) for t in tensors]):    # noqa: C419
+            return torch.cat([column_norms(t.view(-1, self.view.count)) for t in tensors])
         return norm.measure(self.borrow(tensors))
 
     def measure_whole(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
@@ -358,6 +373,31 @@ class Flat(Pack):
         parts = [norm.measure(_rows([tensors[i] for i in batch])).to(device, wide(device)) for batch in self._batches]
         return norm.measure(torch.cat(parts)[None])
 
+    def plain(self) -> bool:
+        """Whether :meth:`clip_` can work on gradients of these parameters: fp32 on a CPU."""
+        kinds = {(type(w) is nn.Parameter, w.is_cpu, w.dtype) for w in self.weights}
+        return type(self) is Flat and kinds == {(True, True, torch.float32)} and not self.computed
+
+    def clip_(self, tensors: Sequence[Tensor], radius: float) -> tuple[float, float] | None:
+        """Scales fp32 tensors on a CPU, all together, to the L2 norm ``radius`` where theirs is above it, in place.
+
+        Returns the norm, and the factor. None, with nothing changed, where a norm is zero, not finite or out of the range that squares
+        keep, or where the factor is: ``measure`` and ``scale_`` take care of that. The same numbers as these give, bit for bit.
+        """
+        norms = [row_norms_in_range(_rows([tensors[i] for i in batch])) for batch in self._batches]
+        together = norms[0] if len(norms) == 1 else torch.cat(norms)
+        low, high = torch.aminmax(together)
+        if not (float(low) >= TRUSTED_FROM[torch.float32] and float(high) < math.inf):
+            return None
+        value = float(row_norms_in_range(together[None]))
+        if value <= radius:
+            return value, 1.0
+        factor = radius / value
+        if not (value < math.inf and factor >= torch.finfo(torch.float32).smallest_normal):
+            return None
+        torch._foreach_mul_(list(tensors), factor)
+        return value, factor
+
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for t in tensors:
@@ -369,21 +409,20 @@ class Flat(Pack):
                     torch._foreach_mul_(group, step.to(device))
 
 
-def scale_tensors_(tensors: list[Tensor], factors: list[Tensor]) -> None:
-    """Each tensor times a factor that broadcasts, in place. On the CPU a half-precision product with a wider factor is slow: it goes up
-    and comes back."""
-    steps = [two_steps(f, compute_dtype(t.dtype)) for t, f in zip(tensors, factors, strict=True)]
-    factors = [rest for _, rest in steps]
-    if any(power is not None for power, _ in steps):
-        for t, (power, rest) in zip(tensors, steps, strict=True):
-            t.copy_(up(t).mul(1.0 if power is None else power).mul_(rest))
-        return
-    if tensors[0].device.type == "cpu" and compute_dtype(tensors[0].dtype) != tensors[0].dtype:
-        torch._foreach_copy_(tensors, [t.float().mul_(f) for t, f in zip(tensors, factors, strict=True)])
+def scale_tensors_(tensors: list[Tensor], factors: Tensor) -> None:
+    """Each tensor of one dtype times its ``factors[i]``, which broadcasts, in place. On the CPU a half-precision product with a wider
+    factor is slow: it goes up and comes back."""
+    # Looked at once for all: each look reads two numbers, and a pack may have hundreds of tensors.
+    power, rest = two_steps(factors, compute_dtype(tensors[0].dtype))
+    if power is not None:
+        for t, p, f in zip(tensors, power.unbind(), rest.unbind(), strict=True):
+            t.copy_(up(t).mul(p).mul_(f))
+    elif tensors[0].device.type == "cpu" and compute_dtype(tensors[0].dtype) != tensors[0].dtype:
+        torch._foreach_copy_(tensors, [t.float().mul_(f) for t, f in zip(tensors, rest.unbind(), strict=True)])
     elif len(tensors) == 1:
-        tensors[0].mul_(factors[0])
+        tensors[0].mul_(rest[0])
     else:
-        torch._foreach_mul_(tensors, factors)
+        torch._foreach_mul_(tensors, list(rest.unbind()))
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -397,6 +436,10 @@ def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
     for i, t in enumerate(tensors):
         small.setdefault((i,) if _bytes(t) >= ALONE_FROM_BYTES else (t.shape, t.dtype, t.device), []).append(i)
     return [group[k : k + room] for group in small.values() for room in [_room(tensors[group[0]])] for k in range(0, len(group), room)]
+
+
+def _fits_columns(t: Tensor) -> bool:
+    return t.dtype == torch.float32 and may_branch(t) and t.is_contiguous()
 
 
 def _rows(tensors: Sequence[Tensor]) -> Tensor:

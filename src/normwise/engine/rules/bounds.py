@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,29 +53,44 @@ class Bound(BoundRule):
             self._act(part, weights_of(part), self._aimed(part, self.radius(part, turn)), turn)
 
     def prepared(self, optimizer: int) -> Callable[[Turn], None]:
-        """A fixed cap on the L2 norms of plain fp32 weights on a CPU knows its packs and how far inside to aim before the first step. On
-        small networks looking that up costs more than measuring, and most steps find every block inside.
+        """A fixed cap on L2 norms of fp32 numbers on a CPU, of blocks of weights or of all gradients together, knows before the first step
+        how far inside to aim. On small networks looking up what a rule needs costs more than measuring, and most steps find nothing to do.
         """
         rule, mine = self.rule, [p for p in self.packs if optimizer in p.optimizers]
-        fixed = type(self) is Bound and self.phase == "weight" and self.norm.name == "l2" and rule.action in ("clip_norm", "project")
-        free = rule.rate == 1 and rule.min_radius is None and rule.center is None and not self.flat and not self.timed()
-        if not (fixed and free and is_number(rule.radius) and all(p.plain() for p in mine)):
-            return self.run
-        caps: list[tuple[Pack, Any]] = [(p, self._aimed(p, float(rule.radius))) for p in mine]    # type: ignore[arg-type]
+        fixed = type(self) is Bound and self.norm.name == "l2" and rule.action in ("clip_norm", "project") and is_number(rule.radius)
+        free = rule.rate == 1 and rule.min_radius is None and rule.center is None and not self.timed()
+        plain = fixed and free and all(p.plain() for p in mine)
+        if plain and self.phase == "gradient" and self.flat and len(self.optimizers) == 1:
+            return partial(self._clip_gradients, mine[0])
+        if plain and self.phase == "weight" and not self.flat:
+            return partial(self._cap_weights, [(p, self._aimed(p, float(rule.radius))) for p in mine])    # type: ignore[arg-type]
+        return self.run
 
-        def run(turn: Turn) -> None:
-            if turn.happened is not None:
-                self.run(turn)
-                return
-            self._acted[optimizer] = acted = []
-            for part, aimed in caps:
-                factor = part.cap_(aimed)
-                if factor is None:    # a norm that is zero, or not finite, or out of fp32's range: the whole care
-                    self._scale(part, part.weights, aimed, turn)
-                else:
-                    acted.append((part, factor))
+    def _clip_gradients(self, part: Any, turn: Turn) -> None:
+        grads = [p.grad for p in part.params]
+        if turn.happened is not None or not all([g is not None and g.dtype == torch.float32 and g.is_cpu for g in grads]):    # noqa: C419
+            self.run(turn)
+            return
+        done = part.clip_(grads, self.rule.radius)
+        if done is None:    # the whole care
+            self.run(turn)
+            return
+        value, factor = done
+        self._acted = {turn.optimizer: [] if factor == 1 else [(part, torch.tensor([factor], dtype=torch.float64))]}
+        if self.watches:
+            self._look_at(torch.tensor([value], dtype=torch.float64), turn)
 
-        return run
+    def _cap_weights(self, caps: list[tuple[Pack, Any]], turn: Turn) -> None:
+        if turn.happened is not None:
+            self.run(turn)
+            return
+        self._acted[turn.optimizer] = acted = []
+        for part, aimed in caps:
+            factor = part.cap_(aimed)
+            if factor is None:    # a norm that is zero, or not finite, or out of fp32's range: the whole care
+                self._scale(part, part.weights, aimed, turn)
+            else:
+                acted.append((part, factor))
 
     def run_on(self, part: Pack, changes: list[Tensor], turn: Turn) -> None:
         if self.timed() and not self.rule.active(turn.step()):

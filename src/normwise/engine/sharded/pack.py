@@ -270,7 +270,7 @@ class SplitPack(Split):
 
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
         opened = self.pieces.expand(factor.view(len(tensors), -1))
-        scale_tensors_(list(tensors), list(opened.unbind()))
+        scale_tensors_(list(tensors), opened)
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """The blocks that this rank owns, ``(owned, *block_shape)``."""

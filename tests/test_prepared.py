@@ -1,0 +1,121 @@
+"""What a step prepares when rules are bound gives the numbers of the careful way, bit for bit, from the smallest weights to the largest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normwise as nw
+from normwise.engine.rules.bounds import Bound
+from normwise.norms.reduce import column_norms
+
+SCALES = (1e-42, 1e-30, 1e-20, 1e-12, 1e-3, 1.0, 1e10, 1e18, 1e25, 1e36)
+RADII = (1e-35, 1e-20, 1e-3, 1.0, 100.0, 1e20)
+SHAPES = ([(64, 64), (64,)], [(3, 5, 5), (7,), (300, 129), (1,)], [(700, 500), (5,), (5,)])
+
+
+class Weights(nn.Module):
+    def __init__(self, shapes: Sequence[tuple[int, ...]], scale: float = 1.0) -> None:
+        super().__init__()
+        for i, shape in enumerate(shapes):
+            self.register_parameter(f"w{i}", nn.Parameter(torch.randn(shape) * scale))
+
+
+def found(model: nn.Module, rule: nw.Rule, grads: Callable[[nn.Parameter], Tensor], steps: int = 3) -> list[Tensor]:
+    """Weights, gradients and counts after each of a few steps."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    control, kept = nw.attach(model, optimizer, rule), []
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = grads(p)
+        optimizer.step()
+        kept += [t.detach().clone() for p in model.parameters() for t in (p, p.grad) if t is not None]
+        kept.append(torch.tensor(list(control.violations().values())))
+    return kept
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture
+def careful(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it leaves every rule the careful way alone."""
+    return lambda: monkeypatch.setattr(Bound, "prepared", lambda self, optimizer: self.run)
+
+
+@pytest.mark.filterwarnings("ignore")    # norms that are not finite are told
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize("last", ["random", "zero", "nan"])
+def test_gradients_are_clipped_bit_for_bit(shapes: list[tuple[int, ...]], last: str, careful: Callable[[], None]) -> None:
+    def all_of_them() -> list[list[Tensor]]:
+        results = []
+        for scale in SCALES:
+            for radius in RADII:
+                torch.manual_seed(0)
+                model = Weights(shapes)
+                end = list(model.parameters())[-1]
+
+                def gradient(p: nn.Parameter, scale: float = scale, end: nn.Parameter = end) -> Tensor:
+                    g = torch.randn_like(p) * scale
+                    return g * (0.0 if last == "zero" else math.nan) if p is end and last != "random" else g
+
+                results.append(found(model, nw.clip_grad_norm(radius), gradient))
+        return results
+
+    quick = all_of_them()
+    careful()
+    assert all(map(same, quick, all_of_them()))
+
+
+class Transposed(nn.Module):
+    """Stores its weight as (inputs, outputs), as GPT-2's layers do."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+
+nw.register_layout(Transposed, lambda module, name, t: nw.Layout("io", tuple(t.shape)), role="hidden")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [lambda: nn.Linear(129, 40, bias=False), lambda: Transposed(129, 40), lambda: Transposed(256, 7)])
+@pytest.mark.parametrize("rows", ["random", "one zero", "some tiny", "one infinite"])
+def test_units_are_capped_bit_for_bit(make: Callable[[], nn.Module], rows: str, careful: Callable[[], None]) -> None:
+    def all_of_them() -> list[list[Tensor]]:
+        results = []
+        for scale in SCALES:
+            for radius in RADII:
+                torch.manual_seed(0)
+                model = nn.Sequential(make(), make())
+                for layer in model:
+                    with torch.no_grad():
+                        layer.weight *= scale
+                        units = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+                        units[0] *= {"random": 1.0, "one zero": 0.0, "some tiny": 1e-25, "one infinite": math.inf}[rows]
+                results.append(found(model, nw.max_norm(radius), torch.zeros_like))
+        return results
+
+    quick = all_of_them()
+    careful()
+    assert all(map(same, quick, all_of_them()))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 128, 300, 5000])
+def test_norms_of_columns_are_those_of_float64(rows: int) -> None:
+    """Within two eps, whatever the sizes of the numbers in a column, and where their squares leave fp32's range."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, 60) * torch.exp(4 * torch.randn(rows, 60))
+    x[:, 20:] *= torch.logspace(-42, 30, 40)
+    x[:, 3] = 0
+    exact = x.double().norm(dim=0)
+    eps = torch.finfo(torch.float32).eps
+    assert ((column_norms(x) - exact).abs() <= 2 * eps * exact).all()
+    x[0, 5], x[0, 6] = math.inf, math.nan
+    got = column_norms(x)
+    assert got[5] == math.inf and got[6].isnan() and abs(got[4] - exact[4]) <= 2 * eps * exact[4]
