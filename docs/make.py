@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from normwise.experiments.bench import runner
 from normwise.experiments.catalog import TORCH
 from normwise.experiments.compare.tables import of_seeds, reached
 from normwise.experiments.framework.printing import markdown
@@ -142,8 +143,11 @@ def setting(results: dict[str, Any]) -> str:
 
 
 def bench(measured: dict[str, Any]) -> str:
-    """Rows of one benchmark, those with the same columns together."""
-    return markdown(measured["rows"])
+    """A benchmark's tables by heading, with the machine where it is known."""
+    tables = [f"**{name}**\n\n{markdown(rows)}" if name else markdown(rows) for name, rows in runner.tables(measured).items()]
+    machine = measured.get("machine")
+    said = [f"{where(machine)}; threads: {measured['threads']}."] if isinstance(machine, dict) else []
+    return "\n\n".join([*tables, *said])
 
 
 def smaller(results: dict[str, Any]) -> str:
@@ -182,7 +186,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     **{f"other {task}": (f"other-{task}", partial(one_race, drawn=False)) for task in ("cnn", "gpt")},
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),
-    "gan": ("gan", bench),
+    "gan": ("gan", lambda results: markdown(results["rows"])),
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
     "named rules": (None, named_rules),

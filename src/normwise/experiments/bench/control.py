@@ -1,116 +1,175 @@
-"""``normwise bench control``: what max_norm and clip_grad_norm cost a step.
+"""``normwise bench control``: what rules add to a step, against code by hand and memory's speed.
 
-Against the memory that they must move, and against a loop over tensors.
+A cell is a network, a set of rules and a state. In each round of a cell three kinds of optimizer steps take turns, in one process, on
+one thread, in alternating order: without control, with it, and without it but with what you would write by hand around it. Before each of
+them the weights and gradients that the rules act on are put back into the state, outside the clock. The step is fused SGD at a rate of 0:
+it reads weights and gradients and writes the weights as any step does, and leaves every weight exactly where the state has it.
 
-Two models, each with nothing violated and with every block violated, everything interleaved in one process and the median of many:
+- ``added_us``, ``hand_us``: the median over rounds of the step with control, or with code by hand, minus the step without, of the same
+  round. Of two ways by hand (``bench.cells.by_hand`` has the code) the faster one counts.
+- ``ratio``: added over by hand, with ``low`` and ``high``, the 95% interval of the ratio of medians by a bootstrap over rounds.
+- ``floor_us``: what the same memory costs at least, in the same rounds. The memory is what the rules must look at: all gradients for a
+  clip, all bounded weights for a bound. It is copied as one flat fp32 buffer of ones each; the floor is the fastest of four calls that read
+  it (sum, dot, amax, vector_norm), and where all is violated that plus the fastest of three that rewrite it (``mul_(1.0)``, ``add_(0.0)``,
+  ``neg_``). ``over_floor`` is added over floor.
+- ``step_us``: forward, backward and fused AdamW without control, on the batch in ``bench.cells.networks``, once for each network;
+  ``share`` is added over that.
 
-- eight 2048×2048 layers: the control's own time over the time that its memory traffic takes at the bandwidth measured between its steps.
-  It must read the weights and the gradients; where everything is violated it must also rewrite both, the gradients in a second pass,
-  since a global norm is known only after all of them were read.
-- 200 matrices of 64×64: a per-tensor loop that does the same rules, over the control's own time.
+Bars: no cell is slower than by hand (``ratio`` <= 1, ``high`` <= 1.05); both rules on the two small networks take at most 0.8 of it; bounds
+on 200 small matrices a quarter with nothing and a third with everything violated; where memory is what counts, at most 1.3 floors.
+
+States: nothing violated, one block, all; for some networks every second unit and gradient zero, gradients of ±1e18 and of ±1e-25, whose
+squares are out of fp32's range. A spectral cap within 1% starts from the copies that it keeps, and so looks at no matrix where nothing has
+moved: ``normwise bench cap`` has it in training.
 """
 
 from __future__ import annotations
 
-import statistics
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import normwise as nw
+from normwise.experiments.bench.cells import whole_step
+from normwise.experiments.bench.cells.by_hand import BOTH, CLIP, MAX_NORM, RULE_SETS, VALUE, After, Before, RuleSet, acted_on
+from normwise.experiments.bench.cells.clock import CELL_SECONDS, Floor, Timed, burst, rounds_for
+from normwise.experiments.bench.cells.networks import AT_FLOOR, CASES, CNN_CASE, MANY, SMALL, Case, weights_of
+from normwise.experiments.bench.cells.states import ALL, NOTHING, Memory, cells_of
 from normwise.experiments.bench.runner import Bar
-from normwise.experiments.framework.timing import in_turn, milliseconds, seconds
+from normwise.experiments.framework.pool import on_threads
+from normwise.experiments.framework.printing import tell
+from normwise.experiments.framework.provenance import machine
+from normwise.experiments.framework.timing import in_turn
 
-BARS = (Bar("ratio"),)
-RADIUS = 1.0
-ROUNDS = 30
-
-
-def run(rounds: int = ROUNDS, threads: int | None = None) -> dict[str, Any]:
-    """All four measurements; ``rounds`` repetitions each, medians in milliseconds."""
-    if threads:
-        torch.set_num_threads(threads)
-    rows = [_traffic(violated, rounds) for violated in (False, True)]
-    rows += [_against_loop(violated, rounds * 3) for violated in (False, True)]
-    return {"bench": "control", "threads": torch.get_num_threads(), "rounds": rounds, "rows": rows}
+BARS = (Bar("ratio"), Bar("high", "high_bar"), Bar("over_floor", "floor_bar"))
+ROUNDS = 150
+FEW, SOME = 100_000, 1_000_000    # parameters: below, a burst has eight or three steps
+Row = dict[str, Any]
 
 
-class _Bench:
-    """A stack of square layers whose weights and gradients are put back before every step, under a control that is timed."""
+def run(rounds: int = ROUNDS, threads: int = 1, only: Sequence[str] | None = None, cell_seconds: float = CELL_SECONDS) -> dict[str, Any]:
+    """Every cell; medians in µs.
 
-    def __init__(self, count: int, width: int, violated: bool) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(count)])
-        self.weights = [p.detach() for p in self.model.parameters()]
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
-        self.control = nw.attach(self.model, optimizer, [nw.max_norm(RADIUS), nw.clip_grad_norm(RADIUS)], timed=True)
-        self.optimizer, self.length = optimizer, (2.0 if violated else 0.5)
-        self.reset()
-
-    def reset(self) -> None:
-        """Rows of norm ``length``, and gradients of that norm all together: inside or outside of the bound 1."""
-        for w in self.weights:
-            w.fill_(self.length / w.shape[1] ** 0.5)
-        total = sum(w.numel() for w in self.weights)
-        for p in self.model.parameters():
-            p.grad = torch.empty_like(p) if p.grad is None else p.grad
-            p.grad.fill_(self.length / total**0.5)
-
-    def own_time(self) -> float:
-        """Seconds that one step spends in the control's hooks."""
-        self.reset()
-        before = self.control.seconds
-        self.optimizer.step()
-        return self.control.seconds - before
-
-    def loop_time(self) -> float:
-        """Seconds of the same rules written as loops over the tensors."""
-        self.reset()
-        return seconds(lambda: _loop(list(self.model.parameters())))
+    rounds: at most so many a cell; fewer where they do not fit into ``cell_seconds``. threads: torch's, while it runs. only: names of
+    networks; None for all. A network whose package is absent is left out, and the result names it.
+    """
+    chosen = [case for case in CASES if only is None or case.name in only]
+    rows: list[Row] = []
+    with on_threads(threads):
+        for case in (c for c in chosen if c.there()):
+            rows += _of_network(case, rounds, cell_seconds)
+        for case in (c for c in chosen if c.name in whole_step.NETWORKS):
+            tell(f"{case.name}: whole steps")
+            rows += whole_step.rows(case, rounds, 2 * cell_seconds)
+    left_out = [f"{case.name}: {case.needs} is not installed" for case in chosen if not case.there()]
+    return {"bench": "control", "threads": threads, "rounds": rounds, "machine": machine(), "left_out": left_out, "rows": rows}
 
 
-@torch.no_grad()
-def _loop(params: Sequence[nn.Parameter]) -> None:
-    grads = [p.grad for p in params if p.grad is not None]
-    total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
-    factor = (RADIUS / total).clamp(max=1.0)
-    for g in grads:
-        g.mul_(factor)
-    for p in params:
-        norms = torch.linalg.vector_norm(p, dim=1, keepdim=True)
-        p.mul_((RADIUS / norms.clamp(min=1e-12)).clamp(max=1.0))
+def _of_network(case: Case, rounds: int, cell_seconds: float) -> list[Row]:
+    torch.manual_seed(0)
+    model = case.build()
+    step = whole_step.step_seconds(model, case.batch(), cell_seconds / 2)
+    rows = []
+    for name, state in cells_of(case.name):
+        tell(f"{case.name}: {name}, {state}")
+        timed = cell(model, RULE_SETS[name], state, rounds, cell_seconds)
+        rows.append({"case": case.name, "rules": name, "state": state, **timed.row(step), **bars(case.name, name, state)})
+    return rows
 
 
-def _traffic(violated: bool, rounds: int) -> dict[str, Any]:
-    bench = _Bench(8, 2048, violated)
-    grads = [p.grad for p in bench.model.parameters() if p.grad is not None]
+def bars(case: str, rules: str, state: str) -> dict[str, float]:
+    """What a cell must keep to."""
+    limit = 1.0
+    if case in (SMALL, CNN_CASE) and rules == BOTH:
+        limit = 0.8
+    elif case == MANY and rules in (MAX_NORM, BOTH) and state in (NOTHING, ALL):
+        limit = 1 / 4 if state == NOTHING else 1 / 3
+    floor = {"floor_bar": 1.3} if case in AT_FLOOR and rules in (MAX_NORM, CLIP, VALUE) and state in (NOTHING, ALL) else {}
+    return {"bar": limit, "high_bar": 1.05, **floor}
 
-    def over(what: Callable[[Tensor], object]) -> float:
-        """Seconds that all weights, and then all gradients, take."""
-        return sum(seconds(lambda tensors=tensors: [what(t) for t in tensors]) for tensors in (bench.weights, grads))  # type: ignore[misc]
 
-    own, read, rewrite = in_turn(
-        [bench.own_time, lambda: over(Tensor.sum), lambda: over(lambda t: t.mul_(1.0))], rounds, threads=None
-    )
-    must = [r / 2 + w if violated else r for r, w in zip(read, rewrite, strict=True)]
-    size = sum(t.numel() * t.element_size() for t in [*bench.weights, *grads])
+def cell(model: nn.Module, rules: RuleSet, state: str, rounds: int, cell_seconds: float) -> Timed:
+    """Times one set of rules in one state, against all ways by hand and the floor."""
+    plain, controlled = (torch.optim.SGD(model.parameters(), lr=0.0, fused=True) for _ in range(2))
+    with warnings.catch_warnings(), nw.attach(model, controlled, rules.rules()) as control:
+        # The norms of gradients that are put back are all the same, which the clip takes for another clip's work.
+        warnings.filterwarnings("ignore", "the gradients that rule")
+        memory = Memory(model, acted_on(control, weights_of(model)), rules, state)
+        steps: list[Callable[[], object]] = [plain.step, controlled.step]
+        ways = rules.by_hand()
+        steps += [partial(step_by_hand, memory, plain, *way) for way in ways.values()]
+        size = sum(p.numel() for p in memory.params)
+        each = 8 if size < FEW else 3 if size < SOME else 1
+        bursts = [partial(burst, memory.put_back, step, each) for step in steps]
+        floor = Floor(_entries(memory, rules), state == ALL)
+        bursts.append(partial(burst, floor.put_back, floor, each))
+        count = rounds_for(bursts, rounds, cell_seconds)
+        own, with_control, *by_hand, least = in_turn(bursts, count, warm_up=0, threads=None, alternate=True)
+    return Timed(own, with_control, least, dict(zip(ways, by_hand, strict=True)))
+
+
+def step_by_hand(memory: Memory, optimizer: torch.optim.Optimizer, before: Before | None, after: After | None) -> None:
+    """An optimizer's step with the code by hand around it."""
+    if before is not None:
+        before(memory.params)
+    optimizer.step()
+    if after is not None:
+        after(memory.weights)
+
+
+def _entries(memory: Memory, rules: RuleSet) -> list[int]:
+    """Of the buffers that stand for the memory: gradients and weights apart, as the step lies between them."""
+    grads = sum(p.numel() for p in memory.params) if rules.gradients else 0
+    weights = sum(w.tensor.numel() for w in memory.weights)
+    return [n for n in (grads, weights) if n]
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+_SHORT = {"clip_grad_norm": "clip", "clip_weight_value": "value", "spectral_cap": "cap", "spectral_cap 1%": "cap 1%"}
+
+
+def tables(measured: dict[str, Any]) -> dict[str, list[Row]]:
+    """The rows as tables of 80 columns, by heading: one for each network. A figure that misses its bar has a ! behind it."""
+    rows = measured["rows"]
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if "rules" in row:
+            found.setdefault(f"{row['case']}, in µs; a training step takes {row['step_us']:.0f}", []).append(_line(row))
+        elif "way" in row:
+            found.setdefault(f"{row['case']}, in µs: whole training steps", []).append(_way(row))
+        else:
+            found.setdefault("", []).append(row)
+    return found
+
+
+def _line(row: Row) -> Row:
+    low, high = (_figure(row[key]) for key in ("low", "high"))
     return {
-        "case": f"8 layers of 2048x2048, {_state(violated)}", "own_ms": milliseconds(own), "must_ms": milliseconds(must),
-        "ratio": statistics.median(a / b for a, b in zip(own, must, strict=True)), "bar": 1.5, "bar_is": "at most",
-        "read_gb_s": size / statistics.median(read) / 1e9, "rewrite_gb_s": 2 * size / statistics.median(rewrite) / 1e9,
+        "rules": _SHORT.get(row["rules"], row["rules"]), "state": row["state"].removesuffix(" violated").removesuffix(" block"),
+        **{name: f"{row[f'{name}_us']:.0f}" for name in ("added", "hand", "floor")},
+        "share": f"{100 * row['share']:.1f}%", "ratio": _marked(row, "ratio", "bar"),
+        "95%": f"{low}-{high}{_miss(row, 'high', 'high_bar')}", "floors": _marked(row, "over_floor", "floor_bar"),
     }  # fmt: skip
 
 
-def _against_loop(violated: bool, rounds: int) -> dict[str, Any]:
-    bench = _Bench(200, 64, violated)
-    loop, own = in_turn([bench.loop_time, bench.own_time], rounds, warm_up=5, threads=None)
-    return {
-        "case": f"200 matrices of 64x64, {_state(violated)}", "own_ms": milliseconds(own), "loop_ms": milliseconds(loop),
-        "ratio": statistics.median(a / b for a, b in zip(loop, own, strict=True)), "bar": 3.0, "bar_is": "at least",
-    }  # fmt: skip
+def _way(row: Row) -> Row:
+    return {"way": row["way"], "added": f"{row['added_us']:.0f}", "share": f"{100 * row['share']:.1f}%",
+            "ratio": _marked(row, "ratio", "bar") if "ratio" in row else "-"}  # fmt: skip
 
 
-def _state(violated: bool) -> str:
-    return "every block violated" if violated else "nothing violated"
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _marked(row: Row, key: str, bar: str) -> str:
+    return _figure(row[key]) + _miss(row, key, bar)
+
+
+def _miss(row: Row, key: str, bar: str) -> str:
+    value = row[key]
+    return "!" if bar in row and not (value is not None and value <= row[bar]) else ""

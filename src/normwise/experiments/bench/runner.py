@@ -1,7 +1,8 @@
 """Benchmarks by name: every other module of this folder is one.
 
 A benchmark has a docstring that begins with its name and says in the same line what it measures; ``run()``, which gives
-``{"rows": [{column: value, ...}, ...]}``; and ``BARS``, the columns that must keep to a bar.
+``{"rows": [{column: value, ...}, ...]}``; and ``BARS``, the columns that must keep to a bar. Where rows are many or wide, ``tables()``
+makes of them what is shown, by heading.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from normwise.errors import StudyError, nearest
-from normwise.experiments.framework.printing import cell_text, show_table
+from normwise.experiments.framework.printing import cell_text, for_stream, show_table
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,24 @@ def missed(bench: Any, measured: Mapping[str, Any]) -> list[str]:
             if bar.value not in row or bar.bar not in row:
                 continue
             value, limit, sense = row[bar.value], row[bar.bar], row.get("bar_is", bar.sense)
-            if not (value <= limit if sense == "at most" else value >= limit):  # a NaN keeps to no bar
+            # A NaN keeps to no bar, nor does None, which stands for it in JSON.
+            if value is None or not (value <= limit if sense == "at most" else value >= limit):
                 sentences.append(f"{case}: {bar.value} is {cell_text(value)}, the bar {sense} {cell_text(limit)}.")
     return sentences
 
 
 def show(measured: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Prints the rows as tables: rows with the same columns stand together."""
-    show_table(measured["rows"], stream or sys.stdout)
+    out = stream or sys.stdout
+    for heading, rows in tables(measured).items():
+        if heading:
+            print(for_stream(heading, out), file=out)
+        show_table(rows, out)
+
+
+def tables(measured: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What is shown of a benchmark's rows, by heading."""
+    known = measured.get("bench")
+    make = getattr(named(known), "tables", None) if known else None
+    found: dict[str, list[dict[str, Any]]] = {"": measured["rows"]} if make is None else make(measured)
+    return found

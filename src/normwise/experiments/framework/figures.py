@@ -22,6 +22,19 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return float(medians[int(tail * RESAMPLES)]), float(medians[int((1 - tail) * RESAMPLES) - 1])
 
 
+def ratio_interval(above: Sequence[float], below: Sequence[float], level: float = 0.95) -> Interval:
+    """The percentile bootstrap interval of median(above) / median(below), of values that were taken in pairs: rounds are drawn, not values.
+
+    Where a median of ``below`` is not above 0, the ratio is inf: times that cannot be told from nothing prove nothing.
+    """
+    pairs = np.asarray([above, below], dtype=float)
+    drawn = pairs[:, np.random.default_rng(0).integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))]
+    top, bottom = np.median(drawn, axis=2)
+    ratios = np.sort(np.divide(top, bottom, out=np.full_like(top, np.inf), where=bottom > 0))
+    tail = (1 - level) / 2
+    return float(ratios[int(tail * RESAMPLES)]), float(ratios[int((1 - tail) * RESAMPLES) - 1])
+
+
 def share_interval(shares: Sequence[float], count: int) -> Interval:
     """The 95% interval of the mean of accuracies, or other shares, that were each measured on the same ``count`` images.
 

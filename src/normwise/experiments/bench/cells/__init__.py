@@ -1,0 +1,1 @@
+"""The parts of ``normwise bench control``: networks, rules and what you would write instead, states, and the clock."""

@@ -1,0 +1,95 @@
+"""How a cell of ``bench control`` is timed: steps in turn, differences in pairs, and the floor of the same memory in the same rounds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from normwise.experiments.framework.figures import finite, ratio_interval
+from normwise.experiments.framework.timing import in_turn, seconds
+
+READS: tuple[Callable[[Tensor], object], ...] = (torch.sum, lambda x: torch.dot(x, x), torch.amax, torch.linalg.vector_norm)
+REWRITES: tuple[Callable[[Tensor], object], ...] = (lambda x: x.mul_(1.0), lambda x: x.add_(0.0), torch.Tensor.neg_)
+CELL_SECONDS, LEAST_ROUNDS = 2.0, 11
+
+
+@cache
+def fastest(entries: int, calls: tuple[Callable[[Tensor], object], ...]) -> Callable[[Tensor], object]:
+    """The fastest of these calls on so many fp32 entries, by medians of turns."""
+    x = torch.ones(entries)
+    taken = in_turn([lambda call=call: seconds(lambda: call(x)) for call in calls], 7, threads=None)    # type: ignore[misc]
+    return calls[min(range(len(calls)), key=lambda k: statistics.median(taken[k]))]
+
+
+class Floor:
+    """The fastest read of as much memory as the rules must read, and where all is violated its fastest rewrite after that.
+
+    Each of ``entries`` is one flat buffer of so many fp32 numbers, ones.
+    """
+
+    def __init__(self, entries: Sequence[int], rewritten: bool) -> None:
+        self.buffers = [torch.ones(n) for n in entries]
+        self.calls = [(x, call) for x in self.buffers for call in self._calls(x.numel(), rewritten)]
+
+    @staticmethod
+    def _calls(entries: int, rewritten: bool) -> list[Callable[[Tensor], object]]:
+        return [fastest(entries, READS), *([fastest(entries, REWRITES)] if rewritten else [])]
+
+    def put_back(self) -> None:
+        """Touches the memory as putting weights back does, so that caches are as warm."""
+        for x in self.buffers:
+            x.fill_(1.0)
+
+    def __call__(self) -> None:
+        for x, call in self.calls:
+            call(x)
+
+
+def burst(put_back: Callable[[], object], step: Callable[[], object], steps: int) -> float:
+    """Seconds of one step: the median of a few, everything put back before each, outside the clock."""
+    taken = []
+    for _ in range(steps):
+        put_back()
+        started = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def rounds_for(bursts: Sequence[Callable[[], float]], most: int, budget: float = CELL_SECONDS) -> int:
+    """How many rounds fit into the budget: at least eleven, unless ``most`` is less. Two rounds are spent on finding out."""
+    in_turn(bursts, 1, warm_up=0, threads=None)
+    one = seconds(lambda: in_turn(bursts, 1, warm_up=0, threads=None))
+    return min(most, max(LEAST_ROUNDS, int(budget / one)))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What each way took in every round, in seconds. hand: by the name of the way."""
+
+    plain: list[float]
+    control: list[float]
+    floor: list[float]
+    hand: dict[str, list[float]] = field(default_factory=dict)
+
+    def added(self, taken: Sequence[float]) -> list[float]:
+        """What a way adds to the step without control, of the same round each."""
+        return [a - b for a, b in zip(taken, self.plain, strict=True)]
+
+    def row(self, step: float) -> dict[str, float | str | int | None]:
+        """The figures, in µs; the faster way by hand counts. step: seconds of the whole training step without control."""
+        own, by = self.added(self.control), {name: self.added(taken) for name, taken in self.hand.items()}
+        way = min(by, key=lambda name: statistics.median(by[name]))
+        added, hand, floor = (statistics.median(taken) for taken in (own, by[way], self.floor))
+        low, high = ratio_interval(own, by[way])
+        return {
+            "added_us": 1e6 * added, "hand_us": 1e6 * hand, "by_hand": way, "floor_us": 1e6 * floor, "step_us": 1e6 * step,
+            "share": added / step, "ratio": added / hand if hand > 0 else None, "low": finite(low), "high": finite(high),
+            "over_floor": added / floor, "rounds": len(own),
+        }  # fmt: skip
