@@ -281,7 +281,10 @@ def test_every_task_can_be_compared_on_the_network_of_the_race(name: str) -> Non
 # --------------------------------------------------------------------------------- presets and published methods
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(o, marks=() if o in ("adam", "muon", "muonh", "scion") else pytest.mark.long) for o in OPTIMIZERS],
+)
 def test_every_pair_trains_and_holds_its_bounds(task: ImageTask, optimizer: str) -> None:
     few = task_of(128)
     for strategy in [name for name in STRATEGIES if why_not(name, optimizer) is None]:
@@ -291,7 +294,7 @@ def test_every_pair_trains_and_holds_its_bounds(task: ImageTask, optimizer: str)
         assert all(math.isfinite(norm["l2"]) for norm in result["norms"].values()), strategy
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param(p, marks=() if p in ("muon", "scion") else pytest.mark.long) for p in PRESETS])
+@pytest.mark.parametrize("optimizer", [pytest.param(p, marks=() if p == "muon" else pytest.mark.long) for p in PRESETS])
 def test_a_preset_learns_digits_at_the_centre_of_its_axis(optimizer: str) -> None:
     whole = task_of(2000, (16, 32))
     run = run_of(whole, "nothing", optimizer, float(OPTIMIZERS[optimizer].lr.value(0)), batch=32, steps=396)
@@ -566,6 +569,7 @@ def test_a_study_that_is_interrupted_ends_as_if_it_had_not_been(
     assert not calls
 
 
+@pytest.mark.long    # by default a race shows it: the pool is the same
 def test_two_workers_give_what_one_gives(uninterrupted: dict[str, Any]) -> None:
     assert lasting(compare(replace(ONE, workers=2), budget=TINY)) == lasting(uninterrupted)
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -51,9 +52,10 @@ class Copy:
         return done.stdout
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Copy:
-    return Copy(tmp_path)
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    """One for all recipes, which touch different files: to start a process on each would take seconds more."""
+    return Copy(tmp_path_factory.mktemp("copy"))
 
 
 def test_the_recipe_for_a_norm(copy: Copy) -> None:
@@ -61,10 +63,11 @@ def test_the_recipe_for_a_norm(copy: Copy) -> None:
     source, test = copy.follow("A norm")
     assert source.parts[:3] == ("src", "normwise", "norms") and test.parts[0] == "tests"
     shutil.copy(ROOT / "tests" / "test_norm_laws.py", copy.folder / "tests")
-    printed = copy.python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/test_norm_laws.py", "-k", LAWS)
+    (copy.folder / "tests" / "test_use.py").write_text("def test_use():\n" + indent(USE_OF_A_NORM, "    "), encoding="utf-8")
+    files = ("tests/test_norm_laws.py", "tests/test_use.py")
+    printed = copy.python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *files, "-k", f"{LAWS} or test_use")
     passed = re.search(r"(\d+) passed", printed)
     assert passed and int(passed[1]) > 30, printed
-    copy.use(USE_OF_A_NORM)
 
 
 LAWS = "_of_fours and float64"    # the exact numbers, and the dtype that rounds most: the laws take a second each
@@ -85,13 +88,6 @@ assert 0 < len(control.verify().rules)
 """
 
 
-def test_the_recipe_for_a_task(copy: Copy) -> None:
-    """One file; the task is known by its name, its batches are decided by the seed, and a tiny model learns in a few dozen steps."""
-    (source,) = copy.follow("A task")
-    assert source.parts[:4] == ("src", "normwise", "experiments", "tasks")
-    copy.use(USE_OF_A_TASK)
-
-
 USE_OF_A_TASK = """
 import torch
 from normwise.experiments.tasks.load import TASKS, load_task
@@ -109,13 +105,6 @@ for batch, again, _ in zip(task.batches(64, seed=1), task.batches(64, seed=1), r
 after = task.evaluate(model, "validation")
 assert after.loss < before.loss / 2 and after.accuracy > 0.8, (before, after)
 """
-
-
-def test_the_recipe_for_an_action(copy: Copy) -> None:
-    """One file; the rule goes through YAML, acts as its formula says, is counted, and is saved and loaded."""
-    (source,) = copy.follow("An action")
-    assert source.parts[:4] == ("src", "normwise", "engine", "rules")
-    copy.use(USE_OF_AN_ACTION)
 
 
 USE_OF_AN_ACTION = """
@@ -145,13 +134,6 @@ control.load_state_dict(control.state_dict())
 """
 
 
-def test_the_recipe_for_a_preset(copy: Copy) -> None:
-    """One file; a step is the formula, biases take AdamW, the arguments are documented, and a run resumes bit for bit."""
-    (source,) = copy.follow("A preset")
-    assert source.parts[:3] == ("src", "normwise", "optim")
-    copy.python("-c", USE_OF_A_PRESET)
-
-
 USE_OF_A_PRESET = """
 import copy, torch
 from normwise.optim.presets import PRESETS, UnitAdam
@@ -179,3 +161,16 @@ for m, o in ((model, optimizer), (other, resumed)):
     step(m, o), step(m, o)
 assert all(map(torch.equal, model.parameters(), other.parameters()))
 """
+
+
+def test_the_recipes_for_a_task_an_action_and_a_preset(copy: Copy) -> None:
+    """One file each, used in one process.
+
+    The task is known by its name, its batches are decided by the seed, and a tiny model learns in a few dozen steps. The action's rule goes
+    through YAML, acts as its formula says, is counted, and is saved and loaded. The preset's step is the formula, biases take AdamW, the
+    arguments are documented, and a run resumes bit for bit.
+    """
+    for heading, folder in (("A task", "experiments/tasks"), ("An action", "engine/rules"), ("A preset", "optim")):
+        (source,) = copy.follow(heading)
+        assert source.is_relative_to(f"src/normwise/{folder}")
+    copy.use(USE_OF_A_TASK + USE_OF_AN_ACTION + USE_OF_A_PRESET)

@@ -79,7 +79,7 @@ def closures(name: str) -> tuple[bool, ...]:
 
 
 @every_optimizer
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(F64, marks=pytest.mark.long)], ids=["float32", "float64"])
 def test_bounds_hold_after_each_step(name: str, how: dict[str, Any], dtype: torch.dtype, coverage: Callable[..., None]) -> None:
     for closed in closures(name):
         model = net(dtype=dtype)

@@ -208,7 +208,7 @@ class Regression(nn.Module):
         return {"loss": (out - labels).square().mean(), "logits": out}
 
 
-@pytest.mark.parametrize("preset", [Muon, auto, AdamW])
+@pytest.mark.parametrize("preset", [Muon, *(pytest.param(build, marks=pytest.mark.long) for build in (auto, AdamW))])
 def test_the_trainer_of_transformers_takes_class_and_options(preset: type[NormOptimizer], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -277,7 +277,9 @@ print(type(made).__name__, made.param_groups[0]["lr"], made.param_groups[0]["eps
             False, ["--model.optimizer=normwise.optim.Muon", "--model.optimizer.lr=0.5", "--model.optimizer.eps=0.25"],
             "Muon 0.5 0.25 True", marks=pytest.mark.long,
         ),
-        (True, ["--optimizer=normwise.optim.AdamW", "--optimizer.lr=0.125"], "AdamW 0.125 1e-08 False"),
+        pytest.param(
+            True, ["--optimizer=normwise.optim.AdamW", "--optimizer.lr=0.125"], "AdamW 0.125 1e-08 False", marks=pytest.mark.long,
+        ),
     ],
 )
 def test_the_command_line_of_lightning_reads_the_signature(plain: bool, args: list[str], says: str) -> None:

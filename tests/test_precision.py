@@ -113,7 +113,7 @@ def decayed_by_rule(weight: Tensor, share: float, rounding: str, center: Any = N
 
 
 @HALVES
-@pytest.mark.parametrize("share", [1e-4, 1e-5])
+@pytest.mark.parametrize("share", [pytest.param(1e-4, marks=pytest.mark.long), 1e-5])
 @pytest.mark.parametrize("run", [decayed_by_optimizer, decayed_by_rule])
 def test_a_thousand_decays_below_half_an_ulp(run: Callable[..., Tensor], share: float, dtype: torch.dtype) -> None:
     """float64's trajectory to the rounding of the end (compensated) or its random walk (stochastic); nearest does not move at all."""
@@ -130,7 +130,7 @@ def test_a_thousand_decays_below_half_an_ulp(run: Callable[..., Tensor], share: 
     assert abs(float((walked * want.sign()).sum() / want.abs().sum())) < 2e-3, "right on average, towards zero too"
 
 
-@pytest.mark.parametrize("rounding", KEEPING)
+@pytest.mark.parametrize("rounding", ["compensated", pytest.param("stochastic", marks=pytest.mark.long)])
 def test_a_decay_towards_given_weights(rounding: str) -> None:
     start, center = random(16, 8).to(BF16), random(16, 8, seed=1).to(BF16)
     got = decayed_by_rule(start, 1e-3, rounding, center={"weight": center}).double()
@@ -140,7 +140,7 @@ def test_a_decay_towards_given_weights(rounding: str) -> None:
     assert float((start.double() - want).norm()) > 10 * float((got - want).norm())
 
 
-@pytest.mark.parametrize("per", ["tensor", "global", "unit"])
+@pytest.mark.parametrize("per", ["unit", *(pytest.param(per, marks=pytest.mark.long) for per in ("tensor", "global"))])
 def test_a_soft_threshold_below_half_an_ulp(per: str) -> None:
     """The prox of ½λ‖w‖² and of λ‖w‖₁, small steps that add up; zeros of the L1 stay exact."""
 

@@ -407,7 +407,7 @@ def test_a_replay_equals_the_race_and_trains_nothing(no_training: Counter[str], 
     assert again["data"] == "poems" and sum(no_training.values()) == before
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 40, 80, 110])
+@pytest.mark.parametrize("after", [1, 80, *(pytest.param(after, marks=pytest.mark.long) for after in (0, 5, 40, 110))])
 def test_an_interrupted_race_goes_on_to_the_same_results(no_training: Counter[str], tmp_path: Path, after: int) -> None:
     class Interrupting(Progress):
         left = after

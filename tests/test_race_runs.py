@@ -293,7 +293,7 @@ def timeless(results: dict[str, Any]) -> Any:
     return bare(json.loads(json.dumps(results)))
 
 
-@pytest.mark.parametrize("task", ["cnn", "gpt"])
+@pytest.mark.parametrize("task", ["cnn", pytest.param("gpt", marks=pytest.mark.long)])
 def test_the_command_races_tells_and_writes(micro: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str) -> None:
     out = tmp_path / f"{task}.json"
     given = ["race", task, "--tiny", "--budget", "quick", "--workers", "1", "--json", str(out)]

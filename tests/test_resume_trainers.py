@@ -246,7 +246,6 @@ def rules_of(name: str) -> list[Any]:
     return policy() if name == "all" else [STATEFUL[name](), LOGITS]
 
 
-@pytest.mark.xdist_group("transformers")
 @pytest.mark.parametrize("where", [pytest.param("callback", marks=pytest.mark.long), "create_optimizer"])
 @pytest.mark.parametrize("name", RULES)
 def test_hugging_face_trainer(tmp_path: Path, name: str, where: str) -> None:
@@ -285,7 +284,6 @@ def test_hugging_face_trainer(tmp_path: Path, name: str, where: str) -> None:
     assert differences(whole, train(5, str(tmp_path / f"checkpoint-{CUT}"))) == {}
 
 
-@pytest.mark.xdist_group("transformers")
 @pytest.mark.parametrize("early", [False, True], ids=["after prepare", "before prepare"])
 @pytest.mark.parametrize("name", RULES)
 def test_accelerate(tmp_path: Path, name: str, early: bool) -> None:
@@ -316,7 +314,6 @@ def test_accelerate(tmp_path: Path, name: str, early: bool) -> None:
     assert differences(whole, resumed) == {}
 
 
-@pytest.mark.xdist_group("lightning")
 @pytest.mark.parametrize("name", RULES)
 def test_lightning(tmp_path: Path, name: str) -> None:
     """Attached in ``configure_optimizers``, the control an attribute of the module, which can be copied and saved whole."""
@@ -353,7 +350,6 @@ def test_lightning(tmp_path: Path, name: str) -> None:
         assert differences(whole, train(5, str(path))) == {}
 
 
-@pytest.mark.xdist_group("lightning")
 @pytest.mark.parametrize("name", RULES)
 def test_fabric(tmp_path: Path, name: str) -> None:
     fabric_of = pytest.importorskip("lightning.fabric", reason="needs lightning").Fabric
@@ -382,7 +378,6 @@ def test_fabric(tmp_path: Path, name: str) -> None:
     assert differences(whole, resumed) == {} and whole.control.steps == resumed.control.steps == STEPS
 
 
-@pytest.mark.xdist_group("lightning")
 def test_a_lightning_module_with_its_control_is_copied_and_saved(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning", reason="needs lightning")
     module = lightning.LightningModule()

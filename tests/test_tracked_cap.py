@@ -222,7 +222,9 @@ def test_weights_whose_memory_is_replaced_in_mid_run() -> None:
         assert largest(net) <= 1.01, f"step {i}"
 
 
-@pytest.mark.parametrize("shape, growth, noise", [((256, 64), 1.001, 0.001), ((200, 120), 1.001, 0.004)])
+@pytest.mark.parametrize(
+    "shape, growth, noise", [((256, 64), 1.001, 0.001), pytest.param((200, 120), 1.001, 0.004, marks=pytest.mark.long)]
+)
 def test_more_and_more_singular_values_come_to_the_radius(shape: tuple[int, int], growth: float, noise: float) -> None:
     """More than were followed at first: one of them that is not followed grows beyond the tolerance unseen."""
     generator = torch.Generator().manual_seed(0)
@@ -300,7 +302,7 @@ ATTACKS = ["leading", "growth since the reference", "unseen by combinations", "o
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("shape", [(SIDE, SIDE), (40, 96), (20, 24)])
+@pytest.mark.parametrize("shape", [pytest.param((SIDE, SIDE), marks=pytest.mark.long), (40, 96), (20, 24)])
 def test_an_adversary_that_knows_the_state_never_exceeds_the_bound(attack: str, shape: tuple[int, int]) -> None:
     """The worst update of its kind at each step, from 0.1% to 80% of the radius: σ₁ ≤ 1.01 r by float64 SVD after every step."""
     slow = attack == "unseen by combinations"
