@@ -191,6 +191,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
     "named rules": (None, named_rules),
     "bench control": ("bench-control", bench),
+    "bench trainer": ("bench-trainer", bench),
     "bench polar": ("bench-polar", bench),
     "bench step": ("bench-step", bench),
     "bench cap": ("bench-cap", bench),
