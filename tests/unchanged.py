@@ -19,6 +19,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import platform
 import random
 import re
@@ -53,6 +54,7 @@ from normwise.experiments.race.run import train as train_race
 from normwise.experiments.tasks.data.splits import load as load_images
 from normwise.experiments.tasks.fidelity import train_judge
 from normwise.experiments.tasks.load import load_task
+from normwise.norms import native
 from normwise.policy import NAMED
 from normwise.policy.radii import Inflection, Init, WarmStart
 from normwise.policy.schedules import Cosine, Linear, Warmup
@@ -728,13 +730,21 @@ TEXTS = ("policies", "public", "errors")
 
 @functools.cache
 def found_now(name: str) -> Found:
-    """What a record would hold if it were made now, on one thread; once a process."""
-    before = torch.get_num_threads()
+    """What a record would hold if it were made now, on one thread; once a process.
+
+    By torch's calls alone, here and in ranks: whether a machine has a C compiler, and which, is none of the code's doing.
+    """
+    before, switch = torch.get_num_threads(), os.environ.get(native.SWITCH)
     torch.set_num_threads(1)
+    os.environ[native.SWITCH] = "0"
+    native.library.cache_clear()
     try:
         return RECORDS[name]()
     finally:
         torch.set_num_threads(before)
+        os.environ.pop(native.SWITCH)
+        os.environ.update({native.SWITCH: switch} if switch is not None else {})
+        native.library.cache_clear()
 
 
 def record_file(name: str) -> Path:

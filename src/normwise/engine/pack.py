@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import PolicyError
-from normwise.norms import L2, Norm, Radius, Set
+from normwise.norms import L2, Norm, Radius, Set, native
 from normwise.norms.base import radial_factor, two_steps
-from normwise.norms.reduce import TRUSTED_FROM, column_norms, compute_dtype, may_branch, row_norms_in_range, up, wide
+from normwise.norms.reduce import column_norms, compute_dtype, may_branch, up, wide
 from normwise.parameters.computed_weights import Computed
 from normwise.parameters.layouts import BlockView, overlaps
 from normwise.policy import actions
@@ -114,8 +114,8 @@ class Pack:
     optimizers: frozenset[int] = field(init=False)
     coarsest: torch.dtype = field(init=False)
     block_shape: tuple[int, ...] = field(init=False)
-    columns: bool = field(init=False)
-    """Whether the blocks are the columns of a matrix, as a layer that stores its weight transposed has its units."""
+    axes: native.Axes | None = field(init=False)
+    """A member as (outer, units, inner) in memory, where a block is all entries of one unit: rows, columns, or what lies between."""
 
     def __post_init__(self) -> None:
         self.view = self.members[0].view
@@ -126,8 +126,10 @@ class Pack:
         self.optimizers = frozenset(m.optimizer for m in self.members).union(*(m.moved_by for m in self.members))
         self.coarsest = max((w.dtype for w in self.weights), key=lambda dtype: torch.finfo(dtype).eps)
         self.block_shape = self.view.block_shape
-        rank, first = len(self.view.order), len(self.view.order) - self.view.batch
-        self.columns = 0 < first < rank and self.view.order == (*range(first, rank), *range(first))
+        first = self.view.order[0] if self.view.batch else 0
+        together = self.view.order[: self.view.batch] == tuple(range(first, first + self.view.batch))
+        ends = self.view.shape[:first], self.view.shape[first : first + self.view.batch], self.view.shape[first + self.view.batch :]
+        self.axes = tuple(map(math.prod, ends)) if together and self.view.count and math.prod(self.view.shape) else None    # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------------ which blocks there are
 
@@ -235,44 +237,38 @@ class Pack:
         scale_tensors_(targets, self._opened(factor))
 
     def plain(self) -> bool:
-        """Whether :meth:`cap_` can work here: fp32 weights on a CPU, of which each block is a row of a matrix or a column."""
-        in_order = self.view.order == tuple(range(len(self.view.order)))
-        there = self.view.count > 0 and math.prod(self.block_shape) > 0 and not self.computed
+        """Whether :meth:`bound_` can work here: fp32 on a CPU, and blocks that are rows of a matrix, or columns, or lie between."""
         kinds = {(type(w) in (nn.Parameter, Tensor), w.is_cpu, w.dtype, w.layout) for w in self.weights}
-        return type(self) is Pack and there and (in_order or self.columns) and kinds == {(True, True, torch.float32, torch.strided)}
+        known = self.axes is not None and not self.computed and type(self) is Pack
+        return known and kinds == {(True, True, torch.float32, torch.strided)}
 
-    def cap_(self, radius: float) -> Tensor | None:
-        """Scales every block of the weights whose L2 norm is above ``radius`` onto it, in place.
+    def bound_(self, tensors: list[Tensor], radius: float, sphere: bool) -> tuple[Tensor | None, Tensor] | None:
+        """Scales every block whose L2 norm is above ``radius`` onto it, in place; with ``sphere`` every block that is not zero.
 
-        Returns the factors, empty where all blocks are inside. None, with nothing changed, where the weights lie on a device by now, or
-        where a norm or a factor is too small or too large for fp32: ``scale_`` takes care of that. The same numbers as ``measure`` and
-        ``scale_`` give, bit for bit, in a few calls.
+        Returns the norms, where they are worth a look since one is not finite, and the factors, empty where no block changed. None, with
+        nothing changed, where this cannot be done in a few calls: ``measure`` and ``scale_`` take care of that.
         """
-        weights = self.weights
-        if not weights[0].is_cpu:    # moved since: reading a norm would wait for the device
+        assert self.axes is not None
+        if native.fit(tensors):
+            found = native.bound_(tensors, self.axes, radius, sphere)
+            if found is not None:
+                return None if found[2] else found[0], found[1]
+        if sphere or not tensors[0].is_cpu:    # moved since: reading a norm would wait for the device
             return None
-        if self.columns:
-            value = self.measure(L2(), weights)
-        else:
-            stacked = weights[0] if len(weights) == 1 else _stacked(weights)
-            value = row_norms_in_range(stacked.reshape(len(weights) * self.view.count, -1))
-        low, high = torch.aminmax(value)
-        if not (float(low) >= TRUSTED_FROM[torch.float32] and float(high) < math.inf):    # a zero block, or squares that left the range
-            value = self.measure(L2(), weights)
-            high = value.max()
-        largest = float(high)
+        value = self.measure(L2(), tensors)
+        largest = float(value.max())
         if largest <= radius:
-            return value[:0]
+            return None, value[:0]
         if not (largest < math.inf and radius >= 2 * torch.finfo(torch.float32).smallest_normal * largest):
             return None
         factor = radial_factor(value, value.clamp(max=radius))
         shares = self._opened(factor.to(torch.float32))
-        targets = weights if weights[0].shape == self.view.shape else [w.view(self.view.shape) for w in weights]
+        targets = tensors if tensors[0].shape == self.view.shape else [w.view(self.view.shape) for w in tensors]
         if len(targets) == 1:
             targets[0].mul_(shares[0])
         else:
             torch._foreach_mul_(targets, list(shares.unbind()))
-        return factor
+        return None, factor
 
     def _opened(self, factor: Tensor) -> Tensor:
         """One number a block as ``(members, ...)`` that broadcasts against the members with their axes split."""
@@ -289,8 +285,13 @@ class Pack:
 
     def measure(self, norm: Norm, tensors: Sequence[Tensor], agree: bool = False) -> Tensor:
         """The norm of every block, ``(count,)``. ``agree``: every rank is to know those of blocks that lie on others."""
-        if self.columns and norm.name == "l2" and all([_fits_columns(t) for t in tensors]):    # noqa: C419
-            return torch.cat([column_norms(t.view(-1, self.view.count)) for t in tensors])
+        if self.axes is not None and norm.name == "l2" and may_branch(tensors[0]) and native.fit(tensors):
+            value = native.norms(tensors, self.axes)
+            if value is not None:
+                return value
+            outer, units, inner = self.axes
+            if outer > 1 and inner == 1:
+                return torch.cat([column_norms(t.view(outer, units)) for t in tensors])
         return norm.measure(self.borrow(tensors))
 
     def measure_whole(self, norm: Norm, tensors: Sequence[Tensor]) -> Tensor:
@@ -369,6 +370,8 @@ class Flat(Pack):
 
     def measure(self, norm: Norm, tensors: Sequence[Tensor], agree: bool = False) -> Tensor:
         """L1, L2 and LInf of a vector are the same norm of the norms of its parts, so nothing is copied together."""
+        if norm.name == "l2" and may_branch(tensors[0]) and native.fit(tensors) and (found := native.squares(tensors)) is not None:
+            return torch.tensor([found[0]], dtype=torch.float64).sqrt_()
         device = tensors[0].device
         parts = [norm.measure(_rows([tensors[i] for i in batch])).to(device, wide(device)) for batch in self._batches]
         return norm.measure(torch.cat(parts)[None])
@@ -381,21 +384,17 @@ class Flat(Pack):
     def clip_(self, tensors: Sequence[Tensor], radius: float) -> tuple[float, float] | None:
         """Scales fp32 tensors on a CPU, all together, to the L2 norm ``radius`` where theirs is above it, in place.
 
-        Returns the norm, and the factor. None, with nothing changed, where a norm is zero, not finite or out of the range that squares
-        keep, or where the factor is: ``measure`` and ``scale_`` take care of that. The same numbers as these give, bit for bit.
+        Returns the norm, and the factor. None, with nothing changed, where the norm is not finite, or where the factor needs more care.
         """
-        norms = [row_norms_in_range(_rows([tensors[i] for i in batch])) for batch in self._batches]
-        together = norms[0] if len(norms) == 1 else torch.cat(norms)
-        low, high = torch.aminmax(together)
-        if not (float(low) >= TRUSTED_FROM[torch.float32] and float(high) < math.inf):
-            return None
-        value = float(row_norms_in_range(together[None]))
+        found = native.squares(tensors) if native.fit(tensors) else None
+        value = float(self.measure(L2(), tensors)) if found is None else math.sqrt(found[0])
         if value <= radius:
             return value, 1.0
         factor = radius / value
         if not (value < math.inf and factor >= torch.finfo(torch.float32).smallest_normal):
             return None
-        torch._foreach_mul_(list(tensors), factor)
+        if found is None or not native.multiply_(tensors, factor):
+            torch._foreach_mul_(list(tensors), factor)
         return value, factor
 
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -436,10 +435,6 @@ def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
     for i, t in enumerate(tensors):
         small.setdefault((i,) if _bytes(t) >= ALONE_FROM_BYTES else (t.shape, t.dtype, t.device), []).append(i)
     return [group[k : k + room] for group in small.values() for room in [_room(tensors[group[0]])] for k in range(0, len(group), room)]
-
-
-def _fits_columns(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and may_branch(t) and t.is_contiguous()
 
 
 def _rows(tensors: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from normwise.norms import native
+
 # Squares of 128 numbers are summed in fp32, the chunks in float64: as fast as one fp32 pass on a CPU, and accurate to about 3e-8.
 CHUNK = 128
 # Of columns so many entries are squared at a time: a megabyte, which the cache holds until they are summed.
@@ -60,19 +62,17 @@ def root_sum_squares(x: Tensor) -> Tensor:
         if x.dtype != torch.float64 and wide(x.device) == torch.float64:
             return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         return _scaled(x)
-    value = row_norms_in_range(x)
+    if native.fit((x,)) and not (x.requires_grad and torch.is_grad_enabled()) and (found := native.row_norms(x)) is not None:
+        return found
+    value = _chunked(x, 2.0)
     if value.numel():
         low, high = torch.aminmax(value)
         trusted = TRUSTED_FROM[torch.float64 if x.dtype == torch.float64 else torch.float32]
-        if not (trusted <= float(low) and float(high) < math.inf):    # squares that left the range: such rows are measured again, scaled
+        if not (trusted <= float(low) and float(high) < math.inf):    # squares that left the range: such rows are measured again
             doubtful = ~(value >= trusted) | value.isinf()
-            value[doubtful] = _scaled(x[doubtful]).to(value.dtype)
+            again = _scaled(x[doubtful]) if x.dtype == torch.float64 else torch.linalg.vector_norm(x[doubtful].to(torch.float64), dim=1)
+            value[doubtful] = again.to(value.dtype)
     return value
-
-
-def row_norms_in_range(x: Tensor) -> Tensor:
-    """As :func:`root_sum_squares` on a CPU, for whoever finds out afterwards whether the squares stayed in range."""
-    return _chunked(x, 2.0)
 
 
 def _chunked(x: Tensor, order: float) -> Tensor:

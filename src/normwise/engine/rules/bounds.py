@@ -14,8 +14,8 @@ from normwise.engine.block_tensors import centers_of, grads_of, offsets_of, rece
 from normwise.engine.margins import inside, least, relative_margin, room, shy
 from normwise.engine.pack import Pack, nothing_to_do
 from normwise.engine.rules.base import BoundRule, runs
-from normwise.engine.step import Turn
-from normwise.norms import Norm, Radius
+from normwise.engine.step import Turn, grads
+from normwise.norms import Norm, Radius, native
 from normwise.norms.base import beyond
 from normwise.norms.reduce import may_branch, wide
 from normwise.policy import actions
@@ -53,25 +53,36 @@ class Bound(BoundRule):
             self._act(part, weights_of(part), self._aimed(part, self.radius(part, turn)), turn)
 
     def prepared(self, optimizer: int) -> Callable[[Turn], None]:
-        """A fixed cap on L2 norms of fp32 numbers on a CPU, of blocks of weights or of all gradients together, knows before the first step
-        how far inside to aim. On small networks looking up what a rule needs costs more than measuring, and most steps find nothing to do.
+        """A fixed radius for L2 norms of fp32 numbers on a CPU, or a fixed box for entries, leaves nothing to look up in a step: on small
+        networks that costs more than measuring, and most steps find nothing to do.
         """
         rule, mine = self.rule, [p for p in self.packs if optimizer in p.optimizers]
-        fixed = type(self) is Bound and self.norm.name == "l2" and rule.action in ("clip_norm", "project") and is_number(rule.radius)
         free = rule.rate == 1 and rule.min_radius is None and rule.center is None and not self.timed()
-        plain = fixed and free and all(p.plain() for p in mine)
-        if plain and self.phase == "gradient" and self.flat and len(self.optimizers) == 1:
-            return partial(self._clip_gradients, mine[0])
-        if plain and self.phase == "weight" and not self.flat:
-            return partial(self._cap_weights, [(p, self._aimed(p, float(rule.radius))) for p in mine])    # type: ignore[arg-type]
+        if not (type(self) is Bound and free and all(p.plain() for p in mine) and len(self.optimizers) == 1):
+            return self.run
+        if self.norm.name == "l2" and rule.action in ("clip_norm", "project", "normalize") and is_number(rule.radius):
+            sphere = rule.action == "normalize"
+            if self.flat and self.phase == "gradient" and not sphere:
+                return partial(self._clip_together, mine[0])
+            if not self.flat and self.phase in ("weight", "gradient"):
+                radius = float(rule.radius)    # type: ignore[arg-type]
+                aims = [self._aimed(p, radius) if self.phase == "weight" else radius for p in mine]
+                return partial(self._bound_blocks, list(zip(mine, aims, strict=True)), sphere)
+        entrywise = getattr(self.norm, "interval", None) is not None or (self.norm.name == "linf" and is_number(rule.radius))
+        if entrywise and rule.action == "project" and rule.per == "tensor" and self.phase in ("weight", "gradient"):
+            return partial(self._clamp_entries, [(p, self._ends(p)) for p in mine])
         return self.run
 
-    def _clip_gradients(self, part: Any, turn: Turn) -> None:
-        grads = [p.grad for p in part.params]
-        if turn.happened is not None or not all([g is not None and g.dtype == torch.float32 and g.is_cpu for g in grads]):    # noqa: C419
-            self.run(turn)
-            return
-        done = part.clip_(grads, self.rule.radius)
+    def _ends(self, part: Pack) -> tuple[float, float]:
+        """Where the lowest number goes and where the highest: all others stay between."""
+        radius = self.radius(part, None)
+        aim = self._aimed(part, radius) if self.phase == "weight" else radius
+        low, high = self.norm.project(torch.tensor([[-math.inf, math.inf]]), aim)[0].tolist()
+        return low, high
+
+    def _clip_together(self, part: Any, turn: Turn) -> None:
+        found = self._certain([part], turn)
+        done = None if found is None else part.clip_(found[0], self.rule.radius)
         if done is None:    # the whole care
             self.run(turn)
             return
@@ -80,17 +91,40 @@ class Bound(BoundRule):
         if self.watches:
             self._look_at(torch.tensor([value], dtype=torch.float64), turn)
 
-    def _cap_weights(self, caps: list[tuple[Pack, Any]], turn: Turn) -> None:
-        if turn.happened is not None:
+    def _clamp_entries(self, boxes: list[tuple[Any, tuple[float, float]]], turn: Turn) -> None:
+        tensors = self._certain([p for p, _ in boxes], turn)
+        if tensors is None or native.library() is None or not all(map(native.fit, tensors)):
             self.run(turn)
             return
         self._acted[turn.optimizer] = acted = []
-        for part, aimed in caps:
-            factor = part.cap_(aimed)
-            if factor is None:    # a norm that is zero, or not finite, or out of fp32's range: the whole care
-                self._scale(part, part.weights, aimed, turn)
-            else:
-                acted.append((part, factor))
+        for (part, (low, high)), mine in zip(boxes, tensors, strict=True):
+            changed = native.clamp_(mine, low, high)
+            if any(changed):
+                acted.append((part, torch.tensor([0.0 if c else 1.0 for c in changed])))
+
+    def _certain(self, parts: list[Any], turn: Turn) -> list[Any] | None:
+        """What the rule acts on in each pack; None where the step may be skipped, or a gradient is missing."""
+        if self.phase == "weight":
+            return None if turn.happened is not None else [p.weights for p in parts]
+        found = [grads(p.params) for p in parts]
+        missing = turn.happened is not None or any([g is None for of_pack in found for g in of_pack])    # noqa: C419
+        return None if missing else found
+
+    def _bound_blocks(self, aims: list[tuple[Any, Any]], sphere: bool, turn: Turn) -> None:
+        tensors = self._certain([p for p, _ in aims], turn)
+        if tensors is None:
+            self.run(turn)
+            return
+        self._acted[turn.optimizer] = acted = []
+        for (part, aim), mine in zip(aims, tensors, strict=True):
+            done = part.bound_(mine, aim, sphere)
+            if done is None:    # the whole care
+                self._scale(part, mine, aim, turn)
+                continue
+            odd, factor = done
+            acted.append((part, factor))
+            if odd is not None:
+                self._look_for_nonfinite(odd, turn)
 
     def run_on(self, part: Pack, changes: list[Tensor], turn: Turn) -> None:
         if self.timed() and not self.rule.active(turn.step()):

@@ -1,0 +1,335 @@
+/* Norms of blocks of fp32 numbers in memory, and blocks brought to a norm while they are still in the cache.
+ *
+ * Each of k tensors of one shape is seen as (outer, units, inner); a block is all entries of one unit. The rows of a matrix are units with
+ * outer = 1, its columns units with inner = 1, the output channels of a transposed convolution lie between. A few hundred squares are summed
+ * in fp32, as fast as memory gives them, and these sums in double; where they leave the range that fp32 keeps, squares are summed in double,
+ * which holds that of every fp32 number. A sum never depends on the number of threads.
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SHORT 512L         /* entries that are summed in fp32 before they go into a double: sixteen a lane */
+#define DEEP 32L           /* of columns so many: they have one lane each */
+#define LOW 1e-30          /* of a mean square: below, squares that fp32 lost to underflow would count */
+#define HIGH 1e300         /* an fp32 sum that overflowed is infinite */
+#define PIECE 65536L       /* entries of a large block that are summed on their own: 256 kB, which the cache holds */
+#define STRIPE 4096L       /* columns that are summed side by side: their sums take 16 kB */
+#define SOME 8192L         /* entries of rows that are measured before the first is changed: 32 kB */
+#define AT_ONCE (1L << 19) /* entries from which a second thread is worth starting */
+#define MOST 64
+
+typedef float Eight __attribute__((vector_size(32))); /* four of them are summed side by side */
+typedef double Doubles __attribute__((vector_size(64)));
+
+typedef struct {
+    float **x;
+    long k, outer, units, inner;
+    int sphere;
+    double radius;
+    const double *radii;
+    double *norms, *factors;
+    long *changed, *odd;
+} Job;
+
+/* ------------------------------------------------------------------------------------------------------------------- threads */
+
+typedef struct {
+    void (*work)(const void *, long, long);
+    const void *job;
+    long first, last;
+} Share;
+
+static void *take(void *given) {
+    const Share *s = given;
+    s->work(s->job, s->first, s->last);
+    return NULL;
+}
+
+/* work(job, first, last) over 0 .. items, shared out evenly. */
+static void share(void (*work)(const void *, long, long), const void *job, long items, long entries, int threads) {
+    pthread_t started[MOST];
+    Share shares[MOST];
+    int running[MOST] = {0};
+    if (threads > MOST) threads = MOST;
+    if (entries < AT_ONCE) threads = 1;
+    if (threads > items) threads = (int)items;
+    for (int t = 1; t < threads; t++) {
+        shares[t] = (Share){work, job, items * t / threads, items * (t + 1) / threads};
+        running[t] = pthread_create(&started[t], NULL, take, &shares[t]) == 0;
+    }
+    work(job, 0, threads > 1 ? items / threads : items);
+    for (int t = 1; t < threads; t++) {
+        if (running[t]) pthread_join(started[t], NULL);
+        else take(&shares[t]);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------- one block */
+
+/* Of n numbers that lie this far apart, of which fp32 had the sum: squares that it lost to underflow count less than rounding does. */
+static double sure(double sum, const float *x, long n, long apart) {
+    if (sum >= LOW * (double)n && sum <= HIGH) return sum;
+    sum = 0;
+    for (long i = 0; i < n; i++) sum += (double)x[i * apart] * (double)x[i * apart];
+    return sum;
+}
+
+/* At most SHORT numbers. */
+static inline double sum_few(const float *x, long n) {
+    Eight a = {0}, b = {0}, c = {0}, d = {0}, p, q, r, s;
+    long i = 0;
+    for (; i + 32 <= n; i += 32) {
+        memcpy(&p, x + i, 32), memcpy(&q, x + i + 8, 32), memcpy(&r, x + i + 16, 32), memcpy(&s, x + i + 24, 32);
+        a += p * p, b += q * q, c += r * r, d += s * s;
+    }
+    for (; i + 8 <= n; i += 8) {
+        memcpy(&p, x + i, 32);
+        a += p * p;
+    }
+    a = (a + b) + (c + d);
+    float rest = 0;
+    for (; i < n; i++) rest += x[i] * x[i];
+    return (double)(((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))) + (double)rest;
+}
+
+/* As the numbers are, for a sphere, which is to be met to the last digit. */
+static double sum_exactly(const float *x, long n) {
+    Doubles a = {0}, b = {0}, p, q;
+    Eight s, t;
+    long i = 0;
+    for (; i + 16 <= n; i += 16) {
+        memcpy(&s, x + i, 32), memcpy(&t, x + i + 8, 32);
+        p = __builtin_convertvector(s, Doubles), q = __builtin_convertvector(t, Doubles);
+        a += p * p, b += q * q;
+    }
+    a += b;
+    double sum = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+    for (; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sum;
+}
+
+static double sum_squares(const float *x, long n) {
+    double sum = 0;
+    for (long start = 0; start < n; start += SHORT) sum += sum_few(x + start, start + SHORT < n ? SHORT : n - start);
+    return sure(sum, x, n, 1);
+}
+
+/* Of each of n columns of r rows of this stride. */
+static void sum_columns(const float *x, long r, long n, long stride, double *sums) {
+    float lanes[STRIPE];
+    for (long u = 0; u < n; u++) sums[u] = 0;
+    for (long a = 0; a < r; a += DEEP) {
+        const long stop = a + DEEP < r ? a + DEEP : r;
+        long b = a;
+        for (long u = 0; u < n; u++) lanes[u] = 0;
+        for (; b + 4 <= stop; b += 4) {
+            const float *p = x + b * stride, *q = p + stride, *s = q + stride, *t = s + stride;
+            for (long u = 0; u < n; u++) lanes[u] += (p[u] * p[u] + q[u] * q[u]) + (s[u] * s[u] + t[u] * t[u]);
+        }
+        for (; b < stop; b++)
+            for (long u = 0; u < n; u++) lanes[u] += x[b * stride + u] * x[b * stride + u];
+        for (long u = 0; u < n; u++) sums[u] += (double)lanes[u];
+    }
+    for (long u = 0; u < n; u++) sums[u] = sure(sums[u], x + u, r, stride);
+}
+
+/* As torch's product with a factor in fp32, which is too narrow for some. */
+static void multiply(float *x, long n, double factor) {
+    if (factor >= 2.4e-38 && factor <= 3.4e38) {
+        const float f = (float)factor;
+        for (long i = 0; i < n; i++) x[i] *= f;
+    } else {
+        for (long i = 0; i < n; i++) x[i] = (float)((double)x[i] * factor);
+    }
+}
+
+/* What brings a block of this norm to its radius; 1 for a zero block, and for one that is not finite. */
+static double wanted(const Job *j, long block) {
+    const double value = j->norms[block], radius = j->radii ? j->radii[block] : j->radius;
+    if (!isfinite(value)) __atomic_fetch_add(j->odd, 1, __ATOMIC_RELAXED);
+    return value > 0 && isfinite(value) && (j->sphere || value > radius) ? radius / value : 1;
+}
+
+/* Gives blocks their factors, and says whether all may stay as they are. */
+static int inside(const Job *j, long from, long to) {
+    long outside = 0;
+    if (!j->sphere && !j->radii) /* in one go: a NaN counts as outside */
+        for (long b = from; b < to; b++) {
+            j->factors[b] = 1;
+            outside += !(j->norms[b] <= j->radius);
+        }
+    else outside = 1;
+    for (long b = from; outside && b < to; b++) j->factors[b] = wanted(j, b);
+    return !outside;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------- all blocks */
+
+static void rows(const void *given, long first, long last) {
+    const Job *j = given;
+    const long together = 1 + SOME / (1 + j->inner);
+    for (long from = first; from < last; from += together) {
+        const long to = from + together < last ? from + together : last;
+        for (long row = from, t = from / j->units, u = from % j->units; row < to; row++) {
+            j->norms[row] = (j->sphere ? sum_exactly : sum_squares)(j->x[t] + u * j->inner, j->inner);
+            if (++u == j->units) t++, u = 0;
+        }
+        for (long row = from; row < to; row++) j->norms[row] = sqrt(j->norms[row]);
+        if (j->factors && !inside(j, from, to)) {
+            for (long row = from; row < to; row++) {
+                const double f = j->factors[row];
+                if (f == 1) continue;
+                multiply(j->x[row / j->units] + row % j->units * j->inner, j->inner, f);
+                __atomic_fetch_add(&j->changed[row / j->units], 1, __ATOMIC_RELAXED);
+            }
+        }
+    }
+}
+
+/* Item i: a stripe of the units of one tensor. */
+static void stripes(const void *given, long first, long last) {
+    const Job *j = given;
+    const long per = (j->units + STRIPE - 1) / STRIPE;
+    for (long item = first; item < last; item++) {
+        const long t = item / per, from = item % per * STRIPE, to = from + STRIPE < j->units ? from + STRIPE : j->units;
+        double *sums = j->norms + t * j->units + from;
+        float factors[STRIPE];
+        int narrow = 0, any = 0;
+        if (j->inner == 1 && !j->sphere) sum_columns(j->x[t] + from, j->outer, to - from, j->units, sums);
+        else {
+            for (long u = 0; u < to - from; u++) sums[u] = 0;
+            for (long a = 0; a < j->outer; a++)
+                for (long u = 0; u < to - from; u++)
+                    sums[u] += (j->sphere ? sum_exactly : sum_squares)(j->x[t] + (a * j->units + from + u) * j->inner, j->inner);
+        }
+        for (long u = 0; u < to - from; u++) sums[u] = sqrt(sums[u]);
+        if (!j->factors) continue;
+        if (inside(j, t * j->units + from, t * j->units + to)) continue;
+        for (long u = 0; u < to - from; u++) {
+            const double f = j->factors[t * j->units + from + u];
+            factors[u] = (float)f;
+            narrow |= !(f >= 2.4e-38 && f <= 3.4e38);
+            if (f != 1) {
+                any = 1;
+                __atomic_fetch_add(&j->changed[t], 1, __ATOMIC_RELAXED);
+            }
+        }
+        for (long a = 0; any && a < j->outer; a++) {
+            float *x = j->x[t] + (a * j->units + from) * j->inner;
+            if (j->inner == 1 && !narrow)
+                for (long u = 0; u < to - from; u++) x[u] *= factors[u];
+            else
+                for (long u = 0; u < to - from; u++)
+                    if (j->factors[t * j->units + from + u] != 1) multiply(x + u * j->inner, j->inner, j->factors[t * j->units + from + u]);
+        }
+    }
+}
+
+/* The norms of all blocks, (k * units); with factors, each block is also brought to its radius, or under it. changed[i]: how many blocks of
+ * tensor i were; changed[k]: how many have a norm that is not finite. Returns how many were changed in all. */
+long normwise_blocks(float **x, long k, long outer, long units, long inner, int sphere, double radius, const double *radii, double *norms,
+                     double *factors, long *changed, int threads) {
+    const Job job = {x, k, outer, units, inner, sphere, radius, radii, norms, factors, changed, changed + k};
+    const long entries = k * outer * units * inner;
+    long all = 0;
+    for (long i = 0; factors && i <= k; i++) changed[i] = 0;
+    if (outer == 1) share(rows, &job, k * units, entries, threads);
+    else share(stripes, &job, k * ((units + STRIPE - 1) / STRIPE), entries, threads);
+    for (long i = 0; factors && i < k; i++) all += changed[i];
+    return all;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------- all together */
+
+typedef struct {
+    float **x;
+    const long *tensor, *from, *to; /* of each piece */
+    double *sums, factor;
+    float low, high;
+    long *changed;
+} Pieces;
+
+static void sums_of(const void *given, long first, long last) {
+    const Pieces *p = given;
+    for (long i = first; i < last; i++) p->sums[i] = sum_squares(p->x[p->tensor[i]] + p->from[i], p->to[i] - p->from[i]);
+}
+
+static void multiply_all(const void *given, long first, long last) {
+    const Pieces *p = given;
+    for (long i = first; i < last; i++) multiply(p->x[p->tensor[i]] + p->from[i], p->to[i] - p->from[i], p->factor);
+}
+
+/* NaN stays, as clamp leaves it. Reads first: a piece that is inside is not written. */
+static void clamp_all(const void *given, long first, long last) {
+    const Pieces *p = given;
+    for (long i = first; i < last; i++) {
+        float *x = p->x[p->tensor[i]];
+        const float low = p->low, high = p->high;
+        for (long a = p->from[i]; a < p->to[i]; a += 4096) {
+            const long b = a + 4096 < p->to[i] ? a + 4096 : p->to[i];
+            int outside = 0;
+            for (long e = a; e < b; e++) outside |= (x[e] < low) | (x[e] > high);
+            if (!outside) continue;
+            for (long e = a; e < b; e++) x[e] = x[e] < low ? low : x[e] > high ? high : x[e];
+            __atomic_fetch_add(&p->changed[p->tensor[i]], 1, __ATOMIC_RELAXED);
+        }
+    }
+}
+
+static Pieces cut(float **x, const long *sizes, long k, long *pieces, long *entries) {
+    long count = 0;
+    *entries = 0;
+    for (long i = 0; i < k; i++) count += (sizes[i] + PIECE - 1) / PIECE, *entries += sizes[i];
+    *pieces = count;
+    long *table = malloc((size_t)(3 * count + 1) * sizeof(long));
+    if (!table) return (Pieces){0};
+    long *tensor = table, *from = table + count, *to = table + 2 * count;
+    for (long i = 0, n = 0; i < k; i++)
+        for (long a = 0; a < sizes[i]; a += PIECE, n++) tensor[n] = i, from[n] = a, to[n] = a + PIECE < sizes[i] ? a + PIECE : sizes[i];
+    return (Pieces){.x = x, .tensor = tensor, .from = from, .to = to};
+}
+
+/* Σ x² of each of k tensors, and of all together as what it returns; -1 where memory is out. */
+double normwise_squares(float **x, const long *sizes, long k, double *each, int threads) {
+    long count, entries;
+    Pieces p = cut(x, sizes, k, &count, &entries);
+    double total = 0;
+    p.sums = p.tensor ? malloc((size_t)(count + 1) * sizeof(double)) : NULL;
+    if (!p.sums) {
+        free((void *)p.tensor);
+        return -1;
+    }
+    share(sums_of, &p, count, entries, threads);
+    for (long i = 0; i < k; i++) each[i] = 0;
+    for (long i = 0; i < count; i++) each[p.tensor[i]] += p.sums[i];
+    for (long i = 0; i < k; i++) total += each[i];
+    free(p.sums);
+    free((void *)p.tensor);
+    return total;
+}
+
+/* Every tensor times one factor. Returns -1 where memory is out, and nothing has changed. */
+long normwise_multiply(float **x, const long *sizes, long k, double factor, int threads) {
+    long count, entries;
+    Pieces p = cut(x, sizes, k, &count, &entries);
+    if (!p.tensor) return -1;
+    p.factor = factor;
+    share(multiply_all, &p, count, entries, threads);
+    free((void *)p.tensor);
+    return 0;
+}
+
+/* Every entry into [low, high]. changed[i] is 0 where tensor i was inside. Returns how many tensors were not; -1 where memory is out. */
+long normwise_clamp(float **x, const long *sizes, long k, float low, float high, long *changed, int threads) {
+    long count, entries, tensors = 0;
+    Pieces p = cut(x, sizes, k, &count, &entries);
+    if (!p.tensor) return -1;
+    for (long i = 0; i < k; i++) changed[i] = 0;
+    p.low = low, p.high = high, p.changed = changed;
+    share(clamp_all, &p, count, entries, threads);
+    for (long i = 0; i < k; i++) tensors += changed[i] != 0;
+    free((void *)p.tensor);
+    return tensors;
+}

@@ -1,0 +1,188 @@
+"""Norms and bounds of fp32 numbers on a CPU as C kernels, built once where the machine has a C compiler.
+
+A norm is one read of the data; torch takes several calls for it, each of some microseconds, and reads large columns ten times slower than
+memory gives them. ``kernels.c`` takes one call for all tensors of a shape, and brings a block to its radius while it is in the cache.
+The library is built at its first use (half a second) and kept in the user's cache. Without a compiler, or with ``NORMWISE_KERNELS=0`` set,
+the same is done by torch's calls; both are right to the last digits of fp32, which may differ.
+
+Every function takes tensors that :func:`fit`, and returns None where there are no kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import operator
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+SOURCE = Path(__file__).with_name("kernels.c")
+SWITCH = "NORMWISE_KERNELS"
+FLAGS = (["-O3", "-march=native"], ["-O3"])
+"""Tried in this order: not every compiler knows its own machine."""
+PATIENCE = 60
+"""Seconds for the compiler."""
+FIT = {(kind, torch.float32, True) for kind in (Tensor, nn.Parameter)}
+_ABOUT = operator.attrgetter("__class__", "dtype", "is_cpu")    # mapped in C: there may be hundreds of tensors
+Axes = tuple[int, int, int]
+"""A tensor as (outer, units, inner): a block is all entries of one unit."""
+_P, _L, _D, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_float, ctypes.c_int
+
+
+# ---------------------------------------------------------------------------------------------------- building
+
+
+@cache
+def library() -> Any | None:
+    """The kernels, built if need be; None where they are switched off, or cannot be built."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if os.environ.get(SWITCH) == "0" or compiler is None or os.name != "posix":
+        return None
+    try:
+        return _declared(ctypes.CDLL(str(_built(compiler, _folder()))))
+    except (OSError, subprocess.SubprocessError):    # a full disk, a compiler that is broken: torch's calls do it all
+        return None
+
+
+def _declared(found: Any) -> Any:
+    found.normwise_blocks.argtypes, found.normwise_blocks.restype = [_P, _L, _L, _L, _L, _I, _D, _P, _P, _P, _P, _I], _L
+    found.normwise_squares.argtypes, found.normwise_squares.restype = [_P, _P, _L, _P, _I], _D
+    found.normwise_multiply.argtypes, found.normwise_multiply.restype = [_P, _P, _L, _D, _I], _L
+    found.normwise_clamp.argtypes, found.normwise_clamp.restype = [_P, _P, _L, _F, _F, _P, _I], _L
+    return found
+
+
+def _folder() -> Path:
+    """A folder of this user's alone: whoever can write there decides what runs here."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normwise" / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owned = folder.stat()
+        if owned.st_uid == os.getuid() and not owned.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="normwise-"))
+
+
+def _built(compiler: str, folder: Path) -> Path:
+    about = subprocess.run([compiler, "--version"], capture_output=True, timeout=PATIENCE, check=True).stdout
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), about, _machine().encode()])).hexdigest()[:16]
+    target = folder / f"kernels-{key}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:    # another process may build the same at this moment
+        fresh = Path(scratch) / target.name
+        for flags in FLAGS:
+            call = [compiler, *flags, "-std=gnu11", "-shared", "-fPIC", "-pthread", "-o", str(fresh), str(SOURCE), "-lm"]
+            if subprocess.run(call, capture_output=True, timeout=PATIENCE).returncode == 0:
+                fresh.replace(target)
+                return target
+    raise OSError(f"{compiler} does not build {SOURCE}")
+
+
+def _machine() -> str:
+    """What the instructions of this processor depend on: a home folder may be shared by many machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    except OSError:
+        return platform.machine() + platform.processor() + platform.node()
+
+
+# ---------------------------------------------------------------------------------------------------- calling
+
+
+def fit(tensors: Sequence[Any]) -> bool:
+    """Whether the kernels can read and write these: plain fp32 tensors on a CPU, each in one stretch of memory."""
+    return set(map(_ABOUT, tensors)) <= FIT and all(map(Tensor.is_contiguous, tensors))
+
+
+def _at(tensors: Sequence[Tensor]) -> Any:
+    return (_P * len(tensors))(*map(Tensor.data_ptr, tensors))
+
+
+def _sizes(tensors: Sequence[Tensor]) -> Any:
+    return (_L * len(tensors))(*map(Tensor.numel, tensors))
+
+
+def row_norms(x: Tensor) -> Tensor | None:
+    """The L2 norm of each row of a matrix."""
+    return norms([x], (1, *x.shape))
+
+
+def norms(tensors: Sequence[Tensor], axes: Axes) -> Tensor | None:
+    """The L2 norm of each block of tensors of one shape, ``(len(tensors) · units,)`` in float64."""
+    found = library()
+    if found is None:
+        return None
+    values = torch.empty(len(tensors) * axes[1], dtype=torch.float64)
+    found.normwise_blocks(_at(tensors), len(tensors), *axes, 0, 0.0, None, values.data_ptr(), None, None, torch.get_num_threads())
+    return values
+
+
+def bound_(tensors: Sequence[Tensor], axes: Axes, radius: float | Tensor, sphere: bool = False) -> tuple[Tensor, Tensor, bool] | None:
+    """Brings each block whose L2 norm is above ``radius`` onto it, in place; with ``sphere`` each block but zero.
+
+    Returns the norms, what the blocks were multiplied by (empty where none was), and whether all norms are finite: blocks that have none
+    stay as they are. ``radius``: a number, or one a block.
+    """
+    found = library()
+    if found is None:
+        return None
+    count, given = len(tensors) * axes[1], None
+    both = torch.empty(2, count, dtype=torch.float64)
+    changed = (_L * (len(tensors) + 1))()
+    if isinstance(radius, Tensor):
+        given = radius.to(torch.float64).expand(count).contiguous()
+    values = both.data_ptr()
+    acted = found.normwise_blocks(
+        _at(tensors), len(tensors), *axes, sphere, 0.0 if given is not None else radius, None if given is None else given.data_ptr(),
+        values, values + 8 * count, changed, torch.get_num_threads(),
+    )  # fmt: skip
+    if acted:
+        increment_version([t for t, c in zip(tensors, changed, strict=False) if c])
+    return both[0], both[1] if acted else both[1, :0], not changed[len(tensors)]
+
+
+def squares(tensors: Sequence[Tensor]) -> tuple[float, list[float]] | None:
+    """Σ x² of tensors of any shapes, all together and each."""
+    found = library()
+    if found is None:
+        return None
+    each = (_D * len(tensors))()
+    total = found.normwise_squares(_at(tensors), _sizes(tensors), len(tensors), each, torch.get_num_threads())
+    return None if total < 0 else (total, list(each))
+
+
+def multiply_(tensors: Sequence[Tensor], factor: float) -> bool:
+    """Every tensor times one factor, in place; whether it could."""
+    found = library()
+    if found is None or found.normwise_multiply(_at(tensors), _sizes(tensors), len(tensors), factor, torch.get_num_threads()) < 0:
+        return False
+    increment_version(tensors)
+    return True
+
+
+def clamp_(tensors: Sequence[Tensor], low: float, high: float) -> list[bool]:
+    """Brings every entry into [low, high], numbers of fp32, in place, and says which tensors were changed. NaN stays.
+
+    Only where there is a :func:`library`.
+    """
+    changed, sizes = (_L * len(tensors))(), _sizes(tensors)
+    if library().normwise_clamp(_at(tensors), sizes, len(tensors), low, high, changed, torch.get_num_threads()) < 0:    # type: ignore[union-attr]
+        raise MemoryError("no memory is left for a table of the tensors' pieces.")
+    increment_version([t for t, c in zip(tensors, changed, strict=True) if c])
+    return [c != 0 for c in changed]
