@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -131,6 +132,11 @@ class Pack:
         ends = self.view.shape[:first], self.view.shape[first : first + self.view.batch], self.view.shape[first + self.view.batch :]
         self.axes = tuple(map(math.prod, ends)) if together and self.view.count and math.prod(self.view.shape) else None    # type: ignore[assignment]
 
+    @cached_property
+    def room(self) -> native.Room:
+        """For the kernels: kept, since a step that makes it anew takes longer than the kernels."""
+        return native.Room(self.weights, self.axes or (1, 1, 1))
+
     # ------------------------------------------------------------------------------------------------ which blocks there are
 
     @property
@@ -250,7 +256,7 @@ class Pack:
         """
         assert self.axes is not None
         if native.fit(tensors):
-            found = native.bound_(tensors, self.axes, radius, sphere)
+            found = native.bound_(tensors, self.room, radius, sphere)
             if found is not None:
                 return None if found[2] else found[0], found[1]
         if sphere or not tensors[0].is_cpu:    # moved since: reading a norm would wait for the device
@@ -347,7 +353,7 @@ class Flat(Pack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.block_shape = (sum(w.numel() for w in self.weights),)
+        self.block_shape, self.axes = (sum(w.numel() for w in self.weights),), None
         self._batches = _alike(self.weights)
 
     @property
@@ -371,7 +377,7 @@ class Flat(Pack):
     def measure(self, norm: Norm, tensors: Sequence[Tensor], agree: bool = False) -> Tensor:
         """L1, L2 and LInf of a vector are the same norm of the norms of its parts, so nothing is copied together."""
         if norm.name == "l2" and may_branch(tensors[0]) and native.fit(tensors) and (found := native.squares(tensors)) is not None:
-            return torch.tensor([found[0]], dtype=torch.float64).sqrt_()
+            return torch.tensor([found], dtype=torch.float64).sqrt_()
         device = tensors[0].device
         parts = [norm.measure(_rows([tensors[i] for i in batch])).to(device, wide(device)) for batch in self._batches]
         return norm.measure(torch.cat(parts)[None])
@@ -386,14 +392,14 @@ class Flat(Pack):
 
         Returns the norm, and the factor. None, with nothing changed, where the norm is not finite, or where the factor needs more care.
         """
-        found = native.squares(tensors) if native.fit(tensors) else None
-        value = float(self.measure(L2(), tensors)) if found is None else math.sqrt(found[0])
+        found = native.squares(tensors, self.room) if native.fit(tensors) else None
+        value = float(self.measure(L2(), tensors)) if found is None else math.sqrt(found)
         if value <= radius:
             return value, 1.0
         factor = radius / value
         if not (value < math.inf and factor >= torch.finfo(torch.float32).smallest_normal):
             return None
-        if found is None or not native.multiply_(tensors, factor):
+        if found is None or not native.multiply_(tensors, self.room, factor):
             torch._foreach_mul_(list(tensors), factor)
         return value, factor
 

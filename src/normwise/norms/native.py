@@ -110,12 +110,26 @@ def fit(tensors: Sequence[Any]) -> bool:
     return set(map(_ABOUT, tensors)) <= FIT and all(map(Tensor.is_contiguous, tensors))
 
 
-def _at(tensors: Sequence[Tensor]) -> Any:
-    return (_P * len(tensors))(*map(Tensor.data_ptr, tensors))
+class Room:
+    """Where the kernels find tensors of these shapes, and put what they find: made once for tensors that are looked at again and again.
 
+    Args:
+        like: tensors of the shapes that are given later.
+        axes: how all of them are seen, where they have one shape.
+    """
 
-def _sizes(tensors: Sequence[Tensor]) -> Any:
-    return (_L * len(tensors))(*map(Tensor.numel, tensors))
+    def __init__(self, like: Sequence[Tensor], axes: Axes = (1, 1, 1)) -> None:
+        self.count, self.axes = len(like), axes
+        self.at, self.each, self.changed = (_P * self.count)(), (_D * self.count)(), (_L * (self.count + 1))()
+        self.sizes = (_L * self.count)(*map(Tensor.numel, like))
+        self.norms = torch.empty(self.count * axes[1], dtype=torch.float64)
+        self.factors = torch.empty_like(self.norms)
+        self.nothing = self.factors[:0]
+        self.to = self.norms.data_ptr(), self.factors.data_ptr(), ctypes.addressof(self.changed)
+
+    def place(self, tensors: Sequence[Tensor]) -> None:
+        """Where they lie now."""
+        self.at[:] = list(map(Tensor.data_ptr, tensors))
 
 
 def row_norms(x: Tensor) -> Tensor | None:
@@ -128,61 +142,64 @@ def norms(tensors: Sequence[Tensor], axes: Axes) -> Tensor | None:
     found = library()
     if found is None:
         return None
-    values = torch.empty(len(tensors) * axes[1], dtype=torch.float64)
-    found.normwise_blocks(_at(tensors), len(tensors), *axes, 0, 0.0, None, values.data_ptr(), None, None, torch.get_num_threads())
-    return values
+    room = Room(tensors, axes)
+    room.place(tensors)
+    found.normwise_blocks(room.at, room.count, *axes, 0, 0.0, None, room.to[0], None, None, torch.get_num_threads())
+    return room.norms
 
 
-def bound_(tensors: Sequence[Tensor], axes: Axes, radius: float | Tensor, sphere: bool = False) -> tuple[Tensor, Tensor, bool] | None:
+def bound_(tensors: Sequence[Tensor], room: Room, radius: float | Tensor, sphere: bool = False) -> tuple[Tensor, Tensor, bool] | None:
     """Brings each block whose L2 norm is above ``radius`` onto it, in place; with ``sphere`` each block but zero.
 
     Returns the norms, what the blocks were multiplied by (empty where none was), and whether all norms are finite: blocks that have none
-    stay as they are. ``radius``: a number, or one a block.
+    stay as they are. Both are the room's, and overwritten by the next call. ``radius``: a number, or one a block.
     """
-    found = library()
+    found, given = library(), None
     if found is None:
         return None
-    count, given = len(tensors) * axes[1], None
-    both = torch.empty(2, count, dtype=torch.float64)
-    changed = (_L * (len(tensors) + 1))()
     if isinstance(radius, Tensor):
-        given = radius.to(torch.float64).expand(count).contiguous()
-    values = both.data_ptr()
+        given, radius = radius.to(torch.float64).expand(len(room.norms)).contiguous(), 0.0
+    room.place(tensors)
+    to = room.to
     acted = found.normwise_blocks(
-        _at(tensors), len(tensors), *axes, sphere, 0.0 if given is not None else radius, None if given is None else given.data_ptr(),
-        values, values + 8 * count, changed, torch.get_num_threads(),
-    )  # fmt: skip
+        room.at, room.count, *room.axes, sphere, radius, None if given is None else given.data_ptr(), *to, torch.get_num_threads()
+    )
     if acted:
-        increment_version([t for t, c in zip(tensors, changed, strict=False) if c])
-    return both[0], both[1] if acted else both[1, :0], not changed[len(tensors)]
+        increment_version([t for t, c in zip(tensors, room.changed, strict=False) if c])
+    return room.norms, room.factors if acted else room.nothing, not room.changed[room.count]
 
 
-def squares(tensors: Sequence[Tensor]) -> tuple[float, list[float]] | None:
-    """Σ x² of tensors of any shapes, all together and each."""
+def squares(tensors: Sequence[Tensor], room: Room | None = None) -> float | None:
+    """Σ x² of tensors of any shapes, all together; ``room.each`` then has that of each."""
     found = library()
     if found is None:
         return None
-    each = (_D * len(tensors))()
-    total = found.normwise_squares(_at(tensors), _sizes(tensors), len(tensors), each, torch.get_num_threads())
-    return None if total < 0 else (total, list(each))
+    room = room or Room(tensors)
+    room.place(tensors)
+    total = found.normwise_squares(room.at, room.sizes, room.count, room.each, torch.get_num_threads())
+    return None if total < 0 else total
 
 
-def multiply_(tensors: Sequence[Tensor], factor: float) -> bool:
+def multiply_(tensors: Sequence[Tensor], room: Room, factor: float) -> bool:
     """Every tensor times one factor, in place; whether it could."""
     found = library()
-    if found is None or found.normwise_multiply(_at(tensors), _sizes(tensors), len(tensors), factor, torch.get_num_threads()) < 0:
+    room.place(tensors)
+    if found is None or found.normwise_multiply(room.at, room.sizes, room.count, factor, torch.get_num_threads()) < 0:
         return False
     increment_version(tensors)
     return True
 
 
-def clamp_(tensors: Sequence[Tensor], low: float, high: float) -> list[bool]:
+def clamp_(tensors: Sequence[Tensor], room: Room, low: float, high: float) -> list[bool]:
     """Brings every entry into [low, high], numbers of fp32, in place, and says which tensors were changed. NaN stays.
 
     Only where there is a :func:`library`.
     """
-    changed, sizes = (_L * len(tensors))(), _sizes(tensors)
-    if library().normwise_clamp(_at(tensors), sizes, len(tensors), low, high, changed, torch.get_num_threads()) < 0:    # type: ignore[union-attr]
+    found: Any = library()
+    room.place(tensors)
+    if found.normwise_clamp(room.at, room.sizes, room.count, low, high, room.changed, torch.get_num_threads()) < 0:
         raise MemoryError("no memory is left for a table of the tensors' pieces.")
-    increment_version([t for t, c in zip(tensors, changed, strict=True) if c])
-    return [c != 0 for c in changed]
+    changed = [c != 0 for c in room.changed[: room.count]]
+    if any(changed):
+        increment_version([t for t, c in zip(tensors, changed, strict=True) if c])
+    return changed

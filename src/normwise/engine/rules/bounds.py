@@ -98,7 +98,7 @@ class Bound(BoundRule):
             return
         self._acted[turn.optimizer] = acted = []
         for (part, (low, high)), mine in zip(boxes, tensors, strict=True):
-            changed = native.clamp_(mine, low, high)
+            changed = native.clamp_(mine, part.room, low, high)
             if any(changed):
                 acted.append((part, torch.tensor([0.0 if c else 1.0 for c in changed])))
 
