@@ -147,7 +147,8 @@ def bench(measured: dict[str, Any]) -> str:
     tables = [f"**{name}**\n\n{markdown(rows)}" if name else markdown(rows) for name, rows in runner.tables(measured).items()]
     machine = measured.get("machine")
     said = [f"{where(machine)}; threads: {measured['threads']}."] if isinstance(machine, dict) else []
-    return "\n\n".join([*tables, *said])
+    left_out = [f"Left out: {line}." for line in measured.get("left_out", [])]
+    return "\n\n".join([*tables, *said, *left_out])
 
 
 def smaller(results: dict[str, Any]) -> str:

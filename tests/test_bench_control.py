@@ -147,7 +147,7 @@ def test_figures_are_differences_of_the_same_round_and_the_faster_way_by_hand() 
     assert (row["by_hand"], row["rounds"]) == ("fast", 3)
     assert row["added_us"] == pytest.approx(0.3e6) and row["hand_us"] == pytest.approx(0.6e6) and row["floor_us"] == pytest.approx(0.1e6)
     assert row["share"] == pytest.approx(0.03) and row["ratio"] == pytest.approx(0.5) and row["over_floor"] == pytest.approx(3.0)
-    assert row["low"] <= row["ratio"] <= row["high"]
+    assert row["low"] <= row["ratio"] <= row["high"] and row["ways_us"] == pytest.approx({"slow": 2e6, "fast": 0.6e6})
 
 
 def test_a_way_by_hand_that_cannot_be_told_from_nothing_misses_the_bar() -> None:
@@ -230,7 +230,13 @@ def test_a_burst_puts_back_before_each_step_and_outside_of_the_clock() -> None:
 def test_rounds_fill_the_budget() -> None:
     calls = [lambda: time.sleep(1e-3) or 0.0] * 2
     assert clock.rounds_for(calls, 1000, 0.1) in range(clock.LEAST_ROUNDS, 60)
-    assert clock.rounds_for(calls, 1000, 1e-9) == clock.LEAST_ROUNDS and clock.rounds_for(calls, 2, 1.0) == 2
+    assert clock.rounds_for(calls, 1000, 1e-9) == clock.FEWEST_ROUNDS and clock.rounds_for(calls, 2, 1.0) == 2
+    assert clock.FEWEST_ROUNDS < clock.rounds_for(calls, 1000, 0.02) <= clock.LEAST_ROUNDS
+
+
+def test_bursts_are_longer_where_steps_are_short() -> None:
+    pauses = [lambda seconds=seconds: time.sleep(seconds) for seconds in (0.0, 2e-3, 0.011)]
+    assert [clock.steps_for(pauses[: k + 1]) for k in range(3)] == [8, 3, 1]
 
 
 # -------------------------------------------------------------------------------------------------------- the whole thing
@@ -286,7 +292,7 @@ def test_every_network_gives_a_loss_and_has_the_weights_that_the_rules_bound() -
 def test_penalties_in_whole_steps_give_equal_gradients() -> None:
     """By the loss and by the control: the same gradient, so that the times compare the same thing."""
     case = Case("small", partial(networks.mlp, 2, 8), partial(networks.vectors, 4, 8))
-    steps, loss = whole_step._steps(case), case.batch()
+    steps, loss = whole_step.steps_of(case), case.batch()
     grads = {}
     for name in ("nothing", "penalty in the loss", "nw.l2_penalty"):
         model, optimizer, extra = steps[name]
@@ -294,6 +300,17 @@ def test_penalties_in_whole_steps_give_equal_gradients() -> None:
         grads[name] = [p.grad for p in model.parameters() if p.grad is not None]
     pairs = list(zip(grads["penalty in the loss"], grads["nw.l2_penalty"], grads["nothing"], strict=True))
     assert all(torch.allclose(a, b, atol=1e-7) for a, b, _ in pairs) and not all(torch.equal(b, c) for _, b, c in pairs)
+
+
+def test_a_parametrized_step_is_the_method_it_is_called() -> None:
+    """Largest singular values and, with GeoTorch, the lengths of units are 1 in what the layers use."""
+    steps = whole_step.steps_of(Case("small", partial(networks.mlp, 1, 8), partial(networks.vectors, 4, 8)))
+    layer: Any = steps["spectral_norm"][0][0]    # type: ignore[index]
+    for _ in range(50):
+        layer(torch.ones(1, 8))
+    assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1, abs=1e-3)
+    if "geotorch.sphere" in steps:
+        assert torch.allclose(steps["geotorch.sphere"][0][0].weight.norm(dim=1), torch.ones(8))    # type: ignore[index]
 
 
 def test_rates_of_zero_leave_every_weight_where_it_is() -> None:

@@ -78,6 +78,8 @@ def run(rounds: int = ROUNDS, steps: int = STEPS, threads: int = 1) -> dict[str,
         found += [own_adamw(partial(GPT, VOCABULARY, WIDTH, LAYERS), rounds)]
         found += [peak_memory(partial(mlp, 8, 2048), state) for state in (NOTHING, ALL)]
     left_out = [f"the rows of GPT-2: {name} is not installed" for name in missing]
+    for line in left_out:
+        tell(f"Left out: {line}.")
     return {"bench": "trainer", "threads": threads, "rounds": rounds, "machine": machine(), "left_out": left_out, "rows": found}
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from normwise.experiments.framework.timing import in_turn, seconds
 
 READS: tuple[Callable[[Tensor], object], ...] = (torch.sum, lambda x: torch.dot(x, x), torch.amax, torch.linalg.vector_norm)
 REWRITES: tuple[Callable[[Tensor], object], ...] = (lambda x: x.mul_(1.0), lambda x: x.add_(0.0), torch.Tensor.neg_)
-CELL_SECONDS, LEAST_ROUNDS = 2.0, 11
+CELL_SECONDS = 1.5
+LEAST_ROUNDS, FEWEST_ROUNDS, OVERTIME = 11, 5, 3
 
 
 @cache
@@ -62,11 +64,18 @@ def burst(put_back: Callable[[], object], step: Callable[[], object], steps: int
     return statistics.median(taken)
 
 
+def steps_for(steps: Sequence[Callable[[], object]]) -> int:
+    """How many steps make a burst: eight of short ones, so that one that was interrupted does not count; one where they take long."""
+    longest = max(min(seconds(step) for _ in range(2)) for step in steps)
+    return 8 if longest < 1e-3 else 3 if longest < 1e-2 else 1
+
+
 def rounds_for(bursts: Sequence[Callable[[], float]], most: int, budget: float = CELL_SECONDS) -> int:
-    """How many rounds fit into the budget: at least eleven, unless ``most`` is less. Two rounds are spent on finding out."""
-    in_turn(bursts, 1, warm_up=0, threads=None)
+    """How many rounds fit into the budget: at least eleven, for which slow ones may take three budgets, and five in any case, unless
+    ``most`` is less. One round is spent on finding out."""
     one = seconds(lambda: in_turn(bursts, 1, warm_up=0, threads=None))
-    return min(most, max(LEAST_ROUNDS, int(budget / one)))
+    least = max(FEWEST_ROUNDS, min(LEAST_ROUNDS, int(OVERTIME * budget / one)))
+    return min(most, max(least, int(budget / one)))
 
 
 @dataclass(frozen=True)
@@ -82,14 +91,15 @@ class Timed:
         """What a way adds to the step without control, of the same round each."""
         return [a - b for a, b in zip(taken, self.plain, strict=True)]
 
-    def row(self, step: float) -> dict[str, float | str | int | None]:
+    def row(self, step: float) -> dict[str, Any]:
         """The figures, in µs; the faster way by hand counts. step: seconds of the whole training step without control."""
         own, by = self.added(self.control), {name: self.added(taken) for name, taken in self.hand.items()}
-        way = min(by, key=lambda name: statistics.median(by[name]))
-        added, hand, floor = (statistics.median(taken) for taken in (own, by[way], self.floor))
+        ways = {name: statistics.median(taken) for name, taken in by.items()}
+        way = min(ways, key=lambda name: ways[name])
+        added, hand, floor = statistics.median(own), ways[way], statistics.median(self.floor)
         low, high = ratio_interval(own, by[way])
         return {
             "added_us": 1e6 * added, "hand_us": 1e6 * hand, "by_hand": way, "floor_us": 1e6 * floor, "step_us": 1e6 * step,
             "share": added / step, "ratio": added / hand if hand > 0 else None, "low": finite(low), "high": finite(high),
-            "over_floor": added / floor, "rounds": len(own),
+            "over_floor": added / floor, "rounds": len(own), "ways_us": {name: 1e6 * taken for name, taken in ways.items()},
         }  # fmt: skip

@@ -1,14 +1,17 @@
 """What has no optimizer step of its own to stand beside: ways that change the forward or the backward pass, in whole training steps.
 
-Beside the plain step, in turn: ``parametrizations.spectral_norm`` and ``weight_norm`` on every layer, which compute each weight anew in the
-forward pass and keep no norm bounded, so that there is no bar; and L2 penalties, in the loss and as the gradient that the control adds
-(bar: a third of the time). All with fused AdamW at a rate of 0.
+Beside the plain step, in turn: ``parametrizations.spectral_norm`` and ``weight_norm`` on every layer and, where GeoTorch is installed, its
+sphere for each unit of the linear ones, which compute each weight anew in the forward pass and are other methods, so that there is no bar;
+and L2 penalties, in the loss and as the gradient that the control adds (bar: a third of the time). All with fused AdamW at a rate of 0.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from normwise.experiments.framework.timing import in_turn, seconds
 NETWORKS = (CNN_CASE, WIDE)
 STRENGTH, SECONDS = 1e-4, 4.0
 THIRD = 1 / 3
+IN_LOSS, AS_GRADIENT = "penalty in the loss", "nw.l2_penalty"
 
 
 def training_step(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, extra: Callable[[], Tensor] | None = None) -> None:
@@ -48,8 +52,9 @@ def step_seconds(model: nn.Module, loss: Loss, budget: float = 1.0, most: int = 
 
 def rows(case: Case, rounds: int, budget: float = SECONDS) -> list[dict[str, Any]]:
     """Of one network: what each way adds to its training step, in µs."""
-    loss, steps = case.batch(), _steps(case)
+    loss, steps = case.batch(), steps_of(case)
     calls = {name: _timed(step, loss) for name, step in steps.items()}
+    in_turn(list(calls.values()), 1, warm_up=0, threads=None)
     count = rounds_for(list(calls.values()), rounds, budget)
     taken = dict(zip(calls, in_turn(list(calls.values()), count, warm_up=0, threads=None, alternate=True), strict=True))
     plain = taken.pop("nothing")
@@ -61,35 +66,48 @@ def rows(case: Case, rounds: int, budget: float = SECONDS) -> list[dict[str, Any
          "rounds": count}
         for name in added
     ]  # fmt: skip
-    ours, theirs = "nw.l2_penalty", "penalty in the loss"
-    low, high = ratio_interval(added[ours], added[theirs])
-    penalty = next(row for row in found if row["way"] == ours)
-    ratio = typical[ours] / typical[theirs] if typical[theirs] > 0 else None
+    low, high = ratio_interval(added[AS_GRADIENT], added[IN_LOSS])
+    penalty = next(row for row in found if row["way"] == AS_GRADIENT)
+    ratio = typical[AS_GRADIENT] / typical[IN_LOSS] if typical[IN_LOSS] > 0 else None
     penalty |= {"ratio": ratio, "bar": THIRD, "low": finite(low), "high": finite(high)}
     return found
 
 
-def _steps(case: Case) -> dict[str, tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor] | None]]:
+Step = tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor] | None]
+
+
+def steps_of(case: Case) -> dict[str, Step]:
     """Models of one start each, with their optimizers and what is added to the loss."""
-    made: dict[str, nn.Module] = {}
-    for name in ("nothing", "spectral_norm", "weight_norm", "penalty in the loss", "nw.l2_penalty"):
+    steps: dict[str, Step] = {}
+    ways = _parametrized()
+    for name in ("nothing", *ways, IN_LOSS, AS_GRADIENT):
         torch.manual_seed(0)
-        made[name] = case.build()
-    for layer in [m for m in made["spectral_norm"].modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
-        parametrizations.spectral_norm(layer)
-    for layer in [m for m in made["weight_norm"].modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
-        parametrizations.weight_norm(layer)
-    steps = {name: (model, adamw(model), None) for name, model in made.items()}
-    nw.attach(made["nw.l2_penalty"], steps["nw.l2_penalty"][1], nw.l2_penalty(STRENGTH))
-    tensors = [w.tensor for w in weights_of(made["penalty in the loss"])]
-    penalised = made["penalty in the loss"], steps["penalty in the loss"][1], lambda: _penalty(tensors)
-    return {**steps, "penalty in the loss": penalised}
+        model = case.build()
+        for layer in [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
+            ways.get(name, id)(layer)
+        tensors = [w.tensor for w in weights_of(model)]
+        steps[name] = model, adamw(model), partial(_penalty, tensors) if name == IN_LOSS else None
+        if name == AS_GRADIENT:
+            nw.attach(model, steps[name][1], nw.l2_penalty(STRENGTH))
+    return steps
+
+
+def _parametrized() -> dict[str, Callable[[nn.Module], object]]:
+    """What to do to each layer."""
+    ways: dict[str, Callable[[nn.Module], object]] = {
+        "spectral_norm": parametrizations.spectral_norm, "weight_norm": parametrizations.weight_norm,
+    }  # fmt: skip
+    if find_spec("geotorch") is not None:
+        sphere = import_module("geotorch").sphere
+        # Along the last axis, which is a unit's in a linear layer alone.
+        ways["geotorch.sphere"] = lambda layer: sphere(layer, "weight") if isinstance(layer, nn.Linear) else None
+    return ways
 
 
 def _penalty(tensors: list[Tensor]) -> Tensor:
     return STRENGTH / 2 * torch.stack([t.square().sum() for t in tensors]).sum()
 
 
-def _timed(step: tuple[nn.Module, torch.optim.Optimizer, Callable[[], Tensor] | None], loss: Loss) -> Callable[[], float]:
+def _timed(step: Step, loss: Loss) -> Callable[[], float]:
     model, optimizer, extra = step
     return lambda: seconds(lambda: training_step(model, loss, optimizer, extra))
