@@ -151,6 +151,10 @@ def bench(measured: dict[str, Any]) -> str:
     return "\n\n".join([*tables, *said, *left_out])
 
 
+def drawn_bench(measured: dict[str, Any]) -> str:
+    return f"![What rules add to a step, in µs, beside code by hand and the floor](images/bench-control.svg)\n\n{bench(measured)}"
+
+
 def smaller(results: dict[str, Any]) -> str:
     """What ``normwise prune`` found: the setting, the networks, the strengths that were tried."""
     plan, machine, timing = results["protocol"], results["machine"], results["timing"]
@@ -191,7 +195,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
     "named rules": (None, named_rules),
-    "bench control": ("bench-control", bench),
+    "bench control": ("bench-control", drawn_bench),
     "bench trainer": ("bench-trainer", bench),
     "bench polar": ("bench-polar", bench),
     "bench step": ("bench-step", bench),
@@ -220,6 +224,9 @@ def pictures() -> None:
     races = {task: one for task, one in (load("race") or {}).items() if one["contenders"]}
     for task, one in races.items():
         picture(one, IMAGES / f"race-{task}.svg")
+    control = load("bench-control")
+    if control is not None:
+        picture(control, IMAGES / "bench-control.svg")
     if races:
         picture(races, IMAGES / "race.svg")
 

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from normwise.experiments.bench.cells.by_hand import BOTH, CAP, CAP_WITHIN, CLIP
 from normwise.experiments.bench.cells.networks import CASES, Case, weights_of
 from normwise.experiments.bench.cells.states import ALL, HUGE, NOTHING, ONE, TINY, ZEROS, Memory
 from normwise.experiments.framework.figures import ratio_interval
+from normwise.experiments.framework.provenance import installed
 from normwise.experiments.tasks.models.cnn import CNN
 
 
@@ -199,9 +201,10 @@ def test_the_floor_reads_and_rewrites_as_much_memory_as_it_says(monkeypatch: pyt
     calls: list[tuple[str, int]] = []
     names = {clock.READS: "read", clock.REWRITES: "rewrite"}
     monkeypatch.setattr(clock, "fastest", lambda entries, among: lambda x: calls.append((names[among], x.numel())))
-    clock.Floor([5, 3], rewritten=False)()
-    clock.Floor([7], rewritten=True)()
-    assert calls == [("read", 5), ("read", 3), ("read", 7), ("rewrite", 7)]
+    clock.Floor([5, 3], control.passes(BOTH, ONE))()
+    clock.Floor([7], control.passes(MAX_NORM, ALL))()
+    clock.Floor([2], control.passes(VALUE, ALL))()
+    assert calls == [("read", 5), ("read", 3), ("read", 7), ("rewrite", 7), ("rewrite", 2)]
 
 
 def test_the_fastest_call_is_the_fastest() -> None:
@@ -258,6 +261,7 @@ def test_a_run_has_every_cell_with_its_figures(measured: dict[str, Any]) -> None
         assert row["rounds"] == 2 and row["step_us"] > 0 and row["floor_us"] > 0
     assert (measured["threads"], measured["rounds"], measured["left_out"]) == (1, 2, [])
     assert {"cpu", "torch", "python", "commit"} <= set(measured["machine"])
+    assert installed("torch", "no-such-package") == {"torch": torch.__version__}
     json.dumps(measured, allow_nan=False)
 
 
@@ -269,6 +273,16 @@ def test_tables_are_printed_in_80_columns_and_mark_what_misses_its_bar(measured:
     row = next(dict(r) for r in measured["rows"] if "rules" in r) | {"ratio": 1.2, "high": 1.0, "low": 0.9}
     [[line]] = control.tables({"rows": [row]}).values()
     assert line["ratio"] == "1.20!" and line["95%"] == "0.90-1.00"
+
+
+def test_the_picture_has_a_row_for_each_rule_and_a_panel_for_each_state(measured: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("altair")
+    from normwise.experiments.report import picture
+
+    svg = picture(measured, tmp_path / "bench.svg").read_text(encoding="utf-8")
+    assert all(text in svg for text in ("nothing violated", "all violated", f"{networks.CNN_CASE}: clip", "by hand"))
+    shown = [row for row in measured["rows"] if row.get("state") in (NOTHING, ALL) and row["rules"] in (MAX_NORM, CLIP, BOTH)]
+    assert svg.count('aria-roledescription="circle"') == len(shown) == 12
 
 
 def test_a_network_whose_package_is_absent_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

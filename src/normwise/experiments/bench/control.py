@@ -11,7 +11,7 @@ it reads weights and gradients and writes the weights as any step does, and leav
 - ``floor_us``: what the same memory costs at least, in the same rounds. The memory is what the rules must look at: all gradients for a
   clip, all bounded weights for a bound. It is copied as one flat fp32 buffer of ones each; the floor is the fastest of four calls that read
   it (sum, dot, amax, vector_norm), and where all is violated that plus the fastest of three that rewrite it (``mul_(1.0)``, ``add_(0.0)``,
-  ``neg_``). ``over_floor`` is added over floor.
+  ``neg_``), or of entries the rewrite alone. ``over_floor`` is added over floor; what rescales a unit while the cache has it may be below.
 - ``step_us``: forward, backward and fused AdamW without control, on the batch in ``bench.cells.networks``, once for each network;
   ``share`` is added over that.
 
@@ -36,13 +36,13 @@ from torch import nn
 import normwise as nw
 from normwise.experiments.bench.cells import whole_step
 from normwise.experiments.bench.cells.by_hand import BOTH, CLIP, MAX_NORM, RULE_SETS, VALUE, After, Before, RuleSet, acted_on
-from normwise.experiments.bench.cells.clock import CELL_SECONDS, Floor, Timed, burst, rounds_for, steps_for
+from normwise.experiments.bench.cells.clock import CELL_SECONDS, READS, REWRITES, Floor, Timed, burst, rounds_for, steps_for
 from normwise.experiments.bench.cells.networks import AT_FLOOR, CASES, CNN_CASE, MANY, SMALL, Case, weights_of
 from normwise.experiments.bench.cells.states import ALL, NOTHING, Memory, cells_of
 from normwise.experiments.bench.runner import Bar
 from normwise.experiments.framework.pool import on_threads
 from normwise.experiments.framework.printing import tell
-from normwise.experiments.framework.provenance import machine
+from normwise.experiments.framework.provenance import installed, machine
 from normwise.experiments.framework.timing import in_turn
 
 BARS = (Bar("ratio"), Bar("high", "high_bar"), Bar("over_floor", "floor_bar"))
@@ -67,7 +67,7 @@ def run(rounds: int = ROUNDS, threads: int = 1, only: Sequence[str] | None = Non
     left_out = [f"{case.name}: {case.needs} is not installed" for case in chosen if not case.there()]
     for line in left_out:
         tell(f"Left out: {line}.")
-    return {"bench": "control", "threads": threads, "rounds": rounds, "machine": machine(), "left_out": left_out, "rows": rows}
+    return {"bench": "control", "threads": threads, "rounds": rounds, "machine": machine() | installed("transformers", "geotorch"), "left_out": left_out, "rows": rows}
 
 
 def _of_network(case: Case, rounds: int, cell_seconds: float) -> list[Row]:
@@ -105,7 +105,7 @@ def cell(model: nn.Module, rules: RuleSet, state: str, rounds: int, cell_seconds
         steps += [partial(step_by_hand, memory, plain, *way) for way in ways.values()]
         each = steps_for(steps)
         bursts = [partial(burst, memory.put_back, step, each) for step in steps]
-        floor = Floor(_entries(memory, rules), state == ALL)
+        floor = Floor(_entries(memory, rules), passes(rules.name, state))
         bursts.append(partial(burst, floor.put_back, floor, each))
         count = rounds_for(bursts, rounds, cell_seconds)
         own, with_control, *by_hand, least = in_turn(bursts, count, warm_up=0, threads=None, alternate=True)
@@ -119,6 +119,13 @@ def step_by_hand(memory: Memory, optimizer: torch.optim.Optimizer, before: Befor
     optimizer.step()
     if after is not None:
         after(memory.weights)
+
+
+def passes(rules: str, state: str) -> list[tuple[Callable[[torch.Tensor], object], ...]]:
+    """What the floor does to each buffer. A clamp needs no look before it changes an entry."""
+    if state != ALL:
+        return [READS]
+    return [REWRITES] if rules == VALUE else [READS, REWRITES]
 
 
 def _entries(memory: Memory, rules: RuleSet) -> list[int]:

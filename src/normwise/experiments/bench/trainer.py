@@ -41,7 +41,7 @@ from normwise.experiments.bench.runner import Bar
 from normwise.experiments.framework.figures import interval, ratio_interval
 from normwise.experiments.framework.pool import on_threads
 from normwise.experiments.framework.printing import tell
-from normwise.experiments.framework.provenance import machine
+from normwise.experiments.framework.provenance import installed, machine
 from normwise.experiments.framework.timing import in_turn, milliseconds, seconds
 from normwise.experiments.tasks.models.gpt import GPT
 
@@ -80,7 +80,7 @@ def run(rounds: int = ROUNDS, steps: int = STEPS, threads: int = 1) -> dict[str,
     left_out = [f"the rows of GPT-2: {name} is not installed" for name in missing]
     for line in left_out:
         tell(f"Left out: {line}.")
-    return {"bench": "trainer", "threads": threads, "rounds": rounds, "machine": machine(), "left_out": left_out, "rows": found}
+    return {"bench": "trainer", "threads": threads, "rounds": rounds, "machine": machine() | installed(*NEEDS), "left_out": left_out, "rows": found}
 
 
 # ------------------------------------------------------------------------------------------------------------ Trainer

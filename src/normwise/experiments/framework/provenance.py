@@ -7,6 +7,7 @@ import platform
 import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(),
         "normwise": __version__, "commit": _commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """Versions of those of these packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def data_name(data: Path | str | None) -> str:

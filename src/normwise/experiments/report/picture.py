@@ -11,6 +11,7 @@ from normwise.errors import DataError
 from normwise.experiments.catalog import BASELINE
 from normwise.experiments.compare.tables import optimizer
 from normwise.experiments.report import tidy
+from normwise.experiments.report.bench import costs
 from normwise.experiments.report.charts import accuracy_axis
 from normwise.experiments.report.drawing import panels, render
 from normwise.experiments.report.race import ladders, shares
@@ -23,7 +24,7 @@ def picture(results: dict[str, Any], path: str | Path) -> Path:
 
     Of a comparison: one panel for each optimizer, one line for each strategy, with the mean test accuracy and its standard deviation over
     seeds; the grey band is the same of the baseline. Of a race: a panel for each contender, validation result against horizon. Of several
-    races, by task: the shares of all contenders, a column for each task.
+    races, by task: the shares of all contenders, a column for each task. Of ``normwise bench control``: what rules add to a step.
 
     Raises:
         DataError: another ending, a folder that cannot be written, or a race in which no contender is finished.
@@ -32,7 +33,9 @@ def picture(results: dict[str, Any], path: str | Path) -> Path:
     target = Path(path)
     if target.suffix.lower() not in (".svg", ".png"):
         raise DataError(f"A picture is written as .png or .svg, got {target.name!r}. Give the file one of these endings.")
-    if "contenders" in results:
+    if results.get("bench") == "control":
+        spec = costs(results)
+    elif "contenders" in results:
         spec = ladders(results)
     elif results and all(isinstance(one, dict) and "contenders" in one for one in results.values()):
         spec = shares(results)

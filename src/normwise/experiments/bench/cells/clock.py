@@ -30,18 +30,15 @@ def fastest(entries: int, calls: tuple[Callable[[Tensor], object], ...]) -> Call
 
 
 class Floor:
-    """The fastest read of as much memory as the rules must read, and where all is violated its fastest rewrite after that.
+    """The fastest way through as much memory as the rules work on.
 
-    Each of ``entries`` is one flat buffer of so many fp32 numbers, ones.
+    Each of ``entries`` is one flat buffer of so many fp32 numbers, ones. passes: over each buffer, ``READS`` or ``REWRITES``, one after the
+    other; of each kind the fastest call.
     """
 
-    def __init__(self, entries: Sequence[int], rewritten: bool) -> None:
+    def __init__(self, entries: Sequence[int], passes: Sequence[tuple[Callable[[Tensor], object], ...]]) -> None:
         self.buffers = [torch.ones(n) for n in entries]
-        self.calls = [(x, call) for x in self.buffers for call in self._calls(x.numel(), rewritten)]
-
-    @staticmethod
-    def _calls(entries: int, rewritten: bool) -> list[Callable[[Tensor], object]]:
-        return [fastest(entries, READS), *([fastest(entries, REWRITES)] if rewritten else [])]
+        self.calls = [(x, fastest(x.numel(), kind)) for x in self.buffers for kind in passes]
 
     def put_back(self) -> None:
         """Touches the memory as putting weights back does, so that caches are as warm."""
