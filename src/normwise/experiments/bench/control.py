@@ -67,7 +67,8 @@ def run(rounds: int = ROUNDS, threads: int = 1, only: Sequence[str] | None = Non
     left_out = [f"{case.name}: {case.needs} is not installed" for case in chosen if not case.there()]
     for line in left_out:
         tell(f"Left out: {line}.")
-    return {"bench": "control", "threads": threads, "rounds": rounds, "machine": machine() | installed("transformers", "geotorch"), "left_out": left_out, "rows": rows}
+    facts = {"threads": threads, "rounds": rounds, "machine": machine() | installed("transformers", "geotorch"), "left_out": left_out}
+    return {"bench": "control", **facts, "rows": rows}
 
 
 def _of_network(case: Case, rounds: int, cell_seconds: float) -> list[Row]:

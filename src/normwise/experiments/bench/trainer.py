@@ -80,7 +80,8 @@ def run(rounds: int = ROUNDS, steps: int = STEPS, threads: int = 1) -> dict[str,
     left_out = [f"the rows of GPT-2: {name} is not installed" for name in missing]
     for line in left_out:
         tell(f"Left out: {line}.")
-    return {"bench": "trainer", "threads": threads, "rounds": rounds, "machine": machine() | installed(*NEEDS), "left_out": left_out, "rows": found}
+    facts = {"threads": threads, "rounds": rounds, "machine": machine() | installed(*NEEDS), "left_out": left_out}
+    return {"bench": "trainer", **facts, "rows": found}
 
 
 # ------------------------------------------------------------------------------------------------------------ Trainer
