@@ -146,7 +146,8 @@ def bench(measured: dict[str, Any]) -> str:
     """A benchmark's tables by heading, with the machine where it is known."""
     tables = [f"**{name}**\n\n{markdown(rows)}" if name else markdown(rows) for name, rows in runner.tables(measured).items()]
     machine = measured.get("machine")
-    said = [f"{where(machine)}; threads: {measured['threads']}."] if isinstance(machine, dict) else []
+    kernels = "with" if measured.get("kernels") else "without"
+    said = [f"{where(machine)}; threads: {measured['threads']}; {kernels} C kernels."] if isinstance(machine, dict) else []
     left_out = [f"Left out: {line}." for line in measured.get("left_out", [])]
     return "\n\n".join([*tables, *said, *left_out])
 

@@ -23,6 +23,7 @@ from normwise.experiments.bench.cells.states import ALL, HUGE, NOTHING, ONE, TIN
 from normwise.experiments.framework.figures import ratio_interval
 from normwise.experiments.framework.provenance import installed
 from normwise.experiments.tasks.models.cnn import CNN
+from normwise.norms import native
 
 
 class Conv1D(nn.Module):
@@ -261,6 +262,7 @@ def test_a_run_has_every_cell_with_its_figures(measured: dict[str, Any]) -> None
         assert row["rounds"] == 2 and row["step_us"] > 0 and row["floor_us"] > 0
     assert (measured["threads"], measured["rounds"], measured["left_out"]) == (1, 2, [])
     assert {"cpu", "torch", "python", "commit"} <= set(measured["machine"])
+    assert measured["kernels"] == (native.library() is not None)
     assert installed("torch", "no-such-package") == {"torch": torch.__version__}
     json.dumps(measured, allow_nan=False)
 

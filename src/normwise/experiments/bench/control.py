@@ -44,6 +44,7 @@ from normwise.experiments.framework.pool import on_threads
 from normwise.experiments.framework.printing import tell
 from normwise.experiments.framework.provenance import installed, machine
 from normwise.experiments.framework.timing import in_turn
+from normwise.norms.native import library
 
 BARS = (Bar("ratio"), Bar("high", "high_bar"), Bar("over_floor", "floor_bar"))
 ROUNDS = 150
@@ -67,8 +68,8 @@ def run(rounds: int = ROUNDS, threads: int = 1, only: Sequence[str] | None = Non
     left_out = [f"{case.name}: {case.needs} is not installed" for case in chosen if not case.there()]
     for line in left_out:
         tell(f"Left out: {line}.")
-    facts = {"threads": threads, "rounds": rounds, "machine": machine() | installed("transformers", "geotorch"), "left_out": left_out}
-    return {"bench": "control", **facts, "rows": rows}
+    where = {"machine": machine() | installed("transformers", "geotorch"), "kernels": library() is not None, "threads": threads}
+    return {"bench": "control", **where, "rounds": rounds, "left_out": left_out, "rows": rows}
 
 
 def _of_network(case: Case, rounds: int, cell_seconds: float) -> list[Row]:

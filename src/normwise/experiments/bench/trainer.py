@@ -44,6 +44,7 @@ from normwise.experiments.framework.printing import tell
 from normwise.experiments.framework.provenance import installed, machine
 from normwise.experiments.framework.timing import in_turn, milliseconds, seconds
 from normwise.experiments.tasks.models.gpt import GPT
+from normwise.norms.native import library
 
 BARS = (
     Bar("share"), Bar("paired_low", "bar"), Bar("ratio", "ratio_bar"), Bar("step_ms", "step_bar"), Bar("peak_mib", "peak_bar"),
@@ -80,8 +81,8 @@ def run(rounds: int = ROUNDS, steps: int = STEPS, threads: int = 1) -> dict[str,
     left_out = [f"the rows of GPT-2: {name} is not installed" for name in missing]
     for line in left_out:
         tell(f"Left out: {line}.")
-    facts = {"threads": threads, "rounds": rounds, "machine": machine() | installed(*NEEDS), "left_out": left_out}
-    return {"bench": "trainer", **facts, "rows": found}
+    where = {"machine": machine() | installed(*NEEDS), "kernels": library() is not None, "threads": threads}
+    return {"bench": "trainer", **where, "rounds": rounds, "left_out": left_out, "rows": found}
 
 
 # ------------------------------------------------------------------------------------------------------------ Trainer
