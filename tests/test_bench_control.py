@@ -208,10 +208,17 @@ def test_the_floor_reads_and_rewrites_as_much_memory_as_it_says(monkeypatch: pyt
     assert calls == [("read", 5), ("read", 3), ("read", 7), ("rewrite", 7), ("rewrite", 2)]
 
 
-def test_the_fastest_call_is_the_fastest() -> None:
+@pytest.fixture
+def given_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call takes as long as it says, whatever else the machine does."""
+    monkeypatch.setattr(clock, "seconds", lambda call: call())
+
+
+def test_the_fastest_call_is_the_fastest(given_seconds: None) -> None:
     clock.fastest.cache_clear()
-    calls = tuple(partial(lambda pause, x: time.sleep(pause), pause) for pause in (2e-3, 1e-4, 1e-3))
+    calls = tuple(lambda x, taken=taken: taken for taken in (2e-3, 1e-4, 1e-3))
     assert clock.fastest(4, calls) is calls[1]
+    clock.fastest.cache_clear()
 
 
 @pytest.mark.parametrize("call", [*clock.READS, *clock.REWRITES])
@@ -231,16 +238,17 @@ def test_a_burst_puts_back_before_each_step_and_outside_of_the_clock() -> None:
     assert done == ["back", "step"] * 3 and taken < 2e-3
 
 
-def test_rounds_fill_the_budget() -> None:
-    calls = [lambda: time.sleep(1e-3) or 0.0] * 2
-    assert clock.rounds_for(calls, 1000, 0.1) in range(clock.LEAST_ROUNDS, 60)
-    assert clock.rounds_for(calls, 1000, 1e-9) == clock.FEWEST_ROUNDS and clock.rounds_for(calls, 2, 1.0) == 2
-    assert clock.FEWEST_ROUNDS < clock.rounds_for(calls, 1000, 0.02) <= clock.LEAST_ROUNDS
+def test_rounds_fill_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "seconds", lambda call: call() and 2.0**-9)
+    calls = [lambda: 1.0] * 2
+    assert clock.rounds_for(calls, 1000, 0.25) == 128 and clock.rounds_for(calls, 2, 1.0) == 2
+    assert clock.rounds_for(calls, 1000, 2.0**-6) == 11, "slow ones take up to three budgets for eleven rounds"
+    assert clock.rounds_for(calls, 1000, 2.0**-8) == 6 and clock.rounds_for(calls, 1000, 1e-9) == 5
 
 
-def test_bursts_are_longer_where_steps_are_short() -> None:
-    pauses = [lambda seconds=seconds: time.sleep(seconds) for seconds in (0.0, 2e-3, 0.011)]
-    assert [clock.steps_for(pauses[: k + 1]) for k in range(3)] == [8, 3, 1]
+def test_bursts_are_longer_where_steps_are_short(given_seconds: None) -> None:
+    steps = [lambda taken=taken: taken for taken in (1e-5, 2e-3, 0.011)]
+    assert [clock.steps_for(steps[: k + 1]) for k in range(3)] == [8, 3, 1]
 
 
 # -------------------------------------------------------------------------------------------------------- the whole thing
