@@ -47,7 +47,7 @@ from normwise.experiments.framework.timing import in_turn
 from normwise.norms.native import library
 
 BARS = (Bar("ratio"), Bar("high", "high_bar"), Bar("over_floor", "floor_bar"))
-ROUNDS = 150
+ROUNDS = 300
 Row = dict[str, Any]
 
 
@@ -110,8 +110,8 @@ def cell(model: nn.Module, rules: RuleSet, state: str, rounds: int, cell_seconds
         floor = Floor(_entries(memory, rules), passes(rules.name, state))
         bursts.append(partial(burst, floor.put_back, floor, each))
         count = rounds_for(bursts, rounds, cell_seconds)
-        own, with_control, *by_hand, least = in_turn(bursts, count, warm_up=0, threads=None, alternate=True)
-    return Timed(own, with_control, least, dict(zip(ways, by_hand, strict=True)))
+        without, with_control, *by_hand, least = in_turn(bursts, count, warm_up=0, threads=None, alternate=True)
+    return Timed(without, with_control, least, dict(zip(ways, by_hand, strict=True)))
 
 
 def step_by_hand(memory: Memory, optimizer: torch.optim.Optimizer, before: Before | None, after: After | None) -> None:

@@ -17,7 +17,7 @@ from normwise.experiments.framework.timing import in_turn, seconds
 
 READS: tuple[Callable[[Tensor], object], ...] = (torch.sum, lambda x: torch.dot(x, x), torch.amax, torch.linalg.vector_norm)
 REWRITES: tuple[Callable[[Tensor], object], ...] = (lambda x: x.mul_(1.0), lambda x: x.add_(0.0), torch.Tensor.neg_)
-CELL_SECONDS = 1.5
+CELL_SECONDS = 2.0
 LEAST_ROUNDS, FEWEST_ROUNDS, OVERTIME = 11, 5, 3
 
 
