@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 import weakref
@@ -134,8 +135,7 @@ class Control:
         """Time spent in the hooks, with ``timed=True``."""
         self._told: set[str] = set()
         self._traffic = Traffic()
-        # A class may have a ``step`` of its own over that of another optimizer, which it calls.
-        self._nests = [sum("step" in vars(base) for base in type(o).__mro__ if base is not Optimizer) > 1 for o in optimizers]
+        self._nests = [_steps_within(type(o)) for o in optimizers]
         self._born = [versions(self.engine.params(k)) for k in range(len(optimizers))]
         self._travellers: list[Traveller] = []
         if in_optimizer_state:
@@ -251,6 +251,10 @@ class Control:
         """A closure computes the gradients within the step, so the gradient phase runs after each of its evaluations."""
         stepper, optimizer = self._steppers[k], self.optimizers[k]
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        short, stepper.short = stepper.short, None
+        if short is not None and closure is None and self._before_short(short, optimizer):
+            stepper.short = short
+            return None
         if closure is None and not optimizer.state and makes_state(optimizer):
             stepper.turn, stepper.depth = None, 0
             return None
@@ -272,6 +276,48 @@ class Control:
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
+
+    def _before_short(self, turn: Turn, optimizer: Optimizer) -> bool:
+        """What `_before` comes to in nearly every step: the gradient rules, if all is as it was in the step before. On small networks
+        everything that must be asked about a step takes longer than the rules."""
+        begun, stepper, engine = time.perf_counter(), self._steppers[turn.optimizer], self.engine
+        if stepper.turn is not None or not engine.stands() or not (optimizer.state or not makes_state(optimizer)):
+            return False
+        if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
+            return False
+        program = engine.program(turn.optimizer)
+        if program.gradient:
+            with_graph = torch.is_grad_enabled()
+            torch.set_grad_enabled(False)
+            try:
+                engine.gradient_phase(turn, program)
+            finally:
+                torch.set_grad_enabled(with_graph)
+            stepper.acted = Marks(witnesses(grads(program.params))) if program.once else None
+        stepper.turn = turn
+        if self._timed:
+            self.seconds += time.perf_counter() - begun
+        return True
+
+    def _after_short(self, turn: Turn) -> None:
+        begun, with_graph, stepper = time.perf_counter(), torch.is_grad_enabled(), self._steppers[turn.optimizer]
+        torch.set_grad_enabled(False)
+        try:
+            for act in self.engine.program(turn.optimizer).after:
+                act(turn)
+        finally:
+            torch.set_grad_enabled(with_graph)
+        stepper.turn = stepper.acted = None
+        stepper.calls += 1
+        if self._timed:
+            self.seconds += time.perf_counter() - begun
+
+    def _shorten(self, k: int) -> None:
+        """Prepares what the next steps are given, where nothing of it varies from step to step."""
+        engine, stepper = self.engine, self._steppers[k]
+        plain = self._log is None and self.on_nonfinite == "ignore" and not self._nests[k] and not engine.sharded
+        if plain and engine.program(k).short:
+            stepper.short = Turn(k, stepper.steps, lambda m: engine.rate(m.param), tell=self._tell)
 
     def _wrap(self, k: int, closure: Closure) -> Closure:
         @_disable_dynamo
@@ -395,6 +441,9 @@ class Control:
 
     def _after(self, k: int) -> None:
         stepper = self._steppers[k]
+        if stepper.short is not None and stepper.turn is stepper.short:
+            self._after_short(stepper.short)
+            return
         if stepper.depth:
             stepper.depth -= 1
             return
@@ -409,6 +458,8 @@ class Control:
             if self._log:
                 self._log.after(k)
         stepper.advance(turn.happened)
+        if turn.happened is None:
+            self._shorten(k)
 
     def report_max_logits(self, attention: str | nn.Module, maxima: Tensor) -> None:
         """Tells ``nw.qk_clip`` the largest attention logit of each query head in this step's batches, after scaling, before softmax.
@@ -644,6 +695,11 @@ def _at_work(optimizers: Iterable[Optimizer]) -> list[Control]:
     """The controls that are attached to any of these optimizers."""
     found = {id(c): c for o in optimizers for ref in _AT_WORK.get(o, ()) if (c := ref()) is not None and c._handles}
     return list(found.values())
+
+
+def _steps_within(kind: type[Optimizer]) -> bool:
+    """Whether a class has a ``step`` of its own over that of another optimizer, which it may call. AdamW has not: torch wraps Adam's."""
+    return len({inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if base is not Optimizer and "step" in vars(base)}) > 1
 
 
 def _check_beside(new: Control, others: Sequence[Control]) -> None:

@@ -14,6 +14,7 @@ from normwise.engine.step import Turn
 from normwise.errors import PolicyError
 from normwise.parameters.layouts import overlaps
 from normwise.parameters.names import clean_name
+from normwise.policy import Rule
 
 
 def weights_of(part: Pack) -> list[Tensor]:
@@ -84,3 +85,16 @@ def given_center(centers: Any, name: str, weight: Tensor) -> Tensor:
     if given.shape != weight.shape:
         raise PolicyError(f"center= gives {name!r} the shape {tuple(given.shape)}, but the parameter has {tuple(weight.shape)}.")
     return placed_like(given.detach().to(weight.device, weight.dtype).clone(), weight)
+
+
+def make_dense(rule: Rule, part: Pack) -> None:
+    """Makes the gradients of a pack ones that can be written in place; PolicyError for a sparse one."""
+    grads = [p.grad for p in part.params]
+    if all([g is None or (g.layout == torch.strided and g.is_contiguous() and not g.is_neg()) for g in grads]):    # noqa: C419
+        return
+    own_grads(part.params)
+    if any(g is not None and g.layout != torch.strided for g in grads):
+        raise PolicyError(
+            f"a gradient that rule '{rule.label()}' needs dense is sparse (among {part.members[0].name}, ...): use "
+            "Embedding(sparse=False), or exclude the parameter."
+        )

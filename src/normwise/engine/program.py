@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine import nonfinite
-from normwise.engine.block_tensors import own_grads
+from normwise.engine.block_tensors import make_dense, own_grads
 from normwise.engine.inverse_trials import refuse_computed
 from normwise.engine.pack import Member, Pack, here, is_sharded, refuse_memory
 from normwise.engine.rules.base import BoundRule, bind
@@ -67,12 +67,13 @@ class Bindings:
 
     def stand(self) -> bool:
         """Whether all is as it was: the model's parameters and modules, the optimizers' groups and what they hold, kinds, freezing."""
-        groups = list(chain.from_iterable(map(_GROUPS, self.optimizers)))
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         if len(groups) != len(self._groups) or not all(map(operator.is_, groups, self._groups)):    # load_state_dict makes new ones
             return False
-        params = list(chain.from_iterable(map(_HELD, groups)))
-        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params)) and list(map(_KIND, params)) == self._kinds
-        return same and list(map(len, map(_HELD, groups))) == self._counts and not self.registered_elsewhere()
+        params = groups[0]["params"] if len(groups) == 1 else list(chain.from_iterable(map(_HELD, groups)))
+        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
+        counts = len(groups) == 1 or list(map(len, map(_HELD, groups))) == self._counts
+        return same and counts and list(map(_KIND, params)) == self._kinds and not self.registered_elsewhere()
 
     def registered_elsewhere(self) -> bool:
         """Whether a module of the model has another parameter or submodule under one of its names: a new head, ``assign=True``."""
@@ -102,7 +103,8 @@ class Program:
         spanned = range(len(engine.optimizers)) if engine.spanning else [k]
         self.aligned: list[Tensor] = [p for other in spanned for p in engine.params(other)] if engine.sharded else []
         self.gradient = [b.run for b in of_gradients] if engine.spanning and not engine.sharded else engine.calls(of_gradients, k)
-        self.dense = [(b, part) for b in of_gradients for part in b.packs if engine.spanning or k in part.optimizers]
+        looking = [b for b in of_gradients if not b.looks_itself]
+        self.dense = [(b, part) for b in looking for part in b.packs if engine.spanning or k in part.optimizers]
         self.decays = engine.calls(engine.phase("decay", "cpr"), k)
         self.after = engine.calls([b for b in engine.phase("update", "prox", "qk_clip", "weight") if b not in inline], k)
         self.begins = [b for b in engine.rules if type(b).begin is not BoundRule.begin]
@@ -111,15 +113,18 @@ class Program:
         self.snapshots: list[Member] = updated
         """What rules on updates compare with, where the optimizer does not hand its updates over."""
         early = [m for b in engine.phase("decay", "cpr") for m in b.members if m.optimizer == k]
-        looking = [m for b in engine.rules if b.looks_back for m in b.members if m.optimizer == k]
+        back = [m for b in engine.rules if b.looks_back for m in b.members if m.optimizer == k]
         self.decaying = _of(early)
         """The parameters that decay before the step."""
-        self.starts = _of([*early, *looking, *updated])
+        self.starts = _of([*early, *back, *updated])
         """The parameters whose weights at the start of a step matter to some rule: to decay, to compare with."""
-        self.once = bool(of_gradients or inline or updated or self.begins)
-        """Whether a step that raises and is tried again must not do everything a second time."""
+        self.once = bool(looking or inline or updated or self.begins)
+        """Whether a step that raises and is tried again must not do everything a second time: a gradient clipped twice is one clipped."""
         self.ascends = bool(engine.phase("penalty"))
         """Whether it matters that a group maximises."""
+        busy = self.aligned or self.decays or self.begins or self.commits or self.ascends or engine.foreign or engine.phase("update")
+        self.short = not (busy or engine.spanning)
+        """Whether a step is no more than the gradient phase and what comes after the optimizer."""
 
 
 def _of(members: Sequence[Member]) -> list[nn.Parameter]:
@@ -170,6 +175,10 @@ class Engine:
         self.program: Callable[[int], Program] = cache(partial(Program, self))
 
     # ------------------------------------------------------------------------------------------------ binding
+
+    def stands(self) -> bool:
+        """Whether all is as it was when the rules were bound."""
+        return self._bindings.stand()
 
     def outdated(self, model: nn.Module) -> bool:
         """Whether the rules must be bound anew: where an optimizer holds a parameter of the model that was not there, or was frozen, when
@@ -299,11 +308,11 @@ class Engine:
             if bound.rule.active(turn.step()):
                 at(value, turn.step(), what)
 
-    def gradient_phase(self, turn: Turn) -> None:
+    def gradient_phase(self, turn: Turn, program: Program | None = None) -> None:
         """Penalties, then gradient rules in the policy's order."""
-        program = self.program(turn.optimizer)
+        program = program or self.program(turn.optimizer)
         for bound, part in program.dense:
-            _make_dense(bound, part)
+            make_dense(bound.rule, part)
         if program.aligned:
             align(program.aligned)
         turn.spanning = self.spanning
@@ -374,19 +383,6 @@ class Engine:
                 by_device.setdefault(p.grad.device, []).append(here(p.grad))
         for device, grads in by_device.items():
             torch._foreach_mul_(grads, scale.double().reciprocal().float().to(device))
-
-
-def _make_dense(bound: BoundRule, part: Pack) -> None:
-    """Makes the gradients of a pack ones that can be written in place; PolicyError for a sparse one."""
-    grads = [p.grad for p in part.params]
-    if all([g is None or (g.layout == torch.strided and g.is_contiguous() and not g.is_neg()) for g in grads]):    # noqa: C419
-        return
-    own_grads(part.params)
-    if any(g is not None and g.layout != torch.strided for g in grads):
-        raise PolicyError(
-            f"a gradient that rule '{bound.rule.label()}' needs dense is sparse (among {part.members[0].name}, ...): use "
-            "Embedding(sparse=False), or exclude the parameter."
-        )
 
 
 def _owners(inventory: Inventory, optimizers: Sequence[Optimizer]) -> dict[int, int]:

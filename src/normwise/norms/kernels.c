@@ -23,14 +23,18 @@
 typedef float Eight __attribute__((vector_size(32))); /* four of them are summed side by side */
 typedef double Doubles __attribute__((vector_size(64)));
 
+/* What Python keeps for tensors that are looked at again and again (``native.Room``): an argument of its own for each of these would take
+ * longer than the kernel does on small ones. */
 typedef struct {
     float **x;
+    const long *sizes;                  /* of each tensor */
     long k, outer, units, inner;
-    int sphere;
+    double *norms, *factors, *each;     /* one a block, one a block, one a tensor */
+    long *changed;                      /* k + 1: how many blocks, or pieces, of each tensor; at the end how many norms are not finite */
+    const double *radii;                /* one a block; without it, radius */
     double radius;
-    const double *radii;
-    double *norms, *factors;
-    long *changed, *odd;
+    int sphere;                         /* whether blocks below the radius are brought to it, too */
+    int acts;                           /* whether norms are all that is wanted */
 } Job;
 
 /* ------------------------------------------------------------------------------------------------------------------- threads */
@@ -148,7 +152,7 @@ static void multiply(float *x, long n, double factor) {
 /* What brings a block of this norm to its radius; 1 for a zero block, and for one that is not finite. */
 static double wanted(const Job *j, long block) {
     const double value = j->norms[block], radius = j->radii ? j->radii[block] : j->radius;
-    if (!isfinite(value)) __atomic_fetch_add(j->odd, 1, __ATOMIC_RELAXED);
+    if (!isfinite(value)) __atomic_fetch_add(&j->changed[j->k], 1, __ATOMIC_RELAXED);
     return value > 0 && isfinite(value) && (j->sphere || value > radius) ? radius / value : 1;
 }
 
@@ -177,7 +181,7 @@ static void rows(const void *given, long first, long last) {
             if (++u == j->units) t++, u = 0;
         }
         for (long row = from; row < to; row++) j->norms[row] = sqrt(j->norms[row]);
-        if (j->factors && !inside(j, from, to)) {
+        if (j->acts && !inside(j, from, to)) {
             for (long row = from; row < to; row++) {
                 const double f = j->factors[row];
                 if (f == 1) continue;
@@ -205,7 +209,7 @@ static void stripes(const void *given, long first, long last) {
                     sums[u] += (j->sphere ? sum_exactly : sum_squares)(j->x[t] + (a * j->units + from + u) * j->inner, j->inner);
         }
         for (long u = 0; u < to - from; u++) sums[u] = sqrt(sums[u]);
-        if (!j->factors) continue;
+        if (!j->acts) continue;
         if (inside(j, t * j->units + from, t * j->units + to)) continue;
         for (long u = 0; u < to - from; u++) {
             const double f = j->factors[t * j->units + from + u];
@@ -227,17 +231,14 @@ static void stripes(const void *given, long first, long last) {
     }
 }
 
-/* The norms of all blocks, (k * units); with factors, each block is also brought to its radius, or under it. changed[i]: how many blocks of
- * tensor i were; changed[k]: how many have a norm that is not finite. Returns how many were changed in all. */
-long normwise_blocks(float **x, long k, long outer, long units, long inner, int sphere, double radius, const double *radii, double *norms,
-                     double *factors, long *changed, int threads) {
-    const Job job = {x, k, outer, units, inner, sphere, radius, radii, norms, factors, changed, changed + k};
-    const long entries = k * outer * units * inner;
+/* The norms of all blocks, (k * units); where it acts, each block is also brought to its radius, or under it. Returns how many were. */
+long normwise_blocks(const Job *j, int threads) {
+    const long entries = j->k * j->outer * j->units * j->inner;
     long all = 0;
-    for (long i = 0; factors && i <= k; i++) changed[i] = 0;
-    if (outer == 1) share(rows, &job, k * units, entries, threads);
-    else share(stripes, &job, k * ((units + STRIPE - 1) / STRIPE), entries, threads);
-    for (long i = 0; factors && i < k; i++) all += changed[i];
+    for (long i = 0; i <= j->k; i++) j->changed[i] = 0;
+    if (j->outer == 1) share(rows, j, j->k * j->units, entries, threads);
+    else share(stripes, j, j->k * ((j->units + STRIPE - 1) / STRIPE), entries, threads);
+    for (long i = 0; i < j->k; i++) all += j->changed[i];
     return all;
 }
 
@@ -292,9 +293,9 @@ static Pieces cut(float **x, const long *sizes, long k, long *pieces, long *entr
 }
 
 /* Σ x² of each of k tensors, and of all together as what it returns; -1 where memory is out. */
-double normwise_squares(float **x, const long *sizes, long k, double *each, int threads) {
+double normwise_squares(const Job *j, int threads) {
     long count, entries;
-    Pieces p = cut(x, sizes, k, &count, &entries);
+    Pieces p = cut(j->x, j->sizes, j->k, &count, &entries);
     double total = 0;
     p.sums = p.tensor ? malloc((size_t)(count + 1) * sizeof(double)) : NULL;
     if (!p.sums) {
@@ -302,18 +303,18 @@ double normwise_squares(float **x, const long *sizes, long k, double *each, int 
         return -1;
     }
     share(sums_of, &p, count, entries, threads);
-    for (long i = 0; i < k; i++) each[i] = 0;
-    for (long i = 0; i < count; i++) each[p.tensor[i]] += p.sums[i];
-    for (long i = 0; i < k; i++) total += each[i];
+    for (long i = 0; i < j->k; i++) j->each[i] = 0;
+    for (long i = 0; i < count; i++) j->each[p.tensor[i]] += p.sums[i];
+    for (long i = 0; i < j->k; i++) total += j->each[i];
     free(p.sums);
     free((void *)p.tensor);
     return total;
 }
 
 /* Every tensor times one factor. Returns -1 where memory is out, and nothing has changed. */
-long normwise_multiply(float **x, const long *sizes, long k, double factor, int threads) {
+long normwise_multiply(const Job *j, double factor, int threads) {
     long count, entries;
-    Pieces p = cut(x, sizes, k, &count, &entries);
+    Pieces p = cut(j->x, j->sizes, j->k, &count, &entries);
     if (!p.tensor) return -1;
     p.factor = factor;
     share(multiply_all, &p, count, entries, threads);
@@ -322,14 +323,14 @@ long normwise_multiply(float **x, const long *sizes, long k, double factor, int 
 }
 
 /* Every entry into [low, high]. changed[i] is 0 where tensor i was inside. Returns how many tensors were not; -1 where memory is out. */
-long normwise_clamp(float **x, const long *sizes, long k, float low, float high, long *changed, int threads) {
+long normwise_clamp(const Job *j, float low, float high, int threads) {
     long count, entries, tensors = 0;
-    Pieces p = cut(x, sizes, k, &count, &entries);
+    Pieces p = cut(j->x, j->sizes, j->k, &count, &entries);
     if (!p.tensor) return -1;
-    for (long i = 0; i < k; i++) changed[i] = 0;
-    p.low = low, p.high = high, p.changed = changed;
+    for (long i = 0; i < j->k; i++) j->changed[i] = 0;
+    p.low = low, p.high = high, p.changed = j->changed;
     share(clamp_all, &p, count, entries, threads);
-    for (long i = 0; i < k; i++) tensors += changed[i] != 0;
+    for (long i = 0; i < j->k; i++) tensors += j->changed[i] != 0;
     free((void *)p.tensor);
     return tensors;
 }

@@ -34,8 +34,8 @@ FLAGS = (["-O3", "-march=native"], ["-O3"])
 """Tried in this order: not every compiler knows its own machine."""
 PATIENCE = 60
 """Seconds for the compiler."""
-FIT = {(kind, torch.float32, True) for kind in (Tensor, nn.Parameter)}
-_ABOUT = operator.attrgetter("__class__", "dtype", "is_cpu")    # mapped in C: there may be hundreds of tensors
+KINDS, FIT = {Tensor, nn.Parameter}, {(torch.float32, True)}
+_ABOUT = operator.attrgetter("dtype", "is_cpu")    # mapped in C: there may be hundreds of tensors
 Axes = tuple[int, int, int]
 """A tensor as (outer, units, inner): a block is all entries of one unit."""
 _P, _L, _D, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_double, ctypes.c_float, ctypes.c_int
@@ -56,11 +56,20 @@ def library() -> Any | None:
         return None
 
 
+class _Job(ctypes.Structure):
+    """As in ``kernels.c``."""
+
+    _fields_ = (
+        ("x", _P), ("sizes", _P), ("k", _L), ("outer", _L), ("units", _L), ("inner", _L), ("norms", _P), ("factors", _P), ("each", _P),
+        ("changed", _P), ("radii", _P), ("radius", _D), ("sphere", _I), ("acts", _I),
+    )  # fmt: skip
+
+
 def _declared(found: Any) -> Any:
-    found.normwise_blocks.argtypes, found.normwise_blocks.restype = [_P, _L, _L, _L, _L, _I, _D, _P, _P, _P, _P, _I], _L
-    found.normwise_squares.argtypes, found.normwise_squares.restype = [_P, _P, _L, _P, _I], _D
-    found.normwise_multiply.argtypes, found.normwise_multiply.restype = [_P, _P, _L, _D, _I], _L
-    found.normwise_clamp.argtypes, found.normwise_clamp.restype = [_P, _P, _L, _F, _F, _P, _I], _L
+    found.normwise_blocks.argtypes, found.normwise_blocks.restype = [_P, _I], _L
+    found.normwise_squares.argtypes, found.normwise_squares.restype = [_P, _I], _D
+    found.normwise_multiply.argtypes, found.normwise_multiply.restype = [_P, _D, _I], _L
+    found.normwise_clamp.argtypes, found.normwise_clamp.restype = [_P, _F, _F, _I], _L
     return found
 
 
@@ -107,7 +116,7 @@ def _machine() -> str:
 
 def fit(tensors: Sequence[Any]) -> bool:
     """Whether the kernels can read and write these: plain fp32 tensors on a CPU, each in one stretch of memory."""
-    return set(map(_ABOUT, tensors)) <= FIT and all(map(Tensor.is_contiguous, tensors))
+    return set(map(type, tensors)) <= KINDS and set(map(_ABOUT, tensors)) <= FIT and all(map(Tensor.is_contiguous, tensors))
 
 
 class Room:
@@ -119,13 +128,16 @@ class Room:
     """
 
     def __init__(self, like: Sequence[Tensor], axes: Axes = (1, 1, 1)) -> None:
-        self.count, self.axes = len(like), axes
-        self.at, self.each, self.changed = (_P * self.count)(), (_D * self.count)(), (_L * (self.count + 1))()
-        self.sizes = (_L * self.count)(*map(Tensor.numel, like))
-        self.norms = torch.empty(self.count * axes[1], dtype=torch.float64)
+        k = self.count = len(like)
+        self.at, self.each, self.changed = (_P * k)(), (_D * k)(), (_L * (k + 1))()
+        self.sizes = (_L * k)(*map(Tensor.numel, like))
+        self.norms = torch.empty(k * axes[1], dtype=torch.float64)
         self.factors = torch.empty_like(self.norms)
         self.nothing = self.factors[:0]
-        self.to = self.norms.data_ptr(), self.factors.data_ptr(), ctypes.addressof(self.changed)
+        parts = [ctypes.addressof(x) for x in (self.each, self.changed)]
+        at, sizes = ctypes.addressof(self.at), ctypes.addressof(self.sizes)
+        self.job = _Job(at, sizes, k, *axes, self.norms.data_ptr(), self.factors.data_ptr(), *parts, None, 0.0, 0, 0)
+        self.call = ctypes.addressof(self.job)
 
     def place(self, tensors: Sequence[Tensor]) -> None:
         """Where they lie now."""
@@ -144,7 +156,7 @@ def norms(tensors: Sequence[Tensor], axes: Axes) -> Tensor | None:
         return None
     room = Room(tensors, axes)
     room.place(tensors)
-    found.normwise_blocks(room.at, room.count, *axes, 0, 0.0, None, room.to[0], None, None, torch.get_num_threads())
+    found.normwise_blocks(room.call, torch.get_num_threads())
     return room.norms
 
 
@@ -154,16 +166,13 @@ def bound_(tensors: Sequence[Tensor], room: Room, radius: float | Tensor, sphere
     Returns the norms, what the blocks were multiplied by (empty where none was), and whether all norms are finite: blocks that have none
     stay as they are. Both are the room's, and overwritten by the next call. ``radius``: a number, or one a block.
     """
-    found, given = library(), None
+    found, job = library(), room.job
     if found is None:
         return None
-    if isinstance(radius, Tensor):
-        given, radius = radius.to(torch.float64).expand(len(room.norms)).contiguous(), 0.0
+    given = radius.to(torch.float64).expand(len(room.norms)).contiguous() if isinstance(radius, Tensor) else None
+    job.radii, job.radius, job.sphere, job.acts = (None, radius, sphere, 1) if given is None else (given.data_ptr(), 0.0, sphere, 1)
     room.place(tensors)
-    to = room.to
-    acted = found.normwise_blocks(
-        room.at, room.count, *room.axes, sphere, radius, None if given is None else given.data_ptr(), *to, torch.get_num_threads()
-    )
+    acted = found.normwise_blocks(room.call, torch.get_num_threads())
     if acted:
         increment_version([t for t, c in zip(tensors, room.changed, strict=False) if c])
     return room.norms, room.factors if acted else room.nothing, not room.changed[room.count]
@@ -176,7 +185,7 @@ def squares(tensors: Sequence[Tensor], room: Room | None = None) -> float | None
         return None
     room = room or Room(tensors)
     room.place(tensors)
-    total = found.normwise_squares(room.at, room.sizes, room.count, room.each, torch.get_num_threads())
+    total = found.normwise_squares(room.call, torch.get_num_threads())
     return None if total < 0 else total
 
 
@@ -184,7 +193,7 @@ def multiply_(tensors: Sequence[Tensor], room: Room, factor: float) -> bool:
     """Every tensor times one factor, in place; whether it could."""
     found = library()
     room.place(tensors)
-    if found is None or found.normwise_multiply(room.at, room.sizes, room.count, factor, torch.get_num_threads()) < 0:
+    if found is None or found.normwise_multiply(room.call, factor, torch.get_num_threads()) < 0:
         return False
     increment_version(tensors)
     return True
@@ -197,7 +206,7 @@ def clamp_(tensors: Sequence[Tensor], room: Room, low: float, high: float) -> li
     """
     found: Any = library()
     room.place(tensors)
-    if found.normwise_clamp(room.at, room.sizes, room.count, low, high, room.changed, torch.get_num_threads()) < 0:
+    if found.normwise_clamp(room.call, low, high, torch.get_num_threads()) < 0:
         raise MemoryError("no memory is left for a table of the tensors' pieces.")
     changed = [c != 0 for c in room.changed[: room.count]]
     if any(changed):

@@ -39,6 +39,8 @@ class BoundRule:
     """Whether it knows how many blocks it changed."""
     nothing_to_verify: str | None = None
     """Why it leaves no bound on the weights that could be measured; None where it does."""
+    looks_itself = False
+    """Whether what it prepared for a step looks whether gradients can be written in place."""
     looks_back = False
     """Whether ``begin`` measures the weights that the step starts from."""
     growing: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.block_tensors import centers_of, grads_of, offsets_of, recenter_, starts_of, weights_of
+from normwise.engine.block_tensors import centers_of, grads_of, make_dense, offsets_of, recenter_, starts_of, weights_of
 from normwise.engine.margins import inside, least, relative_margin, room, shy
 from normwise.engine.pack import Pack, nothing_to_do
 from normwise.engine.rules.base import BoundRule, runs
@@ -58,20 +58,25 @@ class Bound(BoundRule):
         """
         rule, mine = self.rule, [p for p in self.packs if optimizer in p.optimizers]
         free = rule.rate == 1 and rule.min_radius is None and rule.center is None and not self.timed()
-        if not (type(self) is Bound and free and all(p.plain() for p in mine) and len(self.optimizers) == 1):
-            return self.run
-        if self.norm.name == "l2" and rule.action in ("clip_norm", "project", "normalize") and is_number(rule.radius):
+        plain = type(self) is Bound and self.phase != "update" and len(self.optimizers) == 1 and all(p.plain() for p in mine)
+        act = self._in_few_calls(mine) if free and plain else None
+        self.looks_itself = act is not None and self.phase == "gradient"
+        return act or self.run
+
+    def _in_few_calls(self, mine: list[Any]) -> Callable[[Turn], None] | None:
+        rule, fixed = self.rule, is_number(self.rule.radius)
+        if self.norm.name == "l2" and fixed and rule.action in ("clip_norm", "project", "normalize"):
+            radius: Any = rule.radius
             sphere = rule.action == "normalize"
-            if self.flat and self.phase == "gradient" and not sphere:
-                return partial(self._clip_together, mine[0])
-            if not self.flat and self.phase in ("weight", "gradient"):
-                radius = float(rule.radius)    # type: ignore[arg-type]
+            if not self.flat:
                 aims = [self._aimed(p, radius) if self.phase == "weight" else radius for p in mine]
                 return partial(self._bound_blocks, list(zip(mine, aims, strict=True)), sphere)
-        entrywise = getattr(self.norm, "interval", None) is not None or (self.norm.name == "linf" and is_number(rule.radius))
-        if entrywise and rule.action == "project" and rule.per == "tensor" and self.phase in ("weight", "gradient"):
+            if self.phase == "gradient" and not sphere:
+                return partial(self._clip_together, mine[0])
+        entrywise = getattr(self.norm, "interval", None) is not None or (self.norm.name == "linf" and fixed)
+        if entrywise and rule.action == "project" and rule.per == "tensor":
             return partial(self._clamp_entries, [(p, self._ends(p)) for p in mine])
-        return self.run
+        return None
 
     def _ends(self, part: Pack) -> tuple[float, float]:
         """Where the lowest number goes and where the highest: all others stay between."""
@@ -81,8 +86,8 @@ class Bound(BoundRule):
         return low, high
 
     def _clip_together(self, part: Any, turn: Turn) -> None:
-        found = self._certain([part], turn)
-        done = None if found is None else part.clip_(found[0], self.rule.radius)
+        ready = self._ready([part], turn)
+        done = None if ready is None else part.clip_(ready[0][0], self.rule.radius, ready[1])
         if done is None:    # the whole care
             self.run(turn)
             return
@@ -92,32 +97,39 @@ class Bound(BoundRule):
             self._look_at(torch.tensor([value], dtype=torch.float64), turn)
 
     def _clamp_entries(self, boxes: list[tuple[Any, tuple[float, float]]], turn: Turn) -> None:
-        tensors = self._certain([p for p, _ in boxes], turn)
-        if tensors is None or native.library() is None or not all(map(native.fit, tensors)):
+        ready = self._ready([p for p, _ in boxes], turn)
+        if ready is None or native.library() is None or not ready[1]:
             self.run(turn)
             return
         self._acted[turn.optimizer] = acted = []
-        for (part, (low, high)), mine in zip(boxes, tensors, strict=True):
+        for (part, (low, high)), mine in zip(boxes, ready[0], strict=True):
             changed = native.clamp_(mine, part.room, low, high)
             if any(changed):
                 acted.append((part, torch.tensor([0.0 if c else 1.0 for c in changed])))
 
-    def _certain(self, parts: list[Any], turn: Turn) -> list[Any] | None:
-        """What the rule acts on in each pack; None where the step may be skipped, or a gradient is missing."""
+    def _ready(self, parts: list[Any], turn: Turn) -> tuple[list[Any], bool] | None:
+        """What the rule acts on in each pack, and whether the kernels can; None where the step may be skipped, or a gradient is missing."""
+        certain = turn.happened is None
         if self.phase == "weight":
-            return None if turn.happened is not None else [p.weights for p in parts]
+            weights = [p.weights for p in parts]
+            return (weights, all(map(native.fit, weights))) if certain else None
         found = [grads(p.params) for p in parts]
-        missing = turn.happened is not None or any([g is None for of_pack in found for g in of_pack])    # noqa: C419
-        return None if missing else found
+        if all(map(native.fit, found)):
+            return (found, True) if certain else None
+        for part in parts:
+            make_dense(self.rule, part)
+        found = [grads(p.params) for p in parts]
+        there = all([g is not None for of_pack in found for g in of_pack])    # noqa: C419 - a list is faster than a generator
+        return (found, False) if certain and there else None
 
     def _bound_blocks(self, aims: list[tuple[Any, Any]], sphere: bool, turn: Turn) -> None:
-        tensors = self._certain([p for p, _ in aims], turn)
-        if tensors is None:
+        ready = self._ready([p for p, _ in aims], turn)
+        if ready is None:
             self.run(turn)
             return
         self._acted[turn.optimizer] = acted = []
-        for (part, aim), mine in zip(aims, tensors, strict=True):
-            done = part.bound_(mine, aim, sphere)
+        for (part, aim), mine in zip(aims, ready[0], strict=True):
+            done = part.bound_(mine, aim, sphere, ready[1] or None)
             if done is None:    # the whole care
                 self._scale(part, mine, aim, turn)
                 continue
