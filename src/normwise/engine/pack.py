@@ -252,19 +252,22 @@ class Pack:
         known = self.axes is not None and not self.computed and type(self) is Pack
         return known and kinds == {(True, True, torch.float32, torch.strided)}
 
-    def bound_(self, tensors: list[Tensor], radius: float, sphere: bool, fits: bool | None = None) -> tuple[Tensor | None, Tensor] | None:
+    def bound_(self, tensors: list[Tensor], radius: float, sphere: bool, fits: bool) -> tuple[Tensor | None, Tensor] | None:
         """Scales every block whose L2 norm is above ``radius`` onto it, in place; with ``sphere`` every block that is not zero.
 
         Returns the norms, where they are worth a look since one is not finite, and the factors, empty where no block changed. None, with
         nothing changed, where this cannot be done in a few calls: ``measure`` and ``scale_`` take care of that.
         """
-        assert self.axes is not None
-        if native.fit(tensors) if fits is None else fits:
+        if fits:
             found = native.bound_(tensors, self.room, radius, sphere)
             if found is not None:
                 return None if found[2] else found[0], found[1]
         if sphere or not tensors[0].is_cpu:    # moved since: reading a norm would wait for the device
             return None
+        with torch.no_grad():
+            return self._cap_(tensors, radius)
+
+    def _cap_(self, tensors: list[Tensor], radius: float) -> tuple[None, Tensor] | None:
         value = self.measure(L2(), tensors)
         largest = float(value.max())
         if largest <= radius:
@@ -404,7 +407,8 @@ class Flat(Pack):
         if not (value < math.inf and factor >= torch.finfo(torch.float32).smallest_normal):
             return None
         if found is None or not native.multiply_(tensors, self.room, factor):
-            torch._foreach_mul_(list(tensors), factor)
+            with torch.no_grad():
+                torch._foreach_mul_(list(tensors), factor)
         return value, factor
 
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:

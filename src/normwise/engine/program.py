@@ -103,10 +103,12 @@ class Program:
         spanned = range(len(engine.optimizers)) if engine.spanning else [k]
         self.aligned: list[Tensor] = [p for other in spanned for p in engine.params(other)] if engine.sharded else []
         self.gradient = [b.run for b in of_gradients] if engine.spanning and not engine.sharded else engine.calls(of_gradients, k)
-        looking = [b for b in of_gradients if not b.looks_itself]
+        looking = [b for b in of_gradients if not b.in_few_calls]
         self.dense = [(b, part) for b in looking for part in b.packs if engine.spanning or k in part.optimizers]
         self.decays = engine.calls(engine.phase("decay", "cpr"), k)
-        self.after = engine.calls([b for b in engine.phase("update", "prox", "qk_clip", "weight") if b not in inline], k)
+        later = [b for b in engine.phase("update", "prox", "qk_clip", "weight") if b not in inline]
+        self.after = engine.calls(later, k)
+        self.in_few_calls = all(b.in_few_calls for b in (*of_gradients, *later))
         self.begins = [b for b in engine.rules if type(b).begin is not BoundRule.begin]
         self.commits = [b for b in engine.rules if type(b).commit is not BoundRule.commit]
         updated = [m for b in engine.phase("update") if b not in inline for m in b.members if m.optimizer == k]

@@ -322,7 +322,7 @@ long normwise_multiply(const Job *j, double factor, int threads) {
     return 0;
 }
 
-/* Every entry into [low, high]. changed[i] is 0 where tensor i was inside. Returns how many tensors were not; -1 where memory is out. */
+/* Every entry into [low, high]. changed[i] is 0, and factors[i] 1, where tensor i was inside. Returns how many tensors were not; -1 where memory is out. */
 long normwise_clamp(const Job *j, float low, float high, int threads) {
     long count, entries, tensors = 0;
     Pieces p = cut(j->x, j->sizes, j->k, &count, &entries);
@@ -330,7 +330,7 @@ long normwise_clamp(const Job *j, float low, float high, int threads) {
     for (long i = 0; i < j->k; i++) j->changed[i] = 0;
     p.low = low, p.high = high, p.changed = j->changed;
     share(clamp_all, &p, count, entries, threads);
-    for (long i = 0; i < j->k; i++) tensors += j->changed[i] != 0;
+    for (long i = 0; i < j->k; i++) tensors += j->changed[i] != 0, j->factors[i] = j->changed[i] == 0;
     free((void *)p.tensor);
     return tensors;
 }

@@ -5,7 +5,7 @@ memory gives them. ``kernels.c`` takes one call for all tensors of a shape, and 
 The library is built at its first use (half a second) and kept in the user's cache. Without a compiler, or with ``NORMWISE_KERNELS=0`` set,
 the same is done by torch's calls; both are right to the last digits of fp32, which may differ.
 
-Every function takes tensors that :func:`fit`, and returns None where there are no kernels.
+Every function takes tensors that :func:`fit`, and a :class:`Room` that is ready for them, and returns None where there are no kernels.
 """
 
 from __future__ import annotations
@@ -138,10 +138,19 @@ class Room:
         at, sizes = ctypes.addressof(self.at), ctypes.addressof(self.sizes)
         self.job = _Job(at, sizes, k, *axes, self.norms.data_ptr(), self.factors.data_ptr(), *parts, None, 0.0, 0, 0)
         self.call = ctypes.addressof(self.job)
+        self._last: list[int] = []
 
-    def place(self, tensors: Sequence[Tensor]) -> None:
-        """Where they lie now."""
-        self.at[:] = list(map(Tensor.data_ptr, tensors))
+    def ready(self, tensors: Sequence[Tensor]) -> bool:
+        """Looks where the tensors lie now, and whether the kernels can work there. Others of that shape at the same addresses are those of
+        before, unless they are the gradients of another step: ask :func:`fit` for these first."""
+        now = list(map(Tensor.data_ptr, tensors))
+        if now == self._last:
+            return all(map(Tensor.is_contiguous, tensors))
+        if not fit(tensors):
+            return False
+        self.at[:] = now    # type: ignore[assignment]
+        self._last = now
+        return True
 
 
 def row_norms(x: Tensor) -> Tensor | None:
@@ -155,7 +164,7 @@ def norms(tensors: Sequence[Tensor], axes: Axes) -> Tensor | None:
     if found is None:
         return None
     room = Room(tensors, axes)
-    room.place(tensors)
+    room.ready(tensors)
     found.normwise_blocks(room.call, torch.get_num_threads())
     return room.norms
 
@@ -171,7 +180,6 @@ def bound_(tensors: Sequence[Tensor], room: Room, radius: float | Tensor, sphere
         return None
     given = radius.to(torch.float64).expand(len(room.norms)).contiguous() if isinstance(radius, Tensor) else None
     job.radii, job.radius, job.sphere, job.acts = (None, radius, sphere, 1) if given is None else (given.data_ptr(), 0.0, sphere, 1)
-    room.place(tensors)
     acted = found.normwise_blocks(room.call, torch.get_num_threads())
     if acted:
         increment_version([t for t, c in zip(tensors, room.changed, strict=False) if c])
@@ -183,8 +191,9 @@ def squares(tensors: Sequence[Tensor], room: Room | None = None) -> float | None
     found = library()
     if found is None:
         return None
-    room = room or Room(tensors)
-    room.place(tensors)
+    if room is None:
+        room = Room(tensors)
+        room.ready(tensors)
     total = found.normwise_squares(room.call, torch.get_num_threads())
     return None if total < 0 else total
 
@@ -192,23 +201,21 @@ def squares(tensors: Sequence[Tensor], room: Room | None = None) -> float | None
 def multiply_(tensors: Sequence[Tensor], room: Room, factor: float) -> bool:
     """Every tensor times one factor, in place; whether it could."""
     found = library()
-    room.place(tensors)
     if found is None or found.normwise_multiply(room.call, factor, torch.get_num_threads()) < 0:
         return False
     increment_version(tensors)
     return True
 
 
-def clamp_(tensors: Sequence[Tensor], room: Room, low: float, high: float) -> list[bool]:
-    """Brings every entry into [low, high], numbers of fp32, in place, and says which tensors were changed. NaN stays.
+def clamp_(tensors: Sequence[Tensor], room: Room, low: float, high: float) -> bool:
+    """Brings every entry into [low, high], numbers of fp32, in place; whether any was outside. NaN stays.
 
-    Only where there is a :func:`library`.
+    ``room.factors``, one a tensor, is then 0 for those that were changed and 1 for the others. Only where there is a :func:`library`.
     """
     found: Any = library()
-    room.place(tensors)
-    if found.normwise_clamp(room.call, low, high, torch.get_num_threads()) < 0:
+    acted = found.normwise_clamp(room.call, low, high, torch.get_num_threads())
+    if acted < 0:
         raise MemoryError("no memory is left for a table of the tensors' pieces.")
-    changed = [c != 0 for c in room.changed[: room.count]]
-    if any(changed):
-        increment_version([t for t, c in zip(tensors, changed, strict=True) if c])
-    return changed
+    if acted:
+        increment_version([t for t, c in zip(tensors, room.changed, strict=False) if c])
+    return acted > 0

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from normwise.norms.base import Norm, Radius, column, lifted, register
-from normwise.norms.decompose import singular_values, svd
-from normwise.norms.reduce import compute_dtype, up, wide
+from normwise.norms.decompose import eigh, singular_values, svd
+from normwise.norms.reduce import compute_dtype, may_branch, up, wide
 from normwise.norms.vector import project_l1
 
+DIGITS = 1e5    # radii: float64's rounding of a σ₁ below is a hundredth of fp32's of the radius
 FAR = 4.0    # radii: beyond, singular vectors from fp32, orthonormal to a hundred eps, would show in what is rebuilt from many of them
 
 
@@ -44,6 +45,40 @@ def _rebuild(u: Tensor, s: Tensor, vh: Tensor, like: Tensor) -> Tensor:
     return torch.where(usable, (u * s[:, None, :]) @ vh, like.to(u.dtype)).to(like.dtype)
 
 
+def _cut(x: Tensor, radius: Tensor) -> Tensor:
+    """The projection of matrices that float64 holds with digits to spare, on a CPU: several times as fast as their SVD.
+
+    λ₁(G) of the Gram matrix G of the shorter side is σ₁². Where r²I − G has a Cholesky decomposition σ₁ is below r, and a matrix stays as
+    it is; of the others, what G's eigenvectors above r² have too much is taken away.
+    """
+    narrow = x if x.shape[1] <= x.shape[2] else x.mT
+    rows = narrow.to(torch.float64)
+    left = torch.bmm(rows, rows.mT).neg_()    # in place: a fresh megabyte costs more than the arithmetic on it
+    left.diagonal(dim1=1, dim2=2).add_(radius.square()[:, None])
+    outside = torch.linalg.cholesky_ex(left).info
+    if not outside.any():
+        return x
+    every = len(x) == 1 or bool(outside.all())
+    chosen = torch.arange(len(x)) if every else outside.nonzero().flatten()
+    over, limit = (rows, radius) if every else (rows[chosen], radius[chosen])
+    gram = torch.bmm(over, over.mT)
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except RuntimeError:    # not finite, or no convergence
+        values, vectors = eigh(gram)
+    s = values.clamp_(min=0).sqrt_()
+    too_much = torch.where(s > limit[:, None], 1 - limit[:, None] / s, 0)
+    cut = torch.baddbmm(over, vectors * too_much[:, None, :], vectors.mT @ over, alpha=-1)
+    if not cut.isfinite().all():
+        cut = torch.where(s.isfinite().all(1)[:, None, None], cut, over)
+    result = (cut if narrow is x else cut.mT).to(x.dtype)
+    far = s[:, -1] > DIGITS * limit
+    if far.any():    # the difference would carry the rounding of σ₁
+        u, found, vh = svd_for(x[chosen[far]], limit[far])
+        result[far] = _rebuild(u, found.minimum(limit[far, None].to(found.dtype)), vh, x[chosen[far]])
+    return result if every else x.index_copy(0, chosen, result)
+
+
 @dataclass(frozen=True)
 class Spectral(Norm):
     """σ₁, the largest singular value: the 2→2 operator norm. Dual: Nuclear. Its LMO is the (negative) polar factor, Muon's direction."""
@@ -67,6 +102,8 @@ class Spectral(Norm):
 
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
+        if may_branch(x) and x.dtype != torch.float64 and x.numel():
+            return _cut(x, torch.as_tensor(radius, dtype=torch.float64).expand(len(x)))
         u, s, vh = svd_for(x, radius)
         # Rebuilt rather than x minus what exceeds: the difference carries the rounding of σ₁, which may be many times the radius.
         capped = s.minimum(torch.as_tensor(column(radius, s), dtype=s.dtype, device=s.device))

@@ -39,8 +39,9 @@ class BoundRule:
     """Whether it knows how many blocks it changed."""
     nothing_to_verify: str | None = None
     """Why it leaves no bound on the weights that could be measured; None where it does."""
-    looks_itself = False
-    """Whether what it prepared for a step looks whether gradients can be written in place."""
+    in_few_calls = False
+    """Whether what it prepared for a step looks itself whether gradients can be written in place, needs no ``no_grad``, and changes nothing
+    where it is done a second time."""
     looks_back = False
     """Whether ``begin`` measures the weights that the step starts from."""
     growing: tuple[str, ...] = ()

@@ -60,7 +60,7 @@ class Bound(BoundRule):
         free = rule.rate == 1 and rule.min_radius is None and rule.center is None and not self.timed()
         plain = type(self) is Bound and self.phase != "update" and len(self.optimizers) == 1 and all(p.plain() for p in mine)
         act = self._in_few_calls(mine) if free and plain else None
-        self.looks_itself = act is not None and self.phase == "gradient"
+        self.in_few_calls = act is not None
         return act or self.run
 
     def _in_few_calls(self, mine: list[Any]) -> Callable[[Turn], None] | None:
@@ -88,8 +88,8 @@ class Bound(BoundRule):
     def _clip_together(self, part: Any, turn: Turn) -> None:
         ready = self._ready([part], turn)
         done = None if ready is None else part.clip_(ready[0][0], self.rule.radius, ready[1])
-        if done is None:    # the whole care
-            self.run(turn)
+        if done is None:
+            self._carefully(turn)
             return
         value, factor = done
         self._acted = {turn.optimizer: [] if factor == 1 else [(part, torch.tensor([factor], dtype=torch.float64))]}
@@ -99,22 +99,25 @@ class Bound(BoundRule):
     def _clamp_entries(self, boxes: list[tuple[Any, tuple[float, float]]], turn: Turn) -> None:
         ready = self._ready([p for p, _ in boxes], turn)
         if ready is None or native.library() is None or not ready[1]:
-            self.run(turn)
+            self._carefully(turn)
             return
         self._acted[turn.optimizer] = acted = []
         for (part, (low, high)), mine in zip(boxes, ready[0], strict=True):
-            changed = native.clamp_(mine, part.room, low, high)
-            if any(changed):
-                acted.append((part, torch.tensor([0.0 if c else 1.0 for c in changed])))
+            if native.clamp_(mine, part.room, low, high):
+                acted.append((part, part.room.factors))
+
+    def _carefully(self, turn: Turn) -> None:
+        with torch.no_grad():
+            self.run(turn)
 
     def _ready(self, parts: list[Any], turn: Turn) -> tuple[list[Any], bool] | None:
         """What the rule acts on in each pack, and whether the kernels can; None where the step may be skipped, or a gradient is missing."""
         certain = turn.happened is None
         if self.phase == "weight":
             weights = [p.weights for p in parts]
-            return (weights, all(map(native.fit, weights))) if certain else None
+            return (weights, all([p.room.ready(p.weights) for p in parts])) if certain else None    # noqa: C419
         found = [grads(p.params) for p in parts]
-        if all(map(native.fit, found)):
+        if all([native.fit(g) and p.room.ready(g) for p, g in zip(parts, found, strict=True)]):    # noqa: C419 - as below
             return (found, True) if certain else None
         for part in parts:
             make_dense(self.rule, part)
@@ -125,13 +128,14 @@ class Bound(BoundRule):
     def _bound_blocks(self, aims: list[tuple[Any, Any]], sphere: bool, turn: Turn) -> None:
         ready = self._ready([p for p, _ in aims], turn)
         if ready is None:
-            self.run(turn)
+            self._carefully(turn)
             return
         self._acted[turn.optimizer] = acted = []
         for (part, aim), mine in zip(aims, ready[0], strict=True):
-            done = part.bound_(mine, aim, sphere, ready[1] or None)
-            if done is None:    # the whole care
-                self._scale(part, mine, aim, turn)
+            done = part.bound_(mine, aim, sphere, ready[1])
+            if done is None:
+                with torch.no_grad():
+                    self._scale(part, mine, aim, turn)
                 continue
             odd, factor = done
             acted.append((part, factor))

@@ -2,7 +2,8 @@
 
 A cell is a network, a set of rules and a state. In each round of a cell three kinds of optimizer steps take turns, in one process, on
 one thread, in alternating order: without control, with it, and without it but with what you would write by hand around it. Before each of
-them the weights and gradients that the rules act on are put back into the state, outside the clock. The step is fused SGD at a rate of 0:
+them the weights and gradients that the rules act on are put back into the state, outside the clock. The step is fused SGD with
+momentum at a rate of 0:
 it reads weights and gradients and writes the weights as any step does, and leaves every weight exactly where the state has it.
 
 - ``added_us``, ``hand_us``: the median over rounds of the step with control, or with code by hand, minus the step without, of the same
@@ -97,7 +98,7 @@ def bars(case: str, rules: str, state: str) -> dict[str, float]:
 
 def cell(model: nn.Module, rules: RuleSet, state: str, rounds: int, cell_seconds: float) -> Timed:
     """Times one set of rules in one state, against all ways by hand and the floor."""
-    plain, controlled = (torch.optim.SGD(model.parameters(), lr=0.0, fused=True) for _ in range(2))
+    plain, controlled = (torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True) for _ in range(2))
     with warnings.catch_warnings(), nw.attach(model, controlled, rules.rules()) as control:
         # The norms of gradients that are put back are all the same, which the clip takes for another clip's work.
         warnings.filterwarnings("ignore", "the gradients that rule")
