@@ -39,5 +39,5 @@ if __name__ == "__main__":
     shorten()
     if "SLOWLY" in os.environ:    # so that a study can be met at its work
         prune.BUDGETS["quick"] = {"cnn": prune.Budget(100_000, 4, 1, "tiny")}
-        compare.BUDGETS["quick"] = compare.Budget(9, 0.2, 2, 1)
+        compare.BUDGETS["quick"] = compare.Budget(9, 0.1, 2, 1)
     cli.command()
