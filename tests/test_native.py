@@ -54,7 +54,7 @@ def test_blocks_are_scaled_as_in_float64(axes: tuple[int, int, int], sphere: boo
         tensors = made(axes, scale)
         before, norms = [t.double() for t in tensors], exact(tensors)
         radius = float(norms.median())
-        found = native.bound_(tensors, room_for(tensors, axes), radius, sphere)
+        found = native.bound_(tensors, room_for(tensors, axes).aim(radius, sphere))
         assert found is not None and found[2]
         want = radius / norms if sphere else (radius / norms).clamp(max=1)
         factors = found[1] if len(found[1]) else torch.ones_like(norms)
@@ -69,7 +69,7 @@ def test_what_is_not_finite_stays_and_is_told() -> None:
     x = torch.ones(4, 8) * 5
     x[1, 3], x[2, 0] = math.nan, math.inf
     kept = x.clone()
-    found = native.bound_([x], room_for([x], (1, 4, 8)), 1.0)
+    found = native.bound_([x], room_for([x], (1, 4, 8)).aim(1.0))
     assert found is not None and not found[2]
     assert torch.equal(x[1:3].nan_to_num(9), kept[1:3].nan_to_num(9))
     assert torch.allclose(x[[0, 3]].norm(dim=1), torch.ones(2))
@@ -80,7 +80,7 @@ def test_a_radius_for_each_block() -> None:
     tensors = made((1, 6, 50), 1.0)
     radii = torch.linspace(0.5, 9, 18, dtype=torch.float64)
     want = torch.minimum(exact(tensors), radii)
-    native.bound_(tensors, room_for(tensors, (1, 6, 50)), radii)
+    native.bound_(tensors, room_for(tensors, (1, 6, 50)).aim(radii))
     assert torch.allclose(exact(tensors), want, rtol=2 * EPS)
 
 
@@ -104,7 +104,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
             torch.set_num_threads(threads)
             for axes in ((1, 1000, 1000), (1000, 1000, 1), (1, 1, 1_000_000)):
                 tensors = made(axes, 1.0)
-                native.bound_(tensors, room_for(tensors, axes), 30.0, sphere=True)
+                native.bound_(tensors, room_for(tensors, axes).aim(30.0, sphere=True))
                 native.multiply_(tensors, room_for(tensors), 0.3)
                 results.append([*tensors, torch.tensor(native.squares(tensors))])
     finally:
@@ -118,7 +118,7 @@ def test_autograd_hears_of_what_is_written() -> None:
     w = nn.Parameter(torch.full((4, 8), 5.0))
     loss = (w * w).sum()
     with torch.no_grad():
-        native.bound_([w], room_for([w], (1, 4, 8)), 1.0)
+        native.bound_([w], room_for([w], (1, 4, 8)).aim(1.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -182,3 +182,44 @@ def test_a_rule_is_one_of_few_calls_whichever_way(monkeypatch: pytest.MonkeyPatc
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert sum(control.violations().values()) > 0
     assert torch.allclose(*ends, rtol=1e-5, atol=1e-7)
+
+
+@with_kernels
+@pytest.mark.parametrize("shape", [(64, 64), (16, 72), (300, 10), (1, 5), (7, 1), (33, 33)], ids=str)
+def test_a_matrix_is_proven_to_be_below_a_radius_where_it_is(shape: tuple[int, int]) -> None:
+    """The proof turns where the largest singular value of float64 is, to a billionth."""
+    torch.manual_seed(0)
+    for scale in (1e-20, 1.0, 1e15):
+        base = torch.randn(shape)
+        tensors = [base * scale * k for k in (1, 2, 3)]
+        sigma = torch.stack([torch.linalg.matrix_norm(t.double(), 2) for t in tensors])
+        for i in range(3):
+            assert native.beyond(room_for(tensors), shape, float(sigma[i]) * (1 + 1e-9)) == list(range(i + 1, 3))
+            assert native.beyond(room_for(tensors), shape, float(sigma[i]) * (1 - 1e-9)) == list(range(i, 3))
+    tensors[1][0, 0] = math.nan
+    assert native.beyond(room_for(tensors), shape, 1e30) == [1]
+
+
+@with_kernels
+@pytest.mark.parametrize("layer", [
+    nn.Linear(20, 64), nn.Conv2d(3, 16, 5), nn.ConvTranspose2d(3, 16, 5), nn.Conv2d(4, 8, 3, groups=2), nn.Linear(64, 20).to(torch.float64),
+    nn.Conv2d(3, 16, 5).to(memory_format=torch.channels_last), nn.Linear(300, 70),
+], ids=lambda m: type(m).__name__)  # fmt: skip
+def test_a_spectral_cap_ends_where_it_does_without_kernels(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, ends = [p.detach().clone() for p in layer.parameters()], []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(native, "library", lambda: None)
+        with torch.no_grad():
+            for p, k in zip(layer.parameters(), kept, strict=True):
+                p.copy_(k)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        control = nw.attach(layer, optimizer, nw.spectral_cap(0.5))
+        for _ in range(2):
+            for p in layer.parameters():
+                p.grad = -p.detach().clone()
+            optimizer.step()
+        assert control.verify()
+        ends.append((torch.cat([p.detach().flatten() for p in layer.parameters()]), control.violations()))
+        control.remove()
+    assert torch.allclose(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-7) and ends[0][1] == ends[1][1]

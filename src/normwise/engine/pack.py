@@ -141,6 +141,16 @@ class Pack:
         """For the kernels: kept, since a step that makes it anew takes longer than the kernels."""
         return native.Room(self.weights, self.axes or (1, 1, 1))
 
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        """The shape of a member that is one matrix in memory, or the transpose of one; None where it is neither."""
+        view, shape = self.view, self.weights[0].shape
+        if view.batch or len(self.block_shape) != 2:
+            return None
+        if view.order == tuple(range(len(view.order))):
+            return self.block_shape[0], self.block_shape[1]
+        return (shape[0], shape[1]) if len(shape) == len(view.order) == 2 else None
+
     # ------------------------------------------------------------------------------------------------ which blocks there are
 
     @property
@@ -253,13 +263,13 @@ class Pack:
         return known and kinds == {(True, True, torch.float32, torch.strided)}
 
     def bound_(self, tensors: list[Tensor], radius: float, sphere: bool, fits: bool) -> tuple[Tensor | None, Tensor] | None:
-        """Scales every block whose L2 norm is above ``radius`` onto it, in place; with ``sphere`` every block that is not zero.
+        """Scales every block whose L2 norm is above ``radius``, at which its room aims, onto it, in place; on a sphere all but zero.
 
         Returns the norms, where they are worth a look since one is not finite, and the factors, empty where no block changed. None, with
         nothing changed, where this cannot be done in a few calls: ``measure`` and ``scale_`` take care of that.
         """
         if fits:
-            found = native.bound_(tensors, self.room, radius, sphere)
+            found = native.bound_(tensors, self.room)
             if found is not None:
                 return None if found[2] else found[0], found[1]
         if sphere or not tensors[0].is_cpu:    # moved since: reading a norm would wait for the device

@@ -334,3 +334,45 @@ long normwise_clamp(const Job *j, float low, float high, int threads) {
     free((void *)p.tensor);
     return tensors;
 }
+
+/* ------------------------------------------------------------------------------------------------------------------- singular values */
+
+/* Whether r*r*I - G has a Cholesky decomposition, where G is the Gram matrix of the shorter side: then no singular value is above r. */
+static int below(const float *x, long m, long n, double r, double *room) {
+    const long a = m < n ? m : n, b = m < n ? n : m, whole = b / 4 * 4;
+    double *w = room, *g = room + a * b, *l = g + a * a;
+    for (long i = 0; i < m; i++)
+        for (long j = 0; j < n; j++) w[m <= n ? j * m + i : i * n + j] = (double)x[i * n + j];
+    for (long i = 0; i < a * a; i++) g[i] = i % (a + 1) ? 0 : r * r;
+    for (long t = 0; t < whole; t += 4) { /* four at a time, since each reads and writes all of G */
+        const double *p = w + t * a, *q = p + a, *s = q + a, *u = s + a;
+        for (long i = 0; i < a; i++)
+            for (long j = 0; j <= i; j++) g[i * a + j] -= (p[i] * p[j] + q[i] * q[j]) + (s[i] * s[j] + u[i] * u[j]);
+    }
+    for (long t = whole; t < b; t++)
+        for (long i = 0; i < a; i++)
+            for (long j = 0; j <= i; j++) g[i * a + j] -= w[t * a + i] * w[t * a + j];
+    for (long k = 0; k < a; k++) {
+        if (!(g[k * a + k] > 0)) return 0; /* a NaN is not */
+        const double pivot = sqrt(g[k * a + k]);
+        for (long i = k + 1; i < a; i++) l[i] = g[i * a + k] / pivot;
+        for (long i = k + 1; i < a; i++)
+            for (long j = k + 1; j <= i; j++) g[i * a + j] -= l[i] * l[j];
+    }
+    return 1;
+}
+
+/* Of each tensor as an m x n matrix: factors[i] is 1 where no singular value is above r, by proof. Returns how many are not proven; -1 where
+ * memory is out. */
+long normwise_spectra(const Job *j, long m, long n, double r) {
+    const long a = m < n ? m : n;
+    long beyond = 0;
+    double *room = malloc((size_t)(m * n + a * a + a) * sizeof(double));
+    if (!room) return -1;
+    for (long i = 0; i < j->k; i++) {
+        j->factors[i] = below(j->x[i], m, n, r, room);
+        beyond += j->factors[i] == 0;
+    }
+    free(room);
+    return beyond;
+}

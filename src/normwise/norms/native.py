@@ -32,6 +32,8 @@ SOURCE = Path(__file__).with_name("kernels.c")
 SWITCH = "NORMWISE_KERNELS"
 FLAGS = (["-O3", "-march=native"], ["-O3"])
 """Tried in this order: not every compiler knows its own machine."""
+SMALL = 64
+"""The shorter side of a matrix, above which blocked products win over plain loops."""
 PATIENCE = 60
 """Seconds for the compiler."""
 KINDS, FIT = {Tensor, nn.Parameter}, {(torch.float32, True)}
@@ -69,6 +71,7 @@ def _declared(found: Any) -> Any:
     found.normwise_blocks.argtypes, found.normwise_blocks.restype = [_P, _I], _L
     found.normwise_squares.argtypes, found.normwise_squares.restype = [_P, _I], _D
     found.normwise_multiply.argtypes, found.normwise_multiply.restype = [_P, _D, _I], _L
+    found.normwise_spectra.argtypes, found.normwise_spectra.restype = [_P, _L, _L, _D], _L
     found.normwise_clamp.argtypes, found.normwise_clamp.restype = [_P, _F, _F, _I], _L
     return found
 
@@ -140,6 +143,14 @@ class Room:
         self.call = ctypes.addressof(self.job)
         self._last: list[int] = []
 
+    def aim(self, radius: float | Tensor, sphere: bool = False) -> Room:
+        """At a number, or at one a block. ``sphere``: blocks below are brought there, too."""
+        self._radii = radius.to(torch.float64).expand(len(self.norms)).contiguous() if isinstance(radius, Tensor) else None
+        self.job.radii = None if self._radii is None else self._radii.data_ptr()
+        self.job.radius = radius if self._radii is None else 0.0
+        self.job.sphere, self.job.acts = sphere, 1
+        return self
+
     def ready(self, tensors: Sequence[Tensor]) -> bool:
         """Looks where the tensors lie now, and whether the kernels can work there. Others of that shape at the same addresses are those of
         before, unless they are the gradients of another step: ask :func:`fit` for these first."""
@@ -169,17 +180,15 @@ def norms(tensors: Sequence[Tensor], axes: Axes) -> Tensor | None:
     return room.norms
 
 
-def bound_(tensors: Sequence[Tensor], room: Room, radius: float | Tensor, sphere: bool = False) -> tuple[Tensor, Tensor, bool] | None:
-    """Brings each block whose L2 norm is above ``radius`` onto it, in place; with ``sphere`` each block but zero.
+def bound_(tensors: Sequence[Tensor], room: Room) -> tuple[Tensor, Tensor, bool] | None:
+    """Brings each block whose L2 norm is above the radius that the room aims at onto it, in place; on a sphere each block but zero.
 
     Returns the norms, what the blocks were multiplied by (empty where none was), and whether all norms are finite: blocks that have none
-    stay as they are. Both are the room's, and overwritten by the next call. ``radius``: a number, or one a block.
+    stay as they are. Both are the room's, and overwritten by the next call.
     """
-    found, job = library(), room.job
+    found = library()
     if found is None:
         return None
-    given = radius.to(torch.float64).expand(len(room.norms)).contiguous() if isinstance(radius, Tensor) else None
-    job.radii, job.radius, job.sphere, job.acts = (None, radius, sphere, 1) if given is None else (given.data_ptr(), 0.0, sphere, 1)
     acted = found.normwise_blocks(room.call, torch.get_num_threads())
     if acted:
         increment_version([t for t, c in zip(tensors, room.changed, strict=False) if c])
@@ -219,3 +228,15 @@ def clamp_(tensors: Sequence[Tensor], room: Room, low: float, high: float) -> bo
     if acted:
         increment_version([t for t, c in zip(tensors, room.changed, strict=False) if c])
     return acted > 0
+
+
+def beyond(room: Room, shape: tuple[int, int], radius: float) -> list[int] | None:
+    """Which of the tensors, as matrices of this shape, may have a singular value above ``radius``: that the others have none is proven.
+
+    For matrices whose shorter side is at most ``SMALL``: of larger ones torch makes shorter work. None also where memory is out.
+    """
+    found = library()
+    unproven = -1 if found is None else found.normwise_spectra(room.call, *shape, radius)
+    if unproven <= 0:
+        return [] if unproven == 0 else None
+    return (room.factors[: room.count] == 0).nonzero().flatten().tolist()

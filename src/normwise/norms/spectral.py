@@ -45,38 +45,47 @@ def _rebuild(u: Tensor, s: Tensor, vh: Tensor, like: Tensor) -> Tensor:
     return torch.where(usable, (u * s[:, None, :]) @ vh, like.to(u.dtype)).to(like.dtype)
 
 
-def _cut(x: Tensor, radius: Tensor) -> Tensor:
+def _capped(x: Tensor, radius: Tensor) -> Tensor:
     """The projection of matrices that float64 holds with digits to spare, on a CPU: several times as fast as their SVD.
 
     λ₁(G) of the Gram matrix G of the shorter side is σ₁². Where r²I − G has a Cholesky decomposition σ₁ is below r, and a matrix stays as
-    it is; of the others, what G's eigenvectors above r² have too much is taken away.
+    it is.
     """
-    narrow = x if x.shape[1] <= x.shape[2] else x.mT
-    rows = narrow.to(torch.float64)
+    rows = (x if x.shape[1] <= x.shape[2] else x.mT).to(torch.float64)
     left = torch.bmm(rows, rows.mT).neg_()    # in place: a fresh megabyte costs more than the arithmetic on it
     left.diagonal(dim1=1, dim2=2).add_(radius.square()[:, None])
     outside = torch.linalg.cholesky_ex(left).info
     if not outside.any():
         return x
-    every = len(x) == 1 or bool(outside.all())
-    chosen = torch.arange(len(x)) if every else outside.nonzero().flatten()
-    over, limit = (rows, radius) if every else (rows[chosen], radius[chosen])
-    gram = torch.bmm(over, over.mT)
+    chosen = outside.nonzero().flatten()
+    return x.index_copy(0, chosen, cut(x[chosen], radius[chosen]))
+
+
+def cut(x: Tensor, radius: Radius, vectors_in: torch.dtype = torch.float64) -> Tensor:
+    """Takes away what the eigenvectors of the Gram matrix above r² have too much, ``(b, m, n)``.
+
+    vectors_in: fp32 is twice as fast, and right to its own rounding: for whoever looks afterwards whether the matrices are inside.
+    """
+    flat = x if x.shape[1] <= x.shape[2] else x.mT
+    rows, limit = flat.to(torch.float64), radius[:, None] if isinstance(radius, Tensor) else radius
+    gram = torch.bmm(rows, rows.mT)
     try:
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(gram.to(vectors_in))
     except RuntimeError:    # not finite, or no convergence
         values, vectors = eigh(gram)
-    s = values.clamp_(min=0).sqrt_()
-    too_much = torch.where(s > limit[:, None], 1 - limit[:, None] / s, 0)
-    cut = torch.baddbmm(over, vectors * too_much[:, None, :], vectors.mT @ over, alpha=-1)
-    if not cut.isfinite().all():
-        cut = torch.where(s.isfinite().all(1)[:, None, None], cut, over)
-    result = (cut if narrow is x else cut.mT).to(x.dtype)
-    far = s[:, -1] > DIGITS * limit
-    if far.any():    # the difference would carry the rounding of σ₁
-        u, found, vh = svd_for(x[chosen[far]], limit[far])
-        result[far] = _rebuild(u, found.minimum(limit[far, None].to(found.dtype)), vh, x[chosen[far]])
-    return result if every else x.index_copy(0, chosen, result)
+    s, vectors = values.to(torch.float64).clamp_(min=0).sqrt_(), vectors.to(torch.float64)
+    too_much = (1 - limit / s).nan_to_num_(0, 0, 0).clamp_(min=0)
+    found = torch.baddbmm(rows, vectors * too_much[:, None, :], vectors.mT @ rows, alpha=-1)
+    largest = s[:, -1]
+    if not bool((largest <= (DIGITS * limit if not isinstance(limit, Tensor) else DIGITS * limit[:, 0])).all()):
+        found = torch.stack([_by_svd(m, r) for m, r in zip(rows, torch.as_tensor(radius).expand(len(x)), strict=True)])
+    return (found if flat is x else found.mT).to(x.dtype)
+
+
+def _by_svd(x: Tensor, radius: Tensor) -> Tensor:
+    """Rebuilt: where σ₁ is far above the radius a difference would carry the rounding of σ₁. What is not finite stays."""
+    u, s, vh = svd(x[None])
+    return _rebuild(u, s.clamp(max=float(radius)), vh, x[None])[0]
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Spectral(Norm):
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
         if may_branch(x) and x.dtype != torch.float64 and x.numel():
-            return _cut(x, torch.as_tensor(radius, dtype=torch.float64).expand(len(x)))
+            return _capped(x, torch.as_tensor(radius, dtype=torch.float64).expand(len(x)))
         u, s, vh = svd_for(x, radius)
         # Rebuilt rather than x minus what exceeds: the difference carries the rounding of σ₁, which may be many times the radius.
         capped = s.minimum(torch.as_tensor(column(radius, s), dtype=s.dtype, device=s.device))

@@ -18,6 +18,7 @@ from normwise.engine.step import Turn, grads
 from normwise.norms import Norm, Radius, native
 from normwise.norms.base import beyond
 from normwise.norms.reduce import may_branch, wide
+from normwise.norms.spectral import cut
 from normwise.policy import actions
 from normwise.policy.radii import Relative
 from normwise.policy.schedules import is_number
@@ -70,9 +71,15 @@ class Bound(BoundRule):
             sphere = rule.action == "normalize"
             if not self.flat:
                 aims = [self._aimed(p, radius) if self.phase == "weight" else radius for p in mine]
+                for part, aim in zip(mine, aims, strict=True):
+                    part.room.aim(aim, sphere)
                 return partial(self._bound_blocks, list(zip(mine, aims, strict=True)), sphere)
             if self.phase == "gradient" and not sphere:
                 return partial(self._clip_together, mine[0])
+        if self.norm.name == "spectral" and fixed and rule.action == "project" and self.phase == "weight":
+            shapes = [p.matrix if p.matrix is not None and min(p.matrix) <= native.SMALL else None for p in mine]
+            caps = [(p, shape, self._aimed(p, self.radius(p, None))) for p, shape in zip(mine, shapes, strict=True)]
+            return partial(self._cap_spectra, caps) if any(shapes) else None
         entrywise = getattr(self.norm, "interval", None) is not None or (self.norm.name == "linf" and fixed)
         if entrywise and rule.action == "project" and rule.per == "tensor":
             return partial(self._clamp_entries, [(p, self._ends(p)) for p in mine])
@@ -106,6 +113,32 @@ class Bound(BoundRule):
             if native.clamp_(mine, part.room, low, high):
                 acted.append((part, part.room.factors))
 
+    def _cap_spectra(self, caps: list[tuple[Any, tuple[int, int] | None, Any]], turn: Turn) -> None:
+        """Decomposes only what is not proven to be inside."""
+        ready = self._ready([p for p, _, _ in caps], turn)
+        if ready is None or not ready[1] or native.library() is None:
+            self._carefully(turn)
+            return
+        self._acted[turn.optimizer] = acted = []
+        for part, shape, aim in caps:
+            outside = None if shape is None else native.beyond(part.room, shape, aim)
+            if outside:
+                acted.append((part, part.room.factors.clone()))
+                self._cut(part, outside, aim)
+            elif outside is None:
+                with torch.no_grad():
+                    self._act(part, part.weights, aim, turn)
+
+    @torch.no_grad()
+    def _cut(self, part: Any, outside: list[int], aim: float) -> None:
+        """Cuts those of the members, and again with more digits if one is not proven to be inside then."""
+        for vectors_in in (torch.float32, torch.float64):
+            matrices = [part.weights[i].view(part.matrix) for i in outside]
+            found = cut(matrices[0][None] if len(matrices) == 1 else torch.stack(matrices), aim, vectors_in)
+            torch._foreach_copy_(matrices, list(found.unbind()))
+            if not native.beyond(part.room, part.matrix, self.rule.radius):    # type: ignore[arg-type]
+                return
+
     def _carefully(self, turn: Turn) -> None:
         with torch.no_grad():
             self.run(turn)
@@ -126,13 +159,14 @@ class Bound(BoundRule):
         return (found, False) if certain and there else None
 
     def _bound_blocks(self, aims: list[tuple[Any, Any]], sphere: bool, turn: Turn) -> None:
-        ready = self._ready([p for p, _ in aims], turn)
-        if ready is None:
+        ready = self._ready([p for p, _ in aims], turn) if self.phase == "gradient" else None
+        if turn.happened is not None or (self.phase == "gradient" and ready is None):
             self._carefully(turn)
             return
         self._acted[turn.optimizer] = acted = []
-        for (part, aim), mine in zip(aims, ready[0], strict=True):
-            done = part.bound_(mine, aim, sphere, ready[1])
+        for i, (part, aim) in enumerate(aims):
+            mine = part.weights if ready is None else ready[0][i]
+            done = part.bound_(mine, aim, sphere, ready[1] if ready is not None else part.room.ready(mine))
             if done is None:
                 with torch.no_grad():
                     self._scale(part, mine, aim, turn)
