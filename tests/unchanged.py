@@ -55,6 +55,7 @@ from normwise.experiments.tasks.data.splits import load as load_images
 from normwise.experiments.tasks.fidelity import train_judge
 from normwise.experiments.tasks.load import load_task
 from normwise.norms import native
+from normwise.norms.linalg import paths
 from normwise.policy import NAMED
 from normwise.policy.radii import Inflection, Init, WarmStart
 from normwise.policy.schedules import Cosine, Linear, Warmup
@@ -685,6 +686,7 @@ SHARDED |= {
 
 def on_a_rank(where: str, planted: float) -> Found:
     """Runs on each rank of a group: three steps with every one of ``SHARDED``, and the whole weights."""
+    paths.bf16_pays = lambda device: True    # see found_now
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found = {}
     for name, make in SHARDED.items():
@@ -732,15 +734,17 @@ TEXTS = ("policies", "public", "errors")
 def found_now(name: str) -> Found:
     """What a record would hold if it were made now, on one thread; once a process.
 
-    By torch's calls alone, here and in ranks: whether a machine has a C compiler, and which, is none of the code's doing.
+    By torch's calls alone, here and in ranks, and in bf16 where that is slow, too: what a machine has is none of the code's doing.
     """
-    before, switch = torch.get_num_threads(), os.environ.get(native.SWITCH)
+    before, switch, pays = torch.get_num_threads(), os.environ.get(native.SWITCH), paths.bf16_pays
     torch.set_num_threads(1)
     os.environ[native.SWITCH] = "0"
     native.library.cache_clear()
+    paths.bf16_pays = lambda device: True
     try:
         return RECORDS[name]()
     finally:
+        paths.bf16_pays = pays
         torch.set_num_threads(before)
         os.environ.pop(native.SWITCH)
         os.environ.update({native.SWITCH: switch} if switch is not None else {})

@@ -126,8 +126,11 @@ class Bound(BoundRule):
                 acted.append((part, part.room.factors.clone()))
                 self._cut(part, outside, aim)
             elif outside is None:
-                with torch.no_grad():
-                    self._act(part, part.weights, aim, turn)
+                self._act_without_graph(part, part.weights, aim, turn)
+
+    @torch.no_grad()
+    def _act_without_graph(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
+        self._act(part, tensors, radius, turn)
 
     @torch.no_grad()
     def _cut(self, part: Any, outside: list[int], aim: float) -> None:
@@ -168,8 +171,7 @@ class Bound(BoundRule):
             mine = part.weights if ready is None else ready[0][i]
             done = part.bound_(mine, aim, sphere, ready[1] if ready is not None else part.room.ready(mine))
             if done is None:
-                with torch.no_grad():
-                    self._scale(part, mine, aim, turn)
+                self._act_without_graph(part, mine, aim, turn)
                 continue
             odd, factor = done
             acted.append((part, factor))

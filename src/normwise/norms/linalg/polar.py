@@ -27,14 +27,14 @@ class Method:
     lower: float             # the error bound holds for singular values >= lower x the scale
     scale: str               # what the singular values are divided by: "frobenius" or "schatten8"
     bf16_error: float        # what rounding may add to the error bound where the iteration runs in bf16 (measured)
-    quick: bool              # iterate in bf16 (float64 stays float64); else in fp32 or float64
+    quick: bool              # iterate in bf16 where that is quick (float64 stays float64); else in fp32 or float64
     steps_per_gram: int      # at most so many steps on one Gram matrix without loss of accuracy
     source: str
     cubic_last: bool = False # the last step is a cubic: one product less
 
-    def precision(self, given: torch.dtype) -> torch.dtype:
-        """The dtype to iterate in for input of the dtype ``given``."""
-        return given if given == torch.float64 else torch.bfloat16 if self.quick else torch.float32
+    def precision(self, given: torch.dtype, quick: bool = True) -> torch.dtype:
+        """The dtype to iterate in for input of the dtype ``given``; ``quick``: where products in bf16 are quick at all."""
+        return given if given == torch.float64 else torch.bfloat16 if self.quick and quick else torch.float32
 
     def coefficients(self, steps: int | None, dtype: torch.dtype) -> tuple[Step, ...]:
         """The steps (a, b, c), first to last; None for the method's own number of them."""
@@ -62,6 +62,8 @@ def polar(
     Below its domain a value is still moved towards one, by the product of the steps' slopes. Rounding to bf16 gives a rank-deficient matrix
     small singular values, which grow like all others; ``"accurate"`` and ``"exact"`` keep the rank.
 
+    A CPU without AVX-512 takes forty times as long for a product in bf16 as for one in fp32: there all methods iterate in fp32.
+
     Args:
         x: real matrices (..., m, n), each its own.
         method: with the share of its scale above which the bound on ``|σ - 1|`` holds (exact arithmetic; bf16 may add 0.03):
@@ -86,7 +88,7 @@ def polar(
         finite = batch.isfinite().flatten(1).all(1)[:, None, None]
         return like_input(torch.where(finite, -Spectral().lmo(batch), torch.nan), x) if x.numel() else x.detach().clone()
     row = _row(method if isinstance(method, str) else "quintic")
-    work = dtype or row.precision(x.dtype)
+    work = dtype or row.precision(x.dtype, paths.bf16_pays(x.device))
     coefficients = row.coefficients(steps, work) if isinstance(method, str) else method
     group = min(row.steps_per_gram, paths.steps_per_gram(batch.shape))
     iterate = partial(_iterate, coefficients=coefficients, scale=row.scale, dtype=work, group=group, floor=floor)
