@@ -223,3 +223,40 @@ def test_a_spectral_cap_ends_where_it_does_without_kernels(layer: nn.Module, mon
         ends.append((torch.cat([p.detach().flatten() for p in layer.parameters()]), control.violations()))
         control.remove()
     assert torch.allclose(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-7) and ends[0][1] == ends[1][1]
+
+
+@with_kernels
+def test_one_pass_tells_how_far_weights_have_moved() -> None:
+    for scale in SCALES:
+        tensors = made((1, 37, 41), scale)
+        copies = [t + torch.randn_like(t) * scale * step for t, step in zip(tensors, (0, 1e-4, 1.0), strict=True)]
+        lengths = [float(t.double().square().sum()) for t in tensors]
+        changes = [float((t.double() - c.double()).square().sum()) for t, c in zip(tensors, copies, strict=True)]
+        now, was = room_for(tensors), room_for(copies)
+        native.moved_(now, was)
+        assert list(now.each) == pytest.approx(lengths, rel=2 * EPS) and list(was.each) == pytest.approx(changes, rel=1e-6), scale
+        assert all(map(torch.equal, tensors, copies))
+
+
+@with_kernels
+@pytest.mark.parametrize("between", [None, "weights", "a gradient rule"])
+def test_a_log_is_the_same_with_kernels_and_without(between: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(native, "library", lambda: None)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 3))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        rules = [nw.max_norm(0.5), *([nw.clip_grad_norm(0.1)] if between == "a gradient rule" else [])]
+        control = nw.attach(model, optimizer, rules, log=5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 20)).square().sum().backward()
+            optimizer.step()
+            found.append(control.norms(history=True).flat())
+            if between == "weights":
+                with torch.no_grad():
+                    model[0].weight.mul_(1.5)
+    for ours, theirs in zip(found[:3], found[3:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)

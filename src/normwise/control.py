@@ -22,7 +22,8 @@ from normwise.engine import state as states
 from normwise.engine.action_report import Receipt
 from normwise.engine.detached_control import Detached, yaml_of
 from normwise.engine.nonfinite import OnNonFinite
-from normwise.engine.norm_report import NormLog, NormReport, Radii, Zeros
+from normwise.engine.norm_log import NormLog
+from normwise.engine.norm_report import NormReport, Radii, Zeros
 from normwise.engine.optimizer_state import Part, Traveller, fold, unfold
 from normwise.engine.pack import versions
 from normwise.engine.program import check_model, check_ranks, optimizers_of

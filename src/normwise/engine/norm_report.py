@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,77 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from normwise.engine.norm_log import KINDS, NormLog, grads_of, has_norm, norms_of, real_of, weights_of
 from normwise.engine.pack import Member, is_sharded
 from normwise.engine.program import Engine
 from normwise.engine.rules.base import BoundRule
 from normwise.engine.sharded.grouping import packs_of
-from normwise.engine.sharded.norms import lengths
 from normwise.norms import L2
-from normwise.norms.reduce import wide
 from normwise.parameters.inventory import Entry, Inventory
 from normwise.parameters.layouts import block_view
 from normwise.policy.radii import Brake, Inflection, Quantile, Relative, StepLength, WarmStart, ZScore
 from normwise.reports import Loggable, table, unique
 
-KINDS = ("weight", "weight_before", "grad", "grad_before", "update")
 # Parameters that are printed.
 SHOWN = 40
-
-
-class NormLog:
-    """Records the norms of each step; nothing is read back until somebody asks.
-
-    Args:
-        inventory: the model's parameters.
-        owner: which optimizer holds each, by its id.
-        past: where the totals of each step go, oldest first, at most as many steps as it holds; shared by the logs of one control.
-    """
-
-    def __init__(self, inventory: Inventory, owner: Mapping[int, int], past: deque[dict[str, Tensor]]) -> None:
-        self.past, self._in_this_round = past, set[int]()
-        self.entries = [e for e in inventory.entries if id(e.param) in owner]
-        self.owner, self.weights = owner, inventory.weights
-        self.values: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
-        self._start: dict[str, Tensor] = {}
-
-    def _held(self, optimizers: Iterable[int]) -> list[Entry]:
-        wanted = set(optimizers)
-        return [e for e in self.entries if self.owner[id(e.param)] in wanted and _has_norm(e.param)]
-
-    def before(self, optimizers: Sequence[int], first: bool = True) -> None:
-        """Before the rules: raw gradients, and where it is the step's ``first`` evaluation the weights as the last step left them."""
-        held = self._held(optimizers)
-        found = {"grad_before": _grads(held)}
-        if first:
-            weights = _weights(self.weights, held)
-            found["weight_before"] = weights
-            self._start = {**self._start, **{name: w.clone() for name, w in weights.items()}}
-        self._record(found)
-
-    def after(self, optimizer: int) -> None:
-        """After the step and its rules. The update is all that changed in the weights, rules included."""
-        held = self._held([optimizer])
-        weights = _weights(self.weights, held)
-        moved = {name: w - self._start.pop(name) for name, w in weights.items() if name in self._start}
-        self._record({"weight": weights, "update": moved, "grad": _grads(held)})
-        if self.past.maxlen:
-            totals = {kind: _total(found.values()) for kind, found in self.values.items() if found}
-            if self.past and self._in_this_round and optimizer not in self._in_this_round:
-                self.past[-1] = totals    # several optimizers that step in turn make one step of the history
-            else:
-                self.past.append(totals)
-                self._in_this_round.clear()
-            self._in_this_round.add(optimizer)
-
-    def _record(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for kind, norms in _norms(found).items():
-            self.values[kind] |= norms
-
-
-def _total(norms: Iterable[Tensor]) -> Tensor:
-    """The norm of all numbers together, left on the device."""
-    listed = list(norms)
-    return torch.linalg.vector_norm(torch.stack([n.to(listed[0].device, wide(listed[0].device)) for n in listed]))
 
 
 @dataclass(frozen=True)
@@ -113,10 +54,10 @@ class NormReport(Loggable):
         """The present norms, and what the log recorded at the last step; with ``largest`` also each matrix's largest unit."""
         entries = _held_weights(inventory, owner)
         values: dict[str, dict[str, Tensor]] = {k: dict(v) for k, v in log.values.items() if v} if log else {}
-        now = {"weight": _weights(inventory.weights, entries)}
-        if not values.get("grad") and (present := _grads(entries)):    # what was logged outlives zero_grad
+        now = {"weight": weights_of(inventory.weights, entries)}
+        if not values.get("grad") and (present := grads_of(entries)):    # what was logged outlives zero_grad
             now["grad"] = present
-        values |= _norms(now)
+        values |= norms_of(now)
         roles = {e.name: e.role for e in (*inventory.entries, *inventory.weights)}
         report = cls()
         for kind in (k for k in KINDS if k in values):
@@ -236,10 +177,10 @@ class Zeros(Loggable):
     def measured(cls, inventory: Inventory, owner: Mapping[int, int]) -> Zeros:
         """Of every weight that an optimizer holds."""
         held = _held_weights(inventory, owner)
-        weights = _weights(inventory.weights, held)
+        weights = weights_of(inventory.weights, held)
         entries = {}
         for name, w in weights.items():
-            count: Any = (_real(w) == 0).sum()
+            count: Any = (real_of(w) == 0).sum()
             entries[name] = float(count.full_tensor() if is_sharded(w) else count) / max(w.numel(), 1)
         units = {name: (int((norms == 0).sum()), len(norms)) for name, norms in _unit_norms(inventory, owner).items()}
         return cls(entries, units)
@@ -254,51 +195,19 @@ class Zeros(Loggable):
 
 
 def _held_weights(inventory: Inventory, owner: Mapping[int, int]) -> list[Entry]:
-    return [e for e in inventory.entries if id(e.param) in owner and _has_norm(e.param)]
+    return [e for e in inventory.entries if id(e.param) in owner and has_norm(e.param)]
 
 
 def _unit_norms(inventory: Inventory, owner: Mapping[int, int]) -> dict[str, Tensor]:
     """The L2 norm of every unit of the weights that are matrices and whose axes are known, by name."""
     found = {}
     for e in inventory.weights:
-        if e.role in ("bias", "gain") or not e.layout.certain or not any(id(p) in owner for p in e.parameters) or not _has_norm(e.param):
+        if e.role in ("bias", "gain") or not e.layout.certain or not any(id(p) in owner for p in e.parameters) or not has_norm(e.param):
             continue
         member = Member(e.name, e.param, block_view(e.layout, "unit", False, name=e.name), 0, computed=e.computed)
         [part] = packs_of([member], False, agree=True)
         found[e.name] = part.measure(L2(), part.local([member.now()]))
     return found
-
-
-def _weights(weights: Sequence[Entry], held: Sequence[Entry]) -> dict[str, Tensor]:
-    """The weights, by name, that the parameters ``held`` are or are a part of; computed ones in memory that the next reading overwrites."""
-    ids = {id(e.param) for e in held}
-    found = [e for e in weights if any(id(p) in ids for p in e.parameters)]
-    return {e.name: e.param.detach() if e.computed is None or e.computed.failure else e.computed.read() for e in found}
-
-
-def _grads(entries: Iterable[Entry]) -> dict[str, Tensor]:
-    return {e.name: e.param.grad for e in entries if e.param.grad is not None}
-
-
-def _has_norm(p: Tensor) -> bool:
-    return p.is_floating_point() or p.is_complex()
-
-
-def _real(t: Tensor) -> Tensor:
-    """Real numbers with the same L2 norm: of a sparse tensor the sums of what it holds, of a complex one both parts."""
-    if is_sharded(t):
-        return t
-    if t.layout == torch.sparse_coo:
-        t = t.coalesce().values()
-    elif t.layout != torch.strided:
-        t = t.values()
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
-def _norms(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The L2 norms, as 0-dim tensors, of tensors by kind and name; one collective a mesh for all of them."""
-    norms = iter(lengths([_real(t) for tensors in found.values() for t in tensors.values()]))
-    return {kind: {name: next(norms) for name in tensors} for kind, tensors in found.items()}
 
 
 def _together(values: Iterable[float]) -> float:

@@ -245,9 +245,9 @@ long normwise_blocks(const Job *j, int threads) {
 /* ------------------------------------------------------------------------------------------------------------------- all together */
 
 typedef struct {
-    float **x;
+    float **x, **y;
     const long *tensor, *from, *to; /* of each piece */
-    double *sums, factor;
+    double *sums, *apart, factor;
     float low, high;
     long *changed;
 } Pieces;
@@ -275,6 +275,40 @@ static void clamp_all(const void *given, long first, long last) {
             if (!outside) continue;
             for (long e = a; e < b; e++) x[e] = x[e] < low ? low : x[e] > high ? high : x[e];
             __atomic_fetch_add(&p->changed[p->tensor[i]], 1, __ATOMIC_RELAXED);
+        }
+    }
+}
+
+/* Of one stretch: how long it is, how far it is from what it was, and the latter becomes the former. */
+static void moved(const float *x, float *y, long n, double *length, double *distance) {
+    Eight a = {0}, b = {0}, p, q;
+    float rest = 0, apart = 0;
+    long i = 0;
+    for (; i + 8 <= n; i += 8) {
+        memcpy(&p, x + i, 32), memcpy(&q, y + i, 32);
+        q = p - q, a += p * p, b += q * q;
+    }
+    for (; i < n; i++) rest += x[i] * x[i], apart += (x[i] - y[i]) * (x[i] - y[i]);
+    double one = rest, other = apart;
+    for (int j = 0; j < 8; j++) one += (double)a[j], other += (double)b[j];
+    if (!(one >= LOW * (double)n && one <= HIGH)) one = sum_exactly(x, n);
+    if (!(other >= LOW * (double)n && other <= HIGH)) {
+        other = 0;
+        for (long e = 0; e < n; e++) other += ((double)x[e] - (double)y[e]) * ((double)x[e] - (double)y[e]);
+    }
+    memcpy(y, x, (size_t)n * sizeof(float));
+    *length += one, *distance += other;
+}
+
+static void moved_all(const void *given, long first, long last) {
+    const Pieces *p = given;
+    for (long i = first; i < last; i++) {
+        const float *x = p->x[p->tensor[i]];
+        float *y = p->y[p->tensor[i]];
+        p->sums[i] = p->apart[i] = 0;
+        for (long a = p->from[i]; a < p->to[i]; a += SHORT) {
+            const long n = a + SHORT < p->to[i] ? SHORT : p->to[i] - a;
+            moved(x + a, y + a, n, &p->sums[i], &p->apart[i]);
         }
     }
 }
@@ -309,6 +343,26 @@ double normwise_squares(const Job *j, int threads) {
     free(p.sums);
     free((void *)p.tensor);
     return total;
+}
+
+/* Of each tensor now and as it was: now->each is the sum of its squares, was->each that of its changes, and what was becomes what is.
+ * Returns -1 where memory is out, and nothing has changed. */
+long normwise_moved(const Job *now, const Job *was, int threads) {
+    long count, entries;
+    Pieces p = cut(now->x, now->sizes, now->k, &count, &entries);
+    p.y = was->x;
+    p.sums = p.tensor ? malloc((size_t)(2 * count + 1) * sizeof(double)) : NULL;
+    if (!p.sums) {
+        free((void *)p.tensor);
+        return -1;
+    }
+    p.apart = p.sums + count;
+    share(moved_all, &p, count, entries, threads);
+    for (long i = 0; i < now->k; i++) now->each[i] = was->each[i] = 0;
+    for (long i = 0; i < count; i++) now->each[p.tensor[i]] += p.sums[i], was->each[p.tensor[i]] += p.apart[i];
+    free(p.sums);
+    free((void *)p.tensor);
+    return 0;
 }
 
 /* Every tensor times one factor. Returns -1 where memory is out, and nothing has changed. */

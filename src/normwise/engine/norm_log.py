@@ -1,0 +1,173 @@
+"""The norms of each step, recorded while training goes on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from normwise.engine.pack import is_sharded
+from normwise.engine.sharded.norms import lengths
+from normwise.norms import native
+from normwise.norms.reduce import wide
+from normwise.parameters.inventory import Entry, Inventory
+
+KINDS = ("weight", "weight_before", "grad", "grad_before", "update")
+
+
+class NormLog:
+    """Records the norms of each step; nothing is read back until somebody asks.
+
+    Args:
+        inventory: the model's parameters.
+        owner: which optimizer holds each, by its id.
+        past: where the totals of each step go, oldest first, at most as many steps as it holds; shared by the logs of one control.
+    """
+
+    def __init__(self, inventory: Inventory, owner: Mapping[int, int], past: deque[dict[str, Tensor]]) -> None:
+        self.past, self._in_this_round = past, set[int]()
+        self.entries = [e for e in inventory.entries if id(e.param) in owner]
+        self.owner, self.weights = owner, inventory.weights
+        self.values: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        self._start: dict[str, Tensor] = {}
+        self._passes: dict[int, _Passes | None] = {}
+
+    def _held(self, optimizers: Iterable[int]) -> list[Entry]:
+        wanted = set(optimizers)
+        return [e for e in self.entries if self.owner[id(e.param)] in wanted and has_norm(e.param)]
+
+    def before(self, optimizers: Sequence[int], first: bool = True) -> None:
+        """Before the rules: raw gradients, and where it is the step's ``first`` evaluation the weights as the last step left them."""
+        self._record({"grad_before": grads_of(self._held(optimizers))})
+        for k in optimizers if first else ():
+            passes = self._passes_of(k)
+            known = passes.before() if passes is not None else None
+            if known is not None:
+                self.values["weight_before"] |= known
+                continue
+            self._passes[k] = None
+            weights = weights_of(self.weights, self._held([k]))
+            self._record({"weight_before": weights})
+            self._start |= {name: w.clone() for name, w in weights.items()}
+
+    def after(self, optimizer: int) -> None:
+        """After the step and its rules. The update is all that changed in the weights, rules included."""
+        held, passes = self._held([optimizer]), self._passes.get(optimizer)
+        found: dict[str, Mapping[str, Tensor]] = {"grad": grads_of(held)}
+        if passes is not None and passes.room.ready(passes.weights):
+            weights, updates = passes.after()
+            self.values["weight"] |= weights
+            self.values["update"] |= updates
+        else:
+            weights = weights_of(self.weights, held)
+            found["weight"] = weights
+            found["update"] = {name: w - self._start.pop(name) for name, w in weights.items() if name in self._start}
+        self._record(found)
+        if self.past.maxlen:
+            totals = {kind: _total(found.values()) for kind, found in self.values.items() if found}
+            if self.past and self._in_this_round and optimizer not in self._in_this_round:
+                self.past[-1] = totals    # several optimizers that step in turn make one step of the history
+            else:
+                self.past.append(totals)
+                self._in_this_round.clear()
+            self._in_this_round.add(optimizer)
+
+    def _passes_of(self, k: int) -> _Passes | None:
+        if k not in self._passes:
+            ids = {id(e.param) for e in self._held([k])}
+            own = [e for e in self.weights if any(id(p) in ids for p in e.parameters)]
+            plain = native.library() is not None and native.fit([e.param for e in own]) and all(e.computed is None for e in own)
+            self._passes[k] = _Passes({e.name: e.param for e in own}) if own and plain else None
+        return self._passes[k]
+
+    def _record(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        known = {kind: _by_kernels(tensors) for kind, tensors in found.items()}
+        others = norms_of({kind: tensors for kind, tensors in found.items() if known[kind] is None})
+        for kind in found:
+            self.values[kind] |= known[kind] or others.get(kind, {})
+
+
+def _total(norms: Iterable[Tensor]) -> Tensor:
+    """The norm of all numbers together, left on the device."""
+    listed = list(norms)
+    return torch.linalg.vector_norm(torch.stack([n.to(listed[0].device, wide(listed[0].device)) for n in listed]))
+
+
+class _Passes:
+    """What the kernels keep of one optimizer's weights: a copy of each as the last step left it, and its norm.
+
+    One pass after a step gives the norms of the weights and of the updates, and brings the copies up to date; the next step starts from
+    them, unless somebody has written to a weight in between.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.names, self.weights = list(weights), list(weights.values())
+        self.copies = [w.clone(memory_format=torch.contiguous_format) for w in self.weights]
+        self.room, self.others = native.Room(self.weights), native.Room(self.copies)
+        self.room.ready(self.weights)
+        self.others.ready(self.copies)
+        self._left: list[int] = []
+        self._norms: dict[str, Tensor] = {}
+
+    def before(self) -> dict[str, Tensor] | None:
+        """The norms of the weights that the step starts from; None where the kernels cannot look at them."""
+        if not self.room.ready(self.weights):
+            return None
+        if self._left != [w._version for w in self.weights]:
+            native.moved_(self.room, self.others)
+            self._norms = self._named(self.room.each)
+        return self._norms
+
+    def after(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The norms of the weights and of the updates."""
+        native.moved_(self.room, self.others)
+        self._left, self._norms = [w._version for w in self.weights], self._named(self.room.each)
+        return self._norms, self._named(self.others.each)
+
+    def _named(self, squares: Iterable[float]) -> dict[str, Tensor]:
+        return dict(zip(self.names, torch.tensor(list(squares), dtype=torch.float64).sqrt_().unbind(), strict=True))
+
+
+def _by_kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Their L2 norms by the kernels; None where these cannot."""
+    listed = list(tensors.values())
+    if not native.fit(listed) or native.library() is None:
+        return None
+    room = native.Room(listed)
+    room.ready(listed)
+    native.squares(listed, room)
+    return dict(zip(tensors, torch.tensor(list(room.each), dtype=torch.float64).sqrt_().unbind(), strict=True))
+
+
+def weights_of(weights: Sequence[Entry], held: Sequence[Entry]) -> dict[str, Tensor]:
+    """The weights, by name, that the parameters ``held`` are or are a part of; computed ones in memory that the next reading overwrites."""
+    ids = {id(e.param) for e in held}
+    found = [e for e in weights if any(id(p) in ids for p in e.parameters)]
+    return {e.name: e.param.detach() if e.computed is None or e.computed.failure else e.computed.read() for e in found}
+
+
+def grads_of(entries: Iterable[Entry]) -> dict[str, Tensor]:
+    return {e.name: e.param.grad for e in entries if e.param.grad is not None}
+
+
+def has_norm(p: Tensor) -> bool:
+    return p.is_floating_point() or p.is_complex()
+
+
+def real_of(t: Tensor) -> Tensor:
+    """Real numbers with the same L2 norm: of a sparse tensor the sums of what it holds, of a complex one both parts."""
+    if is_sharded(t):
+        return t
+    if t.layout == torch.sparse_coo:
+        t = t.coalesce().values()
+    elif t.layout != torch.strided:
+        t = t.values()
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def norms_of(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The L2 norms, as 0-dim tensors, of tensors by kind and name; one collective a mesh for all of them."""
+    norms = iter(lengths([real_of(t) for tensors in found.values() for t in tensors.values()]))
+    return {kind: {name: next(norms) for name in tensors} for kind, tensors in found.items()}
