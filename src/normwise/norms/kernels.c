@@ -1,9 +1,9 @@
 /* Norms of blocks of fp32 numbers in memory, and blocks brought to a norm while they are still in the cache.
  *
  * Each of k tensors of one shape is seen as (outer, units, inner); a block is all entries of one unit. The rows of a matrix are units with
- * outer = 1, its columns units with inner = 1, the output channels of a transposed convolution lie between. A few hundred squares are summed
- * in fp32, as fast as memory gives them, and these sums in double; where they leave the range that fp32 keeps, squares are summed in double,
- * which holds that of every fp32 number. A sum never depends on the number of threads.
+ * outer = 1, its columns units with inner = 1, the output channels of a transposed convolution lie between. A few hundred squares are
+ * summed in fp32, as fast as memory gives them, and these sums in double; where they leave the range that fp32 keeps, squares are summed in
+ * double, which holds that of every fp32 number. A sum never depends on the number of threads.
  */
 #include <math.h>
 #include <pthread.h>
@@ -15,13 +15,15 @@
 #define LOW 1e-30          /* of a mean square: below, squares that fp32 lost to underflow would count */
 #define HIGH 1e300         /* an fp32 sum that overflowed is infinite */
 #define PIECE 65536L       /* entries of a large block that are summed on their own: 256 kB, which the cache holds */
+#define RUN 2048L          /* entries that are clamped together: 8 kB, which the nearest cache holds */
 #define STRIPE 4096L       /* columns that are summed side by side: their sums take 16 kB */
 #define SOME 8192L         /* entries of rows that are measured before the first is changed: 32 kB */
 #define AT_ONCE (1L << 19) /* entries from which a second thread is worth starting */
 #define MOST 64
 
 typedef float Eight __attribute__((vector_size(32))); /* four of them are summed side by side */
-typedef double Doubles __attribute__((vector_size(64)));
+typedef float Four __attribute__((vector_size(16)));
+typedef double Doubles __attribute__((vector_size(32)));
 
 /* What Python keeps for tensors that are looked at again and again (``native.Room``): an argument of its own for each of these would take
  * longer than the kernel does on small ones. */
@@ -72,14 +74,6 @@ static void share(void (*work)(const void *, long, long), const void *job, long 
 
 /* ------------------------------------------------------------------------------------------------------------------- one block */
 
-/* Of n numbers that lie this far apart, of which fp32 had the sum: squares that it lost to underflow count less than rounding does. */
-static double sure(double sum, const float *x, long n, long apart) {
-    if (sum >= LOW * (double)n && sum <= HIGH) return sum;
-    sum = 0;
-    for (long i = 0; i < n; i++) sum += (double)x[i * apart] * (double)x[i * apart];
-    return sum;
-}
-
 /* At most SHORT numbers. */
 static inline double sum_few(const float *x, long n) {
     Eight a = {0}, b = {0}, c = {0}, d = {0}, p, q, r, s;
@@ -100,29 +94,45 @@ static inline double sum_few(const float *x, long n) {
 
 /* As the numbers are, for a sphere, which is to be met to the last digit. */
 static double sum_exactly(const float *x, long n) {
-    Doubles a = {0}, b = {0}, p, q;
-    Eight s, t;
+    Doubles sums[4] = {{0}};
+    Four few;
     long i = 0;
-    for (; i + 16 <= n; i += 16) {
-        memcpy(&s, x + i, 32), memcpy(&t, x + i + 8, 32);
-        p = __builtin_convertvector(s, Doubles), q = __builtin_convertvector(t, Doubles);
-        a += p * p, b += q * q;
-    }
-    a += b;
-    double sum = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 4; j++) {
+            memcpy(&few, x + i + 4 * j, sizeof few);
+            const Doubles p = __builtin_convertvector(few, Doubles);
+            sums[j] += p * p;
+        }
+    sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    double sum = (sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3]);
     for (; i < n; i++) sum += (double)x[i] * (double)x[i];
     return sum;
 }
 
+/* Whether fp32 kept such a sum of n squares: those that it lost to underflow count less than rounding does. */
+static inline int kept(double sum, long n) {
+    return sum >= LOW * (double)n && sum <= HIGH;
+}
+
 static double sum_squares(const float *x, long n) {
     double sum = 0;
-    for (long start = 0; start < n; start += SHORT) sum += sum_few(x + start, start + SHORT < n ? SHORT : n - start);
-    return sure(sum, x, n, 1);
+    int beyond = 0; /* where a run left the range the next one will, too */
+    for (long start = 0; start < n; start += SHORT) {
+        const long count = start + SHORT < n ? SHORT : n - start;
+        double few = beyond ? 0 : sum_few(x + start, count);
+        if (!kept(few, count)) {
+            few = sum_exactly(x + start, count);
+            beyond = !(few >= LOW * (double)count && few < 1e37);
+        }
+        sum += few;
+    }
+    return sum;
 }
 
 /* Of each of n columns of r rows of this stride. */
 static void sum_columns(const float *x, long r, long n, long stride, double *sums) {
     float lanes[STRIPE];
+    int doubtful = 0;
     for (long u = 0; u < n; u++) sums[u] = 0;
     for (long a = 0; a < r; a += DEEP) {
         const long stop = a + DEEP < r ? a + DEEP : r;
@@ -136,7 +146,11 @@ static void sum_columns(const float *x, long r, long n, long stride, double *sum
             for (long u = 0; u < n; u++) lanes[u] += x[b * stride + u] * x[b * stride + u];
         for (long u = 0; u < n; u++) sums[u] += (double)lanes[u];
     }
-    for (long u = 0; u < n; u++) sums[u] = sure(sums[u], x + u, r, stride);
+    for (long u = 0; u < n; u++) doubtful |= !kept(sums[u], r);
+    if (!doubtful) return;
+    for (long u = 0; u < n; u++) sums[u] = 0;
+    for (long a = 0; a < r; a++)
+        for (long u = 0; u < n; u++) sums[u] += (double)x[a * stride + u] * (double)x[a * stride + u];
 }
 
 /* As torch's product with a factor in fp32, which is too narrow for some. */
@@ -257,24 +271,32 @@ static void sums_of(const void *given, long first, long last) {
     for (long i = first; i < last; i++) p->sums[i] = sum_squares(p->x[p->tensor[i]] + p->from[i], p->to[i] - p->from[i]);
 }
 
+/* From the end, which was read last and may be in the cache. */
 static void multiply_all(const void *given, long first, long last) {
     const Pieces *p = given;
-    for (long i = first; i < last; i++) multiply(p->x[p->tensor[i]] + p->from[i], p->to[i] - p->from[i], p->factor);
+    for (long i = last - 1; i >= first; i--) multiply(p->x[p->tensor[i]] + p->from[i], p->to[i] - p->from[i], p->factor);
 }
 
-/* NaN stays, as clamp leaves it. Reads first: a piece that is inside is not written. */
+/* NaN stays, as clamp leaves it. A run that is all inside is not written; where the last one was not, the next is not read first. */
 static void clamp_all(const void *given, long first, long last) {
     const Pieces *p = given;
+    const float low = p->low, high = p->high;
+    int outside = 0;
     for (long i = first; i < last; i++) {
         float *x = p->x[p->tensor[i]];
-        const float low = p->low, high = p->high;
-        for (long a = p->from[i]; a < p->to[i]; a += 4096) {
-            const long b = a + 4096 < p->to[i] ? a + 4096 : p->to[i];
-            int outside = 0;
-            for (long e = a; e < b; e++) outside |= (x[e] < low) | (x[e] > high);
-            if (!outside) continue;
-            for (long e = a; e < b; e++) x[e] = x[e] < low ? low : x[e] > high ? high : x[e];
-            __atomic_fetch_add(&p->changed[p->tensor[i]], 1, __ATOMIC_RELAXED);
+        for (long a = p->from[i]; a < p->to[i]; a += RUN) {
+            const long b = a + RUN < p->to[i] ? a + RUN : p->to[i];
+            if (!outside) {
+                for (long e = a; e < b; e++) outside |= (x[e] < low) | (x[e] > high);
+                if (!outside) continue;
+            }
+            outside = 0;
+            for (long e = a; e < b; e++) {
+                const float was = x[e], now = was < low ? low : was > high ? high : was;
+                outside |= (was < low) | (was > high);
+                x[e] = now;
+            }
+            if (outside) __atomic_fetch_add(&p->changed[p->tensor[i]], 1, __ATOMIC_RELAXED);
         }
     }
 }
@@ -291,8 +313,8 @@ static void moved(const float *x, float *y, long n, double *length, double *dist
     for (; i < n; i++) rest += x[i] * x[i], apart += (x[i] - y[i]) * (x[i] - y[i]);
     double one = rest, other = apart;
     for (int j = 0; j < 8; j++) one += (double)a[j], other += (double)b[j];
-    if (!(one >= LOW * (double)n && one <= HIGH)) one = sum_exactly(x, n);
-    if (!(other >= LOW * (double)n && other <= HIGH)) {
+    if (!kept(one, n)) one = sum_exactly(x, n);
+    if (!kept(other, n)) {
         other = 0;
         for (long e = 0; e < n; e++) other += ((double)x[e] - (double)y[e]) * ((double)x[e] - (double)y[e]);
     }
@@ -376,7 +398,8 @@ long normwise_multiply(const Job *j, double factor, int threads) {
     return 0;
 }
 
-/* Every entry into [low, high]. changed[i] is 0, and factors[i] 1, where tensor i was inside. Returns how many tensors were not; -1 where memory is out. */
+/* Every entry into [low, high]. changed[i] is 0, and factors[i] 1, where tensor i was inside. Returns how many tensors were not; -1 where
+ * memory is out. */
 long normwise_clamp(const Job *j, float low, float high, int threads) {
     long count, entries, tensors = 0;
     Pieces p = cut(j->x, j->sizes, j->k, &count, &entries);
@@ -416,8 +439,8 @@ static int below(const float *x, long m, long n, double r, double *room) {
     return 1;
 }
 
-/* Of each tensor as an m x n matrix: factors[i] is 1 where no singular value is above r, by proof. Returns how many are not proven; -1 where
- * memory is out. */
+/* Of each tensor as an m x n matrix: factors[i] is 1 where no singular value is above r, by proof. Returns how many are not proven; -1
+ * where memory is out. */
 long normwise_spectra(const Job *j, long m, long n, double r) {
     const long a = m < n ? m : n;
     long beyond = 0;
