@@ -262,7 +262,7 @@ class Pack:
         known = self.axes is not None and not self.computed and type(self) is Pack
         return known and kinds == {(True, True, torch.float32, torch.strided)}
 
-    def bound_(self, tensors: list[Tensor], radius: float, sphere: bool, fits: bool) -> tuple[Tensor | None, Tensor] | None:
+    def bound_(self, tensors: list[Tensor], radius: Radius, sphere: bool, fits: bool) -> tuple[Tensor | None, Tensor] | None:
         """Scales every block whose L2 norm is above ``radius``, at which its room aims, onto it, in place; on a sphere all but zero.
 
         Returns the norms, where they are worth a look since one is not finite, and the factors, empty where no block changed. None, with
@@ -272,7 +272,7 @@ class Pack:
             found = native.bound_(tensors, self.room)
             if found is not None:
                 return None if found[2] else found[0], found[1]
-        if sphere or not tensors[0].is_cpu:    # moved since: reading a norm would wait for the device
+        if sphere or isinstance(radius, Tensor) or not tensors[0].is_cpu:    # moved since: reading a norm would wait for the device
             return None
         with torch.no_grad():
             return self._cap_(tensors, radius)

@@ -20,7 +20,7 @@ from normwise.norms.base import beyond
 from normwise.norms.reduce import may_branch, wide
 from normwise.norms.spectral import cut
 from normwise.policy import actions
-from normwise.policy.radii import Relative
+from normwise.policy.radii import Init, Relative
 from normwise.policy.schedules import is_number
 
 EARLY = 20
@@ -66,13 +66,14 @@ class Bound(BoundRule):
 
     def _in_few_calls(self, mine: list[Any]) -> Callable[[Turn], None] | None:
         rule, fixed = self.rule, is_number(self.rule.radius)
-        if self.norm.name == "l2" and fixed and rule.action in ("clip_norm", "project", "normalize"):
+        kept = isinstance(rule.radius, Init) and self.phase == "weight" and not self.flat    # one a block, which a loaded state may change
+        if self.norm.name == "l2" and (fixed or kept) and rule.action in ("clip_norm", "project", "normalize"):
             radius: Any = rule.radius
             sphere = rule.action == "normalize"
             if not self.flat:
-                aims = [self._aimed(p, radius) if self.phase == "weight" else radius for p in mine]
+                aims = [None if kept else self._aimed(p, radius) if self.phase == "weight" else radius for p in mine]
                 for part, aim in zip(mine, aims, strict=True):
-                    part.room.aim(aim, sphere)
+                    part.room.aim(0.0 if aim is None else aim, sphere)
                 return partial(self._bound_blocks, list(zip(mine, aims, strict=True)), sphere)
             if self.phase == "gradient" and not sphere:
                 return partial(self._clip_together, mine[0])
@@ -169,6 +170,9 @@ class Bound(BoundRule):
         self._acted[turn.optimizer] = acted = []
         for i, (part, aim) in enumerate(aims):
             mine = part.weights if ready is None else ready[0][i]
+            if aim is None:
+                aim = self._aimed(part, self.radius(part, turn))
+                part.room.aim(aim, sphere)
             done = part.bound_(mine, aim, sphere, ready[1] if ready is not None else part.room.ready(mine))
             if done is None:
                 self._act_without_graph(part, mine, aim, turn)
