@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.normwise-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
+# Tests start some fifty processes; without bytecode each would compile the package again, and pytest every test in every run.
+test test-long: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: run test check test-long clean
 run: $(STAMP)
 	$(BIN)/normwise compare cnn --json out/cnn/results.json --report out/cnn
