@@ -1,10 +1,10 @@
-"""A training run that may be killed at any moment: ``python kill_worker.py DIR STEPS [STEP TO DIE AT WHILE SAVING]``; see test_kills.py."""
+"""A training run that may be killed at any moment; see test_kills.py."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +99,19 @@ def die_while_saving(at: int, run: Run) -> None:
     torch.save = half
 
 
-def main(directory: Path, steps: int, dies: int | None) -> None:
+def main(directory: Path, steps: int, dies: int | None, told: Connection) -> None:
+    """Goes on from what is in ``directory``. dies: the step to die at while saving."""
     torch.set_num_threads(1)
     path, run = directory / "run.pt", Run()
     if path.exists():
         run.load(checkpoints.load(path))
     if dies is not None:
         die_while_saving(dies, run)
-    print("from", run.step, flush=True)
+    told.send(f"from {run.step}")
     while run.step < steps:
         run.advance()
-        print("step", run.step, flush=True)
+        told.send(f"step {run.step}")
         if run.step % EVERY == 0:
             checkpoints.save(run.state(), path)
     checkpoints.save(run.state(), directory / "end.pt")
-    print("ok", all(bool(run.parts[c].verify()) for c in ("muon control", "adamw control")), flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    told.send(f"ok {all(bool(run.parts[c].verify()) for c in ('muon control', 'adamw control'))}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -19,10 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-multiprocessing.set_forkserver_preload([
-    "normwise", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
-])  # fmt: skip
-"""What takes a process four seconds to import: it is imported once, in the process that every rank is a fork of."""
+from forks import forks
 
 Job = tuple[str, str, list[Any]]
 """A name, ``module:function``, its arguments."""
@@ -38,7 +34,7 @@ def run(world: int, jobs: list[Job], folder: Path) -> dict[str, list[Any]]:
         meeting = folder / attempt
         meeting.mkdir()
         try:
-            mp.start_processes(_rank, args=(world, jobs, str(meeting)), nprocs=world, start_method="forkserver")
+            mp.start_processes(_rank, args=(world, jobs, str(meeting)), nprocs=world, start_method=forks.get_start_method())
             break
         except mp.ProcessExitedException as error:
             if attempt == "second" or error.signal_name is None:

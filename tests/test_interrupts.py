@@ -287,7 +287,8 @@ def test_a_finished_run_is_kept_though_another_one_lost_its_worker() -> None:
         assert pool_module.finished({bad, good})[0] is good
 
 
-@pytest.mark.parametrize("name", ["compare", pytest.param("race", marks=pytest.mark.long), pytest.param("gan", marks=pytest.mark.long)])
+@pytest.mark.long    # by default a pool shows it
+@pytest.mark.parametrize("name", ["compare", "race", "gan"])
 def test_a_study_whose_worker_dies_at_the_start_says_so(name: str, tmp_path: Path) -> None:
     process = started(SCRIPT, *COMMANDS[name].split(), "--state", tmp_path / "state.jsonl")
     wait_for(lambda: process.poll() is not None or workers(process))
@@ -338,7 +339,9 @@ KINDS = ["ascii", "closed", "full", "head"]
 
 # Taken before a test puts anything in their place.
 SHORT_RUNS: dict[str, Callable[[], dict[str, Any]]] = {
-    "compare": partial(compare.compare, compare.Options(budget="quick", only=["l2", "adam"], seeds=2)),
+    "compare": partial(
+        compare.compare, compare.Options(budget="quick", only=["l2", "adam"], seeds=2), budget=compare.Budget(9, 0.01, 2, 1)
+    ),
     "race": partial(race_module.race, job.Options("lstm", budget="quick", only=[], seeds=1, size="tiny")),
     "gan": partial(gan.study, job.Options("gan", budget="quick", only=("clip_value",), seeds=1)),
     "prune": partial(prune.study, job.Options(budget="quick", seeds=1)),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +14,45 @@ import pytest
 import torch
 from torch import Tensor
 
-from kill_worker import EVERY, Run
+from forks import forks
+from kill_worker import EVERY, Run, main
 from normwise import NormwiseError, checkpoints
 
-WORKER = Path(__file__).with_name("kill_worker.py")
 
+class Worker:
+    """A process that trains, and what it has told."""
 
-def started(directory: Path, steps: int, *more: object) -> subprocess.Popen[str]:
-    command = [sys.executable, str(WORKER), str(directory), str(steps), *map(str, more)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def __init__(self, directory: Path, steps: int, dies: int | None = None) -> None:
+        self.lines: list[str] = []
+        self.told, end = forks.Pipe(duplex=False)
+        self.process: BaseProcess = forks.Process(target=main, args=(directory, steps, dies, end))
+        self.process.start()
+        end.close()    # the worker's alone: what it tells ends with it
 
+    def listen(self, until: str = "") -> None:
+        """Up to a line, or to the end of the process."""
+        while until not in self.lines:
+            try:
+                self.lines.append(self.told.recv())
+            except EOFError:
+                self.process.join()
+                break
 
-def lines_until(process: subprocess.Popen[str], last: str) -> list[str]:
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line.strip())
-        if lines[-1] == last:
-            break
-    return lines
+    @property
+    def begun(self) -> int:
+        return int(self.lines[0].removeprefix("from "))
 
 
 def killed(directory: Path, steps: int, at: int, delay: float) -> int:
     """Starts, and kills after step ``at`` was told and ``delay`` seconds; returns the step that it went on from."""
-    process = started(directory, steps)
-    lines = lines_until(process, f"step {at}")
-    assert lines[-1] == f"step {at}", "\n".join(lines)
+    worker = Worker(directory, steps)
+    worker.listen(until=f"step {at}")
+    assert worker.lines[-1] == f"step {at}", worker.lines
     time.sleep(delay)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    return int(next(line for line in lines if line.startswith("from")).split()[1])
+    worker.process.kill()
+    worker.process.join()
+    assert worker.process.exitcode == -signal.SIGKILL
+    return worker.begun
 
 
 def leaves(state: Any, path: str = "") -> dict[str, Any]:
@@ -81,20 +88,20 @@ def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(kills: int, 
     last, resumed = 0, 0
     for kill in range(kills):
         if kill % 5 == 1:
-            process = started(tmp_path, steps, last + 2 * EVERY)
-            out = process.communicate()[0]
-            assert process.returncode == -signal.SIGKILL, out
+            worker = Worker(tmp_path, steps, last + 2 * EVERY)
+            worker.listen()
+            assert worker.process.exitcode == -signal.SIGKILL, worker.lines
             assert (tmp_path / "run.pt.new").stat().st_size < (tmp_path / "run.pt").stat().st_size, "half a file beside the whole one"
-            begun = int(next(line for line in out.splitlines() if line.startswith("from")).split()[1])
+            begun = worker.begun
         else:
             begun = killed(tmp_path, steps, last + rng.randint(EVERY + 1, 2 * EVERY), rng.uniform(0, 0.01))
         assert begun >= last or kill == 0
         resumed += begun == last
         last = checkpoints.load(tmp_path / "run.pt")["step"]
         coverage("killed with SIGKILL and resumed", "while saving" if kill % 5 == 1 else "at a random step", "one process")
-    process = started(tmp_path, steps)
-    out = process.communicate()[0]
-    assert process.returncode == 0 and "ok True" in out and f"from {last}" in out, out
+    worker = Worker(tmp_path, steps)
+    worker.listen()
+    assert worker.process.exitcode == 0 and worker.lines[-1] == "ok True" and worker.begun == last, worker.lines
     assert resumed == kills, "each process went on from the last checkpoint"
     assert differences(checkpoints.load(tmp_path / "end.pt"), whole.state()) == []
 

@@ -17,8 +17,13 @@ from normwise.engine.rules.bounds import Bound
 from normwise.norms import native
 from normwise.norms.reduce import column_norms
 
-SCALES = (1e-42, 1e-20, 1e-3, 1.0, 1e18, 1e36)
-RADII = (1e-35, 1e-3, 100.0)
+SIZES = [(1e-42, 1e-35), (1e-20, 1e-35), (1e-3, 1e-3), (1.0, 100.0), (1e18, 1e-3), (1e36, 100.0)]
+"""Scales of the numbers, each with a radius; in the long form with every radius."""
+every_size = pytest.mark.parametrize(
+    "sizes",
+    [SIZES, pytest.param([(scale, radius) for scale, _ in SIZES for radius in (1e-35, 1e-3, 100.0)], marks=pytest.mark.long)],
+    ids=["some", "every"],
+)
 SHAPES = ([(64, 64), (64,)], [(3, 5, 5), (7,), (300, 129), (1,)], [(700, 500), (5,), (5,)])
 
 
@@ -69,20 +74,22 @@ def careful(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.filterwarnings("ignore")    # norms that are not finite are told
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("last", ["random", "zero", "nan"])
-def test_gradients_are_clipped(shapes: list[tuple[int, ...]], last: str, careful: Callable[[], int]) -> None:
+@every_size
+def test_gradients_are_clipped(
+    shapes: list[tuple[int, ...]], last: str, sizes: list[tuple[float, float]], careful: Callable[[], int]
+) -> None:
     def all_of_them() -> list[list[Tensor]]:
         results = []
-        for scale in SCALES:
-            for radius in RADII:
-                torch.manual_seed(0)
-                model = Weights(shapes)
-                end = list(model.parameters())[-1]
+        for scale, radius in sizes:
+            torch.manual_seed(0)
+            model = Weights(shapes)
+            end = list(model.parameters())[-1]
 
-                def gradient(p: nn.Parameter, scale: float = scale, end: nn.Parameter = end) -> Tensor:
-                    g = torch.randn_like(p) * scale
-                    return g * (0.0 if last == "zero" else math.nan) if p is end and last != "random" else g
+            def gradient(p: nn.Parameter, scale: float = scale, end: nn.Parameter = end) -> Tensor:
+                g = torch.randn_like(p) * scale
+                return g * (0.0 if last == "zero" else math.nan) if p is end and last != "random" else g
 
-                results.append(found(model, nw.clip_grad_norm(radius), gradient))
+            results.append(found(model, nw.clip_grad_norm(radius), gradient))
         return results
 
     quick = all_of_them()
@@ -105,21 +112,22 @@ nw.register_layout(Transposed, lambda module, name, t: nw.Layout("io", tuple(t.s
 @pytest.mark.parametrize("make", [lambda: nn.Linear(129, 40, bias=False), lambda: Transposed(129, 40), lambda: Transposed(256, 7)])
 @pytest.mark.parametrize("rows", ["random", "one zero", "some tiny", "one infinite"])
 @pytest.mark.parametrize("method", [nw.max_norm, nw.unit_norm])
+@every_size
 def test_units_are_bounded(
-    make: Callable[[], nn.Module], rows: str, method: Callable[[float], nw.Rule], careful: Callable[[], int]
+    make: Callable[[], nn.Module], rows: str, method: Callable[[float], nw.Rule], sizes: list[tuple[float, float]],
+    careful: Callable[[], int],
 ) -> None:
     def all_of_them() -> list[list[Tensor]]:
         results = []
-        for scale in SCALES:
-            for radius in RADII:
-                torch.manual_seed(0)
-                model = nn.Sequential(make(), make())
-                for layer in model:
-                    with torch.no_grad():
-                        layer.weight *= scale
-                        units = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
-                        units[0] *= {"random": 1.0, "one zero": 0.0, "some tiny": 1e-25, "one infinite": math.inf}[rows]
-                results.append(found(model, method(radius), torch.zeros_like))
+        for scale, radius in sizes:
+            torch.manual_seed(0)
+            model = nn.Sequential(make(), make())
+            for layer in model:
+                with torch.no_grad():
+                    layer.weight *= scale
+                    units = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+                    units[0] *= {"random": 1.0, "one zero": 0.0, "some tiny": 1e-25, "one infinite": math.inf}[rows]
+            results.append(found(model, method(radius), torch.zeros_like))
         return results
 
     quick = all_of_them()

@@ -142,7 +142,7 @@ def test_write_gives_a_page_and_the_results_beside_it(written: Path) -> None:
 
 def test_a_page_is_replaced_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("old")
-    report.write(example(), tmp_path)
+    report.write(single(), tmp_path)
     assert "<!doctype html>" in (tmp_path / "index.html").read_text(encoding="utf-8")
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", "results.json"}
 
@@ -164,7 +164,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(DataError, match="Give a folder that can be written"):
-        report.write(example(), tmp_path / "taken")
+        report.write(single(), tmp_path / "taken")
 
 
 @pytest.mark.parametrize("results", [{}, {"cells": []}, {"cells": None}, {"cells": [{"strategy": "nothing"}]}])
@@ -368,10 +368,13 @@ def test_one_seed_has_no_spread() -> None:
 
 
 def test_defects_of_the_baseline_are_told_first() -> None:
-    results = example() | {"baseline_defects": ["The baseline with gd reaches 11.0%."]}
+    results = single() | {"baseline_defects": ["The baseline with gd reaches 11.0%."]}
     text = read(results).text
     assert text.index("reaches 11.0%") < text.index("Results")
-    assert "baseline is weaker" not in read(example()).text
+
+
+def test_a_baseline_without_defects_is_not_called_weak(parsed: Page) -> None:
+    assert "baseline is weaker" not in parsed.text
 
 
 # The sentence
@@ -556,7 +559,7 @@ def test_there_is_a_norm_chart_for_each_parameter_weights_first(parsed: Page) ->
 
 
 def test_many_layers_are_cut_and_the_rest_is_told() -> None:
-    results = example()
+    results = single()
     for cell in results["cells"]:
         for seed in cell["curves"]:
             seed["norms"] = {f"layer{i}.weight": seed["norms"]["conv1.weight"] for i in range(charts.MOST_LAYERS + 3)}

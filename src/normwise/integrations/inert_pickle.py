@@ -57,7 +57,7 @@ def read(data: bytes, allowed: Callable[[str, str], bool]) -> Any:
     except NotInert:
         raise
     except (LookupError, ValueError) as error:
-        raise NotInert(f"{_DAMAGED}: {error}") from None
+        raise NotInert(f"{_DAMAGED}: {str(error)[:200]}") from None
     if machine.stack:
         raise NotInert(_DAMAGED)
     return value
