@@ -139,7 +139,7 @@ def test_half_precision_weights_keep_the_promise(dtype: torch.dtype) -> None:
         optimizer.step()
         assert largest(net) <= 1.01 * CAP
         acted += sum(control.violations().values())
-    assert acted > 3 and control.verify().ok
+    assert acted >= 3 and control.verify().ok
 
 
 class Transposed(nn.Module):

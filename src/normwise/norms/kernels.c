@@ -262,6 +262,7 @@ typedef struct {
     float **x, **y;
     const long *tensor, *from, *to; /* of each piece */
     double *sums, *apart, factor;
+    int follows;
     float low, high;
     long *changed;
 } Pieces;
@@ -301,8 +302,8 @@ static void clamp_all(const void *given, long first, long last) {
     }
 }
 
-/* Of one stretch: how long it is, how far it is from what it was, and the latter becomes the former. */
-static void moved(const float *x, float *y, long n, double *length, double *distance) {
+/* Of one stretch: how long it is, and how far from what it was, which may become what it is. */
+static void moved(const float *x, float *y, long n, int follows, double *length, double *distance) {
     Eight a = {0}, b = {0}, p, q;
     float rest = 0, apart = 0;
     long i = 0;
@@ -318,7 +319,7 @@ static void moved(const float *x, float *y, long n, double *length, double *dist
         other = 0;
         for (long e = 0; e < n; e++) other += ((double)x[e] - (double)y[e]) * ((double)x[e] - (double)y[e]);
     }
-    memcpy(y, x, (size_t)n * sizeof(float));
+    if (follows) memcpy(y, x, (size_t)n * sizeof(float));
     *length += one, *distance += other;
 }
 
@@ -330,7 +331,7 @@ static void moved_all(const void *given, long first, long last) {
         p->sums[i] = p->apart[i] = 0;
         for (long a = p->from[i]; a < p->to[i]; a += SHORT) {
             const long n = a + SHORT < p->to[i] ? SHORT : p->to[i] - a;
-            moved(x + a, y + a, n, &p->sums[i], &p->apart[i]);
+            moved(x + a, y + a, n, p->follows, &p->sums[i], &p->apart[i]);
         }
     }
 }
@@ -367,12 +368,12 @@ double normwise_squares(const Job *j, int threads) {
     return total;
 }
 
-/* Of each tensor now and as it was: now->each is the sum of its squares, was->each that of its changes, and what was becomes what is.
+/* Of each tensor now and as it was: now->each is the sum of its squares, was->each that of its changes. follows: what was becomes what is.
  * Returns -1 where memory is out, and nothing has changed. */
-long normwise_moved(const Job *now, const Job *was, int threads) {
+long normwise_moved(const Job *now, const Job *was, int follows, int threads) {
     long count, entries;
     Pieces p = cut(now->x, now->sizes, now->k, &count, &entries);
-    p.y = was->x;
+    p.y = was->x, p.follows = follows;
     p.sums = p.tensor ? malloc((size_t)(2 * count + 1) * sizeof(double)) : NULL;
     if (!p.sums) {
         free((void *)p.tensor);

@@ -71,7 +71,7 @@ def _declared(found: Any) -> Any:
     found.normwise_blocks.argtypes, found.normwise_blocks.restype = [_P, _I], _L
     found.normwise_squares.argtypes, found.normwise_squares.restype = [_P, _I], _D
     found.normwise_multiply.argtypes, found.normwise_multiply.restype = [_P, _D, _I], _L
-    found.normwise_moved.argtypes, found.normwise_moved.restype = [_P, _P, _I], _L
+    found.normwise_moved.argtypes, found.normwise_moved.restype = [_P, _P, _I, _I], _L
     found.normwise_spectra.argtypes, found.normwise_spectra.restype = [_P, _L, _L, _D], _L
     found.normwise_clamp.argtypes, found.normwise_clamp.restype = [_P, _F, _F, _I], _L
     return found
@@ -208,13 +208,21 @@ def squares(tensors: Sequence[Tensor], room: Room | None = None) -> float | None
     return None if total < 0 else total
 
 
+def apart(room: Room, others: Room) -> list[float]:
+    """Σ (x − y)² of each tensor and its counterpart. Only where there is a :func:`library`."""
+    found: Any = library()
+    if found.normwise_moved(room.call, others.call, 0, torch.get_num_threads()) < 0:
+        raise MemoryError("no memory is left for a table of the tensors' pieces.")
+    return list(others.each)
+
+
 def moved_(room: Room, copies: Room) -> None:
     """``room.each`` becomes Σ x² of each tensor, ``copies.each`` that of how far it is from its copy; the copy then becomes the tensor.
 
     In one pass. Only where there is a :func:`library`.
     """
     found: Any = library()
-    if found.normwise_moved(room.call, copies.call, torch.get_num_threads()) < 0:
+    if found.normwise_moved(room.call, copies.call, 1, torch.get_num_threads()) < 0:
         raise MemoryError("no memory is left for a table of the tensors' pieces.")
 
 

@@ -3,8 +3,8 @@
 A cell is a network, a set of rules and a state. In each round of a cell three kinds of optimizer steps take turns, in one process, on
 one thread, in alternating order: without control, with it, and without it but with what you would write by hand around it. Before each of
 them the weights and gradients that the rules act on are put back into the state, outside the clock. The step is fused SGD with
-momentum at a rate of 0:
-it reads weights and gradients and writes the weights as any step does, and leaves every weight exactly where the state has it.
+momentum at a rate of 0: it reads weights and gradients and writes the weights as any step does, and leaves every weight exactly where the
+state has it.
 
 - ``added_us``, ``hand_us``: the median over rounds of the step with control, or with code by hand, minus the step without, of the same
   round. Of two ways by hand (``bench.cells.by_hand`` has the code) the faster one counts.

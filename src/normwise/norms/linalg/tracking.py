@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normwise.norms import native
 from normwise.norms.decompose import eigh
 from normwise.norms.linalg import paths
 from normwise.norms.linalg.caps import cap_singular_values, inward, short_images
@@ -24,6 +25,7 @@ DEGREE = 6            # of the polynomial in the Gram matrix that turns the foll
 CROWDED = 0.98        # a singular value from this share of the cap on is one to follow
 DENSE_BELOW = 32      # short sides up to this are decomposed rather than followed: as cheap
 MARGIN = 1 / 8        # of the tolerance: how far above the σ₁ that was found the one that is certified lies
+ENOUGH = 15 / 16      # of the tolerance: where the first proof is tried, whose own rounding must fit below the whole
 NARROW_UP_TO = 512    # short sides up to this are factored in fp32: beyond, its rounding would show beside a tolerance of 0.01
 RUN = 256             # entries of a row that are multiplied and summed in fp32: longer rows in such runs, these summed in float64
 RECUTS = 8            # a cut that rounding to the weights' dtype spoils is made again, each time lower
@@ -57,9 +59,10 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
     1. The state holds a copy of each matrix as it was last looked at, and a certified bound of its σ₁. σ₁ of the present matrix is at most
        that plus the Frobenius norm of the difference (Weyl), which one reading tells. Where that is within (1 + tolerance) radius, its bits
        stay and nothing else is computed.
-    2. The others are looked at. The followed singular vectors are turned by a polynomial in the small Gram matrix (Zhou and Saad 2006) and
-       say what σ₁ probably is; that nothing lies more than an eighth of the tolerance above is then proved: c² I − xᵀx has a Cholesky
-       factor only if σ₁ < c. Where there is none, a direction was missed, and the matrix is decomposed.
+    2. The others are looked at. c² I − xᵀx has a Cholesky factor only if σ₁ < c: if it has one for a c just below (1 + tolerance) radius,
+       that is the new bound. Else the followed singular vectors are turned by a polynomial in the small Gram matrix (Zhou and Saad 2006)
+       and say what σ₁ probably is; that nothing lies more than an eighth of the tolerance above is then proved in the same way. Where
+       that fails, a direction was missed, and the matrix is decomposed.
     3. Where σ₁ exceeds the radius, all singular values above (1 − tolerance/2) radius are set to that: half of the tolerance is kept as
        room, so that a matrix is cut every few steps and not at each. What is left is proved in the same way before it is written.
     Matrices that are not finite come back as they are, and are looked at anew when they are finite again. Empty ones have σ₁ = 0.
@@ -139,7 +142,13 @@ def _distance(parts: Sequence[Tensor], reference: Tensor) -> Tensor:
     for part in parts:
         before = reference[start : start + len(part)]
         start += len(part)
-        if part.numel() >= CHUNK and part.dtype == torch.float32 and part.device.type == "cpu" and part.is_contiguous():
+        whole = native.fit((part, before)) and native.library() is not None
+        if whole:
+            ours, others = native.Room(part.unbind()), native.Room(before.unbind())
+            ours.ready(part.unbind())
+            others.ready(before.unbind())
+            found.append(torch.tensor(native.apart(ours, others), dtype=torch.float64).sqrt())
+        elif part.numel() >= CHUNK and part.dtype == torch.float32 and part.device.type == "cpu" and part.is_contiguous():
             found.append(torch.stack([_length_of_difference(*pair) for pair in zip(part.flatten(1), before.flatten(1), strict=True)]))
         else:
             found.append(root_sum_squares((up(part) - up(before)).flatten(1)).to(wide(part.device)))
@@ -187,6 +196,24 @@ def _search(x: Tensor, limit: Tensor, vectors: Tensor, known: Tensor, tolerance:
     y = up(x) / scale[:, None, None]
     bound = (limit / scale)[:, None]
     gram = _gram(y)
+    # Most matrices that are looked at have not grown beyond the tolerance, and the proof alone is a third of a search.
+    inside = _certified(gram, bound * (1 + ENOUGH * tolerance), _slack(gram, y))[:, 0]
+    inside = torch.where(known & (inside <= bound[:, 0] * (1 + tolerance)), inside, math.inf)
+    rest = inside.isinf().nonzero().flatten()
+    reach = inside * scale.to(inside.dtype)
+    if not len(rest):
+        return {}, vectors, reach
+    chosen = rest.tolist()
+    cut, turned, found = _search_further(x[rest], y[rest], gram[rest], bound[rest], scale[rest], vectors[rest], known[rest], tolerance)
+    vectors = vectors.clone()
+    vectors[rest], reach[rest] = turned, found.to(reach.dtype)
+    return {chosen[i]: lowered for i, lowered in cut.items()}, vectors, reach
+
+
+def _search_further(
+    x: Tensor, y: Tensor, gram: Tensor, bound: Tensor, scale: Tensor, vectors: Tensor, known: Tensor, tolerance: float
+) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+    """As a search, of matrices that are not proven to be inside; y: at the scale of the radius, and its Gram matrices."""
     vectors, squares, usable = _turned(gram, vectors)
     sigma = squares.clamp(min=0).sqrt().to(bound.dtype)
     most, aim = sigma[:, -1:], bound * (1 - tolerance / 2)
