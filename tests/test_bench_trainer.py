@@ -70,6 +70,7 @@ def test_a_slow_preset_is_stopped_in_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert "step_bar" not in rows[0] and rows[1]["step_bar"] == 45.0
 
 
+@pytest.mark.long    # transformers alone takes five seconds to import
 def test_the_trainer_trains_with_control_and_without(capfd: Any) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")

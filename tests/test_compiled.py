@@ -90,7 +90,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "compiled"), [
-    ("SGD", "model"), ("SGD", "step"), pytest.param("SGD", "whole", marks=pytest.mark.long), ("AdamW", "whole"),
+    ("SGD", "model"), *(pytest.param("SGD", what, marks=pytest.mark.long) for what in ("step", "whole")), ("AdamW", "whole"),
     pytest.param("Muon with a policy", "whole", marks=pytest.mark.long), ("bf16, stochastic", "step"),
 ])    # fmt: skip
 def test_compiled_it_is_the_same_run(name: str, compiled: str) -> None:

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from forks import forks
 from normwise.errors import MissingExtraError, StudyError
 from normwise.experiments import cells
 from normwise.experiments.catalog import GAN_STRATEGIES
@@ -90,7 +90,7 @@ ALONE = {"1": 16, "3": 48, "5": 80}
 
 def test_any_executor_gives_what_this_process_gives(tmp_path: Path) -> None:
     assert doubled(Options()) == ALONE
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
+    with ProcessPoolExecutor(2, mp_context=forks) as executor:
         state = tmp_path / "runs.jsonl"
         assert doubled(Options(executor=executor, state=state)) == ALONE
         assert executor.submit(os.getpid).result() != os.getpid(), "it is left open"
