@@ -159,8 +159,9 @@ def test_a_program_that_imports_normwise_keeps_its_signals(
     assert seen == [True] * is_ours
 
 
-@pytest.mark.parametrize("name", ["compare", pytest.param("race", marks=pytest.mark.long), pytest.param("gan", marks=pytest.mark.long)])
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long    # by default signals come while torch is imported and while workers are at work
+@pytest.mark.parametrize("name", ["compare", "race", "gan"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_workers_start_is_one_sentence(name: str, number: signal.Signals, tmp_path: Path) -> None:
     """As a terminal sends it, to all of them; three times in quick succession."""
     state = tmp_path / "state.jsonl"

@@ -501,7 +501,8 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("preset", [Muon, *(pytest.param(build, marks=pytest.mark.long) for build in (SGD, AdamW, AdamH, PRESETS["LARS"]))])
+@pytest.mark.long    # by default test_compiled.py shows it
+@pytest.mark.parametrize("preset", [Muon, SGD, AdamW, AdamH, PRESETS["LARS"]])
 def test_a_compiled_step_is_the_step(preset: Build, fresh_compiler: None) -> None:
     """Traced and run as graphs, without a C++ compiler; ``make test-long`` compiles."""
     plain, compiled = model(F64), model(F64)
