@@ -123,7 +123,7 @@ def test_a_run_that_fails_says_so(cnn: Task, lr: float, strength: float, why: st
     assert why in execute(Run(cnn.key, 40, 2, lr, strength, seed=0, full=False), cnn)["failed"]
 
 
-@pytest.mark.parametrize("task", ["cnn", "resnet --hold", pytest.param("resnet", marks=pytest.mark.long)])
+@pytest.mark.parametrize("task", ["cnn", *(pytest.param(task, marks=pytest.mark.long) for task in ("resnet --hold", "resnet"))])
 def test_the_command_writes_results_and_goes_on_where_it_was(
     task: str, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
