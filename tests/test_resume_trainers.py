@@ -201,7 +201,8 @@ def preset(net: nn.Module) -> Any:
 @no_dist
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize(
-    "make", [adamw, pytest.param(lambda net: SGD(net.parameters(), lr=0.05), marks=pytest.mark.long), preset], ids=["adamw", "sgd", "preset"],
+    "make", [adamw, pytest.param(lambda net: SGD(net.parameters(), lr=0.05), marks=pytest.mark.long), preset],
+    ids=["adamw", "sgd", "preset"],
 )
 def test_distributed_checkpoint(tmp_path: Path, make: Callable[[nn.Module], Any], flat: bool) -> None:
     """Both ways of torch's: the optimizer's state nested, and flattened; also of an optimizer without a state of its own."""
