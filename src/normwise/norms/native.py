@@ -52,10 +52,14 @@ def library() -> Any | None:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if os.environ.get(SWITCH) == "0" or compiler is None or os.name != "posix":
         return None
+    folder = _folder()
     try:
-        return _declared(ctypes.CDLL(str(_built(compiler, _folder()))))
+        return _declared(ctypes.CDLL(str(_built(compiler, folder))))
     except (OSError, subprocess.SubprocessError):    # a full disk, a compiler that is broken: torch's calls do it all
         return None
+    finally:
+        if folder.parent == Path(tempfile.gettempdir()):    # what is loaded stays
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Job(ctypes.Structure):
