@@ -290,10 +290,16 @@ class Control:
         if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
             return False
         program = engine.program(turn.optimizer)
+        if program.ascends and engine.maximizes():
+            return False
         if program.gradient:
             with nullcontext() if program.in_few_calls else torch.no_grad():
                 engine.gradient_phase(turn, program)
             stepper.acted = Marks(witnesses(grads(program.params))) if program.once else None
+        for decay in program.decays:
+            decay(turn)
+        if program.decays:
+            stepper.decayed = Marks(witnesses(program.decaying))
         stepper.turn = turn
         if self._timed:
             self.seconds += time.perf_counter() - begun
@@ -304,7 +310,7 @@ class Control:
         with nullcontext() if program.in_few_calls else torch.no_grad():
             for act in program.after:
                 act(turn)
-        stepper.turn = stepper.acted = None
+        stepper.turn = stepper.acted = stepper.decayed = None
         stepper.calls += 1
         if self._timed:
             self.seconds += time.perf_counter() - begun

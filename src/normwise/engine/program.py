@@ -105,7 +105,8 @@ class Program:
         self.gradient = [b.run for b in of_gradients] if engine.spanning and not engine.sharded else engine.calls(of_gradients, k)
         looking = [b for b in of_gradients if not b.in_few_calls]
         self.dense = [(b, part) for b in looking for part in b.packs if engine.spanning or k in part.optimizers]
-        self.decays = engine.calls(engine.phase("decay", "cpr"), k)
+        decaying = engine.phase("decay", "cpr")
+        self.decays = engine.calls(decaying, k)
         later = [b for b in engine.phase("update", "prox", "qk_clip", "weight") if b not in inline]
         self.after = engine.calls(later, k)
         self.in_few_calls = all(b.in_few_calls for b in (*of_gradients, *later))
@@ -114,19 +115,19 @@ class Program:
         updated = [m for b in engine.phase("update") if b not in inline for m in b.members if m.optimizer == k]
         self.snapshots: list[Member] = updated
         """What rules on updates compare with, where the optimizer does not hand its updates over."""
-        early = [m for b in engine.phase("decay", "cpr") for m in b.members if m.optimizer == k]
+        early = [m for b in decaying for m in b.members if m.optimizer == k]
         back = [m for b in engine.rules if b.looks_back for m in b.members if m.optimizer == k]
         self.decaying = _of(early)
         """The parameters that decay before the step."""
         self.starts = _of([*early, *back, *updated])
         """The parameters whose weights at the start of a step matter to some rule: to decay, to compare with."""
-        self.once = bool(looking or inline or updated or self.begins)
+        self.once = not all(b.repeatable for b in of_gradients) or bool(inline or updated or self.begins)
         """Whether a step that raises and is tried again must not do everything a second time: a gradient clipped twice is one clipped."""
         self.ascends = bool(engine.phase("penalty"))
         """Whether it matters that a group maximises."""
-        busy = self.aligned or self.decays or self.begins or self.commits or self.ascends or engine.foreign or engine.phase("update")
-        self.short = not (busy or engine.spanning)
-        """Whether a step is no more than the gradient phase and what comes after the optimizer."""
+        busy = self.aligned or self.begins or self.commits or engine.foreign or engine.phase("update") or engine.spanning
+        self.short = not busy and all(b.in_few_calls for b in decaying)
+        """Whether a step is no more than rules on gradients, decays and what comes after the optimizer."""
 
 
 def _of(members: Sequence[Member]) -> list[nn.Parameter]:

@@ -40,8 +40,9 @@ class BoundRule:
     nothing_to_verify: str | None = None
     """Why it leaves no bound on the weights that could be measured; None where it does."""
     in_few_calls = False
-    """Whether what it prepared for a step looks itself whether gradients can be written in place, needs no ``no_grad``, and changes nothing
-    where it is done a second time."""
+    """Whether what it prepared for a step looks itself whether gradients can be written in place, and needs no ``no_grad``."""
+    repeatable = False
+    """Whether that changes nothing where it is done a second time."""
     looks_back = False
     """Whether ``begin`` measures the weights that the step starts from."""
     growing: tuple[str, ...] = ()

@@ -61,7 +61,7 @@ class Bound(BoundRule):
         free = rule.rate == 1 and rule.min_radius is None and rule.center is None and not self.timed()
         plain = type(self) is Bound and self.phase != "update" and len(self.optimizers) == 1 and all(p.plain() for p in mine)
         act = self._in_few_calls(mine) if free and plain else None
-        self.in_few_calls = act is not None
+        self.in_few_calls = self.repeatable = act is not None
         return act or self.run
 
     def _in_few_calls(self, mine: list[Any]) -> Callable[[Turn], None] | None:

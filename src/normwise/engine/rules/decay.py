@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from normwise.norms.reduce import may_branch
 from normwise.parameters.inventory import Entry
 from normwise.parameters.layouts import BlockView, block_view
 from normwise.policy import Rule
+from normwise.policy.schedules import is_number
 
 
 class Shrinking(BoundRule):
@@ -56,6 +58,24 @@ class WeightDecay(Shrinking):
     def view(self, entry: Entry) -> BlockView:
         """Of the whole parameter: a decay knows no blocks, and so asks for no orientation."""
         return block_view(entry.layout, "tensor", False, name=entry.name)
+
+    def prepared(self, optimizer: int) -> Callable[[Turn], None]:
+        """A fixed decay towards zero at one rate is one call for all weights."""
+        rule = self.rule
+        free = is_number(rule.strength) and rule.center is None and not self.timed() and len(self.optimizers) == 1 and not self.store
+        self.in_few_calls = free and not self.flat and all(p.plain() for p in self.packs)
+        weights = [w for p in self.packs for w in p.weights]
+        return partial(self._decay, weights) if self.in_few_calls else self.run
+
+    @torch.no_grad()
+    def _decay(self, weights: list[Tensor], turn: Turn) -> None:
+        members = self.members
+        rates = [turn.rate(m) for m in members]
+        one = all([type(r) is float and r == rates[0] for r in rates])    # noqa: C419 - a list is faster than a generator
+        if not one or turn.happened is not None or not all([m.param.grad is not None for m in members]):    # noqa: C419
+            self.run(turn)
+            return
+        torch._foreach_mul_(weights, 1 - rates[0] * self.rule.strength)
 
     def shrink_(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
         strength = self.strength(turn)

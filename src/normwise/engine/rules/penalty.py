@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from normwise.engine.block_tensors import grads_of, offsets_of, weights_of
+from normwise.engine.block_tensors import grads_of, make_dense, offsets_of, weights_of
 from normwise.engine.pack import Pack
 from normwise.engine.rules.base import BoundRule, runs
-from normwise.engine.step import Turn
-from normwise.norms import Norm, Set
+from normwise.engine.step import Turn, grads
+from normwise.norms import Norm, Set, native
 from normwise.norms.reduce import up
 from normwise.policy import actions
+from normwise.policy.schedules import is_number
 
 
 class Priced(BoundRule):
@@ -58,6 +61,25 @@ class Penalty(Priced):
                     grad.add_(pull.to(grad.dtype), alpha=strength)
             return
         torch._foreach_add_(grads, [p.to(g.dtype) for p, g in zip(pulls, grads, strict=True)], alpha=strength)
+
+    def prepared(self, optimizer: int) -> Callable[[Turn], None]:
+        """A fixed multiple of the weights themselves or of their signs is one or two calls for all of them."""
+        rule, weights = self.rule, [w for p in self.packs for w in p.weights]
+        of_entries = type(self) is Penalty and isinstance(self.norm, Norm) and (self.norm.name, rule.power) in (("l2", 2), ("l1", 1))
+        free = is_number(rule.strength) and rule.center is None and not self.timed() and len(self.optimizers) == 1
+        self.in_few_calls = of_entries and free and not self.flat and all(p.plain() for p in self.packs)
+        return partial(self._pull, weights, [p for part in self.packs for p in part.params]) if self.in_few_calls else self.run
+
+    @torch.no_grad()
+    def _pull(self, weights: list[Tensor], params: list[Tensor], turn: Turn) -> None:
+        found: list[Any] = grads(params)
+        if turn.happened is not None or turn.ascends is not None or not native.fit(found):
+            for part in self.packs:
+                make_dense(self.rule, part)
+            self.run(turn)
+            return
+        pulls = weights if self.rule.power == 2 else torch._foreach_sign(weights)
+        torch._foreach_add_(found, pulls, alpha=self.rule.strength)    # type: ignore[arg-type]
 
     def pulls(self, part: Pack, offsets: list[Tensor]) -> list[Tensor]:
         """The gradient of the value by the weights, of which ``offsets`` are the distances from their center."""
