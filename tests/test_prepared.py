@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise.engine.rules.bounds import Bound
+from normwise.engine.rules.decay import Shrinking
+from normwise.engine.rules.penalty import Penalty
 from normwise.norms import native
 from normwise.norms.reduce import column_norms
 
@@ -148,3 +150,36 @@ def test_norms_of_columns_are_those_of_float64(rows: int) -> None:
     x[0, 5], x[0, 6] = math.inf, math.nan
     got = column_norms(x)
     assert got[5] == math.inf and got[6].isnan() and abs(got[4] - exact[4]) <= 2 * eps * exact[4]
+
+
+@pytest.mark.parametrize("rule", [
+    nw.l2_penalty(0.01), nw.l1_penalty(0.01), nw.weight_decay(0.3), nw.l1_prox(0.2), nw.clip_weight_value(0.05), nw.non_negative(),
+], ids=lambda r: r.label())  # fmt: skip
+@pytest.mark.parametrize("odd", [None, "a rate of its own", "no gradient", "maximize"])
+def test_rules_on_entries(rule: nw.Rule, odd: str | None, careful: Callable[[], int]) -> None:
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 7), nn.Linear(7, 3))
+        groups = [{"params": list(model[0].parameters())}, {"params": [p for layer in model[1:] for p in layer.parameters()]}]
+        if odd == "a rate of its own":
+            groups[1]["lr"] = 0.5    # type: ignore[assignment]
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, maximize=odd == "maximize")
+        nw.attach(model, optimizer, rule)
+        kept = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(5, 12)).square().sum().backward()
+            if odd == "no gradient":
+                model[1].weight.grad = None
+            optimizer.step()
+            kept += [p.detach().clone() for p in model.parameters()]
+        return kept
+
+    quick = run()
+    ulps = careful()
+    monkey = pytest.MonkeyPatch()
+    for cls in (Penalty, Shrinking):
+        monkey.setattr(cls, "prepared", lambda self, optimizer: self.run)
+    slow = run()
+    monkey.undo()
+    assert same(quick, slow, ulps)

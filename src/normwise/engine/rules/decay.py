@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normwise.engine.block_tensors import recenter_, weights_of
-from normwise.engine.pack import Pack
+from normwise.engine.pack import Member, Pack
 from normwise.engine.rules.base import BoundRule, runs
 from normwise.engine.rules.penalty import Priced
 from normwise.engine.step import Turn
@@ -21,6 +21,8 @@ from normwise.parameters.inventory import Entry
 from normwise.parameters.layouts import BlockView, block_view
 from normwise.policy import Rule
 from normwise.policy.schedules import is_number
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Shrinking(BoundRule):
@@ -48,6 +50,30 @@ class Shrinking(BoundRule):
         """Acts on the weights, or on what stands for them until they are rounded."""
         raise NotImplementedError
 
+    def prepared(self, optimizer: int) -> Callable[[Turn], None]:
+        """What treats every entry alike, at a fixed strength and one rate, is a few calls for all weights."""
+        rule = self.rule
+        free = is_number(rule.strength) and rule.center is None and not self.timed() and len(self.optimizers) == 1 and not self.store
+        self.in_few_calls = free and self.of_entries() and not self.flat and all(p.plain() for p in self.packs)
+        return partial(self._at_once, [w for p in self.packs for w in p.weights], self.members) if self.in_few_calls else self.run
+
+    @torch.no_grad()
+    def _at_once(self, weights: list[Tensor], members: list[Member], turn: Turn) -> None:
+        rates = [turn.rate(m) for m in members]
+        one = all([type(r) is float and r == rates[0] for r in rates])    # noqa: C419 - a list is faster than a generator
+        if one and turn.happened is None and all([m.param.grad is not None for m in members]):    # noqa: C419
+            self.shrink_entries_(weights, rates[0] * self.rule.strength)
+        else:
+            self.run(turn)
+
+    def of_entries(self) -> bool:
+        """Whether every entry is treated alike, by ``shrink_entries_``."""
+        return True
+
+    def shrink_entries_(self, weights: list[Tensor], amount: float) -> None:
+        """Acts on all weights, by η·strength."""
+        raise NotImplementedError
+
 
 @runs("weight_decay")
 class WeightDecay(Shrinking):
@@ -59,23 +85,8 @@ class WeightDecay(Shrinking):
         """Of the whole parameter: a decay knows no blocks, and so asks for no orientation."""
         return block_view(entry.layout, "tensor", False, name=entry.name)
 
-    def prepared(self, optimizer: int) -> Callable[[Turn], None]:
-        """A fixed decay towards zero at one rate is one call for all weights."""
-        rule = self.rule
-        free = is_number(rule.strength) and rule.center is None and not self.timed() and len(self.optimizers) == 1 and not self.store
-        self.in_few_calls = free and not self.flat and all(p.plain() for p in self.packs)
-        weights = [w for p in self.packs for w in p.weights]
-        return partial(self._decay, weights) if self.in_few_calls else self.run
-
-    @torch.no_grad()
-    def _decay(self, weights: list[Tensor], turn: Turn) -> None:
-        members = self.members
-        rates = [turn.rate(m) for m in members]
-        one = all([type(r) is float and r == rates[0] for r in rates])    # noqa: C419 - a list is faster than a generator
-        if not one or turn.happened is not None or not all([m.param.grad is not None for m in members]):    # noqa: C419
-            self.run(turn)
-            return
-        torch._foreach_mul_(weights, 1 - rates[0] * self.rule.strength)
+    def shrink_entries_(self, weights: list[Tensor], amount: float) -> None:
+        torch._foreach_mul_(weights, 1 - amount)
 
     def shrink_(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
         strength = self.strength(turn)
@@ -96,6 +107,15 @@ class Prox(Shrinking, Priced):
     """The prox of η·strength·‖w − center‖."""
 
     nothing_to_verify = "a prox pulls, and bounds nothing"
+
+    def of_entries(self) -> bool:
+        return isinstance(self.norm, Norm) and self.norm.name == "l1" and self.rule.power == 1
+
+    def shrink_entries_(self, weights: list[Tensor], amount: float) -> None:
+        """The soft threshold: w less its projection onto the ball of the dual norm, the box."""
+        inside = torch._foreach_clamp_min(weights, -min(amount, LARGEST))
+        torch._foreach_clamp_max_(inside, min(amount, LARGEST))
+        torch._foreach_sub_(weights, inside)
 
     def shrink_(self, part: Pack, weights: list[Tensor], turn: Turn) -> None:
         strength = self.strength(turn)
