@@ -148,13 +148,15 @@ def test_every_committed_result_has_the_form_that_its_study_asks_for() -> None:
                 continue
             names = {field.name for field in fields(makers[kind])}
             given = {name: value for name, value in entry["settings"].items() if name in names}
+            if kind == "compare" and path.stem.startswith("cnn-mnist"):
+                continue    # of protocol 3
             if kind == "race":
                 given["numbers"] = tuple(given["numbers"].items())
             run = makers[kind](**given)
             assert fits(entry["result"], {"failed": str}) or fits(entry["result"], run.form), (path, entry["result"])
             assert Store.get(store, run.settings(), run.form) is not None or "failed" in entry["result"]
             seen[kind] = seen.get(kind, 0) + 1
-    assert min(seen[kind] for kind in ("gan", "race", "prune")) > 50, seen
+    assert min(seen[kind] for kind in ("compare", "gan", "race", "prune")) > 50, seen
 
 
 def test_forms() -> None:
