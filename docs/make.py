@@ -156,6 +156,15 @@ def drawn_bench(measured: dict[str, Any]) -> str:
     return f"![What rules add to a step, in µs, beside code by hand and the floor](images/bench-control.svg)\n\n{bench(measured)}"
 
 
+def bars(_: Any) -> str:
+    """Of the benchmarks that have results: how many rows keep to each bar, and what misses most."""
+    rows = []
+    for name in ("control", "trainer", "cap"):
+        measured = load(f"bench-{name}")
+        rows += [{"bench": name, **row} for row in runner.kept(runner.named(name), measured)] if measured else []
+    return markdown(rows)
+
+
 def smaller(results: dict[str, Any]) -> str:
     """What ``normwise prune`` found: the setting, the networks, the strengths that were tried."""
     plan, machine, timing = results["protocol"], results["machine"], results["timing"]
@@ -196,6 +205,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
     "named rules": (None, named_rules),
+    "bench bars": (None, bars),
     "bench control": ("bench-control", drawn_bench),
     "bench trainer": ("bench-trainer", bench),
     "bench polar": ("bench-polar", bench),

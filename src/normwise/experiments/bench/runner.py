@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -52,17 +52,37 @@ def named(name: str) -> Any:
 
 def missed(bench: Any, measured: Mapping[str, Any]) -> list[str]:
     """A sentence for each bar that a row misses."""
-    sentences = []
+    return [
+        f"{case}: {bar.value} is {cell_text(value)}, the bar {sense} {cell_text(limit)}."
+        for case, bar, value, sense, limit, met in _held(bench, measured) if not met
+    ]  # fmt: skip
+
+
+def kept(bench: Any, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each bar and limit how many rows keep to it, and the worst of those that do not."""
+    groups: dict[tuple[str, str, float], list[tuple[str, float, bool]]] = {}
+    for case, bar, value, sense, limit, met in _held(bench, measured):
+        groups.setdefault((bar.value, sense, limit), []).append((case, value, met))
+    rows = []
+    for (what, sense, limit), found in groups.items():
+        misses = [(value, case) for case, value, met in found if not met]
+        worst = (max if sense == "at most" else min)(misses) if misses else None
+        rows.append({
+            "figure": what, "bar": f"{sense} {cell_text(limit)}", "kept in": f"{len(found) - len(misses)} of {len(found)}",
+            "worst miss": f"{cell_text(worst[0])} ({worst[1]})" if worst else "-",
+        })  # fmt: skip
+    return rows
+
+
+def _held(bench: Any, measured: Mapping[str, Any]) -> Iterator[tuple[str, Bar, float, str, float, bool]]:
+    """Every row beside every bar that it has: its case, the bar, the value, the sense, the limit, and whether it keeps to it."""
     for row in measured["rows"]:
         case = ", ".join(value for column, value in row.items() if isinstance(value, str) and column != "bar_is")
         for bar in getattr(bench, "BARS", ()):
-            if bar.value not in row or bar.bar not in row:
-                continue
-            value, limit, sense = row[bar.value], row[bar.bar], row.get("bar_is", bar.sense)
-            # A NaN keeps to no bar, nor does None, which stands for it in JSON.
-            if value is None or not (value <= limit if sense == "at most" else value >= limit):
-                sentences.append(f"{case}: {bar.value} is {cell_text(value)}, the bar {sense} {cell_text(limit)}.")
-    return sentences
+            if bar.value in row and bar.bar in row:
+                value, limit, sense = row[bar.value], row[bar.bar], row.get("bar_is", bar.sense)
+                met = value <= limit if sense == "at most" else value >= limit    # a NaN keeps to no bar
+                yield case, bar, value, sense, limit, met
 
 
 def show(measured: Mapping[str, Any], stream: TextIO | None = None) -> None:
