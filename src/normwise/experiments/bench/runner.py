@@ -65,10 +65,10 @@ def kept(bench: Any, measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         groups.setdefault((bar.value, sense, limit), []).append((case, value, met))
     rows = []
     for (what, sense, limit), found in groups.items():
-        misses = [(value, case) for case, value, met in found if not met]
+        misses = [(value, case) for case, value, met in found if not met and value is not None]
         worst = (max if sense == "at most" else min)(misses) if misses else None
         rows.append({
-            "figure": what, "bar": f"{sense} {cell_text(limit)}", "kept in": f"{len(found) - len(misses)} of {len(found)}",
+            "figure": what, "bar": f"{sense} {cell_text(limit)}", "kept in": f"{sum(met for _, _, met in found)} of {len(found)}",
             "worst miss": f"{cell_text(worst[0])} ({worst[1]})" if worst else "-",
         })  # fmt: skip
     return rows
@@ -81,7 +81,8 @@ def _held(bench: Any, measured: Mapping[str, Any]) -> Iterator[tuple[str, Bar, f
         for bar in getattr(bench, "BARS", ()):
             if bar.value in row and bar.bar in row:
                 value, limit, sense = row[bar.value], row[bar.bar], row.get("bar_is", bar.sense)
-                met = value <= limit if sense == "at most" else value >= limit    # a NaN keeps to no bar
+                # A NaN, and a ratio that means nothing, keep to no bar.
+                met = value is not None and (value <= limit if sense == "at most" else value >= limit)
                 yield case, bar, value, sense, limit, met
 
 
