@@ -14,7 +14,7 @@ import pytest
 import house
 
 MISSED = {
-    "source lines": 26_948,
+    "source lines": 28_634,
 }
 """Bars that are still missed, with the figure of the day it was written down. Whoever meets one removes its line: the test says so."""
 
