@@ -141,6 +141,10 @@ class Pack:
         """For the kernels: kept, since a step that makes it anew takes longer than the kernels."""
         return native.Room(self.weights, self.axes or (1, 1, 1))
 
+    def ready(self, tensors: list[Tensor]) -> bool:
+        """Whether there are kernels, and these can work on the tensors."""
+        return native.library() is not None and self.room.ready(tensors)
+
     @property
     def matrix(self) -> tuple[int, int] | None:
         """The shape of a member that is one matrix in memory, or the transpose of one; None where it is neither."""

@@ -72,7 +72,7 @@ class Bound(BoundRule):
             sphere = rule.action == "normalize"
             if not self.flat:
                 aims = [None if kept else self._aimed(p, radius) if self.phase == "weight" else radius for p in mine]
-                for part, aim in zip(mine, aims, strict=True):
+                for part, aim in zip(mine if native.library() is not None else [], aims, strict=False):
                     part.room.aim(0.0 if aim is None else aim, sphere)
                 return partial(self._bound_blocks, list(zip(mine, aims, strict=True)), sphere)
             if self.phase == "gradient" and not sphere:
@@ -152,9 +152,9 @@ class Bound(BoundRule):
         certain = turn.happened is None
         if self.phase == "weight":
             weights = [p.weights for p in parts]
-            return (weights, all([p.room.ready(p.weights) for p in parts])) if certain else None    # noqa: C419
+            return (weights, all([p.ready(p.weights) for p in parts])) if certain else None    # noqa: C419
         found = [grads(p.params) for p in parts]
-        if all([native.fit(g) and p.room.ready(g) for p, g in zip(parts, found, strict=True)]):    # noqa: C419 - as below
+        if all([native.fit(g) and p.ready(g) for p, g in zip(parts, found, strict=True)]):    # noqa: C419 - as below
             return (found, True) if certain else None
         for part in parts:
             make_dense(self.rule, part)
@@ -172,8 +172,9 @@ class Bound(BoundRule):
             mine = part.weights if ready is None else ready[0][i]
             if aim is None:
                 aim = self._aimed(part, self.radius(part, turn))
-                part.room.aim(aim, sphere)
-            done = part.bound_(mine, aim, sphere, ready[1] if ready is not None else part.room.ready(mine))
+                if native.library() is not None:
+                    part.room.aim(aim, sphere)
+            done = part.bound_(mine, aim, sphere, ready[1] if ready is not None else part.ready(mine))
             if done is None:
                 self._act_without_graph(part, mine, aim, turn)
                 continue
