@@ -23,10 +23,10 @@ def made(axes: tuple[int, int, int], scale: float) -> list[torch.Tensor]:
     return [torch.randn(axes) * scale for _ in range(3)]
 
 
-def room_for(tensors: list[torch.Tensor], axes: tuple[int, int, int] = (1, 1, 1)) -> native.Room:
-    room = native.Room(tensors, axes)
-    assert room.ready(tensors)
-    return room
+def workspace_for(tensors: list[torch.Tensor], axes: tuple[int, int, int] = (1, 1, 1)) -> native.Workspace:
+    workspace = native.Workspace(tensors, axes)
+    assert native.fit(tensors) and workspace.place(tensors)
+    return workspace
 
 
 def exact(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -42,8 +42,8 @@ def test_norms_are_those_of_float64(axes: tuple[int, int, int]) -> None:
         tensors[1][:, 1 % axes[1]] *= 1e-30 if scale >= 1 else 1.0    # and one that is far smaller than its neighbours
         got, want = native.norms(tensors, axes), exact(tensors)
         assert got is not None and ((got - want).abs() <= EPS * want).all(), scale
-        total = native.squares(tensors)
-        assert total is not None and math.isclose(math.sqrt(total), float(want.norm()), rel_tol=EPS)
+        total = native.sum_of_squares(workspace_for(tensors))
+        assert math.isclose(math.sqrt(total), float(want.norm()), rel_tol=EPS)
 
 
 @with_kernels
@@ -54,8 +54,8 @@ def test_blocks_are_scaled_as_in_float64(axes: tuple[int, int, int], sphere: boo
         tensors = made(axes, scale)
         before, norms = [t.double() for t in tensors], exact(tensors)
         radius = float(norms.median())
-        found = native.bound_(tensors, room_for(tensors, axes).aim(radius, sphere))
-        assert found is not None and found[2]
+        found = native.bound_(tensors, workspace_for(tensors, axes).aim(radius, sphere))
+        assert found[2]
         want = radius / norms if sphere else (radius / norms).clamp(max=1)
         factors = found[1] if len(found[1]) else torch.ones_like(norms)
         assert torch.allclose(factors, want.nan_to_num(1, 1), rtol=EPS, atol=0)
@@ -69,8 +69,8 @@ def test_what_is_not_finite_stays_and_is_told() -> None:
     x = torch.ones(4, 8) * 5
     x[1, 3], x[2, 0] = math.nan, math.inf
     kept = x.clone()
-    found = native.bound_([x], room_for([x], (1, 4, 8)).aim(1.0))
-    assert found is not None and not found[2]
+    found = native.bound_([x], workspace_for([x], (1, 4, 8)).aim(1.0))
+    assert not found[2]
     assert torch.equal(x[1:3].nan_to_num(9), kept[1:3].nan_to_num(9))
     assert torch.allclose(x[[0, 3]].norm(dim=1), torch.ones(2))
 
@@ -80,7 +80,7 @@ def test_a_radius_for_each_block() -> None:
     tensors = made((1, 6, 50), 1.0)
     radii = torch.linspace(0.5, 9, 18, dtype=torch.float64)
     want = torch.minimum(exact(tensors), radii)
-    native.bound_(tensors, room_for(tensors, (1, 6, 50)).aim(radii))
+    native.bound_(tensors, workspace_for(tensors, (1, 6, 50)).aim(radii))
     assert torch.allclose(exact(tensors), want, rtol=2 * EPS)
 
 
@@ -89,11 +89,11 @@ def test_entries_are_clamped_as_torch_does() -> None:
     tensors = [torch.randn(5000), torch.randn(70_000), torch.zeros(3)]
     tensors[0][7], tensors[0][8], tensors[0][9] = math.nan, math.inf, -math.inf
     want, versions = [t.clamp(-0.5, 0.75) for t in tensors], [t._version for t in tensors]
-    room = room_for(tensors)
-    assert native.clamp_(tensors, room, -0.5, 0.75) and room.factors.tolist() == [0, 0, 1]
+    workspace = workspace_for(tensors)
+    assert native.clamp_(tensors, workspace, -0.5, 0.75) and workspace.factors.tolist() == [0, 0, 1]
     assert all(torch.equal(t.nan_to_num(9), w.nan_to_num(9)) for t, w in zip(tensors, want, strict=True))
     assert [t._version - v for t, v in zip(tensors, versions, strict=True)] == [1, 1, 0]
-    assert not native.clamp_(tensors, room, -0.5, 0.75) and room.factors.tolist() == [1, 1, 1]
+    assert not native.clamp_(tensors, workspace, -0.5, 0.75) and workspace.factors.tolist() == [1, 1, 1]
 
 
 @with_kernels
@@ -104,9 +104,9 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
             torch.set_num_threads(threads)
             for axes in ((1, 1000, 1000), (1000, 1000, 1), (1, 1, 1_000_000)):
                 tensors = made(axes, 1.0)
-                native.bound_(tensors, room_for(tensors, axes).aim(30.0, sphere=True))
-                native.multiply_(tensors, room_for(tensors), 0.3)
-                results.append([*tensors, torch.tensor(native.squares(tensors))])
+                native.bound_(tensors, workspace_for(tensors, axes).aim(30.0, sphere=True))
+                native.multiply_(tensors, workspace_for(tensors), 0.3)
+                results.append([*tensors, torch.tensor(native.sum_of_squares(workspace_for(tensors)))])
     finally:
         torch.set_num_threads(given)
     for once, again in zip(results[:3] * 2, results[3:], strict=True):
@@ -118,7 +118,7 @@ def test_autograd_hears_of_what_is_written() -> None:
     w = nn.Parameter(torch.full((4, 8), 5.0))
     loss = (w * w).sum()
     with torch.no_grad():
-        native.bound_([w], room_for([w], (1, 4, 8)).aim(1.0))
+        native.bound_([w], workspace_for([w], (1, 4, 8)).aim(1.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -136,8 +136,25 @@ def test_what_does_not_fit_is_left_to_torch(odd: torch.Tensor) -> None:
 
 
 @with_kernels
+def test_weights_whose_memory_was_given_back_are_left_alone() -> None:
+    weights = [torch.ones(4, 8), torch.ones(4, 8)]
+    workspace = workspace_for(weights, (1, 4, 8))
+    assert workspace.place_again(weights)
+    weights[1].untyped_storage().resize_(0)
+    assert not workspace.place_again(weights) and native.norms(weights, (1, 4, 8)) is None
+
+
+@with_kernels
+def test_weights_that_lie_otherwise_at_the_same_place_are_seen() -> None:
+    weight = torch.ones(8, 8)
+    workspace = workspace_for([weight], (1, 8, 8))
+    weight.t_()
+    assert not workspace.place_again([weight])
+
+
+@with_kernels
 def test_they_are_built_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("NORMWISE_CACHE", str(tmp_path / "normwise"))
     assert native.library.__wrapped__() is not None
     (built,) = (tmp_path / "normwise" / "kernels").iterdir()
     stamp = built.stat().st_mtime_ns
@@ -146,7 +163,7 @@ def test_they_are_built_once_and_found_again(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("compiler", ["none", "broken", "switched off"])
 def test_where_they_cannot_be_built_there_are_none(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NORMWISE_CACHE", str(tmp_path / "cache"))
     if compiler == "broken":
         (tmp_path / "cc").write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / "cc").chmod(0o755)
@@ -157,8 +174,8 @@ def test_where_they_cannot_be_built_there_are_none(compiler: str, tmp_path: Path
 
 @with_kernels
 def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = native._folder()
+    monkeypatch.setenv("NORMWISE_CACHE", str(tmp_path / "normwise"))
+    folder = native._own_folder()
     assert folder == tmp_path / "normwise" / "kernels"
     folder.chmod(0o777)
     fallback = tmp_path / "fallback"
@@ -168,8 +185,8 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(tmp_path: Path
     assert not list(folder.iterdir()) and not list(fallback.iterdir())    # built elsewhere, and nothing of it is left
 
 
-def test_a_rule_is_one_of_few_calls_whichever_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cap, a sphere, a clip and a clamp end on the same weights with the kernels and without."""
+def test_rules_end_on_the_same_weights_with_kernels_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cap, a sphere, a clip and a clamp."""
     ends = []
     for kernels in (True, False):
         if not kernels:
@@ -198,10 +215,10 @@ def test_a_matrix_is_proven_to_be_below_a_radius_where_it_is(shape: tuple[int, i
         tensors = [base * scale * k for k in (1, 2, 3)]
         sigma = torch.stack([torch.linalg.matrix_norm(t.double(), 2) for t in tensors])
         for i in range(3):
-            assert native.beyond(room_for(tensors), shape, float(sigma[i]) * (1 + 1e-9)) == list(range(i + 1, 3))
-            assert native.beyond(room_for(tensors), shape, float(sigma[i]) * (1 - 1e-9)) == list(range(i, 3))
+            assert native.exceeding(workspace_for(tensors), shape, float(sigma[i]) * (1 + 1e-9)) == list(range(i + 1, 3))
+            assert native.exceeding(workspace_for(tensors), shape, float(sigma[i]) * (1 - 1e-9)) == list(range(i, 3))
     tensors[1][0, 0] = math.nan
-    assert native.beyond(room_for(tensors), shape, 1e30) == [1]
+    assert native.exceeding(workspace_for(tensors), shape, 1e30) == [1]
 
 
 @with_kernels
@@ -236,8 +253,8 @@ def test_one_pass_tells_how_far_weights_have_moved() -> None:
         copies = [t + torch.randn_like(t) * scale * step for t, step in zip(tensors, (0, 1e-4, 1.0), strict=True)]
         lengths = [float(t.double().square().sum()) for t in tensors]
         changes = [float((t.double() - c.double()).square().sum()) for t, c in zip(tensors, copies, strict=True)]
-        now, was = room_for(tensors), room_for(copies)
-        native.moved_(now, was)
+        now, was = workspace_for(tensors), workspace_for(copies)
+        native.squared_updates_(now, was)
         assert list(now.each) == pytest.approx(lengths, rel=2 * EPS) and list(was.each) == pytest.approx(changes, rel=1e-6), scale
         assert all(map(torch.equal, tensors, copies))
 

@@ -68,8 +68,8 @@ def attach(
             changed. ``"skip"``: the step is skipped. ``"zero"``: such entries become 0. ``"ignore"`` (default): nothing is looked at, which
             costs nothing; the blocks concerned are left as they are, and the first norm that a rule finds not finite is told once, where
             telling needs no synchronisation. ``"raise"`` and ``"skip"`` cost one scalar synchronisation a step.
-        log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each. A number
-            keeps the totals of so many steps as its history; True keeps the last step's alone.
+        log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each, and memory
+            for a copy of the weights. A number keeps the totals of so many steps as its history; True keeps the last step's alone.
         timed: add up the time spent here in :attr:`Control.seconds`.
         replace: take earlier controls off these optimizers first, as a notebook cell that is run twice wants. Without it a second control
             with a rule of the same kind on the same parameters is an error, and one with other rules a warning, since both act.
@@ -255,9 +255,9 @@ class Control:
         """A closure computes the gradients within the step, so the gradient phase runs after each of its evaluations."""
         stepper, optimizer = self._steppers[k], self.optimizers[k]
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        short, stepper.short = stepper.short, None
-        if short is not None and closure is None and self._before_short(short, optimizer):
-            stepper.short = short
+        fast, stepper.fast = stepper.fast, None
+        if fast is not None and closure is None and self._before_fast(fast, optimizer):
+            stepper.fast = fast
             return None
         if closure is None and not optimizer.state and makes_state(optimizer):
             stepper.turn, stepper.depth = None, 0
@@ -281,9 +281,11 @@ class Control:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
-    def _before_short(self, turn: Turn, optimizer: Optimizer) -> bool:
-        """What `_before` comes to in nearly every step: the gradient rules, if all is as it was in the step before. On small networks
-        everything that must be asked about a step takes longer than the rules."""
+    def _before_fast(self, turn: Turn, optimizer: Optimizer) -> bool:
+        """The fast path, what `_before` comes to in nearly every step: gradient rules and decays, if all is as it was in the step before.
+
+        On small networks everything that must be asked about a step takes longer than the rules.
+        """
         begun, stepper, engine = time.perf_counter(), self._steppers[turn.optimizer], self.engine
         if stepper.turn is not None or not engine.stands() or not (optimizer.state or not makes_state(optimizer)):
             return False
@@ -294,7 +296,7 @@ class Control:
             return False
         if program.gradient:
             with nullcontext() if program.in_few_calls else torch.no_grad():
-                engine.gradient_phase(turn, program)
+                engine.gradient_phase(turn)
             stepper.acted = Marks(witnesses(grads(program.params))) if program.once else None
         for decay in program.decays:
             decay(turn)
@@ -305,7 +307,7 @@ class Control:
             self.seconds += time.perf_counter() - begun
         return True
 
-    def _after_short(self, turn: Turn) -> None:
+    def _after_fast(self, turn: Turn) -> None:
         begun, stepper, program = time.perf_counter(), self._steppers[turn.optimizer], self.engine.program(turn.optimizer)
         with nullcontext() if program.in_few_calls else torch.no_grad():
             for act in program.after:
@@ -315,12 +317,12 @@ class Control:
         if self._timed:
             self.seconds += time.perf_counter() - begun
 
-    def _shorten(self, k: int) -> None:
-        """Prepares what the next steps are given, where nothing of it varies from step to step."""
+    def _prepare_fast(self, k: int) -> None:
+        """Puts the next steps on the fast path, where nothing that they are given varies from step to step."""
         engine, stepper = self.engine, self._steppers[k]
         plain = self._log is None and self.on_nonfinite == "ignore" and not self._nests[k] and not engine.sharded
-        if plain and engine.program(k).short:
-            stepper.short = Turn(k, stepper.steps, lambda m: engine.rate(m.param), tell=self._tell)
+        if plain and engine.program(k).fast:
+            stepper.fast = Turn(k, stepper.steps, lambda m: engine.rate(m.param), tell=self._tell)
 
     def _wrap(self, k: int, closure: Closure) -> Closure:
         @_disable_dynamo
@@ -444,8 +446,8 @@ class Control:
 
     def _after(self, k: int) -> None:
         stepper = self._steppers[k]
-        if stepper.short is not None and stepper.turn is stepper.short:
-            self._after_short(stepper.short)
+        if stepper.fast is not None and stepper.turn is stepper.fast:
+            self._after_fast(stepper.fast)
             return
         if stepper.depth:
             stepper.depth -= 1
@@ -462,7 +464,7 @@ class Control:
                 self._log.after(k)
         stepper.advance(turn.happened)
         if turn.happened is None:
-            self._shorten(k)
+            self._prepare_fast(k)
 
     def report_max_logits(self, attention: str | nn.Module, maxima: Tensor) -> None:
         """Tells ``nw.qk_clip`` the largest attention logit of each query head in this step's batches, after scaling, before softmax.

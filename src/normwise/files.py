@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from normwise.errors import DataError, OutputError
 
-__all__ = ["append_to", "check_file", "check_folder", "content", "opened", "replace", "what_is", "whole"]
+__all__ = ["append_to", "cache_folder", "check_file", "check_folder", "content", "opened", "replace", "what_is", "whole"]
 
 FILE, FOLDER, NOTHING = "a file", "a folder", "nothing"
 _KINDS = (
@@ -29,6 +29,12 @@ _REASONS = {
     errno.ENOTDIR: "a place inside a file", errno.EACCES: "a place that you may not look into",
 }  # fmt: skip
 _TRIED = 1 << 12    # bytes that a folder is tried with: an empty file can be made on a full disk
+
+
+def cache_folder() -> Path:
+    """``$NORMWISE_CACHE``, else ``normwise`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``."""
+    own = os.environ.get("NORMWISE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normwise"
 
 
 def what_is(path: str | os.PathLike[str]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from normwise.engine.pack import is_sharded
 from normwise.engine.sharded.norms import lengths
+from normwise.engine.step import Marks
 from normwise.norms import native
 from normwise.norms.reduce import wide
 from normwise.parameters.inventory import Entry, Inventory
@@ -33,6 +34,7 @@ class NormLog:
         self.values: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         self._start: dict[str, Tensor] = {}
         self._passes: dict[int, _Passes | None] = {}
+        self._raw = Marks([])
 
     def _held(self, optimizers: Iterable[int]) -> list[Entry]:
         wanted = set(optimizers)
@@ -40,7 +42,9 @@ class NormLog:
 
     def before(self, optimizers: Sequence[int], first: bool = True) -> None:
         """Before the rules: raw gradients, and where it is the step's ``first`` evaluation the weights as the last step left them."""
-        self._record({"grad_before": grads_of(self._held(optimizers))})
+        gradients = grads_of(self._held(optimizers))
+        self._record({"grad_before": gradients})
+        self._raw = Marks(list(gradients.values()))
         for k in optimizers if first else ():
             passes = self._passes_of(k)
             known = passes.before() if passes is not None else None
@@ -55,16 +59,18 @@ class NormLog:
     def after(self, optimizer: int) -> None:
         """After the step and its rules. The update is all that changed in the weights, rules included."""
         held, passes = self._held([optimizer]), self._passes.get(optimizer)
-        found: dict[str, Mapping[str, Tensor]] = {"grad": grads_of(held)}
-        if passes is not None and passes.room.ready(passes.weights):
-            weights, updates = passes.after()
-            self.values["weight"] |= weights
-            self.values["update"] |= updates
+        gradients, found = grads_of(held), passes.after() if passes is not None else None
+        if found is not None:
+            self.values["weight"] |= found[0]
+            self.values["update"] |= found[1]
         else:
             weights = weights_of(self.weights, held)
-            found["weight"] = weights
-            found["update"] = {name: w - self._start.pop(name) for name, w in weights.items() if name in self._start}
-        self._record(found)
+            moved = {name: w - self._start.pop(name) for name, w in weights.items() if name in self._start}
+            self._record({"weight": weights, "update": moved})
+        if passes is not None and self._raw.still(list(gradients.values())):    # no rule has written to them
+            self.values["grad"] |= {name: self.values["grad_before"][name] for name in gradients}
+        else:
+            self._record({"grad": gradients})
         if self.past.maxlen:
             totals = {kind: _total(found.values()) for kind, found in self.values.items() if found}
             if self.past and self._in_this_round and optimizer not in self._in_this_round:
@@ -105,25 +111,26 @@ class _Passes:
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.names, self.weights = list(weights), list(weights.values())
         self.copies = [w.clone(memory_format=torch.contiguous_format) for w in self.weights]
-        self.room, self.others = native.Room(self.weights), native.Room(self.copies)
-        self.room.ready(self.weights)
-        self.others.ready(self.copies)
+        self.workspace, self.others = native.Workspace(self.weights), native.Workspace(self.copies)
+        self.others.place(self.copies)
         self._left: list[int] = []
         self._norms: dict[str, Tensor] = {}
 
     def before(self) -> dict[str, Tensor] | None:
         """The norms of the weights that the step starts from; None where the kernels cannot look at them."""
-        if not self.room.ready(self.weights):
+        if not self.workspace.place_again(self.weights):
             return None
         if self._left != [w._version for w in self.weights]:
-            native.moved_(self.room, self.others)
-            self._norms = self._named(self.room.each)
+            native.squared_updates_(self.workspace, self.others)
+            self._norms = self._named(self.workspace.each)
         return self._norms
 
-    def after(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The norms of the weights and of the updates."""
-        native.moved_(self.room, self.others)
-        self._left, self._norms = [w._version for w in self.weights], self._named(self.room.each)
+    def after(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """The norms of the weights and of the updates; None as before."""
+        if not self.workspace.place_again(self.weights):
+            return None
+        native.squared_updates_(self.workspace, self.others)
+        self._left, self._norms = [w._version for w in self.weights], self._named(self.workspace.each)
         return self._norms, self._named(self.others.each)
 
     def _named(self, squares: Iterable[float]) -> dict[str, Tensor]:
@@ -133,12 +140,13 @@ class _Passes:
 def _by_kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Their L2 norms by the kernels; None where these cannot."""
     listed = list(tensors.values())
-    if not native.fit(listed) or native.library() is None:
+    if native.library() is None or not native.fit(listed):
         return None
-    room = native.Room(listed)
-    room.ready(listed)
-    native.squares(listed, room)
-    return dict(zip(tensors, torch.tensor(list(room.each), dtype=torch.float64).sqrt_().unbind(), strict=True))
+    workspace = native.Workspace(listed)
+    if not workspace.place(listed):
+        return None
+    native.sum_of_squares(workspace)
+    return dict(zip(tensors, torch.tensor(list(workspace.each), dtype=torch.float64).sqrt_().unbind(), strict=True))
 
 
 def weights_of(weights: Sequence[Entry], held: Sequence[Entry]) -> dict[str, Tensor]:

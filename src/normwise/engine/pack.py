@@ -137,13 +137,15 @@ class Pack:
         self.axes = tuple(map(math.prod, ends)) if together and self.view.count and math.prod(self.view.shape) else None    # type: ignore[assignment]
 
     @cached_property
-    def room(self) -> native.Room:
+    def workspace(self) -> native.Workspace:
         """For the kernels: kept, since a step that makes it anew takes longer than the kernels."""
-        return native.Room(self.weights, self.axes or (1, 1, 1))
+        return native.Workspace(self.weights, self.axes or (1, 1, 1))
 
-    def ready(self, tensors: list[Tensor]) -> bool:
-        """Whether there are kernels, and these can work on the tensors."""
-        return native.library() is not None and self.room.ready(tensors)
+    def placed(self, tensors: Sequence[Any], held: bool = False) -> bool:
+        """Whether there are kernels, and these can work on the tensors, which are then placed in the workspace. held: the weights."""
+        if native.library() is None:
+            return False
+        return self.workspace.place_again(tensors) if held else native.fit(tensors) and self.workspace.place(tensors)
 
     @property
     def matrix(self) -> tuple[int, int] | None:
@@ -261,31 +263,24 @@ class Pack:
         scale_tensors_(targets, self._opened(factor))
 
     def plain(self) -> bool:
-        """Whether :meth:`bound_` can work here: fp32 on a CPU, and blocks that are rows of a matrix, or columns, or lie between."""
+        """Whether the kernels may work here, and :meth:`cap_`: fp32 on a CPU, and blocks that are rows, or columns, or lie between."""
         kinds = {(type(w) in (nn.Parameter, Tensor), w.is_cpu, w.dtype, w.layout) for w in self.weights}
         known = self.axes is not None and not self.computed and type(self) is Pack
         return known and kinds == {(True, True, torch.float32, torch.strided)}
 
-    def bound_(self, tensors: list[Tensor], radius: Radius, sphere: bool, fits: bool) -> tuple[Tensor | None, Tensor] | None:
-        """Scales every block whose L2 norm is above ``radius``, at which its room aims, onto it, in place; on a sphere all but zero.
+    @torch.no_grad()
+    def cap_(self, tensors: list[Tensor], radius: float) -> Tensor | None:
+        """Where there are no kernels: scales every block whose L2 norm is above ``radius`` onto it, in place.
 
-        Returns the norms, where they are worth a look since one is not finite, and the factors, empty where no block changed. None, with
-        nothing changed, where this cannot be done in a few calls: ``measure`` and ``scale_`` take care of that.
+        Returns the factors, empty where all blocks are inside. None, with nothing changed, where a norm is not finite or a factor needs
+        more care, or where reading a norm would wait for a device: ``measure`` and ``scale_`` take care of that.
         """
-        if fits:
-            found = native.bound_(tensors, self.room)
-            if found is not None:
-                return None if found[2] else found[0], found[1]
-        if sphere or isinstance(radius, Tensor) or not tensors[0].is_cpu:    # moved since: reading a norm would wait for the device
+        if not tensors[0].is_cpu:    # moved since
             return None
-        with torch.no_grad():
-            return self._cap_(tensors, radius)
-
-    def _cap_(self, tensors: list[Tensor], radius: float) -> tuple[None, Tensor] | None:
         value = self.measure(L2(), tensors)
         largest = float(value.max())
         if largest <= radius:
-            return None, value[:0]
+            return value[:0]
         if not (largest < math.inf and radius >= 2 * torch.finfo(torch.float32).smallest_normal * largest):
             return None
         factor = radial_factor(value, value.clamp(max=radius))
@@ -295,7 +290,7 @@ class Pack:
             targets[0].mul_(shares[0])
         else:
             torch._foreach_mul_(targets, list(shares.unbind()))
-        return None, factor
+        return factor
 
     def _opened(self, factor: Tensor) -> Tensor:
         """One number a block as ``(members, ...)`` that broadcasts against the members with their axes split."""
@@ -312,12 +307,11 @@ class Pack:
 
     def measure(self, norm: Norm, tensors: Sequence[Tensor], agree: bool = False) -> Tensor:
         """The norm of every block, ``(count,)``. ``agree``: every rank is to know those of blocks that lie on others."""
-        if self.axes is not None and norm.name == "l2" and may_branch(tensors[0]) and native.fit(tensors):
-            value = native.norms(tensors, self.axes)
+        if self.axes is not None and norm.name == "l2" and may_branch(tensors[0]):
+            value, (outer, units, inner) = native.norms(tensors, self.axes), self.axes
             if value is not None:
                 return value
-            outer, units, inner = self.axes
-            if outer > 1 and inner == 1:
+            if outer > 1 and inner == 1 and native.fit(tensors):
                 return torch.cat([column_norms(t.view(outer, units)) for t in tensors])
         return norm.measure(self.borrow(tensors))
 
@@ -397,33 +391,15 @@ class Flat(Pack):
 
     def measure(self, norm: Norm, tensors: Sequence[Tensor], agree: bool = False) -> Tensor:
         """L1, L2 and LInf of a vector are the same norm of the norms of its parts, so nothing is copied together."""
-        if norm.name == "l2" and may_branch(tensors[0]) and native.fit(tensors) and (found := native.squares(tensors)) is not None:
-            return torch.tensor([found], dtype=torch.float64).sqrt_()
+        if norm.name == "l2" and may_branch(tensors[0]) and self.placed(tensors):
+            return torch.tensor([native.sum_of_squares(self.workspace)], dtype=torch.float64).sqrt_()
         device = tensors[0].device
         parts = [norm.measure(_rows([tensors[i] for i in batch])).to(device, wide(device)) for batch in self._batches]
         return norm.measure(torch.cat(parts)[None])
 
     def plain(self) -> bool:
-        """Whether :meth:`clip_` can work on gradients of these parameters: fp32 on a CPU."""
         kinds = {(type(w) is nn.Parameter, w.is_cpu, w.dtype) for w in self.weights}
         return type(self) is Flat and kinds == {(True, True, torch.float32)} and not self.computed
-
-    def clip_(self, tensors: Sequence[Tensor], radius: float, fits: bool) -> tuple[float, float] | None:
-        """Scales fp32 tensors on a CPU, all together, to the L2 norm ``radius`` where theirs is above it, in place.
-
-        Returns the norm, and the factor. None, with nothing changed, where the norm is not finite, or where the factor needs more care.
-        """
-        found = native.squares(tensors, self.room) if fits else None
-        value = float(self.measure(L2(), tensors)) if found is None else math.sqrt(found)
-        if value <= radius:
-            return value, 1.0
-        factor = radius / value
-        if not (value < math.inf and factor >= torch.finfo(torch.float32).smallest_normal):
-            return None
-        if found is None or not native.multiply_(tensors, self.room, factor):
-            with torch.no_grad():
-                torch._foreach_mul_(list(tensors), factor)
-        return value, factor
 
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

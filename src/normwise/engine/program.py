@@ -121,12 +121,12 @@ class Program:
         """The parameters that decay before the step."""
         self.starts = _of([*early, *back, *updated])
         """The parameters whose weights at the start of a step matter to some rule: to decay, to compare with."""
-        self.once = not all(b.repeatable for b in of_gradients) or bool(inline or updated or self.begins)
+        self.once = not all(b.idempotent for b in of_gradients) or bool(inline or updated or self.begins)
         """Whether a step that raises and is tried again must not do everything a second time: a gradient clipped twice is one clipped."""
         self.ascends = bool(engine.phase("penalty"))
         """Whether it matters that a group maximises."""
         busy = self.aligned or self.begins or self.commits or engine.foreign or engine.phase("update") or engine.spanning
-        self.short = not busy and all(b.in_few_calls for b in decaying)
+        self.fast = not busy and all(b.in_few_calls for b in decaying)
         """Whether a step is no more than rules on gradients, decays and what comes after the optimizer."""
 
 
@@ -311,9 +311,9 @@ class Engine:
             if bound.rule.active(turn.step()):
                 at(value, turn.step(), what)
 
-    def gradient_phase(self, turn: Turn, program: Program | None = None) -> None:
+    def gradient_phase(self, turn: Turn) -> None:
         """Penalties, then gradient rules in the policy's order."""
-        program = program or self.program(turn.optimizer)
+        program = self.program(turn.optimizer)
         for bound, part in program.dense:
             make_dense(bound.rule, part)
         if program.aligned:

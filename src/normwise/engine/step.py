@@ -123,8 +123,8 @@ class Stepper:
     two_phase: bool = False
     """Whether it has ever done that."""
     closures: int = 0
-    short: Turn | None = None
-    """What a step is given of which nothing varies: see ``Control._shorten``."""
+    fast: Turn | None = None
+    """What steps on the fast path are given: see ``Control._prepare_fast``."""
 
     def steps(self) -> int:
         """The number of steps done."""
@@ -143,7 +143,7 @@ class Stepper:
     def resume(self, calls: int) -> None:
         """Begins anew after ``calls`` steps: what is known of a step that was begun is of the weights before a state was loaded."""
         self.calls, self.skips, self.owed = calls, None, []
-        self.turn = self.acted = self.decayed = self.ready = self.open = self.start = self.short = None
+        self.turn = self.acted = self.decayed = self.ready = self.open = self.start = self.fast = None
 
 
 # ---------------------------------------------------------------------------------------------------- who takes it

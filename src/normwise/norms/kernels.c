@@ -25,8 +25,8 @@ typedef float Eight __attribute__((vector_size(32))); /* four of them are summed
 typedef float Four __attribute__((vector_size(16)));
 typedef double Doubles __attribute__((vector_size(32)));
 
-/* What Python keeps for tensors that are looked at again and again (``native.Room``): an argument of its own for each of these would take
- * longer than the kernel does on small ones. */
+/* What Python keeps for tensors that are looked at again and again (``native.Workspace``): an argument of its own for each of these would
+ * take longer than the kernel does on small ones. */
 typedef struct {
     float **x;
     const long *sizes;                  /* of each tensor */
@@ -129,6 +129,12 @@ static double sum_squares(const float *x, long n) {
     return sum;
 }
 
+static void sum_columns_exactly(const float *x, long r, long n, long stride, double *sums) {
+    for (long u = 0; u < n; u++) sums[u] = 0;
+    for (long a = 0; a < r; a++)
+        for (long u = 0; u < n; u++) sums[u] += (double)x[a * stride + u] * (double)x[a * stride + u];
+}
+
 /* Of each of n columns of r rows of this stride. */
 static void sum_columns(const float *x, long r, long n, long stride, double *sums) {
     float lanes[STRIPE];
@@ -147,10 +153,7 @@ static void sum_columns(const float *x, long r, long n, long stride, double *sum
         for (long u = 0; u < n; u++) sums[u] += (double)lanes[u];
     }
     for (long u = 0; u < n; u++) doubtful |= !kept(sums[u], r);
-    if (!doubtful) return;
-    for (long u = 0; u < n; u++) sums[u] = 0;
-    for (long a = 0; a < r; a++)
-        for (long u = 0; u < n; u++) sums[u] += (double)x[a * stride + u] * (double)x[a * stride + u];
+    if (doubtful) sum_columns_exactly(x, r, n, stride, sums);
 }
 
 /* As torch's product with a factor in fp32, which is too narrow for some. */
@@ -215,7 +218,7 @@ static void stripes(const void *given, long first, long last) {
         double *sums = j->norms + t * j->units + from;
         float factors[STRIPE];
         int narrow = 0, any = 0;
-        if (j->inner == 1 && !j->sphere) sum_columns(j->x[t] + from, j->outer, to - from, j->units, sums);
+        if (j->inner == 1) (j->sphere ? sum_columns_exactly : sum_columns)(j->x[t] + from, j->outer, to - from, j->units, sums);
         else {
             for (long u = 0; u < to - from; u++) sums[u] = 0;
             for (long a = 0; a < j->outer; a++)

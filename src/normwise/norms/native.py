@@ -5,7 +5,8 @@ memory gives them. ``kernels.c`` takes one call for all tensors of a shape, and 
 The library is built at its first use (half a second) and kept in the user's cache. Without a compiler, or with ``NORMWISE_KERNELS=0`` set,
 the same is done by torch's calls; both are right to the last digits of fp32, which may differ.
 
-Every function takes tensors that :func:`fit`, and a :class:`Room` that is ready for them, and returns None where there are no kernels.
+``norms``, ``row_norms`` and ``squared_distances`` return None where the kernels cannot. The others ask for a :func:`library`, and for a
+:class:`Workspace` in which the tensors have been placed; they raise MemoryError where a kernel gets no memory, with nothing changed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+
+from normwise.files import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.c")
 SWITCH = "NORMWISE_KERNELS"
@@ -52,14 +56,11 @@ def library() -> Any | None:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if os.environ.get(SWITCH) == "0" or compiler is None or os.name != "posix":
         return None
-    folder = _folder()
     try:
-        return _declared(ctypes.CDLL(str(_built(compiler, folder))))
+        with _folder() as folder:
+            return _declared(ctypes.CDLL(str(_built(compiler, folder))))
     except (OSError, subprocess.SubprocessError):    # a full disk, a compiler that is broken: torch's calls do it all
         return None
-    finally:
-        if folder.parent == Path(tempfile.gettempdir()):    # what is loaded stays
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Job(ctypes.Structure):
@@ -81,17 +82,26 @@ def _declared(found: Any) -> Any:
     return found
 
 
-def _folder() -> Path:
-    """A folder of this user's alone: whoever can write there decides what runs here."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normwise" / "kernels"
+def _own_folder() -> Path | None:
+    """In the user's cache, if nobody else can write there: who can decides what runs here."""
     try:
+        folder = cache_folder() / "kernels"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         owned = folder.stat()
-        if owned.st_uid == os.getuid() and not owned.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="normwise-"))
+    except (OSError, RuntimeError):    # a disk that is read only, a user without a home
+        return None
+    safe = owned.st_uid == os.getuid() and not owned.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if safe and os.access(folder, os.W_OK) else None
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    own = _own_folder()
+    if own is not None:
+        yield own
+    else:
+        with tempfile.TemporaryDirectory(prefix="normwise-") as scratch:    # what is loaded from it stays
+            yield Path(scratch)
 
 
 def _built(compiler: str, folder: Path) -> Path:
@@ -127,7 +137,7 @@ def fit(tensors: Sequence[Any]) -> bool:
     return set(map(type, tensors)) <= KINDS and set(map(_ABOUT, tensors)) <= FIT and all(map(Tensor.is_contiguous, tensors))
 
 
-class Room:
+class Workspace:
     """Where the kernels find tensors of these shapes, and put what they find: made once for tensors that are looked at again and again.
 
     Args:
@@ -147,119 +157,121 @@ class Room:
         self.job = _Job(at, sizes, k, *axes, self.norms.data_ptr(), self.factors.data_ptr(), *parts, None, 0.0, 0, 0)
         self.call = ctypes.addressof(self.job)
         self._last: list[int] = []
+        self._aims: tuple[float, bool] | None = None
 
-    def aim(self, radius: float | Tensor, sphere: bool = False) -> Room:
+    def aim(self, radius: float | Tensor, sphere: bool = False) -> Workspace:
         """At a number, or at one a block. ``sphere``: blocks below are brought there, too."""
+        if not isinstance(radius, Tensor) and (radius, sphere) == self._aims:    # at each step: writing to the job takes a microsecond
+            return self
+        self._aims = None if isinstance(radius, Tensor) else (radius, sphere)
         self._radii = radius.to(torch.float64).expand(len(self.norms)).contiguous() if isinstance(radius, Tensor) else None
         self.job.radii = None if self._radii is None else self._radii.data_ptr()
         self.job.radius = radius if self._radii is None else 0.0
         self.job.sphere, self.job.acts = sphere, 1
         return self
 
-    def ready(self, tensors: Sequence[Tensor]) -> bool:
-        """Looks where the tensors lie now, and whether the kernels can work there. Others of that shape at the same addresses are those of
-        before, unless they are the gradients of another step: ask :func:`fit` for these first."""
-        now = list(map(Tensor.data_ptr, tensors))
-        if now == self._last:
-            return all(map(Tensor.is_contiguous, tensors))
-        if not fit(tensors):
-            return False
+    def place(self, tensors: Sequence[Tensor]) -> bool:
+        """Notes where tensors that :func:`fit` lie now; False where one has no memory, since it was given back."""
+        self._last = now = list(map(Tensor.data_ptr, tensors))
         self.at[:] = now    # type: ignore[assignment]
-        self._last = now
-        return True
+        return all(now)
+
+    def place_again(self, tensors: Sequence[Tensor]) -> bool:
+        """As ``place``, of the tensors of the call before, as a rule's weights are: where their memory is the same, only its order is
+        looked at. False where they do not fit, either."""
+        if list(map(Tensor.data_ptr, tensors)) == self._last:
+            return all(map(Tensor.is_contiguous, tensors))
+        return fit(tensors) and self.place(tensors)
 
 
 def row_norms(x: Tensor) -> Tensor | None:
-    """The L2 norm of each row of a matrix."""
+    """The L2 norm of each row of a matrix; None where the kernels cannot."""
     return norms([x], (1, *x.shape))
 
 
 def norms(tensors: Sequence[Tensor], axes: Axes) -> Tensor | None:
-    """The L2 norm of each block of tensors of one shape, ``(len(tensors) · units,)`` in float64."""
+    """The L2 norm of each block of tensors of one shape, ``(len(tensors) · units,)`` in float64; None where the kernels cannot."""
     found = library()
-    if found is None:
+    if found is None or not fit(tensors):    # asked first: a workspace is memory
         return None
-    room = Room(tensors, axes)
-    room.ready(tensors)
-    found.normwise_blocks(room.call, torch.get_num_threads())
-    return room.norms
+    workspace = Workspace(tensors, axes)
+    if not workspace.place(tensors):
+        return None
+    found.normwise_blocks(workspace.call, torch.get_num_threads())
+    return workspace.norms
 
 
-def bound_(tensors: Sequence[Tensor], room: Room) -> tuple[Tensor, Tensor, bool] | None:
-    """Brings each block whose L2 norm is above the radius that the room aims at onto it, in place; on a sphere each block but zero.
+def bound_(tensors: Sequence[Tensor], workspace: Workspace) -> tuple[Tensor, Tensor, bool]:
+    """Brings each block whose L2 norm is above the radius that the workspace aims at onto it, in place; on a sphere each block but zero.
 
     Returns the norms, what the blocks were multiplied by (empty where none was), and whether all norms are finite: blocks that have none
-    stay as they are. Both are the room's, and overwritten by the next call.
+    stay as they are. Both are the workspace's, and overwritten by the next call.
     """
-    found = library()
-    if found is None:
-        return None
-    acted = found.normwise_blocks(room.call, torch.get_num_threads())
+    acted = _kernels().normwise_blocks(workspace.call, torch.get_num_threads())
     if acted:
-        increment_version([t for t, c in zip(tensors, room.changed, strict=False) if c])
-    return room.norms, room.factors if acted else room.nothing, not room.changed[room.count]
+        increment_version([t for t, c in zip(tensors, workspace.changed, strict=False) if c])
+    return workspace.norms, workspace.factors if acted else workspace.nothing, not workspace.changed[workspace.count]
 
 
-def squares(tensors: Sequence[Tensor], room: Room | None = None) -> float | None:
-    """Σ x² of tensors of any shapes, all together; ``room.each`` then has that of each."""
-    found = library()
-    if found is None:
+def sum_of_squares(workspace: Workspace) -> float:
+    """Σ x² of tensors of any shapes, all together; ``workspace.each`` then has that of each."""
+    return _done(_kernels().normwise_squares(workspace.call, torch.get_num_threads()))
+
+
+def squared_distances(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[float] | None:
+    """Σ (x − y)² of each tensor and its counterpart; None where the kernels cannot."""
+    if library() is None or not (fit(tensors) and fit(others)):
         return None
-    if room is None:
-        room = Room(tensors)
-        room.ready(tensors)
-    total = found.normwise_squares(room.call, torch.get_num_threads())
-    return None if total < 0 else total
+    these, those = Workspace(tensors), Workspace(others)
+    if not (these.place(tensors) and those.place(others)):
+        return None
+    _done(_kernels().normwise_moved(these.call, those.call, 0, torch.get_num_threads()))
+    return list(those.each)
 
 
-def apart(room: Room, others: Room) -> list[float]:
-    """Σ (x − y)² of each tensor and its counterpart. Only where there is a :func:`library`."""
-    found: Any = library()
-    if found.normwise_moved(room.call, others.call, 0, torch.get_num_threads()) < 0:
-        raise MemoryError("no memory is left for a table of the tensors' pieces.")
-    return list(others.each)
+def squared_updates_(workspace: Workspace, copies: Workspace) -> None:
+    """``workspace.each`` becomes Σ x² of each tensor, ``copies.each`` Σ (x − y)² of it and its copy y; the copy then becomes the tensor.
 
-
-def moved_(room: Room, copies: Room) -> None:
-    """``room.each`` becomes Σ x² of each tensor, ``copies.each`` that of how far it is from its copy; the copy then becomes the tensor.
-
-    In one pass. Only where there is a :func:`library`.
+    In one pass.
     """
-    found: Any = library()
-    if found.normwise_moved(room.call, copies.call, 1, torch.get_num_threads()) < 0:
-        raise MemoryError("no memory is left for a table of the tensors' pieces.")
+    _done(_kernels().normwise_moved(workspace.call, copies.call, 1, torch.get_num_threads()))
 
 
-def multiply_(tensors: Sequence[Tensor], room: Room, factor: float) -> bool:
-    """Every tensor times one factor, in place; whether it could."""
-    found = library()
-    if found is None or found.normwise_multiply(room.call, factor, torch.get_num_threads()) < 0:
-        return False
+def multiply_(tensors: Sequence[Tensor], workspace: Workspace, factor: float) -> None:
+    """Every tensor times one factor, in place."""
+    _done(_kernels().normwise_multiply(workspace.call, factor, torch.get_num_threads()))
     increment_version(tensors)
-    return True
 
 
-def clamp_(tensors: Sequence[Tensor], room: Room, low: float, high: float) -> bool:
+def clamp_(tensors: Sequence[Tensor], workspace: Workspace, low: float, high: float) -> bool:
     """Brings every entry into [low, high], numbers of fp32, in place; whether any was outside. NaN stays.
 
-    ``room.factors``, one a tensor, is then 0 for those that were changed and 1 for the others. Only where there is a :func:`library`.
+    ``workspace.factors``, one a tensor, is then 0 for those that were changed and 1 for the others.
     """
-    found: Any = library()
-    acted = found.normwise_clamp(room.call, low, high, torch.get_num_threads())
-    if acted < 0:
-        raise MemoryError("no memory is left for a table of the tensors' pieces.")
+    acted = _done(_kernels().normwise_clamp(workspace.call, low, high, torch.get_num_threads()))
     if acted:
-        increment_version([t for t, c in zip(tensors, room.changed, strict=False) if c])
+        increment_version([t for t, c in zip(tensors, workspace.changed, strict=False) if c])
     return acted > 0
 
 
-def beyond(room: Room, shape: tuple[int, int], radius: float) -> list[int] | None:
+def exceeding(workspace: Workspace, shape: tuple[int, int], radius: float) -> list[int]:
     """Which of the tensors, as matrices of this shape, may have a singular value above ``radius``: that the others have none is proven.
 
-    For matrices whose shorter side is at most ``SMALL``: of larger ones torch makes shorter work. None also where memory is out.
+    c² I − A Aᵀ has a Cholesky factor only if every singular value of A is below c. For matrices whose shorter side is at most ``SMALL``:
+    of larger ones torch makes shorter work.
     """
+    if not _done(_kernels().normwise_spectra(workspace.call, *shape, radius)):
+        return []
+    return (workspace.factors[: workspace.count] == 0).nonzero().flatten().tolist()
+
+
+def _kernels() -> Any:
     found = library()
-    unproven = -1 if found is None else found.normwise_spectra(room.call, *shape, radius)
-    if unproven <= 0:
-        return [] if unproven == 0 else None
-    return (room.factors[: room.count] == 0).nonzero().flatten().tolist()
+    assert found is not None, "ask library() first"
+    return found
+
+
+def _done(found: float) -> float:
+    if found < 0:
+        raise MemoryError("no memory is left for a kernel's table of pieces, or for its copy of a matrix.")
+    return found

@@ -62,9 +62,14 @@ def _capped(x: Tensor, radius: Tensor) -> Tensor:
 
 
 def cut(x: Tensor, radius: Radius, vectors_in: torch.dtype = torch.float64) -> Tensor:
-    """Takes away what the eigenvectors of the Gram matrix above r² have too much, ``(b, m, n)``.
+    """Takes away what the eigenvectors of the Gram matrix above r² have too much, ``(b, m, n)``, on a CPU.
 
-    vectors_in: fp32 is twice as fast, and right to its own rounding: for whoever looks afterwards whether the matrices are inside.
+    The exact projection; ``linalg.cap_singular_values`` does the same in fp32, on any device, and aims a hair below the cap.
+
+    Args:
+        x: fp32 or narrower.
+        radius: a number or one a matrix, > 0.
+        vectors_in: fp32 is twice as fast, and right to its own rounding: for whoever looks afterwards whether the matrices are inside.
     """
     flat = x if x.shape[1] <= x.shape[2] else x.mT
     rows, limit = flat.to(torch.float64), radius[:, None] if isinstance(radius, Tensor) else radius
@@ -76,16 +81,17 @@ def cut(x: Tensor, radius: Radius, vectors_in: torch.dtype = torch.float64) -> T
     s, vectors = values.to(torch.float64).clamp_(min=0).sqrt_(), vectors.to(torch.float64)
     too_much = (1 - limit / s).nan_to_num_(0, 0, 0).clamp_(min=0)
     found = torch.baddbmm(rows, vectors * too_much[:, None, :], vectors.mT @ rows, alpha=-1)
-    largest = s[:, -1]
-    if not bool((largest <= (DIGITS * limit if not isinstance(limit, Tensor) else DIGITS * limit[:, 0])).all()):
-        found = torch.stack([_by_svd(m, r) for m, r in zip(rows, torch.as_tensor(radius).expand(len(x)), strict=True)])
+    if not bool((s[:, -1:] <= DIGITS * limit).all()):    # the difference would carry the rounding of σ₁; or not finite
+        return _rebuilt(x, radius)
     return (found if flat is x else found.mT).to(x.dtype)
 
 
-def _by_svd(x: Tensor, radius: Tensor) -> Tensor:
-    """Rebuilt: where σ₁ is far above the radius a difference would carry the rounding of σ₁. What is not finite stays."""
-    u, s, vh = svd(x[None])
-    return _rebuild(u, s.clamp(max=float(radius)), vh, x[None])[0]
+def _rebuilt(x: Tensor, radius: Radius) -> Tensor:
+    """The projection by SVD. Rebuilt rather than x minus what exceeds: the difference carries the rounding of σ₁, which may be many times
+    the radius."""
+    u, s, vh = svd_for(x, radius)
+    capped = s.minimum(torch.as_tensor(column(radius, s), dtype=s.dtype, device=s.device))
+    return torch.where((capped < s).any(1)[:, None, None], _rebuild(u, capped, vh, x), x)
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,7 @@ class Spectral(Norm):
         self.check(x, radius)
         if may_branch(x) and x.dtype != torch.float64 and x.numel():
             return _capped(x, torch.as_tensor(radius, dtype=torch.float64).expand(len(x)))
-        u, s, vh = svd_for(x, radius)
-        # Rebuilt rather than x minus what exceeds: the difference carries the rounding of σ₁, which may be many times the radius.
-        capped = s.minimum(torch.as_tensor(column(radius, s), dtype=s.dtype, device=s.device))
-        return torch.where((capped < s).any(1)[:, None, None], _rebuild(u, capped, vh, x), x)
+        return _rebuilt(x, radius)
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)

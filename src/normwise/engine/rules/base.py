@@ -41,7 +41,7 @@ class BoundRule:
     """Why it leaves no bound on the weights that could be measured; None where it does."""
     in_few_calls = False
     """Whether what it prepared for a step looks itself whether gradients can be written in place, and needs no ``no_grad``."""
-    repeatable = False
+    idempotent = False
     """Whether that changes nothing where it is done a second time."""
     looks_back = False
     """Whether ``begin`` measures the weights that the step starts from."""
@@ -217,6 +217,10 @@ class BoundRule:
     def prepared(self, optimizer: int) -> Callable[[Turn], None]:
         """What each step of ``optimizer`` runs: :meth:`run`, or the same in fewer calls where nothing varies from step to step."""
         return self.run
+
+    def steady(self) -> bool:
+        """Whether a step of plain parameters leaves nothing to ask: no schedule, no center, one optimizer, nothing computed or split."""
+        return self.rule.center is None and not self.timed() and len(self.optimizers) == 1 and all(p.plain() for p in self.packs)
 
     def _present(self, whole: Pack, turn: Turn) -> Pack | None:
         """The members that take part: a parameter without a gradient takes no step, so only rules on weights mind it."""

@@ -53,135 +53,130 @@ class Bound(BoundRule):
         else:
             self._act(part, weights_of(part), self._aimed(part, self.radius(part, turn)), turn)
 
+    # ------------------------------------------------------------------------------------------------ in few calls
+
     def prepared(self, optimizer: int) -> Callable[[Turn], None]:
         """A fixed radius for L2 norms of fp32 numbers on a CPU, or a fixed box for entries, leaves nothing to look up in a step: on small
         networks that costs more than measuring, and most steps find nothing to do.
         """
-        rule, mine = self.rule, [p for p in self.packs if optimizer in p.optimizers]
-        free = rule.rate == 1 and rule.min_radius is None and rule.center is None and not self.timed()
-        plain = type(self) is Bound and self.phase != "update" and len(self.optimizers) == 1 and all(p.plain() for p in mine)
-        act = self._in_few_calls(mine) if free and plain else None
-        self.in_few_calls = self.repeatable = act is not None
+        free = self.rule.rate == 1 and self.rule.min_radius is None and type(self) is Bound and self.phase != "update"
+        act = self._in_few_calls() if free and self.steady() else None
+        self.in_few_calls = self.idempotent = act is not None
         return act or self.run
 
-    def _in_few_calls(self, mine: list[Any]) -> Callable[[Turn], None] | None:
-        rule, fixed = self.rule, is_number(self.rule.radius)
-        kept = isinstance(rule.radius, Init) and self.phase == "weight" and not self.flat    # one a block, which a loaded state may change
-        if self.norm.name == "l2" and (fixed or kept) and rule.action in ("clip_norm", "project", "normalize"):
-            radius: Any = rule.radius
-            sphere = rule.action == "normalize"
-            if not self.flat:
-                aims = [None if kept else self._aimed(p, radius) if self.phase == "weight" else radius for p in mine]
-                for part, aim in zip(mine if native.library() is not None else [], aims, strict=False):
-                    part.room.aim(0.0 if aim is None else aim, sphere)
-                return partial(self._bound_blocks, list(zip(mine, aims, strict=True)), sphere)
-            if self.phase == "gradient" and not sphere:
-                return partial(self._clip_together, mine[0])
-        if self.norm.name == "spectral" and fixed and rule.action == "project" and self.phase == "weight":
-            shapes = [p.matrix if p.matrix is not None and min(p.matrix) <= native.SMALL else None for p in mine]
-            caps = [(p, shape, self._aimed(p, self.radius(p, None))) for p, shape in zip(mine, shapes, strict=True)]
-            return partial(self._cap_spectra, caps) if any(shapes) else None
-        entrywise = getattr(self.norm, "interval", None) is not None or (self.norm.name == "linf" and fixed)
+    def _in_few_calls(self) -> Callable[[Turn], None] | None:
+        rule, norm, sphere = self.rule, self.norm.name, self.rule.action == "normalize"
+        fixed, on_weights = is_number(rule.radius), self.phase == "weight"
+        if norm == "l2" and rule.action in ("clip_norm", "project", "normalize"):
+            if self.flat:
+                return self._clip_together if fixed and not on_weights and not sphere else None
+            # Initial norms are asked for at each step, since a state that is loaded brings others.
+            aims = [self._aim(p) if fixed else None for p in self.packs]
+            return partial(self._bound_blocks, aims, sphere) if fixed or (isinstance(rule.radius, Init) and on_weights) else None
+        if norm == "spectral" and fixed and rule.action == "project" and on_weights:
+            shapes = [p.matrix if p.matrix is not None and min(p.matrix) <= native.SMALL else None for p in self.packs]
+            return partial(self._cap_spectra, list(zip(shapes, map(self._aim, self.packs), strict=True))) if any(shapes) else None
+        entrywise = getattr(self.norm, "interval", None) is not None or (norm == "linf" and fixed)
         if entrywise and rule.action == "project" and rule.per == "tensor":
-            return partial(self._clamp_entries, [(p, self._ends(p)) for p in mine])
+            # Where the lowest number goes, and where the highest: all others stay between.
+            ends = [self.norm.project(torch.tensor([[-math.inf, math.inf]]), self._aim(p))[0].tolist() for p in self.packs]
+            return partial(self._clamp_entries, ends)
         return None
 
-    def _ends(self, part: Pack) -> tuple[float, float]:
-        """Where the lowest number goes and where the highest: all others stay between."""
+    def _aim(self, part: Pack) -> Any:
         radius = self.radius(part, None)
-        aim = self._aimed(part, radius) if self.phase == "weight" else radius
-        low, high = self.norm.project(torch.tensor([[-math.inf, math.inf]]), aim)[0].tolist()
-        return low, high
+        return self._aimed(part, radius) if self.phase == "weight" else radius
 
-    def _clip_together(self, part: Any, turn: Turn) -> None:
-        ready = self._ready([part], turn)
-        done = None if ready is None else part.clip_(ready[0][0], self.rule.radius, ready[1])
-        if done is None:
+    def _found(self, turn: Turn) -> list[tuple[Pack, Any, bool]] | None:
+        """Each pack with what the rule acts on, and whether the kernels can. None where that takes more care: the step may be skipped, or a
+        gradient is missing, or none that they can take."""
+        held = self.phase == "weight"
+        if turn.happened is not None:
+            return None
+        found = [(p, mine, p.placed(mine, held)) for p in self.packs for mine in [p.weights if held else grads(p.params)]]
+        return found if held or all([placed for _, _, placed in found]) else None    # noqa: C419 - a list is faster than a generator
+
+    def _clip_together(self, turn: Turn) -> None:
+        found, radius = self._found(turn), self.rule.radius
+        value = math.sqrt(native.sum_of_squares(self.packs[0].workspace)) if found is not None else math.inf
+        factor = 1.0 if value <= radius else radius / value    # type: ignore[operator]
+        if found is None or not (value < math.inf and factor >= torch.finfo(torch.float32).smallest_normal):
             self._carefully(turn)
             return
-        value, factor = done
-        self._acted = {turn.optimizer: [] if factor == 1 else [(part, torch.tensor([factor], dtype=torch.float64))]}
+        part, tensors, _ = found[0]
+        self._acted = {turn.optimizer: []}
+        if factor != 1:
+            native.multiply_(tensors, part.workspace, factor)
+            self._acted[turn.optimizer].append((part, torch.tensor([factor], dtype=torch.float64)))
         if self.watches:
             self._look_at(torch.tensor([value], dtype=torch.float64), turn)
 
-    def _clamp_entries(self, boxes: list[tuple[Any, tuple[float, float]]], turn: Turn) -> None:
-        ready = self._ready([p for p, _ in boxes], turn)
-        if ready is None or native.library() is None or not ready[1]:
+    def _bound_blocks(self, aims: list[Any], sphere: bool, turn: Turn) -> None:
+        found = self._found(turn)
+        if found is None:
             self._carefully(turn)
             return
         self._acted[turn.optimizer] = acted = []
-        for (part, (low, high)), mine in zip(boxes, ready[0], strict=True):
-            if native.clamp_(mine, part.room, low, high):
-                acted.append((part, part.room.factors))
+        for (part, tensors, placed), given in zip(found, aims, strict=True):
+            aim = self._aim(part) if given is None else given
+            if placed:
+                part.workspace.aim(aim, sphere)
+                value, factor, finite = native.bound_(tensors, part.workspace)
+                acted.append((part, factor))
+                if not finite:
+                    self._look_for_nonfinite(value, turn)
+                continue
+            capped = None if sphere or isinstance(aim, Tensor) else part.cap_(tensors, aim)
+            if capped is None:
+                self._act_without_graph(part, tensors, aim, turn)
+            else:
+                acted.append((part, capped))
 
-    def _cap_spectra(self, caps: list[tuple[Any, tuple[int, int] | None, Any]], turn: Turn) -> None:
-        """Decomposes only what is not proven to be inside."""
-        ready = self._ready([p for p, _, _ in caps], turn)
-        if ready is None or not ready[1] or native.library() is None:
+    def _clamp_entries(self, ends: list[list[float]], turn: Turn) -> None:
+        found = self._found(turn)
+        if found is None or not all([placed for _, _, placed in found]):    # noqa: C419 - as above
             self._carefully(turn)
             return
         self._acted[turn.optimizer] = acted = []
-        for part, shape, aim in caps:
-            outside = None if shape is None else native.beyond(part.room, shape, aim)
-            if outside:
-                acted.append((part, part.room.factors.clone()))
-                self._cut(part, outside, aim)
-            elif outside is None:
-                self._act_without_graph(part, part.weights, aim, turn)
+        for (part, tensors, _), (low, high) in zip(found, ends, strict=True):
+            if native.clamp_(tensors, part.workspace, low, high):
+                acted.append((part, part.workspace.factors))
+
+    def _cap_spectra(self, caps: list[tuple[tuple[int, int] | None, float]], turn: Turn) -> None:
+        """Decomposes only what is not proven to be inside. Matrices without a shape are too large for the kernels."""
+        found = self._found(turn)
+        if found is None:
+            self._carefully(turn)
+            return
+        self._acted[turn.optimizer] = acted = []
+        for (part, tensors, placed), (shape, aim) in zip(found, caps, strict=True):
+            if shape is None or not placed:
+                self._act_without_graph(part, tensors, aim, turn)
+            elif outside := native.exceeding(part.workspace, shape, aim):
+                acted.append((part, part.workspace.factors.clone()))
+                self._cut(part, shape, outside, aim)
+
+    @torch.no_grad()
+    def _cut(self, part: Pack, shape: tuple[int, int], outside: list[int], aim: float) -> None:
+        """Cuts those of the members, and again with more digits if one is not proven to be inside then."""
+        for vectors_in in (torch.float32, torch.float64):
+            matrices = [part.weights[i].view(shape) for i in outside]
+            found = cut(matrices[0][None] if len(matrices) == 1 else torch.stack(matrices), aim, vectors_in)
+            torch._foreach_copy_(matrices, list(found.unbind()))
+            if not native.exceeding(part.workspace, shape, self.rule.radius):    # type: ignore[arg-type]
+                return
+
+    def _carefully(self, turn: Turn) -> None:
+        for part in self.packs if self.phase == "gradient" else ():
+            make_dense(self.rule, part)
+        with torch.no_grad():
+            self.run(turn)
 
     @torch.no_grad()
     def _act_without_graph(self, part: Pack, tensors: Sequence[Tensor], radius: Radius, turn: Turn) -> None:
         self._act(part, tensors, radius, turn)
 
-    @torch.no_grad()
-    def _cut(self, part: Any, outside: list[int], aim: float) -> None:
-        """Cuts those of the members, and again with more digits if one is not proven to be inside then."""
-        for vectors_in in (torch.float32, torch.float64):
-            matrices = [part.weights[i].view(part.matrix) for i in outside]
-            found = cut(matrices[0][None] if len(matrices) == 1 else torch.stack(matrices), aim, vectors_in)
-            torch._foreach_copy_(matrices, list(found.unbind()))
-            if not native.beyond(part.room, part.matrix, self.rule.radius):    # type: ignore[arg-type]
-                return
-
-    def _carefully(self, turn: Turn) -> None:
-        with torch.no_grad():
-            self.run(turn)
-
-    def _ready(self, parts: list[Any], turn: Turn) -> tuple[list[Any], bool] | None:
-        """What the rule acts on in each pack, and whether the kernels can; None where the step may be skipped, or a gradient is missing."""
-        certain = turn.happened is None
-        if self.phase == "weight":
-            weights = [p.weights for p in parts]
-            return (weights, all([p.ready(p.weights) for p in parts])) if certain else None    # noqa: C419
-        found = [grads(p.params) for p in parts]
-        if all([native.fit(g) and p.ready(g) for p, g in zip(parts, found, strict=True)]):    # noqa: C419 - as below
-            return (found, True) if certain else None
-        for part in parts:
-            make_dense(self.rule, part)
-        found = [grads(p.params) for p in parts]
-        there = all([g is not None for of_pack in found for g in of_pack])    # noqa: C419 - a list is faster than a generator
-        return (found, False) if certain and there else None
-
-    def _bound_blocks(self, aims: list[tuple[Any, Any]], sphere: bool, turn: Turn) -> None:
-        ready = self._ready([p for p, _ in aims], turn) if self.phase == "gradient" else None
-        if turn.happened is not None or (self.phase == "gradient" and ready is None):
-            self._carefully(turn)
-            return
-        self._acted[turn.optimizer] = acted = []
-        for i, (part, aim) in enumerate(aims):
-            mine = part.weights if ready is None else ready[0][i]
-            if aim is None:
-                aim = self._aimed(part, self.radius(part, turn))
-                if native.library() is not None:
-                    part.room.aim(aim, sphere)
-            done = part.bound_(mine, aim, sphere, ready[1] if ready is not None else part.ready(mine))
-            if done is None:
-                self._act_without_graph(part, mine, aim, turn)
-                continue
-            odd, factor = done
-            acted.append((part, factor))
-            if odd is not None:
-                self._look_for_nonfinite(odd, turn)
+    # ------------------------------------------------------------------------------------------------ one pack
 
     def run_on(self, part: Pack, changes: list[Tensor], turn: Turn) -> None:
         if self.timed() and not self.rule.active(turn.step()):

@@ -52,9 +52,8 @@ class Shrinking(BoundRule):
 
     def prepared(self, optimizer: int) -> Callable[[Turn], None]:
         """What treats every entry alike, at a fixed strength and one rate, is a few calls for all weights."""
-        rule = self.rule
-        free = is_number(rule.strength) and rule.center is None and not self.timed() and len(self.optimizers) == 1 and not self.store
-        self.in_few_calls = free and self.of_entries() and not self.flat and all(p.plain() for p in self.packs)
+        fixed = is_number(self.rule.strength) and not self.flat and not self.store
+        self.in_few_calls = fixed and self.of_entries() and self.steady()
         return partial(self._at_once, [w for p in self.packs for w in p.weights], self.members) if self.in_few_calls else self.run
 
     @torch.no_grad()

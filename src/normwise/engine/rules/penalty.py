@@ -66,8 +66,7 @@ class Penalty(Priced):
         """A fixed multiple of the weights themselves or of their signs is one or two calls for all of them."""
         rule, weights = self.rule, [w for p in self.packs for w in p.weights]
         of_entries = type(self) is Penalty and isinstance(self.norm, Norm) and (self.norm.name, rule.power) in (("l2", 2), ("l1", 1))
-        free = is_number(rule.strength) and rule.center is None and not self.timed() and len(self.optimizers) == 1
-        self.in_few_calls = of_entries and free and not self.flat and all(p.plain() for p in self.packs)
+        self.in_few_calls = of_entries and is_number(rule.strength) and not self.flat and self.steady()
         return partial(self._pull, weights, [p for part in self.packs for p in part.params]) if self.in_few_calls else self.run
 
     @torch.no_grad()

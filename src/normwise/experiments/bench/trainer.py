@@ -161,8 +161,7 @@ def own_adamw(build: Build, rounds: int) -> Row:
 
 
 def matrix_steps(build: Build, rounds: int) -> list[Row]:
-    """A step of each matrix preset alone, beside forward and backward of the same tokens; fewer rounds than asked for where it is slow, as
-    Muon's is on processors that have no bf16 products."""
+    """A step of each matrix preset alone, beside forward and backward of the same tokens; fewer rounds than asked for where it is slow."""
     loss, found = tokens(ROWS, LENGTH), []
     for name, make, bar in (("Muon", nw.optim.Muon, {}), ("auto", nw.optim.auto, {"step_bar": 45.0})):
         tell(f"GPT-2, steps of {name}")

@@ -62,7 +62,7 @@ def polar(
     Below its domain a value is still moved towards one, by the product of the steps' slopes. Rounding to bf16 gives a rank-deficient matrix
     small singular values, which grow like all others; ``"accurate"`` and ``"exact"`` keep the rank.
 
-    A CPU without AVX-512 takes forty times as long for a product in bf16 as for one in fp32: there all methods iterate in fp32.
+    A CPU without AVX-512 takes far longer for a product in bf16 than for one in fp32: there all methods iterate in fp32.
 
     Args:
         x: real matrices (..., m, n), each its own.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from normwise.errors import NormError
 from normwise.norms.decompose import svd
+from normwise.norms.linalg import paths
 from normwise.norms.linalg.checks import as_batch, like_input, peak, positive
 from normwise.norms.reduce import may_branch, up, wide
-
-ALONE_FROM = 1 << 15    # entries
 
 
 def ridge_inverse(x: Tensor, damping: float) -> Tensor:
@@ -37,25 +37,19 @@ def ridge_inverse(x: Tensor, damping: float) -> Tensor:
     batch = as_batch(x)
     if not batch.numel():
         return x.detach().clone()
-    # On a CPU a large matrix by itself: its temporaries stay in the cache, and products of two axes are faster than batched ones.
-    alone = batch.device.type == "cpu" and batch[0].numel() >= ALONE_FROM
     with torch.no_grad():
-        parts = [m[None] for m in batch.unbind()] if alone else [batch]
-        return like_input(torch.cat([_ridge(part, damping) for part in parts]), x)
+        return like_input(paths.run(partial(_ridge, damping=damping), batch), x)
 
 
 def _ridge(x: Tensor, damping: float) -> Tensor:
+    """Of a batch of matrices, or of one."""
     highest = peak(x)
     y = up(x) / highest
-    tall = y.shape[1] > y.shape[2]
-    if len(y) == 1:
-        inverse, failed = _inverse((y[0].mT @ y[0] if tall else y[0] @ y[0].mT)[None], damping)
-        found = (y[0] @ inverse[0] if tall else inverse[0] @ y[0])[None]
-    else:
-        inverse, failed = _inverse(y.mT @ y if tall else y @ y.mT, damping)
-        found = y @ inverse if tall else inverse @ y
-    again = (failed & highest.isfinite().flatten()).nonzero().flatten()
-    if len(again):    # a damping below the rounding of the Gram matrix leaves it no factor, but singular values it has
+    tall = y.shape[-2] > y.shape[-1]
+    inverse, failed = _inverse(y.mT @ y if tall else y @ y.mT, damping)
+    found = y @ inverse if tall else inverse @ y
+    again = failed & highest.isfinite()[..., 0, 0]
+    if bool(again.any()):    # a damping below the rounding of the Gram matrix leaves it no factor, but singular values it has
         found[again] = _by_svd(y[again], damping).to(found.dtype)
     return found
 
@@ -72,12 +66,12 @@ def _inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     The inverse is formed, though its solution for many columns is all that is wanted: products are several times as fast as triangular
     solutions, and the damping bounds the condition number by m/δ.
     """
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    square = positive(diagonal.mean(1, keepdim=True))
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    square = positive(diagonal.mean(-1, keepdim=True))
     diagonal.add_(damping * square)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    wrong = (failed != 0) | ~square[:, 0].isfinite()
-    scale = torch.where(wrong[:, None], torch.nan, square.sqrt())
+    wrong = (failed != 0) | ~square[..., 0].isfinite()
+    scale = torch.where(wrong[..., None], torch.nan, square.sqrt())
     if not may_branch(wrong) or bool(wrong.any()):    # it raises otherwise
-        factor = torch.where(wrong[:, None, None], torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device), factor)
-    return torch.cholesky_inverse(factor).mul_(scale[:, :, None]), wrong
+        factor = torch.where(wrong[..., None, None], torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), factor)
+    return torch.cholesky_inverse(factor).mul_(scale[..., None]), wrong

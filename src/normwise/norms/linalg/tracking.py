@@ -142,12 +142,9 @@ def _distance(parts: Sequence[Tensor], reference: Tensor) -> Tensor:
     for part in parts:
         before = reference[start : start + len(part)]
         start += len(part)
-        whole = native.fit((part, before)) and native.library() is not None
-        if whole:
-            ours, others = native.Room(part.unbind()), native.Room(before.unbind())
-            ours.ready(part.unbind())
-            others.ready(before.unbind())
-            found.append(torch.tensor(native.apart(ours, others), dtype=torch.float64).sqrt())
+        squares = native.squared_distances(part.unbind(), before.unbind())
+        if squares is not None:
+            found.append(torch.tensor(squares, dtype=torch.float64).sqrt())
         elif part.numel() >= CHUNK and part.dtype == torch.float32 and part.device.type == "cpu" and part.is_contiguous():
             found.append(torch.stack([_length_of_difference(*pair) for pair in zip(part.flatten(1), before.flatten(1), strict=True)]))
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,20 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from normwise.files import whole
+from normwise.files import cache_folder, whole
 
-__all__ = ["Arrays", "cache_folder", "cached"]
+__all__ = ["Arrays", "cached"]
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 _WORTH_BYTES = 4 << 20  # of the source: about 10,000 images of CIFAR, three seconds of decoding
 _VERSION = 1
-
-
-def cache_folder() -> Path:
-    """``$NORMWISE_CACHE``, else ``normwise`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``."""
-    own = os.environ.get("NORMWISE_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normwise"
 
 
 def cached(files: list[Path], decode: Callable[[], Arrays]) -> Arrays:
