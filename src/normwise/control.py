@@ -23,16 +23,18 @@ from normwise.engine.action_report import Receipt
 from normwise.engine.detached_control import Detached, yaml_of
 from normwise.engine.nonfinite import OnNonFinite
 from normwise.engine.norm_log import NormLog
-from normwise.engine.norm_report import NormReport, Radii, Zeros
+from normwise.engine.norm_report import NormReport, Radii, Zeros, unit_norms
 from normwise.engine.optimizer_state import Part, Traveller, fold, unfold
 from normwise.engine.pack import versions
 from normwise.engine.program import check_model, check_ranks, optimizers_of
+from normwise.engine.rules.base import BoundRule
 from normwise.engine.rules.qk_clip import report
 from normwise.engine.sharded import reshard
 from normwise.engine.sharded.collectives import TRAFFIC, Traffic
 from normwise.engine.step import Marks, Start, Stepper, grads, makes_state, steps_under_way, witnesses
 from normwise.engine.verify import Rested, Verification, verify
 from normwise.errors import PolicyError, nearest
+from normwise.logs import Logger, logger_of
 from normwise.parameters.inventory import Inventory, clean_name
 from normwise.policy import Policy, Rule
 
@@ -125,7 +127,8 @@ class Control:
         if not isinstance(log, bool) and not (isinstance(log, int) and log >= 0):
             raise PolicyError(f"log is {log!r}, but log must be True, False, or how many steps to keep the norms of.")
         self._past: deque[dict[str, Tensor]] = deque(maxlen=0 if isinstance(log, bool) else log)
-        self._bind(bool(log), resting=False)
+        self._always, self._loggers = bool(log), list[Logger]()
+        self._bind(self._always, resting=False)
         others = _at_work(optimizers)
         if replace:
             for other in (o for o in others if not o.built_in):
@@ -289,6 +292,8 @@ class Control:
         begun, stepper, engine = time.perf_counter(), self._steppers[turn.optimizer], self.engine
         if stepper.turn is not None or not engine.stands() or not (optimizer.state or not makes_state(optimizer)):
             return False
+        if self._loggers and self._records():
+            return False
         if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
             return False
         program = engine.program(turn.optimizer)
@@ -320,7 +325,7 @@ class Control:
     def _prepare_fast(self, k: int) -> None:
         """Puts the next steps on the fast path, where nothing that they are given varies from step to step."""
         engine, stepper = self.engine, self._steppers[k]
-        plain = self._log is None and self.on_nonfinite == "ignore" and not self._nests[k] and not engine.sharded
+        plain = not self._always and self.on_nonfinite == "ignore" and not self._nests[k] and not engine.sharded
         if plain and engine.program(k).fast:
             stepper.fast = Turn(k, stepper.steps, lambda m: engine.rate(m.param), tell=self._tell)
 
@@ -373,7 +378,7 @@ class Control:
         if not stepper.evaluated:
             self._decay(k, turn)
         stepper.evaluated = True
-        if program.once or self._log:
+        if program.once or stepper.recorded:
             stepper.acted = Marks(witnesses(grads(params)))
         if self._nests[k]:
             stepper.open = Marks(grads(params))
@@ -413,8 +418,10 @@ class Control:
         if skip:
             self.engine.drop_reports(concerned)
         else:
-            if self._log:
+            if self._log and self._records():
                 self._log.before(concerned, first=self._steppers[k].turn is None)
+                for other in concerned:
+                    self._steppers[other].recorded = True
             self.engine.gradient_phase(turn)
         for other, stepper in enumerate(self._steppers):
             stepper.ready = Marks(grads(self.engine.params(other)), skip) if spanning and other != k else None
@@ -460,9 +467,12 @@ class Control:
             if stepper.owed and stepper.start is not None:
                 torch._foreach_add_([p.detach() for p in stepper.start.params], stepper.owed)
             self.engine.after_phase(turn)
-            if self._log:
+            if self._log and stepper.recorded:
                 self._log.after(k)
+        stepper.recorded = False
         stepper.advance(turn.happened)
+        if self._loggers and k == len(self.optimizers) - 1:
+            self._write()
         if turn.happened is None:
             self._prepare_fast(k)
 
@@ -475,6 +485,55 @@ class Control:
         """
         known = f"a {type(attention).__name__} outside of the model" if isinstance(attention, nn.Module) else attention
         report(self.engine.rules, self._names.get(id(attention), clean_name(known)), maxima)
+
+    # ------------------------------------------------------------------------------------------------ logs
+
+    def log_to(self, target: Any, *, every: int = 50, histograms: bool = False) -> None:
+        """Writes norms while training goes on, after every ``every``-th step.
+
+        A record has the totals and those of each role, as :meth:`norms` after ``attach(..., log=True)`` gives them (``norm/grad/total``,
+        ``norm/update/hidden``, ...), and for each rule how many blocks it had to change (``changed/max_norm``, by the rule's ``name=``, or
+        by its action and its place in the policy).
+
+        Args:
+            target: a path that ends in ``.jsonl`` or ``.csv``; a ``SummaryWriter`` of TensorBoard; a run of W&B; the ``mlflow`` module; a
+                logger of Lightning; a Fabric; an Accelerator; or a function of (numbers, step). Loggers are called by their own method.
+            every: steps from one record to the next. Several optimizers count by the steps of the last one.
+            histograms: also the L2 norms of the units of each weight, ``units/fc1.weight``: histograms in TensorBoard and W&B, elsewhere
+                their extremes, deciles 1 and 9 and median.
+
+        Steps without a record cost nothing: their norms are not measured, and no device is waited for. A file is flushed at each record. A
+        run that goes on from a checkpoint takes away the records that come after it, so that each step has one; the file of another run is
+        kept beside, under a number. A logger that raises costs its records, and one warning. On many processes the first one writes.
+
+        Raises:
+            PolicyError: for a target that is none of these, or a file that is no such log; nothing was written to it.
+            DataError: for a file that cannot be written.
+
+        >>> control.log_to("norms.jsonl", every=100)
+        """
+        self._loggers.append(logger_of(target, every, histograms))
+        if self._log is None:
+            self._log = NormLog(self.inventory, self.engine.owner, self._past)
+
+    def _records(self) -> bool:
+        """Whether the step that begins is recorded; asks no device."""
+        following = self._steppers[-1].calls + 1
+        return self._always or any(following % logger.every == 0 for logger in self._loggers)
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        due = [logger for logger in self._loggers if self._steppers[-1].calls % logger.every == 0]
+        first = not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if not due or not (first or self.engine.sharded):    # norms of shards are measured by all ranks together
+            return
+        numbers = NormReport.measured(self.inventory, self.engine.owner, self._log).flat()
+        names = [b.rule.name or f"{b.rule.action}_{b.index + 1}" for b in self._bounds()]
+        numbers |= {f"changed/{name}": float(b.violations()) for name, b in zip(names, self._bounds(), strict=True)}
+        units = unit_norms(self.inventory, self.engine.owner) if any(logger.histograms for logger in due) else {}
+        read = {name: norms.tolist() for name, norms in units.items() if len(norms)}
+        for logger in due if first else ():
+            logger(self._steppers[-1].steps(), numbers, read)
 
     # ------------------------------------------------------------------------------------------------ what it knows
 
@@ -503,7 +562,8 @@ class Control:
         """
         if history and not self._past.maxlen:
             raise PolicyError("nothing recorded the norms of past steps: attach with log=1000 to keep those of the last 1000 steps.")
-        report = NormReport.measured(self.inventory, self.engine.owner, self._log, history, largest)
+        log = self._log if self._always else None    # what log_to records is not the last step's
+        report = NormReport.measured(self.inventory, self.engine.owner, log, history, largest)
         self._judge()
         if bad := [kind for kind, total in report.total.items() if total != total or total == float("inf")]:
             self._tell(f"the norm of all {' and all '.join(bad)} values is not finite. on_nonfinite='raise' names where it begins.")
@@ -533,8 +593,10 @@ class Control:
 
     def violations(self) -> dict[str, int]:
         """For each rule that may or may not change a gradient, an update or a weight, how many blocks it had to change when it last ran."""
-        bounds = sorted(self.engine.phase("gradient", "cpr", "update", "qk_clip", "weight"), key=lambda b: b.index)
-        return {f"{b.index + 1}: {b.rule.label()}": b.violations() for b in bounds}
+        return {f"{b.index + 1}: {b.rule.label()}": b.violations() for b in self._bounds()}
+
+    def _bounds(self) -> list[BoundRule]:
+        return sorted(self.engine.phase("gradient", "cpr", "update", "qk_clip", "weight"), key=lambda b: b.index)
 
     @torch.no_grad()
     def verify(self) -> Verification:

@@ -67,7 +67,7 @@ class NormReport(Loggable):
             names = {role: [n for n in numbers if roles[n] == role] for role in {roles[n] for n in numbers}}
             report.role[kind] = {role: _together(numbers[n] for n in members) for role, members in sorted(names.items())}
         if largest:
-            units = _unit_norms(inventory, owner)
+            units = unit_norms(inventory, owner)
             report.largest.update({name: (float(norms.max()), int(norms.argmax())) for name, norms in units.items() if len(norms)})
         if history and log is not None:
             report.history.update({kind: [float(totals[kind]) for totals in log.past if kind in totals] for kind in report.total})
@@ -182,7 +182,7 @@ class Zeros(Loggable):
         for name, w in weights.items():
             count: Any = (real_of(w) == 0).sum()
             entries[name] = float(count.full_tensor() if is_sharded(w) else count) / max(w.numel(), 1)
-        units = {name: (int((norms == 0).sum()), len(norms)) for name, norms in _unit_norms(inventory, owner).items()}
+        units = {name: (int((norms == 0).sum()), len(norms)) for name, norms in unit_norms(inventory, owner).items()}
         return cls(entries, units)
 
     def numbers(self) -> dict[str, float]:
@@ -198,7 +198,7 @@ def _held_weights(inventory: Inventory, owner: Mapping[int, int]) -> list[Entry]
     return [e for e in inventory.entries if id(e.param) in owner and has_norm(e.param)]
 
 
-def _unit_norms(inventory: Inventory, owner: Mapping[int, int]) -> dict[str, Tensor]:
+def unit_norms(inventory: Inventory, owner: Mapping[int, int]) -> dict[str, Tensor]:
     """The L2 norm of every unit of the weights that are matrices and whose axes are known, by name."""
     found = {}
     for e in inventory.weights:

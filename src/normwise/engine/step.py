@@ -123,6 +123,8 @@ class Stepper:
     two_phase: bool = False
     """Whether it has ever done that."""
     closures: int = 0
+    recorded: bool = False
+    """Whether the norms of this step are recorded."""
     fast: Turn | None = None
     """What steps on the fast path are given: see ``Control._prepare_fast``."""
 
@@ -144,6 +146,7 @@ class Stepper:
         """Begins anew after ``calls`` steps: what is known of a step that was begun is of the weights before a state was loaded."""
         self.calls, self.skips, self.owed = calls, None, []
         self.turn = self.acted = self.decayed = self.ready = self.open = self.start = self.fast = None
+        self.recorded = False
 
 
 # ---------------------------------------------------------------------------------------------------- who takes it
