@@ -240,6 +240,11 @@ def convolutional() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
 
 
+def tiny_gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=20, n_positions=8))
+
+
 def fixtures(page: str, folder: Path) -> dict[str, Any]:
     """What a page's first block takes as given."""
     torch.manual_seed(0)
@@ -252,7 +257,9 @@ def fixtures(page: str, folder: Path) -> dict[str, Any]:
     copied = copy.deepcopy(model)
     control = nw.attach(copied, torch.optim.SGD(copied.parameters(), 0.1), nw.max_norm(1.0, params="*weight"))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    given_too = {"peft": pytest.importorskip("peft"), "base": tiny_gpt2()} if page == "peft.md" else {}
     return {
+        **given_too,
         "nw": nw, "normwise": nw, "torch": torch, "nn": nn, "copy": copy, "model": model, "optimizer": optimizer, "control": control,
         "scheduler": scheduler, "step": 3,
         "example_input": given, "torch_optimizer": torch.optim.SGD(model.parameters(), 0.1, weight_decay=0),

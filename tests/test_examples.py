@@ -19,3 +19,10 @@ def test_attach_ends_with_every_bound_verified():
     assert min(accuracies) > 95, done.stdout
     assert verified == [("130", "1"), ("130", "1"), ("133", "2")]
     assert "broken" not in done.stdout
+
+
+def test_lora_ends_with_every_unit_within_a_tenth_of_its_base():
+    done = subprocess.run([sys.executable, EXAMPLES / "lora.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "384 blocks under 1 rule measured in float64: every bound holds" in done.stdout
+    assert float(re.findall(r"went ([\d.]+)% of its length", done.stdout)[0]) <= 10.0

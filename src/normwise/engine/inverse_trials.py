@@ -19,6 +19,8 @@ from normwise.norms import Norm, Set
 from normwise.norms.reduce import HALF, up
 from normwise.parameters.layouts import BlockView
 from normwise.policy import Rule, actions
+from normwise.policy.radii import Base
+from normwise.policy.rule import norm_label
 from normwise.policy.schedules import is_number
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 # How far, relatively, a weight may be from what was assigned; beyond it an inverse is none, not one that rounds.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+ROTATION_FREE = ("l2", "spectral", "nuclear", "max_of_units", "sum_of_units")
+"""The norms that a rotation of the inputs leaves as they are."""
 INSTEAD = "Exclude it (exclude=), use a penalty, which needs no inverse, or remove the parametrization"
 
 
@@ -35,6 +39,7 @@ def refuse_computed(held: Sequence[Entry], rule: Rule, owner: Mapping[int, int])
     """PolicyError for weights whose raw tensors the rule cannot set, as far as no number must be tried for that."""
     if rule.phase == "gradient":
         return
+    _refuse_products(held, rule)
     for e in held:
         if e.computed is None:
             _refuse_stored_otherwise(e, rule)
@@ -52,7 +57,7 @@ def _refuse_computed(e: Entry, rule: Rule, owner: Mapping[int, int]) -> None:
         raise _refused(e, rule, f"{how} computes it from DTensors, and no rank has all of it", "Exclude it")
     if computed.refusal and not (rule.phase == "penalty" and computed.way.differentiable and not computed.failure):
         raise _refused(e, rule, computed.refusal, "Exclude it (exclude=)" if rule.phase == "penalty" else INSTEAD)
-    if rule.rounding != "nearest" and computed.site.param.dtype in HALF:
+    if rule.rounding != "nearest" and any(p.dtype in HALF for p in computed.parameters):
         raise _refused(e, rule, f"rounding={rule.rounding!r} is of the weights that are stored, and {how} computes this one", "Exclude it")
     if rule.phase == "update" and len({owner[id(p)] for p in e.trained if id(p) in owner}) > 1:
         raise _refused(e, rule, "several optimizers step the tensors it is computed from, so its update is not one step", "Exclude it")
@@ -61,6 +66,28 @@ def _refuse_computed(e: Entry, rule: Rule, owner: Mapping[int, int]) -> None:
         shapes = ", ".join(str(tuple(p.shape)) for p in loose)
         why = f"{how} computes it from several tensors, and no given optimizer holds the trainable one of shape {shapes}"
         raise _refused(e, rule, why, "Give the optimizer that holds it, or freeze it")
+
+
+def _refuse_products(held: Sequence[Entry], rule: Rule) -> None:
+    """What a rule cannot mean on LoRA's products, of which only what a rotation of the inputs leaves alone is ever computed; and a radius
+    that counts in their bases elsewhere."""
+    products = [e for e in held if e.adapter == "product"]
+    others = [e for e in held if e.adapter != "product"]
+    if isinstance(rule.radius, Base) and others:
+        raise _refused(others[0], rule, "only LoRA's products have a base that a radius counts in", "Give params='peft:product', or 'init'")
+    rotates = isinstance(rule.norm, Norm) and rule.norm.name in ROTATION_FREE and rule.per not in ("input", "element")
+    entries = f"norm {norm_label(rule.norm)!r} per={rule.per!r} needs its entries, which are never formed"
+    instead = f"Norms of products are {', '.join(ROTATION_FREE)}, per tensor, matrix, unit, head or global"
+    for wrong, why, do in (
+        (not rotates and rule.action != "weight_decay", entries, instead),
+        (rule.on == "update", "what a step adds to it is no matrix of its rank, since A turns", "Bound the product itself, on='weight'"),
+        (rule.center is not None, "LoRA starts from zero, which is its center", "Leave center out"),
+        (rule.action in ("cpr", "qk_clip"), f"{rule.action} has no meaning there", "Leave it to other weights"),
+        (rule.tolerance > 0, "its singular values are found exactly at little cost", "Leave tolerance out"),
+        (rule.layout is not None, "its axes are those of its base", "State those, by layouts="),
+    ):
+        if products and wrong:
+            raise _refused(products[0], rule, why, do)
 
 
 def _refuse_shared(held: Sequence[Entry], rule: Rule) -> None:
@@ -119,7 +146,8 @@ def margin_of(rule: Rule, entry: Entry, member: Member) -> float:
             found = _inverse(way, parts, old, new, entry, rule)
             _refuse_frozen(computed.way.parts(), parts, found, entry, rule)
             worst = max(worst, _distance(member.view, new, way.forward(*found), old))
-    if not worst <= TOLERANCE[old.dtype]:
+    coarsest = max((part.dtype for part in parts), key=lambda dtype: torch.finfo(dtype).eps)
+    if not worst <= TOLERANCE[coarsest]:
         raise _refused(entry, rule, f"{way.how} cannot give what this rule makes of it: tried on a copy, it is off by {worst:.2g}")
     margin = way.margin(old)
     return max(margin, 4 * worst) if margin or worst else 0.0

@@ -83,7 +83,7 @@ class NormLog:
     def _passes_of(self, k: int) -> _Passes | None:
         if k not in self._passes:
             ids = {id(e.param) for e in self._held([k])}
-            own = [e for e in self.weights if any(id(p) in ids for p in e.parameters)]
+            own = [e for e in self.weights if e.adapter != "product" and any(id(p) in ids for p in e.parameters)]
             plain = native.library() is not None and native.fit([e.param for e in own]) and all(e.computed is None for e in own)
             self._passes[k] = _Passes({e.name: e.param for e in own}) if own and plain else None
         return self._passes[k]
@@ -150,9 +150,10 @@ def _by_kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 
 
 def weights_of(weights: Sequence[Entry], held: Sequence[Entry]) -> dict[str, Tensor]:
-    """The weights, by name, that the parameters ``held`` are or are a part of; computed ones in memory that the next reading overwrites."""
+    """The weights, by name, that the parameters ``held`` are or are a part of; computed ones in memory that the next reading overwrites.
+    Of LoRA the factors, which are all numbers that there are."""
     ids = {id(e.param) for e in held}
-    found = [e for e in weights if any(id(p) in ids for p in e.parameters)]
+    found = [e for e in weights if e.adapter != "product" and any(id(p) in ids for p in e.parameters)]
     return {e.name: e.param.detach() if e.computed is None or e.computed.failure else e.computed.read() for e in found}
 
 

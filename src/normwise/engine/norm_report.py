@@ -202,7 +202,8 @@ def unit_norms(inventory: Inventory, owner: Mapping[int, int]) -> dict[str, Tens
     """The L2 norm of every unit of the weights that are matrices and whose axes are known, by name."""
     found = {}
     for e in inventory.weights:
-        if e.role in ("bias", "gain") or not e.layout.certain or not any(id(p) in owner for p in e.parameters) or not has_norm(e.param):
+        whole = e.role not in ("bias", "gain") and e.adapter != "product" and e.layout.certain
+        if not whole or not any(id(p) in owner for p in e.parameters) or not has_norm(e.param):
             continue
         member = Member(e.name, e.param, block_view(e.layout, "unit", False, name=e.name), 0, computed=e.computed)
         [part] = packs_of([member], False, agree=True)

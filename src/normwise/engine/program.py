@@ -29,6 +29,7 @@ from normwise.parameters.inventory import Entry, Inventory
 from normwise.parameters.roles import before_batch_norm
 from normwise.policy import Policy, Rule
 from normwise.policy.conflicts import check
+from normwise.policy.radii import Base
 from normwise.policy.schedules import at
 
 _GROUPS, _HELD = operator.attrgetter("param_groups"), operator.itemgetter("params")
@@ -256,7 +257,7 @@ class Engine:
             raise PolicyError(f"rule '{rule.label()}' has nothing to act on: all it matches ({names}) is {why}.")
         for e in held:
             _refuse(e, rule)
-        if rule.phase != "gradient" and any(_is_stored_otherwise(e) for e in held):
+        if isinstance(rule.radius, Base) or (rule.phase != "gradient" and any(_is_stored_otherwise(e) for e in held)):
             refuse_computed(held, rule, self.owner)
         return held
 

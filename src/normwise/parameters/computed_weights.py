@@ -59,6 +59,15 @@ class Way:
         """Raw tensors that give ``new`` instead of ``old``; a part that need not change comes back as it is."""
         raise NotImplementedError
 
+    def pulled(self, wanted: Sequence[Tensor], pull: Tensor) -> Sequence[Tensor | None]:
+        """The gradients of the parameters ``wanted`` where the weight's is ``pull``."""
+        if not wanted:
+            return ()
+        with torch.enable_grad():
+            weight = self.forward(*self.parts())
+        # Through the module's own graph, so that a penalty on the weight is exact whatever computes it.
+        return torch.autograd.grad(weight, wanted, pull.to(weight.dtype), allow_unused=True)
+
     def twin(self) -> Way:
         """One on which ``inverse`` can be tried without touching the module."""
         return self
@@ -326,11 +335,7 @@ class Computed:
     def pull_back(self, pull: Tensor) -> None:
         """Adds to the gradients of its parameters what a gradient ``pull`` of the weight is for them."""
         wanted = [p for p in self.trained if p.grad is not None]
-        with torch.enable_grad():
-            weight = self.way.forward(*self.way.parts())
-        # Through the module's own graph, so that a penalty on the weight is exact whatever computes it.
-        grads = torch.autograd.grad(weight, wanted, pull.to(weight.dtype), allow_unused=True) if wanted else ()
-        for p, grad in zip(wanted, grads, strict=True):
+        for p, grad in zip(wanted, self.way.pulled(wanted, pull), strict=True):
             if grad is not None and p.grad is not None:
                 p.grad.add_(grad)
 

@@ -19,6 +19,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from normwise.errors import LayoutError, PolicyError, nearest
+from normwise.parameters.adapters import PARTS as ADAPTER_PARTS
+from normwise.parameters.adapters import PRODUCT, LowRank, find_products, part_of, product_layout
 from normwise.parameters.attention import CIRCUITS, FUSED_NAMES, PARTS, TELLING, find_attention
 from normwise.parameters.computed_weights import Computed, find_computed
 from normwise.parameters.layout_registry import Statement, by_source, split_by_source, stated_experts
@@ -39,8 +41,8 @@ class Entry:
 
     ``name`` is its first clean name and ``tied`` its others. ``module`` holds it as ``local_name``. ``owners`` are the modules of all its
     names, and for a parametrized tensor also the module whose tensor it is. ``attention`` says what it is in an attention: ``"q"``,
-    ``"k"``, ``"v"``, ``"out"``, ``"qkv"``, ``"kv"``, or nothing. ``adapter`` is ``"A"`` or ``"B"`` of a low-rank product B·A (LoRA), or
-    nothing.
+    ``"k"``, ``"v"``, ``"out"``, ``"qkv"``, ``"kv"``, or nothing. ``adapter`` is ``"A"`` or ``"B"`` of a low-rank product s·B·A (LoRA),
+    ``"product"`` for that itself, ``"magnitude"`` (DoRA), ``"modules_to_save"``, or nothing; ``adapter_name`` says of which adapter.
     """
 
     name: str
@@ -57,6 +59,9 @@ class Entry:
     computed: Computed | None = None
     """How the weight is computed, in `Inventory.weights`; ``param`` is then the parameter whose gradient and rate count for it."""
     adapter: str = ""
+    adapter_name: str = ""
+    base: Entry | None = None
+    """Of a product the weight that it is added to."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,6 +79,11 @@ class Entry:
         return [self.param] if self.computed is None else self.computed.parameters
 
     @property
+    def factors(self) -> list[Any]:
+        """A and B of a product; empty for other weights."""
+        return self.computed.way.a_and_b() if self.computed is not None and isinstance(self.computed.way, LowRank) else []
+
+    @property
     def trained(self) -> list[nn.Parameter]:
         """Those of its parameters that are not frozen."""
         return [p for p in self.parameters if p.requires_grad]
@@ -84,7 +94,7 @@ class Inventory:
 
     ``entries`` is the tuple of `Entry`, ``trainable`` those of them that are not frozen, ``by_name`` finds one by any of its clean names.
     ``weights`` is what rules on weights act on: the same, but with one entry for each weight that a module computes from other tensors
-    (parametrizations, masks) instead of its raw tensors.
+    (parametrizations, masks) instead of its raw tensors, and with LoRA's products s·B·A beside their factors.
 
     Args:
         roles: selector -> role, to correct what was found: ``{"decoder.out.weight": "head", "experts.*": "hidden"}``. Later items win.
@@ -115,7 +125,11 @@ class Inventory:
         weights = _weights(found, computed, heads) if computed else found
         relaid = _relaid((*found, *weights), layouts or {})
         said = _with_roles(list(relaid.values()), roles or {})
-        self.entries, self.weights = (tuple(said[id(relaid[id(e)])] for e in entries) for entries in (found, weights))
+        self.entries, whole = (tuple(said[id(relaid[id(e)])] for e in entries) for entries in (found, weights))
+        after: dict[int, list[Entry]] = {}
+        for product in _products(places, self.entries) if any(e.adapter for e in self.entries) else ():
+            after.setdefault(id(product.factors[1]), []).append(product)
+        self.weights = tuple(e for one in whole for e in (one, *after.get(id(one.param), ()))) if after else whole
         self.trainable = tuple(entry for entry in self.entries if entry.param.requires_grad)
         self.by_name = {name: entry for entry in (*self.weights, *self.entries) for name in (entry.name, *entry.tied)}
 
@@ -143,8 +157,13 @@ def _entry(
     of = [site.name for c in computed for site in (c.site, *c.tied) if {place.name for place in tied} & set(c.raw_names)]
     return Entry(
         first.name, first.param, first.module, first.local_name, role, told.layout, names, tuple(owners.values()), part, tuple(of),
-        adapter=told.adapter,
+        None, *_adapter(first, told),
     )  # fmt: skip
+
+
+def _adapter(place: Site, told: Statement) -> tuple[str, str]:
+    """The part of an adapter that it is, and which adapter's; without a look at models that have none."""
+    return part_of(place) if told.adapter or "lora_" in place.name or "modules_to_save" in place.name else ("", "")
 
 
 def _weights(entries: tuple[Entry, ...], computed: Sequence[Computed], heads: Heads) -> tuple[Entry, ...]:
@@ -172,8 +191,24 @@ def _computed_entry(computed: Computed, entries: tuple[Entry, ...], heads: Heads
     tied, told = tuple(other.name for other in computed.tied), _statement(all_sites)
     return Entry(
         site.name, anchor, site.module, site.local_name, role_of(all_sites, heads, told.role), told.layout, tied, tuple(owners.values()),
-        part, computed.raw_names, computed, told.adapter,
+        part, computed.raw_names, computed, *_adapter(site, told),
     )  # fmt: skip
+
+
+def _products(places: Sequence[Site], entries: Sequence[Entry]) -> Iterator[Entry]:
+    """LoRA's products, each with the units and the role of its base."""
+    by_param = {id(e.param): e for e in entries}
+    for computed in find_products(places):
+        way, site = computed.way, computed.site
+        assert isinstance(way, LowRank)
+        base = by_param.get(id(getattr(way.layer.get_base_layer(), "weight", None)))
+        anchor: Any = next(iter(computed.trained), way.parts()[0])
+        owners = (way.layer, *(base.owners if base else ()))
+        yield Entry(
+            site.name, anchor, way.layer, site.local_name, base.role if base else "hidden",
+            product_layout(base.layout if base else None, site.param.shape), (), owners, base.attention if base else "", (), computed,
+            "product", way.adapter, base,
+        )  # fmt: skip
 
 
 def _may_be_raw(place: Site) -> bool:
@@ -281,6 +316,8 @@ Selector: TypeAlias = "One | Sequence[One]"
   what another part matched (see ``parameters.regex``);
 - a role, or a group of roles: ``"role:bias"``, ``"role:matrix"``, ``"role:all"``;
 - a part of an attention, or two: ``"attention:q"``, ``"attention:qk"``, ``"attention:ov"``, ``"attention:all"``;
+- a part of PEFT's adapters, of all or of one: ``"peft:A"``, ``"peft:B:default"``, ``"peft:magnitude"``, ``"peft:modules_to_save"``;
+  ``"peft:product"`` means LoRA's products s·B·A, which ``params`` picks by this or by a name with ``lora_BA`` alone;
 - the class of the module that holds the parameter, or a base of it: ``"class:Linear"``, ``"class:torch.nn.Linear"``, ``nn.Linear``;
 - a predicate of the inventory's entry: ``lambda e: e.param.ndim == 4``;
 - a list or tuple of these: whatever any of them matches.
@@ -295,6 +332,16 @@ def matches(selector: Selector, entry: Entry, names: Collection[str] = ()) -> bo
     names: those of all parameters, so that a selector that is one of them is not read as a glob.
     """
     return any(_predicate(one, names)(entry) for one in _several(selector))
+
+
+def means(selector: Selector, entry: Entry, names: Collection[str] = ()) -> bool:
+    """As `matches`, for what a rule acts on: a product of LoRA is meant only by what names products, since its factors are listed too."""
+    return any(_predicate(one, names)(entry) for one in _several(selector) if entry.adapter != "product" or _names_products(one))
+
+
+def _names_products(one: Any) -> bool:
+    text = one.pattern if isinstance(one, re.Pattern) else one
+    return isinstance(text, str) and (text.startswith("peft:product") or PRODUCT in text)
 
 
 def names_of(entries: Iterable[Entry]) -> frozenset[str]:
@@ -356,7 +403,7 @@ def _predicate(one: Any, names: Collection[str] = ()) -> Predicate:
         return lambda entry: _judged(one, entry)
     raise PolicyError(
         f"{one!r} selects no parameters: a selector is a glob such as 'fc*', 're:...', 'role:...', 'attention:...', "
-        "'class:...', a compiled pattern, a module class, a function of an entry, or a list of these."
+        "'peft:...', 'class:...', a compiled pattern, a module class, a function of an entry, or a list of these."
     )
 
 
@@ -381,6 +428,11 @@ def _from_text(text: str) -> Predicate:
     if kind == "attention":
         parts = _listed_in(CIRCUITS, PARTS, text, "part of an attention")
         return lambda entry: entry.attention in parts
+    if kind == "peft":
+        part, _, adapter = rest.partition(":")
+        if part not in ADAPTER_PARTS:
+            raise PolicyError(f"{text!r} is no part of an adapter.{nearest(part, ADAPTER_PARTS)}")
+        return lambda entry: entry.adapter == part and adapter in ("", entry.adapter_name)
     if kind == "class":
         return lambda entry: any(rest in _class_names(cls) for owner in entry.owners for cls in type(owner).__mro__)
     return lambda entry: any(fnmatch.fnmatchcase(name, text) for name in entry.names)
@@ -430,7 +482,8 @@ def _union(selector: Selector, entries: list[Entry], field: str) -> set[int]:
     names = names_of(entries)
     for one in _several(selector):
         predicate = _predicate(one, names)
-        ids = {id(entry) for entry in entries if predicate(entry)}
+        listed = entries if field == "exclude" or _names_products(one) else [e for e in entries if e.adapter != "product"]
+        ids = {id(entry) for entry in listed if predicate(entry)}
         if not ids:
             raise PolicyError(f"{field}={shown(one)} matches no parameter.{_near(one, entries)} {_inventory(entries)}")
         found |= ids
@@ -450,6 +503,10 @@ def shown(selector: object, quoted: bool = True) -> str:
 
 def _near(one: object, entries: list[Entry]) -> str:
     """The name or class nearest to what was written; a prefix counts as near, since a module's name is no parameter's."""
+    if isinstance(one, str) and one.startswith("peft:"):
+        there = dict.fromkeys(f"peft:{e.adapter}:{e.adapter_name}".rstrip(":") for e in entries if e.adapter)
+        alone = one.startswith("peft:product") and there and not any(e.adapter == "product" for e in entries)
+        return f"{' A product has no gradient of its own.' if alone else ''} Of adapters there are {', '.join(there) or 'none'}."
     if not isinstance(one, str) or one.startswith(("re:", "role:", "attention:")):
         return ""
     names = [name for entry in entries for name in entry.names]

@@ -21,7 +21,7 @@ HEADER = ("parameter", "shape", "role", "axes", "rule: blocks")
 class Row:
     """One parameter, or one weight that is computed from several. ``blocks`` has, for each rule that touches it (counted from 1), how many
     blocks of which shape it sees; ``how`` what computes the weight, and ``part_of``, of a raw tensor, the weights that are computed from
-    it."""
+    it; of LoRA's product, which is listed below its factors, their names."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +37,8 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of ``HEADER``."""
         name = f"{self.name} (= {', '.join(self.tied)})" if self.tied else self.name
-        name = f"{name} (by {self.how})" if self.how else f"  {name}" if self.part_of else name
+        name = f"{name} (by {self.how})" if self.how else name
+        name = f"  {name}" if self.part_of else name
         name = f"{name} (frozen)" if self.frozen else name
         shape = "x".join(map(str, self.shape)) or "scalar"
         touched = ", ".join(f"{rule}: {blocks}" for rule, blocks in self.blocks.items())
@@ -86,7 +87,9 @@ def explain(policy: Policy, model: nn.Module) -> Explanation:
     for entry in listed.values():
         numbered = enumerate(zip(policy, touched, strict=True), 1)
         blocks = {number: _blocks_of(rule, entry) for number, (rule, ids) in numbered if id(entry) in ids}
-        how, part_of = (entry.computed.way.how, ()) if entry.computed else ("", entry.aliases)
+        how = entry.computed.way.how if entry.computed else ""
+        factors = {id(p) for p in entry.factors}
+        part_of = tuple(e.name for e in inventory.entries if id(e.param) in factors) if entry.computed else entry.aliases
         axes = f"{entry.layout}{'' if entry.layout.certain else ' ?'}"
         rows.append(Row(entry.name, tuple(entry.shape), entry.role, axes, blocks, tuple(entry.tied), how, part_of, not entry.trained))
     labels = tuple(f"{rule.name}: {rule.summary()}" if rule.name else rule.label() for rule in policy)

@@ -41,10 +41,24 @@ class Init(Plain):
         """``"init"`` or ``"1.5*init"``; with a schedule the long form."""
         if callable(self.scale):
             return super().to_data()
-        return "init" if self.scale == 1 else f"{self.scale!r}*init"
+        return self.name if self.scale == 1 else f"{self.scale!r}*{self.name}"
 
     def label(self) -> str:
-        return "init" if self.scale == 1 else f"{label(self.scale)}*init"
+        return self.name if self.scale == 1 else f"{label(self.scale)}*{self.name}"
+
+
+@dataclass(frozen=True)
+class Base(Init):
+    """A radius that is ``scale`` times the norm of the same block of the frozen weight W₀ that LoRA's product s·B·A is added to.
+
+    For rules on ``"peft:product"``. W₀ is measured when the policy is attached. ``"base"`` and ``"0.1*base"`` are short forms.
+
+    Args:
+        scale: a number > 0 or a schedule; default 1.
+    """
+
+    name: ClassVar[str] = "base"
+    _checks: ClassVar[Checks] = {"scale": partial(varying, what="the multiple of 'base'")}
 
 
 @dataclass(frozen=True)
@@ -208,7 +222,7 @@ def _share(value: Any, what: str, *, closed: bool) -> float:
 
 
 FORMS: dict[str, type[Plain]] = {
-    **SCHEDULES, **{cls.name: cls for cls in (Init, Relative, StepLength, Brake, Quantile, ZScore, WarmStart, Inflection)},
+    **SCHEDULES, **{cls.name: cls for cls in (Init, Base, Relative, StepLength, Brake, Quantile, ZScore, WarmStart, Inflection)},
 }  # fmt: skip
 """Everything that has the YAML form ``{name: arguments}``."""
 
@@ -217,19 +231,17 @@ FORMS: dict[str, type[Plain]] = {
 
 
 Radius: TypeAlias = Varying | Init | Relative | RadiusRule
-_INIT = re.compile(r"\s*(?:([0-9][0-9.eE+-]*|\.[0-9][0-9.eE+-]*)\s*\*\s*)?init\s*")
+_MULTIPLE = re.compile(r"\s*(?:([0-9][0-9.eE+-]*|\.[0-9][0-9.eE+-]*)\s*\*\s*)?(init|base)\s*")
 
 
 def radius(value: object, what: str = "radius") -> Radius:
-    """``value`` as a radius: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, or an object of one of these kinds."""
+    """``value`` as a radius: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``"0.1*base"``, or an object of one of these kinds."""
     if isinstance(value, Init | Relative | RadiusRule):
         return value
-    multiple = None
-    if isinstance(value, str) and (match := _INIT.fullmatch(value)):
+    if isinstance(value, str) and (match := _MULTIPLE.fullmatch(value)):
         with suppress(ValueError):    # "1.5.2*init" looks like a multiple and is none
             multiple = float(match[1] or 1)
-    if multiple is not None:
-        return Init(multiple)
+            return Init(multiple) if match[2] == "init" else Base(multiple)
     if is_number(value) or callable(value):
         return varying(value, what)
     allowed = "a number > 0, a schedule, 'init', a multiple such as '1.5*init', nw.radii.Relative(scale), or a rule of nw.radii"

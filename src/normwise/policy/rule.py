@@ -19,7 +19,7 @@ from torch import Tensor
 from normwise.errors import NormError, NormwiseError, PolicyError, nearest
 from normwise.low_precision import ROUNDINGS
 from normwise.norms import FORMS, L2, NORMS, SETS, Box, Norm, Orthogonal, Set, Spectral, get_norm
-from normwise.parameters.inventory import Entry, Selector, check_selector, matches, names_of, select, selector_to_data, shown
+from normwise.parameters.inventory import Entry, Selector, check_selector, matches, means, names_of, select, selector_to_data, shown
 from normwise.parameters.layouts import PER, BlockView, Heads, Layout, block_view, split_heads
 from normwise.policy import radii, schedules
 from normwise.policy.actions import ACTIONS
@@ -312,8 +312,9 @@ class Rule:
         per: the block that the norm is measured on: "tensor" (default), "matrix", "unit", "input", "head", "expert", "element"
             or "global" (all matched parameters as one vector).
         on: "weight", "grad" or "update"; the default is the action's first meaning (weights; gradients for "lmo").
-        radius: for clip_norm, project, normalize: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``nw.radii.Relative(scale)``, or
-            one of ``nw.radii`` that is found in training. For cpr the bound on the mean square, for qk_clip that on the logits.
+        radius: for clip_norm, project, normalize: a number > 0, a schedule, ``"init"``, ``"1.5*init"``, ``"0.1*base"`` for LoRA's products,
+            ``nw.radii.Relative(scale)``, or one of ``nw.radii`` that is found in training. For cpr the bound on the mean square, for
+            qk_clip that on the logits.
         strength: for penalty, weight_decay, prox: a number >= 0 or a schedule. For cpr the rate of its multiplier, default 1.
         power: 1 penalises the norm, 2 half of its square; default 1. For qk_clip: 1 scales queries and keys by √γ, 2 queries alone by γ.
         heads: how many attention heads the outputs of a plain Linear are, where its type does not tell; ``(3, heads)`` for q, k, v stacked.
@@ -418,7 +419,7 @@ class Rule:
         """As :meth:`targets`, but empty where the rule matches nothing."""
         params, listed = DEFAULT_PARAMS if self.params is None else self.params, list(entries)
         names = names_of(listed)
-        return [e for e in listed if matches(params, e, names) and not (self.exclude is not None and matches(self.exclude, e, names))]
+        return [e for e in listed if means(params, e, names) and not (self.exclude is not None and matches(self.exclude, e, names))]
 
     def axes(self, entry: Entry) -> Layout:
         """The axes of one parameter as the rule sees them; LayoutError where its own layout or heads do not fit."""
@@ -568,7 +569,8 @@ def _check_norm(rule: Rule) -> None:
 def _check_radius(rule: Rule) -> None:
     radius = rule.radius
     if isinstance(radius, radii.Init) and rule.on != "weight":
-        raise FieldError(f"radius 'init' has a meaning on='weight' only, given on={rule.on!r}: use nw.radii.Relative(scale).", "radius")
+        what = f"radius {radius.name!r} has a meaning on='weight' only"
+        raise FieldError(f"{what}, given on={rule.on!r}: use nw.radii.Relative(scale).", "radius")
     if isinstance(radius, radii.Relative) and rule.on == "weight":
         raise FieldError("a relative radius is for on='grad' or on='update'; for weights use 'init' or a multiple of it.", "radius")
     if rule.floor is not None and not (isinstance(radius, radii.Init) or getattr(radius, "of", "number") != "number"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,10 +18,11 @@ from normwise.engine.step import Turn
 from normwise.errors import PolicyError
 from normwise.norms import Norm, Radius, Set
 from normwise.norms.reduce import wide
+from normwise.parameters.adapters import LowRank
 from normwise.parameters.inventory import Entry
 from normwise.parameters.layouts import BlockView
 from normwise.policy import Rule
-from normwise.policy.radii import Init, Relative
+from normwise.policy.radii import Base, Init, Relative
 from normwise.policy.schedules import Scheduled, at
 
 
@@ -129,8 +130,21 @@ class BoundRule:
             member.margin = margin_of(rule, entry, member)
             refuse_narrow(rule, entry, member)
         if isinstance(rule.radius, Init):
-            member.radius = self._initial_norm(member)
+            member.radius = self._base_norm(entry, rule.radius) if isinstance(rule.radius, Base) else self._initial_norm(member)
         return member
+
+    def _base_norm(self, entry: Entry, radius: Base) -> Tensor:
+        """The norms of the blocks of the weight that a product is added to, ``(count,)``; a quantised one as PEFT dequantises it."""
+        assert entry.computed is not None and isinstance(entry.computed.way, LowRank)
+        try:
+            weight: Any = entry.computed.way.base_weight()
+            base = replace(entry.base or entry, param=weight, computed=None)
+            value = self._norms(Member(base.name, weight, self.view(base), 0), weight)
+        except Exception as error:    # whatever a library for quantised weights raises
+            what = f"radius={radius.label()!r} cannot be measured on the base of {entry.name!r}: {error}"
+            raise PolicyError(f"{what} Give a number as the radius.") from error
+        self._refuse_zero(value, f"the base of {entry.name!r}")
+        return value.to(wide(weight.device))
 
     def measure_center(self, member: Member) -> None:
         """The norms of a center's blocks, which tell how far rounding moves what is measured from there."""
