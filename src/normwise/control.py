@@ -31,7 +31,7 @@ from normwise.engine.rules.base import BoundRule
 from normwise.engine.rules.qk_clip import report
 from normwise.engine.sharded import reshard
 from normwise.engine.sharded.collectives import TRAFFIC, Traffic
-from normwise.engine.step import Marks, Start, Stepper, grads, makes_state, steps_under_way, witnesses
+from normwise.engine.step import Marks, OnePass, Start, Stepper, grads, makes_state, steps_under_way, witnesses
 from normwise.engine.verify import Rested, Verification, verify
 from normwise.errors import PolicyError, nearest
 from normwise.logs import Logger, logger_of
@@ -307,6 +307,8 @@ class Control:
             decay(turn)
         if program.decays:
             stepper.decayed = Marks(witnesses(program.decaying))
+        if program.along is not None:
+            self._offer(turn)
         stepper.turn = turn
         if self._timed:
             self.seconds += time.perf_counter() - begun
@@ -383,6 +385,21 @@ class Control:
         if self._nests[k]:
             stepper.open = Marks(grads(params))
         stepper.turn = turn
+        self._offer(turn)
+
+    def _along(self, turn: Turn) -> OnePass | None:
+        """What the optimizer's own kernel may do of a step's rules; nothing where another control acts on the same step, or it may not be
+        taken."""
+        alone = turn.happened is None and not self._nests[turn.optimizer] and len(_at_work([self.optimizers[turn.optimizer]])) == 1
+        return self.engine.program(turn.optimizer).along if alone and not self.engine.spanning else None
+
+    def _offer(self, turn: Turn) -> None:
+        along = self._along(turn)
+        if along is None:
+            return
+        keep = partial(self._log.keep, turn.optimizer) if self._log is not None and self._steppers[turn.optimizer].recorded and along.alone else None
+        if (along.bounds or keep) and not along.offer(self.optimizers[turn.optimizer], keep) and keep:
+            keep()
 
     def _decay(self, k: int, turn: Turn) -> None:
         """Once a step that happens, at the weights that it starts from."""
@@ -419,7 +436,7 @@ class Control:
             self.engine.drop_reports(concerned)
         else:
             if self._log and self._records():
-                self._log.before(concerned, first=self._steppers[k].turn is None)
+                self._log.before(concerned, self._steppers[k].turn is None, self._along(turn))
                 for other in concerned:
                     self._steppers[other].recorded = True
             self.engine.gradient_phase(turn)
@@ -468,7 +485,7 @@ class Control:
                 torch._foreach_add_([p.detach() for p in stepper.start.params], stepper.owed)
             self.engine.after_phase(turn)
             if self._log and stepper.recorded:
-                self._log.after(k)
+                self._log.after(k, self._along(turn))
         stepper.recorded = False
         stepper.advance(turn.happened)
         if self._loggers and k == len(self.optimizers) - 1:

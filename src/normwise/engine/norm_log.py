@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from normwise.engine.pack import is_sharded
+from normwise.engine.pack import is_sharded, versions
 from normwise.engine.sharded.norms import lengths
-from normwise.engine.step import Marks
+from normwise.engine.step import Marks, OnePass
 from normwise.norms import native
 from normwise.norms.reduce import wide
 from normwise.parameters.inventory import Entry, Inventory
@@ -40,14 +41,17 @@ class NormLog:
         wanted = set(optimizers)
         return [e for e in self.entries if self.owner[id(e.param)] in wanted and has_norm(e.param)]
 
-    def before(self, optimizers: Sequence[int], first: bool = True) -> None:
-        """Before the rules: raw gradients, and where it is the step's ``first`` evaluation the weights as the last step left them."""
+    def before(self, optimizers: Sequence[int], first: bool = True, along: OnePass | None = None) -> None:
+        """Before the rules: raw gradients, and where it is the step's ``first`` evaluation the weights as the last step left them.
+
+        along: what may measure the update within the step.
+        """
         gradients = grads_of(self._held(optimizers))
         self._record({"grad_before": gradients})
         self._raw = Marks(list(gradients.values()))
         for k in optimizers if first else ():
             passes = self._passes_of(k)
-            known = passes.before() if passes is not None else None
+            known = passes.before(along is not None and along.alone) if passes is not None else None
             if known is not None:
                 self.values["weight_before"] |= known
                 continue
@@ -56,10 +60,16 @@ class NormLog:
             self._record({"weight_before": weights})
             self._start |= {name: w.clone() for name, w in weights.items()}
 
-    def after(self, optimizer: int) -> None:
+    def keep(self, optimizer: int) -> None:
+        """Right before the step, where nothing measures its update within it."""
+        passes = self._passes.get(optimizer)
+        if passes is not None:
+            passes.keep()
+
+    def after(self, optimizer: int, along: OnePass | None = None) -> None:
         """After the step and its rules. The update is all that changed in the weights, rules included."""
         held, passes = self._held([optimizer]), self._passes.get(optimizer)
-        gradients, found = grads_of(held), passes.after() if passes is not None else None
+        gradients, found = grads_of(held), passes.after(along) if passes is not None else None
         if found is not None:
             self.values["weight"] |= found[0]
             self.values["update"] |= found[1]
@@ -102,36 +112,70 @@ def _total(norms: Iterable[Tensor]) -> Tensor:
 
 
 class _Passes:
-    """What the kernels keep of one optimizer's weights: a copy of each as the last step left it, and its norm.
+    """What the kernels know of one optimizer's weights: the norm of each as the last step left it, and a copy of each.
 
     One pass after a step gives the norms of the weights and of the updates, and brings the copies up to date; the next step starts from
-    them, unless somebody has written to a weight in between.
+    them, unless somebody has written to a weight in between. Where the optimizer's own kernel measures both within the step, and the first
+    step has shown that nothing else moves the weights after it, there are no copies.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.names, self.weights = list(weights), list(weights.values())
-        self.copies = [w.clone(memory_format=torch.contiguous_format) for w in self.weights]
-        self.workspace, self.others = native.Workspace(self.weights), native.Workspace(self.copies)
-        self.others.place(self.copies)
+        self.workspace, self.others = native.Workspace(self.weights), native.Workspace(self.weights)
+        self._copies: list[Tensor] = []
         self._left: list[int] = []
-        self._norms: dict[str, Tensor] = {}
+        self._trusts: bool | None = None
+        self._squares: list[float] = []
 
-    def before(self) -> dict[str, Tensor] | None:
-        """The norms of the weights that the step starts from; None where the kernels cannot look at them."""
+    def before(self, told: bool) -> dict[str, Tensor] | None:
+        """The norms of the weights that the step starts from; None where the kernels cannot look at them. told: the update may be measured
+        within the step."""
         if not self.workspace.place_again(self.weights):
             return None
-        if self._left != [w._version for w in self.weights]:
+        changed = self._left != versions(self.weights)
+        if told and self._trusts:
+            self._copies = []
+        elif not self._copies:
+            self.keep()
+        elif changed:
             native.squared_updates_(self.workspace, self.others)
-            self._norms = self._named(self.workspace.each)
-        return self._norms
+            self._squares, changed = list(self.workspace.each), False
+        if changed:
+            native.sum_of_squares(self.workspace)
+            self._squares = list(self.workspace.each)
+        self._left = versions(self.weights)
+        return self._named(self._squares)
 
-    def after(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    def keep(self) -> None:
+        """Copies of the weights that the step starts from."""
+        if not self._copies:
+            self._copies = [w.detach().clone(memory_format=torch.contiguous_format) for w in self.weights]
+            self.others.place(self._copies)
+
+    def after(self, along: OnePass | None) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """The norms of the weights and of the updates; None as before."""
         if not self.workspace.place_again(self.weights):
             return None
-        native.squared_updates_(self.workspace, self.others)
-        self._left, self._norms = [w._version for w in self.weights], self._named(self.workspace.each)
-        return self._norms, self._named(self.others.each)
+        told = self._told(along)
+        if self._trusts is None:
+            self._trusts = None not in told
+        if self._copies:
+            native.squared_updates_(self.workspace, self.others)
+            found = list(zip(self.workspace.each, self.others.each, strict=True))
+        else:
+            if None in told:    # something else has written to a weight after the step, which it did not after the first
+                self._trusts = False
+                native.sum_of_squares(self.workspace)
+            found = [(now, math.nan) if pair is None else pair for pair, now in zip(told, self.workspace.each, strict=True)]
+        self._left, self._squares = versions(self.weights), [now for now, _ in found]
+        return self._named(self._squares), self._named(moved for _, moved in found)
+
+    def _told(self, along: OnePass | None) -> list[tuple[float, float] | None]:
+        """Σ w² and Σ Δw² of each weight as the optimizer's kernel measured them; of one that nobody has written to as it was."""
+        if along is None or not along.measured:
+            return [None] * len(self.weights)
+        was = zip(self.weights, self._left, self._squares, strict=True)
+        return [(square, 0.0) if w._version == version else along.squares(w) for w, version, square in was]
 
     def _named(self, squares: Iterable[float]) -> dict[str, Tensor]:
         return dict(zip(self.names, torch.tensor(list(squares), dtype=torch.float64).sqrt_().unbind(), strict=True))

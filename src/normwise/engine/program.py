@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from itertools import chain, zip_longest
+from itertools import chain, takewhile, zip_longest
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from normwise.engine.pack import Member, Pack, here, is_sharded, refuse_memory
 from normwise.engine.rules.base import BoundRule, bind
 from normwise.engine.sharded import collectives, reshard
 from normwise.engine.sharded.prefetch import align, fulfil, run_all
-from normwise.engine.step import Turn
+from normwise.engine.step import WORTH, OnePass, Turn
 from normwise.errors import PolicyError
+from normwise.norms import native
 from normwise.norms.reduce import may_branch
 from normwise.parameters.inventory import Entry, Inventory
 from normwise.parameters.roles import before_batch_norm
@@ -110,6 +111,7 @@ class Program:
         self.decays = engine.calls(decaying, k)
         later = [b for b in engine.phase("update", "prox", "qk_clip", "weight") if b not in inline]
         self.after = engine.calls(later, k)
+        self.along = _along(engine.optimizers[k], self.params, [b for b in later if k in b.optimizers], not self.decays)
         self.in_few_calls = all(b.in_few_calls for b in (*of_gradients, *later))
         self.begins = [b for b in engine.rules if type(b).begin is not BoundRule.begin]
         self.commits = [b for b in engine.rules if type(b).commit is not BoundRule.commit]
@@ -129,6 +131,26 @@ class Program:
         busy = self.aligned or self.begins or self.commits or engine.foreign or engine.phase("update") or engine.spanning
         self.fast = not busy and all(b.in_few_calls for b in decaying)
         """Whether a step is no more than rules on gradients, decays and what comes after the optimizer."""
+
+
+def _along(optimizer: Optimizer, params: Sequence[Tensor], later: Sequence[BoundRule], starts: bool) -> OnePass | None:
+    """What the kernel of an optimizer of ours may do of the rules that run after its step: of the first of them, each on rows of its own.
+
+    starts: whether no rule writes to a weight before the step.
+    """
+    if not hasattr(optimizer, "_along") or native.library() is None or sum(p.numel() for p in params) < WORTH:
+        return None
+    rules, known = [], set[int]()
+    for bound in takewhile(lambda b: b.rows, later):
+        mine = {id(m.param) for m in bound.members}
+        if mine & known:
+            break
+        known |= mine
+        rules.append(bound)
+    along = OnePass([row for b in rules for row in b.rows], alone=starts and len(rules) == len(later))
+    for bound in rules:
+        bound.along = along
+    return along
 
 
 def _of(members: Sequence[Member]) -> list[nn.Parameter]:

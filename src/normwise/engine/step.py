@@ -1,7 +1,8 @@
-"""One step of one optimizer: what its rules are told, what is remembered while it runs, and who takes it."""
+"""One step of one optimizer: what its rules are told, what is remembered meanwhile, what its kernel does beside it, and who takes it."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from normwise.engine.pack import Member, here
+from normwise.engine.pack import Member, Pack, here
 
 WITNESSES = 8
 """Tensors that are looked at to tell whether a step that raised is tried again with the same gradients: backward passes change all."""
@@ -147,6 +148,65 @@ class Stepper:
         self.calls, self.skips, self.owed = calls, None, []
         self.turn = self.acted = self.decayed = self.ready = self.open = self.start = self.fast = None
         self.recorded = False
+
+
+# ---------------------------------------------------------------------------------------------------- in one pass
+
+WORTH = 1 << 17
+"""Entries of weights below which they are in the cache anyway, and asking costs more than reading them again."""
+RowBound = tuple[Pack, Any, bool]
+"""A pack of rows, the radius that is aimed at, and whether rows below it are brought there, too."""
+
+
+class OnePass:
+    """Offered to an optimizer of ``nw.optim`` before each step. Where all of the step is AdamW's and one kernel takes it, that kernel does
+    this, too; otherwise the optimizer declines before it changes anything, and the rules run after the step as ever.
+
+    A rule then finds its work done (:meth:`took`), unless somebody has written to one of its weights since.
+
+    Args:
+        bounds: what rules do to rows, each parameter once; nothing else may come between the step and them.
+        alone: whether these are all rules that act after the step, so that what the kernel measures is what the step leaves.
+    """
+
+    def __init__(self, bounds: Sequence[RowBound], alone: bool) -> None:
+        self.bounds, self.alone = bounds, alone
+        self.of = {id(p): (part.workspace, i) for part, _, _ in bounds for i, p in enumerate(part.params)}
+        self.measured, self._left = False, dict[int, int]()
+        self._squares: dict[int, tuple[float, float]] = {}
+        self._declined: Callable[[], None] | None = None
+
+    def offer(self, optimizer: Optimizer, declined: Callable[[], None] | None = None) -> bool:
+        """Makes the optimizer an offer for its next step; whether it could be made. declined: asks for norms, and is called, with nothing
+        changed yet, where the optimizer's kernel will not take the step."""
+        self._left, self._squares = {}, {}
+        self.measured, self._declined = declined is not None, declined
+        if not all([part.placed(part.weights, held=True) for part, _, _ in self.bounds]):    # noqa: C419 - faster than a generator
+            return False
+        for part, aim, sphere in self.bounds:
+            workspace = part.workspace.aim(aim, sphere)
+            ctypes.memset(workspace.changed, 0, ctypes.sizeof(workspace.changed))
+        optimizer._along = self    # type: ignore[attr-defined]
+        return True
+
+    def decline(self) -> None:
+        if self._declined is not None:
+            self._declined()
+
+    def done(self, params: Sequence[Tensor], squares: Sequence[tuple[float, float]]) -> None:
+        """The optimizer's word that its kernel has stepped these, with Σ w² and Σ Δw² of each where they are asked for."""
+        ids = list(map(id, params))
+        self._left |= zip(ids, [p._version for p in params], strict=True)
+        self._squares |= zip(ids, squares, strict=False)
+
+    def took(self, part: Pack) -> bool:
+        """Whether the kernel has done what the rule does to this pack, and nothing has changed since."""
+        left = self._left
+        return bool(left) and all([left.get(id(p)) == p._version for p in part.params])    # noqa: C419 - faster than a generator
+
+    def squares(self, param: Tensor) -> tuple[float, float] | None:
+        """Σ w² and Σ Δw² of a parameter, if the kernel measured them and nothing has changed since."""
+        return self._squares.get(id(param)) if self._left.get(id(param)) == param._version else None
 
 
 # ---------------------------------------------------------------------------------------------------- who takes it

@@ -416,6 +416,99 @@ long normwise_clamp(const Job *j, float low, float high, int threads) {
     return tensors;
 }
 
+/* ------------------------------------------------------------------------------------------------------------------- a step of AdamW */
+
+/* k tensors with their gradients and moments, entry by entry alike in memory. Rates and decay are in what follows from them. */
+typedef struct {
+    float **x, **gradient, **first, **second, **count;
+    const long *sizes;
+    long k;
+    const Job **bounds;        /* of each tensor: what brings its rows under a radius, or NULL */
+    const long *place;         /* which of the tensors of its bounds it is */
+    double *each, *apart;      /* of each tensor afterwards, as of ``normwise_moved``; NULL where they are not wanted */
+    double rate, beta1, beta2, shrink, eps;
+    float sign;                /* -1 to maximise */
+    const long *tensor, *from, *to;
+    double *sums;
+} Step;
+
+#ifdef __FMA__ /* without it fmaf is a call, and torch's kernel rounds twice, too */
+#define ADDED(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define ADDED(a, b, c) ((a) * (b) + (c))
+#endif
+#ifdef __clang__
+#define AS_WRITTEN
+#else
+#define AS_WRITTEN __attribute__((optimize("fp-contract=off")))
+#endif
+
+/* As torch's fused kernel: in its order, rounded where that rounds. */
+AS_WRITTEN static void step_entries(const Step *s, float *restrict x, const float *restrict g, float *restrict m, float *restrict v, long n, double count) {
+#ifdef __clang__
+#pragma clang fp contract(off)
+#endif
+    const float shrink = (float)s->shrink, beta1 = (float)s->beta1, beta2 = (float)s->beta2, eps = (float)s->eps, sign = s->sign;
+    const float left1 = (float)(1 - s->beta1), left2 = (float)(1 - s->beta2);
+    const float rate = (float)(-s->rate / (1 - pow(s->beta1, count))), root = (float)sqrt(1 - pow(s->beta2, count));
+    for (long i = 0; i < n; i++) {
+        const float d = sign * g[i], was = m[i];
+        const float a = left1 < 0.5f ? ADDED(left1, d - was, was) : d - (d - was) * beta1;
+        const float b = ADDED(left2 * d, d, v[i] * beta2);
+        m[i] = a, v[i] = b;
+        x[i] = x[i] * shrink + rate * a / (sqrtf(b) / root + eps);
+    }
+}
+
+static void step_all(const void *given, long first, long last) {
+    const Step *s = given;
+    float was[PIECE];
+    for (long i = first; i < last; i++) {
+        const long t = s->tensor[i], from = s->from[i], n = s->to[i] - from;
+        const Job *bounds = s->bounds[t];
+        float *x = s->x[t] + from;
+        if (s->each) memcpy(was, x, (size_t)n * sizeof(float));
+        step_entries(s, x, s->gradient[t] + from, s->first[t] + from, s->second[t] + from, n, (double)*s->count[t]);
+        if (bounds) {
+            const long row = s->place[t] * bounds->units + from / bounds->inner;
+            rows(bounds, row, row + n / bounds->inner);
+        }
+        if (!s->each) continue;
+        s->sums[2 * i] = s->sums[2 * i + 1] = 0;
+        for (long a = 0; a < n; a += SHORT)
+            moved(x + a, was + a, a + SHORT < n ? SHORT : n - a, 0, &s->sums[2 * i], &s->sums[2 * i + 1]);
+    }
+}
+
+/* Entries that are stepped together: 32 kB of each of four arrays stay in the cache, and whole rows where these have bounds. */
+static long together(const Step *s, long t) {
+    const long row = s->bounds[t] ? s->bounds[t]->inner : 1;
+    return row < SOME ? SOME / row * row : row;
+}
+
+/* One step of all. Rows are at most PIECE long where they have bounds. Returns -1 where memory is out, and nothing has changed. */
+long normwise_step(Step *s, int threads) {
+    long pieces = 0, entries = 0;
+    for (long t = 0; t < s->k; t++) pieces += (s->sizes[t] + together(s, t) - 1) / together(s, t), entries += s->sizes[t];
+    long *table = malloc((size_t)(3 * pieces + 1) * sizeof(long)), *from = table + pieces, *to = from + pieces;
+    s->sums = malloc((size_t)(2 * pieces + 1) * sizeof(double));
+    if (!table || !s->sums) {
+        free(table), free(s->sums);
+        return -1;
+    }
+    for (long t = 0, i = 0; t < s->k; t++) {
+        *s->count[t] += 1;
+        for (long a = 0, n = together(s, t); a < s->sizes[t]; a += n, i++)
+            table[i] = t, from[i] = a, to[i] = a + n < s->sizes[t] ? a + n : s->sizes[t];
+    }
+    s->tensor = table, s->from = from, s->to = to;
+    share(step_all, s, pieces, entries, threads);
+    for (long t = 0; s->each && t < s->k; t++) s->each[t] = s->apart[t] = 0;
+    for (long i = 0; s->each && i < pieces; i++) s->each[table[i]] += s->sums[2 * i], s->apart[table[i]] += s->sums[2 * i + 1];
+    free(table), free(s->sums);
+    return 0;
+}
+
 /* ------------------------------------------------------------------------------------------------------------------- singular values */
 
 /* Whether r*r*I - G has a Cholesky decomposition, where G is the Gram matrix of the shorter side: then no singular value is above r. */

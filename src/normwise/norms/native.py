@@ -34,10 +34,12 @@ from normwise.files import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.c")
 SWITCH = "NORMWISE_KERNELS"
-FLAGS = (["-O3", "-march=native"], ["-O3"])
+FLAGS = (["-O3", "-march=native", "-fno-math-errno"], ["-O3"])
 """Tried in this order: not every compiler knows its own machine."""
 SMALL = 64
 """The shorter side of a matrix, above which blocked products win over plain loops."""
+LONGEST = 1 << 16
+"""Entries of a row that the kernel of AdamW can bound."""
 PATIENCE = 60
 """Seconds for the compiler."""
 KINDS, FIT = {Tensor, nn.Parameter}, {(torch.float32, True)}
@@ -72,7 +74,18 @@ class _Job(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Step(ctypes.Structure):
+    """As in ``kernels.c``."""
+
+    _fields_ = (
+        ("x", _P), ("gradient", _P), ("first", _P), ("second", _P), ("count", _P), ("sizes", _P), ("k", _L), ("bounds", _P), ("place", _P),
+        ("each", _P), ("apart", _P), ("rate", _D), ("beta1", _D), ("beta2", _D), ("shrink", _D), ("eps", _D), ("sign", _F),
+        ("tensor", _P), ("from", _P), ("to", _P), ("sums", _P),
+    )  # fmt: skip
+
+
 def _declared(found: Any) -> Any:
+    found.normwise_step.argtypes, found.normwise_step.restype = [_P, _I], _L
     found.normwise_blocks.argtypes, found.normwise_blocks.restype = [_P, _I], _L
     found.normwise_squares.argtypes, found.normwise_squares.restype = [_P, _I], _D
     found.normwise_multiply.argtypes, found.normwise_multiply.restype = [_P, _D, _I], _L
@@ -210,6 +223,11 @@ def bound_(tensors: Sequence[Tensor], workspace: Workspace) -> tuple[Tensor, Ten
     acted = _kernels().normwise_blocks(workspace.call, torch.get_num_threads())
     if acted:
         increment_version([t for t, c in zip(tensors, workspace.changed, strict=False) if c])
+    return left_in(workspace, acted > 0)
+
+
+def left_in(workspace: Workspace, acted: bool) -> tuple[Tensor, Tensor, bool]:
+    """What a kernel has left of a bound, as :func:`bound_` returns it."""
     return workspace.norms, workspace.factors if acted else workspace.nothing, not workspace.changed[workspace.count]
 
 
@@ -252,6 +270,46 @@ def clamp_(tensors: Sequence[Tensor], workspace: Workspace, low: float, high: fl
     if acted:
         increment_version([t for t, c in zip(tensors, workspace.changed, strict=False) if c])
     return acted > 0
+
+
+class AdamW:
+    """Where the kernel finds the parameters of one optimizer's group, their gradients and what AdamW keeps of them.
+
+    Args:
+        params: fp32 on a CPU, stepped again and again.
+        bounds: of each, the workspace that bounds its rows and which of that workspace's tensors it is; None where none does. Rows are at
+            most ``LONGEST`` long.
+    """
+
+    def __init__(self, params: Sequence[Tensor], bounds: Sequence[tuple[Workspace, int] | None]) -> None:
+        k = len(params)
+        self.params, self._workspaces = params, [b[0] for b in bounds if b is not None]
+        self._at = [(_P * k)() for _ in range(5)]
+        self._sizes = (_L * k)(*map(Tensor.numel, params))
+        self._bounds = (_P * k)(*[None if b is None else b[0].call for b in bounds])
+        self._place = (_L * k)(*[0 if b is None else b[1] for b in bounds])
+        self.each, self.apart = (_D * k)(), (_D * k)()
+        step = self._step = _Step()
+        step.x, step.gradient, step.first, step.second, step.count = [ctypes.addressof(at) for at in self._at]
+        step.k = k
+        step.sizes, step.bounds, step.place = [ctypes.addressof(about) for about in (self._sizes, self._bounds, self._place)]
+
+    def step_(
+        self, grads: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor], counts: Sequence[Tensor], measured: bool,
+        lr: float, betas: tuple[float, float], weight_decay: float, eps: float, maximize: bool,
+    ) -> None:  # fmt: skip
+        """One step as ``torch._fused_adamw_`` takes it, bit for bit where that rounds as here, and the rows brought under their radii.
+
+        measured: ``each`` then has Σ x² of every parameter, ``apart`` that of how far it has moved. Tensors must lie in memory alike.
+        """
+        step = self._step
+        for at, tensors in zip(self._at, (self.params, grads, first, second, counts), strict=True):
+            at[:] = list(map(Tensor.data_ptr, tensors))
+        step.each, step.apart = (ctypes.addressof(self.each), ctypes.addressof(self.apart)) if measured else (None, None)
+        step.rate, (step.beta1, step.beta2), step.shrink, step.eps = lr, betas, 1 - lr * weight_decay, eps
+        step.sign = -1.0 if maximize else 1.0
+        _done(_kernels().normwise_step(ctypes.addressof(step), torch.get_num_threads()))
+        increment_version([*self.params, *first, *second, *counts])
 
 
 def exceeding(workspace: Workspace, shape: tuple[int, int], radius: float) -> list[int]:

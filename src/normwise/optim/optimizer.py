@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from normwise.engine.optimizer_state import KEY, waiting, with_part
 from normwise.engine.pack import refuse_memory
 from normwise.engine.sharded.prefetch import align, run_together
-from normwise.engine.step import makes_state
+from normwise.engine.step import OnePass, makes_state
 from normwise.errors import PolicyError
 from normwise.low_precision import NOISE
 from normwise.optim.columns import DEFAULTS, SETTLED, Radius, Row, check_row, complete, has_momentum, refuse_unused, refused_option, settle
@@ -59,6 +59,8 @@ class NormOptimizer(Optimizer):
     """
 
     routing: Routing | None
+    _along: OnePass | None = None
+    """What a control offers to the next step, which the step takes or declines."""
 
     def __new__(cls, *args: Any, **options: Any) -> NormOptimizer:
         """PolicyError for an option that the signature has not, with the nearest one that it has, or the reason."""
@@ -144,7 +146,12 @@ class NormOptimizer(Optimizer):
             return loss
         control = self.control
         on_update = control.engine.act_on_updates if control is not None and control.engine.inline_rules() else None
-        waiting = [one for group, plan in zip(self.param_groups, plans, strict=True) for one in step_group(plan, group, on_update)]
+        along, self._along = self._along, None
+        pairs = list(zip(self.param_groups, plans, strict=True))
+        if along is not None and (on_update is not None or not all(plan.takes_along(group) for group, plan in pairs)):
+            along.decline()
+            along = None
+        waiting = [one for group, plan in pairs for one in step_group(plan, group, on_update, along)]
         if waiting:
             run_together(waiting)
         return loss

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from normwise.engine.pack import Pack, here
 from normwise.engine.sharded.prefetch import Request
+from normwise.engine.step import OnePass
 from normwise.low_precision import narrow_, widened
-from normwise.norms import L2, Norm
+from normwise.norms import L2, Norm, native
 from normwise.norms.base import clip_factor, radial_factor
 from normwise.norms.linalg import polar, ridge_inverse
 from normwise.norms.reduce import compute_dtype, up
@@ -73,15 +74,24 @@ class Fused:
     dtensors: bool
     known: list[list[tuple[int, ...]]] = field(default_factory=list)
     """The strides of what :meth:`tensors` gives, when all of it was last found to lie as the kernel needs it."""
+    own: tuple[OnePass, native.AdamW] | None = None
+    """Our own kernel, with what it was last asked to take along."""
 
-    def step(self, group: Group) -> None:
+    def step(self, group: Group, along: OnePass | None = None) -> None:
         (params, grads, firsts, seconds), copies = self.tensors()
         steps, radius = [s["step"] for s in self.states], group["radius"]
+        decay = group["weight_decay"] / radius if group["decay"] == "weight" else 0.0
+        if along is not None:
+            if self.own is None or self.own[0] is not along:
+                self.own = along, native.AdamW(params, [along.of.get(id(p)) for p in params])
+            kernel, rate = self.own[1], group["lr"] * radius
+            kernel.step_(grads, firsts, seconds, steps, along.measured, rate, group["betas"], decay, group["eps"], group["maximize"])
+            along.done(params, list(zip(kernel.each, kernel.apart, strict=True)) if along.measured else [])
+            return
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
             params, grads, firsts, seconds, [], steps, lr=group["lr"] * radius, beta1=group["betas"][0], beta2=group["betas"][1],
-            weight_decay=group["weight_decay"] / radius if group["decay"] == "weight" else 0.0, eps=group["eps"], amsgrad=False,
-            maximize=group["maximize"],
+            weight_decay=decay, eps=group["eps"], amsgrad=False, maximize=group["maximize"],
         )  # fmt: skip
         for original, copy in copies:
             original.copy_(copy)
@@ -158,6 +168,11 @@ class Plan:
         if not self.fused or torch.compiler.is_compiling():
             return False
         return group["radius"] > 0 and (group["decay"] in ("none", "weight") or not group["weight_decay"])
+
+    def takes_along(self, group: Group) -> bool:
+        """Whether our own kernel can take the step: AdamW's, on plain fp32 numbers on a CPU that lie alike already."""
+        plain = all(b.params[0].is_cpu and b.params[0].dtype == torch.float32 and not b.dtensors for b in self.fused)
+        return self.takes_fused(group) and plain and not any(b.tensors()[1] for b in self.fused)
 
 
 def columns_of(group: Group) -> tuple[Any, ...]:
@@ -241,11 +256,14 @@ DIRECTIONS: dict[str, Callable[[list[Tensor], States, Group], list[Tensor]]] = {
 # ---------------------------------------------------------------------------------------------------------- a pack's way
 
 
-def step_group(plan: Plan, group: Group, on_update: Update | None) -> list[Iterator[list[Request]]]:
-    """One step of a group. Returns what is left to do: packs of DTensors wait for those of the other groups."""
+def step_group(plan: Plan, group: Group, on_update: Update | None, along: OnePass | None = None) -> list[Iterator[list[Request]]]:
+    """One step of a group. Returns what is left to do: packs of DTensors wait for those of the other groups.
+
+    along: for our own kernel, where all groups take it.
+    """
     if on_update is None and plan.takes_fused(group):
         for batch in plan.fused:
-            batch.step(group)
+            batch.step(group, along)
         return []
     return [going for part in plan.parts for going in part.pack.run(take(part, group, plan.rounds, on_update))]
 

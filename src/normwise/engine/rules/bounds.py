@@ -72,6 +72,9 @@ class Bound(BoundRule):
                 return self._clip_together if fixed and not on_weights and not sphere else None
             # Initial norms are asked for at each step, since a state that is loaded brings others.
             aims = [self._aim(p) if fixed else None for p in self.packs]
+            rows = all(p.axes is not None and p.axes[0] == 1 and p.axes[2] <= native.LONGEST for p in self.packs)
+            if fixed and on_weights and rows:
+                self.rows = [(p, aim, sphere) for p, aim in zip(self.packs, aims, strict=True)]
             return partial(self._bound_blocks, aims, sphere) if fixed or (isinstance(rule.radius, Init) and on_weights) else None
         if norm == "spectral" and fixed and rule.action == "project" and on_weights:
             shapes = [p.matrix if p.matrix is not None and min(p.matrix) <= native.SMALL else None for p in self.packs]
@@ -120,8 +123,11 @@ class Bound(BoundRule):
         for (part, tensors, placed), given in zip(found, aims, strict=True):
             aim = self._aim(part) if given is None else given
             if placed:
-                part.workspace.aim(aim, sphere)
-                value, factor, finite = native.bound_(tensors, part.workspace)
+                if self.along is not None and self.along.took(part):
+                    value, factor, finite = native.left_in(part.workspace, any(part.workspace.changed[: len(tensors)]))
+                else:
+                    part.workspace.aim(aim, sphere)
+                    value, factor, finite = native.bound_(tensors, part.workspace)
                 acted.append((part, factor))
                 if not finite:
                     self._look_for_nonfinite(value, turn)
