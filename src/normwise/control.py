@@ -397,7 +397,8 @@ class Control:
         along = self._along(turn)
         if along is None:
             return
-        keep = partial(self._log.keep, turn.optimizer) if self._log is not None and self._steppers[turn.optimizer].recorded and along.alone else None
+        logs = self._log if along.alone and self._steppers[turn.optimizer].recorded else None
+        keep = partial(logs.keep, turn.optimizer) if logs is not None else None
         if (along.bounds or keep) and not along.offer(self.optimizers[turn.optimizer], keep) and keep:
             keep()
 
