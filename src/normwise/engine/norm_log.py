@@ -135,13 +135,14 @@ class _Passes:
         changed = self._left != versions(self.weights)
         if told and self._trusts:
             self._copies = []
-        elif not self._copies:
+        else:
             self.keep()
-        elif changed:
-            native.squared_updates_(self.workspace, self.others)
-            self._squares, changed = list(self.workspace.each), False
         if changed:
-            native.sum_of_squares(self.workspace)
+            # The same sums as after a step, to the last digit: a run that is resumed starts here.
+            if self._copies:
+                native.squared_updates_(self.workspace, self.others)
+            else:
+                native.sum_of_squares(self.workspace)
             self._squares = list(self.workspace.each)
         self._left = versions(self.weights)
         return self._named(self._squares)
