@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import PolicyError
-from normwise.norms import L2, Norm, Radius, Set, native
+from normwise.norms import L2, Norm, Radius, Set, cuda_kernels, native
 from normwise.norms.base import radial_factor, two_steps
 from normwise.norms.reduce import column_norms, compute_dtype, may_branch, up, wide
 from normwise.parameters.computed_weights import Computed
@@ -267,6 +267,11 @@ class Pack:
         kinds = {(type(w) in (nn.Parameter, Tensor), w.is_cpu, w.dtype, w.layout) for w in self.weights}
         known = self.axes is not None and not self.computed and type(self) is Pack
         return known and kinds == {(True, True, torch.float32, torch.strided)}
+
+    def on_device(self) -> bool:
+        """Whether the kernels for CUDA devices may work here."""
+        known = self.axes is not None if type(self) is Pack else type(self) is Flat
+        return known and not self.computed and cuda_kernels.fit(self.weights) and cuda_kernels.ready(self.weights[0].device)
 
     @torch.no_grad()
     def cap_(self, tensors: list[Tensor], radius: float) -> Tensor | None:

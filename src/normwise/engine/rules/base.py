@@ -236,9 +236,10 @@ class BoundRule:
         """What each step of ``optimizer`` runs: :meth:`run`, or the same in fewer calls where nothing varies from step to step."""
         return self.run
 
-    def steady(self) -> bool:
-        """Whether a step of plain parameters leaves nothing to ask: no schedule, no center, one optimizer, nothing computed or split."""
-        return self.rule.center is None and not self.timed() and len(self.optimizers) == 1 and all(p.plain() for p in self.packs)
+    def steady(self, known: Callable[[Pack], bool] = lambda part: part.plain()) -> bool:
+        """Whether a step of packs of a ``known`` kind leaves nothing to ask: no schedule, no center, one optimizer, nothing computed or
+        split."""
+        return self.rule.center is None and not self.timed() and len(self.optimizers) == 1 and all(map(known, self.packs))
 
     def _present(self, whole: Pack, turn: Turn) -> Pack | None:
         """The members that take part: a parameter without a gradient takes no step, so only rules on weights mind it."""

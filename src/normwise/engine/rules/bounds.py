@@ -15,7 +15,7 @@ from normwise.engine.margins import inside, least, relative_margin, room, shy
 from normwise.engine.pack import Pack, nothing_to_do
 from normwise.engine.rules.base import BoundRule, runs
 from normwise.engine.step import Turn, grads
-from normwise.norms import Norm, Radius, native
+from normwise.norms import Norm, Radius, cuda_kernels, native
 from normwise.norms.base import beyond
 from normwise.norms.reduce import may_branch, wide
 from normwise.norms.spectral import cut
@@ -57,10 +57,12 @@ class Bound(BoundRule):
 
     def prepared(self, optimizer: int) -> Callable[[Turn], None]:
         """A fixed radius for L2 norms of fp32 numbers on a CPU, or a fixed box for entries, leaves nothing to look up in a step: on small
-        networks that costs more than measuring, and most steps find nothing to do.
+        networks that costs more than measuring, and most steps find nothing to do. On a CUDA device many calls become one or two.
         """
         free = self.rule.rate == 1 and self.rule.min_radius is None and type(self) is Bound and self.phase != "update"
-        act = self._in_few_calls() if free and self.steady() else None
+        act = self._in_few_launches() if free and self.steady(Pack.on_device) else None
+        if act is None and free and self.steady():
+            act = self._in_few_calls()
         self.in_few_calls = self.idempotent = act is not None
         return act or self.run
 
@@ -171,6 +173,37 @@ class Bound(BoundRule):
             torch._foreach_copy_(matrices, list(found.unbind()))
             if not native.exceeding(part.workspace, shape, self.rule.radius):    # type: ignore[arg-type]
                 return
+
+    def _in_few_launches(self) -> Callable[[Turn], None] | None:
+        """On a CUDA device: one workspace for all packs whose members are seen alike."""
+        rule, fixed = self.rule, is_number(self.rule.radius)
+        kept = fixed or (isinstance(rule.radius, Init) and self.phase == "weight")
+        if self.norm.name != "l2" or rule.action not in ("clip_norm", "project", "normalize") or not kept:
+            return None
+        alike: dict[Any, list[Pack]] = {}
+        for p in self.packs:
+            alike.setdefault((p.axes, p.coarsest, p.weights[0].device), []).append(p)
+        launches = [(parts, cuda_kernels.Workspace([w for p in parts for w in p.weights], axes)) for (axes, *_), parts in alike.items()]
+        for parts, workspace in launches if fixed else ():
+            workspace.aim(self._aim(parts[0]))
+        return partial(self._launch, launches, fixed)
+
+    def _launch(self, launches: list[tuple[list[Pack], cuda_kernels.Workspace]], fixed: bool, turn: Turn) -> None:
+        held = self.phase == "weight"
+        found: list[list[Any]] = [[t for p in parts for t in (p.weights if held else grads(p.params))] for parts, _ in launches]
+        placed = [workspace.place(mine) for mine, (_, workspace) in zip(found, launches, strict=True)]
+        if turn.happened is not None or not all(placed):
+            self._carefully(turn)
+            return
+        acted: list[tuple[Pack, Tensor]] = []
+        self._acted[turn.optimizer] = acted
+        for mine, (parts, workspace) in zip(found, launches, strict=True):
+            if not fixed:
+                workspace.aim(torch.cat([self._aim(p) for p in parts]))
+            values, factors = cuda_kernels.bound_(mine, workspace, self.rule.action == "normalize")
+            acted += zip(parts, torch.split(factors, [p.count for p in parts]), strict=True)
+            if self.watches:    # a copy: the next step's takes the place of this one
+                self._look_at(values.clone(), turn)
 
     def _carefully(self, turn: Turn) -> None:
         for part in self.packs if self.phase == "gradient" else ():

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from normwise.norms import cuda_kernels
+
 CHUNK = 1 << 19      # entries worked on at once on a CPU: temporaries then stay in the cache instead of being paged in anew
 BLOCKS_FROM = 1024   # from here on skipping the upper triangle of x xᵀ gains more than copying it costs
 BLOCKS = 4           # panels of x xᵀ: (1 + 1/4) / 2 of the products are left
@@ -65,9 +67,20 @@ def gram(x: Tensor, base: Tensor | None = None, beta: float = 0.0, alpha: float 
     Of a symmetric x it is the square. ``base`` must be symmetric, and is for a single matrix (m, n) only.
     """
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
+    if (found := cuda_kernels.gram(wide, base, beta, alpha)) is not None:
+        return found
     if wide.ndim == 2 and wide.shape[0] >= BLOCKS_FROM and wide.device.type == "cpu":
         return gram_in_panels(wide, -(-wide.shape[0] // BLOCKS), base, beta, alpha)
     return wide @ wide.mT if base is None else torch.addmm(base, wide, wide.mT, beta=beta, alpha=alpha)
+
+
+def square(g: Tensor, base: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """beta·base + alpha·g² for symmetric g and ``base`` (..., m, m)."""
+    if g.ndim == 2:
+        return gram(g, base, beta, alpha)
+    if (found := cuda_kernels.gram(g, base, beta, alpha)) is not None:
+        return found
+    return g @ g if base is None else torch.baddbmm(base, g, g, beta=beta, alpha=alpha)
 
 
 def gram_in_panels(x: Tensor, width: int, base: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:

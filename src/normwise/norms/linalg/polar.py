@@ -141,7 +141,7 @@ def _quadratic(g: Tensor, step: Step) -> Tensor:
     _, b, c = step
     if c == 0:
         return g.mul(b)
-    return torch.baddbmm(g, g, g, beta=b, alpha=c) if g.ndim == 3 else paths.gram(g, g, b, c)
+    return paths.square(g, g, b, c)
 
 
 def _rescaled_step(g: Tensor, step: Step) -> Tensor:
@@ -151,7 +151,7 @@ def _rescaled_step(g: Tensor, step: Step) -> Tensor:
     """
     a, b, c = step
     wide = compute_dtype(g.dtype)
-    square = (paths.gram(g) if g.ndim == 2 else g @ g).to(wide)
+    square = paths.square(g).to(wide)
     s = SCALE_MARGIN * positive(torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True)).pow(0.25)
     p = square.mul_(c / s**5).add_(g.to(wide).mul_(b / s**3) if wide != g.dtype else g * (b / s**3))
     p.diagonal(dim1=-2, dim2=-1).add_(a / s.squeeze(-1))
