@@ -185,7 +185,7 @@ RULES = {
     "spheres": [nw.unit_norm(params=["conv.weight", "up.weight"]), nw.max_norm("init", params=["first.weight", "second.weight"])],
     "inputs and tensors": [nw.Rule(action="clip_norm", norm="l2", per="input", radius=0.4, params=["first.weight", "third.weight"]),
                            nw.Rule(action="clip_norm", on="grad", norm="l2", per="tensor", radius=0.1)],
-    "all weights": [nw.Rule(action="clip_norm", norm="l2", per="global", radius=2.0)],
+    "all weights": [nw.Rule(action="normalize", norm="l2", per="global", radius=1.0)],
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from normwise.experiments.bench.cells import by_hand, clock, networks, states, w
 from normwise.experiments.bench.cells.by_hand import BOTH, CAP, CAP_WITHIN, CLIP, MAX_NORM, RULE_SETS, VALUE
 from normwise.experiments.bench.cells.networks import CASES, Case, weights_of
 from normwise.experiments.bench.cells.states import ALL, HUGE, NOTHING, ONE, TINY, ZEROS, Memory
+from normwise.experiments.framework import timing
 from normwise.experiments.framework.figures import ratio_interval
 from normwise.experiments.framework.provenance import installed
 from normwise.experiments.tasks.models.cnn import CNN
@@ -185,6 +187,7 @@ def test_the_interval_of_a_ratio_covers_it_and_narrows_with_the_rounds() -> None
         (networks.SMALL, BOTH, ONE, {"bar": 0.8, "high_bar": 1.05}),
         (networks.CNN_CASE, BOTH, NOTHING, {"bar": 0.8, "high_bar": 1.05}),
         (networks.CNN_CASE, CAP, NOTHING, {"bar": 1.0, "high_bar": 1.05}),
+        (networks.LARGE, BOTH, ALL, {"bar": 1.0, "high_bar": 1.05, "share_bar": 0.005}),
         (networks.MANY, MAX_NORM, NOTHING, {"bar": 1.0, "high_bar": 1.05, "loop_bar": 0.25}),
         (networks.MANY, BOTH, ALL, {"bar": 1.0, "high_bar": 1.05, "loop_bar": pytest.approx(1 / 3)}),
         (networks.MANY, CLIP, ALL, {"bar": 1.0, "high_bar": 1.05}),
@@ -236,6 +239,30 @@ def test_a_burst_puts_back_before_each_step_and_outside_of_the_clock() -> None:
     done: list[str] = []
     taken = clock.burst(lambda: (done.append("back"), time.sleep(5e-3)), lambda: done.append("step"), 3)
     assert done == ["back", "step"] * 3 and taken < 2e-3
+
+
+def test_on_a_cuda_device_events_around_the_call_tell_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that stands still until asked: the call's work lies between the events, and they count milliseconds."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def synchronize(self) -> None:
+            done.append("wait for it")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert timing.seconds(lambda: done.append("call")) == 0.25
+    assert done == ["wait", "event", "call", "event", "wait for it"]
 
 
 def test_rounds_fill_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +327,7 @@ def test_a_network_whose_package_is_absent_is_left_out_and_named(monkeypatch: py
     monkeypatch.setattr(control, "CASES", (absent,))
     found = control.run(rounds=2, cell_seconds=0.01)
     assert found["rows"] == [] and found["left_out"] == ["absent: no_such_package is not installed"]
+    assert replace(absent, needs="", on_cuda=True).there() == torch.cuda.is_available()
 
 
 def test_every_network_gives_a_loss_and_has_the_weights_that_the_rules_bound() -> None:

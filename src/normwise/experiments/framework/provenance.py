@@ -32,6 +32,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(),
         "normwise": __version__, "commit": _commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }  # fmt: skip
 
 
@@ -62,7 +63,8 @@ def describe(data: Any) -> dict[str, Any]:
 
 def where(machine: Any) -> str:
     """One machine in words."""
-    return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}, {machine['date'][:10]}"
+    gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
+    return f"{gpu}{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}, {machine['date'][:10]}"
 
 
 def _commit() -> str | None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import TypeVar
 
+import torch
+
 from normwise.experiments.framework.pool import on_threads
 
 T = TypeVar("T")
@@ -32,8 +34,21 @@ def in_turn(
     return [list(column) for column in zip(*taken[warm_up:], strict=True)]
 
 
+def device() -> str:
+    """Where benchmarks that can choose measure: on a CUDA device, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
+    """Of one call. Where there is a CUDA device, of which the call may ask for work that goes on after it, from one event to another."""
+    if torch.cuda.is_initialized():    # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))    # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
@@ -42,10 +57,7 @@ def seconds(call: Callable[[], object]) -> float:
 def seconds_each(step: Callable[[T], object], inputs: Iterable[T]) -> float:
     """Seconds a step of one burst, which takes a step on each of ``inputs``. They are made before the clock starts."""
     ready = list(inputs)
-    started = time.perf_counter()
-    for one in ready:
-        step(one)
-    return (time.perf_counter() - started) / len(ready)
+    return seconds(lambda: [step(one) for one in ready]) / len(ready)
 
 
 def milliseconds(seconds: Iterable[float]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normwise.experiments.framework.figures import finite, ratio_interval
-from normwise.experiments.framework.timing import in_turn, seconds
+from normwise.experiments.framework.timing import device, in_turn, seconds
 
 READS: tuple[Callable[[Tensor], object], ...] = (torch.sum, lambda x: torch.dot(x, x), torch.amax, torch.linalg.vector_norm)
 REWRITES: tuple[Callable[[Tensor], object], ...] = (lambda x: x.mul_(1.0), lambda x: x.add_(0.0), torch.Tensor.neg_)
@@ -24,7 +23,7 @@ LEAST_ROUNDS, FEWEST_ROUNDS, OVERTIME = 11, 5, 3
 @cache
 def fastest(entries: int, calls: tuple[Callable[[Tensor], object], ...]) -> Callable[[Tensor], object]:
     """The fastest of these calls on so many fp32 entries, by medians of turns."""
-    x = torch.ones(entries)
+    x = torch.ones(entries, device=device())
     taken = in_turn([lambda call=call: seconds(lambda: call(x)) for call in calls], 7, threads=None)    # type: ignore[misc]
     return calls[min(range(len(calls)), key=lambda k: statistics.median(taken[k]))]
 
@@ -37,7 +36,7 @@ class Floor:
     """
 
     def __init__(self, entries: Sequence[int], passes: Sequence[tuple[Callable[[Tensor], object], ...]]) -> None:
-        self.buffers = [torch.ones(n) for n in entries]
+        self.buffers = [torch.ones(n, device=device()) for n in entries]
         self.calls = [(x, fastest(x.numel(), kind)) for x in self.buffers for kind in passes]
 
     def put_back(self) -> None:
@@ -55,10 +54,22 @@ def burst(put_back: Callable[[], object], step: Callable[[], object], steps: int
     taken = []
     for _ in range(steps):
         put_back()
-        started = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - started)
+        taken.append(seconds(step))
     return statistics.median(taken)
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """The step replayed as a CUDA graph: what it costs the device, without the calls that ask for it."""
+    side = torch.cuda.Stream()    # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):    # what torch asks for: states are made and kernels built before
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def steps_for(steps: Sequence[Callable[[], object]]) -> int:

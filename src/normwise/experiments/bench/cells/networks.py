@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -31,9 +32,17 @@ class Case:
     batch: Callable[[], Loss]
     needs: str = ""
     """A package that it needs, which may be absent."""
+    on_cuda: bool = False
+    """Whether it is too large for a CPU."""
+
+    def lacks(self) -> str:
+        """What keeps it from being measured here; nothing where it can be."""
+        if self.on_cuda and not torch.cuda.is_available():
+            return "there is no CUDA device"
+        return f"{self.needs} is not installed" if self.needs and find_spec(self.needs) is None else ""
 
     def there(self) -> bool:
-        return not self.needs or find_spec(self.needs) is not None
+        return not self.lacks()
 
 
 @dataclass(frozen=True)
@@ -71,11 +80,13 @@ def mlp(count: int, width: int, bias: bool = True) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
-def gpt2() -> nn.Module:
-    """Hugging Face's GPT-2 at the size of the tasks' GPT: 4.8M parameters, random weights."""
+def gpt2(
+    vocabulary: int = VOCABULARY, places: int = PLACES, width: int = WIDTH, layers: int = LAYERS, heads: int = HEADS
+) -> nn.Module:
+    """Hugging Face's GPT-2 with random weights, by default at the size of the tasks' GPT: 4.8M parameters."""
     transformers: Any = import_module("transformers")
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=PLACES, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, bos_token_id=0, eos_token_id=0,
+        vocab_size=vocabulary, n_positions=places, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=0, eos_token_id=0,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )
     network: nn.Module = transformers.GPT2LMHeadModel(config)
@@ -88,12 +99,13 @@ def images(count: int, channels: int, side: int) -> Loss:
     return lambda net: F.cross_entropy(net(x), y)
 
 
-def tokens(rows: int = 8, length: int = 64) -> Loss:
-    """Random characters; each predicts the next."""
-    x = torch.randint(VOCABULARY, (rows, length + 1))
+def tokens(rows: int = 8, length: int = 64, vocabulary: int = VOCABULARY) -> Loss:
+    """Random characters; each predicts the next. On a CUDA device in bf16, as models of that size are trained."""
+    x = torch.randint(vocabulary, (rows, length + 1))
 
     def loss(net: nn.Module) -> Tensor:
-        out: Any = net(x[:, :-1])
+        with torch.autocast("cuda", torch.bfloat16) if x.is_cuda else nullcontext():
+            out: Any = net(x[:, :-1])
         return F.cross_entropy(getattr(out, "logits", out).flatten(0, 1), x[:, 1:].flatten())
 
     return loss
@@ -104,7 +116,7 @@ def vectors(count: int, width: int) -> Loss:
     return lambda net: net(x).square().mean()
 
 
-CNN_CASE, GPT2_CASE = "the article's CNN", "GPT-2 of 4.8M, transformers"
+CNN_CASE, GPT2_CASE, LARGE = "the article's CNN", "GPT-2 of 4.8M, transformers", "GPT-2 of 124M, transformers"
 SMALL, MANY, WIDE, WIDEST = "MLP 2 × 64²", "200 × 64², no bias", "MLP 8 × 1024²", "MLP 8 × 2048²"
 CASES = (
     Case(SMALL, partial(mlp, 2, 64), partial(vectors, 64, 64)),
@@ -113,6 +125,7 @@ CASES = (
     Case("residual CNN of 0.70M", partial(ResNet, 3, 10), partial(images, 128, 3, 32)),
     Case("GPT of 4.8M, nn.Linear", partial(GPT, VOCABULARY, WIDTH, LAYERS), tokens),
     Case(GPT2_CASE, gpt2, tokens, needs="transformers"),
+    Case(LARGE, partial(gpt2, 50257, 1024, 768, 12, 12), partial(tokens, 8, 1024, 50257), needs="transformers", on_cuda=True),
     Case(WIDE, partial(mlp, 8, 1024), partial(vectors, 128, 1024)),
     Case(WIDEST, partial(mlp, 8, 2048), partial(vectors, 128, 2048)),
 )

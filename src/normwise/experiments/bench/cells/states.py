@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.experiments.bench.cells.by_hand import BOTH, CAP, CAP_WITHIN, CLIP, MAX_NORM, RADIUS, VALUE, RuleSet
-from normwise.experiments.bench.cells.networks import CNN_CASE, MANY, SMALL, WIDE, WIDEST, Weight
+from normwise.experiments.bench.cells.networks import CNN_CASE, LARGE, MANY, SMALL, WIDE, WIDEST, Weight
 
 NOTHING, ONE, ALL, ZEROS, HUGE, TINY = "nothing violated", "one block violated", "all violated", "zero blocks", "huge", "tiny"
 INSIDE, OUTSIDE = 0.5, 2.0                 # norms of units, and of all gradients
@@ -19,7 +19,7 @@ SPECIAL = (SMALL, MANY, WIDE)
 
 def cells_of(case: str) -> list[tuple[str, str]]:
     """Rule sets and states that are measured on this network."""
-    short = case == WIDEST    # a step of which takes long
+    short = case in (WIDEST, LARGE)    # a step of which takes long
     bound = (NOTHING, ALL) if short else (NOTHING, ONE, ALL)
     cells = [(rules, state) for rules in (MAX_NORM, BOTH, VALUE) for state in bound]
     cells += [(CLIP, state) for state in (NOTHING, ALL)]    # one norm of all gradients: there is no "one"
@@ -58,7 +58,7 @@ class Memory:
 
 def start_weights(weights: Sequence[Weight], sets: str, state: str, generator: torch.Generator) -> list[Tensor]:
     """Random weights whose norms are known. One violated is the first block of the weight in the middle; of zero blocks every second."""
-    drawn = [torch.randn(w.tensor.shape, generator=generator) for w in weights]
+    drawn = [torch.randn(w.tensor.shape, generator=generator).to(w.tensor.device) for w in weights]
     make = {"rows": _rows, "entries": _entries, "singular values": _singular}.get(sets)
     if make is not None:
         for k, (w, x) in enumerate(zip(weights, drawn, strict=True)):
@@ -93,7 +93,7 @@ def _singular(w: Weight, state: str, chosen: bool) -> None:
 
 def start_gradients(params: Sequence[nn.Parameter], state: str, generator: torch.Generator) -> list[Tensor]:
     """Random gradients of a known norm all together, of entries whose squares leave fp32's range, or half of the tensors zero."""
-    drawn = [torch.randn(p.shape, generator=generator) for p in params]
+    drawn = [torch.randn(p.shape, generator=generator).to(p.device) for p in params]
     if state in (HUGE, TINY):
         entry = HUGE_ENTRY if state == HUGE else TINY_ENTRY
         return [x.sign() * entry for x in drawn]

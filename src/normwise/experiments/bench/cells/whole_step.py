@@ -22,7 +22,7 @@ import normwise as nw
 from normwise.experiments.bench.cells.clock import rounds_for
 from normwise.experiments.bench.cells.networks import CNN_CASE, WIDE, Case, Loss, weights_of
 from normwise.experiments.framework.figures import finite, ratio_interval
-from normwise.experiments.framework.timing import in_turn, seconds
+from normwise.experiments.framework.timing import device, in_turn, seconds
 
 NETWORKS = (CNN_CASE, WIDE)
 STRENGTH, SECONDS = 1e-4, 4.0
@@ -52,7 +52,8 @@ def step_seconds(model: nn.Module, loss: Loss, budget: float = 1.0, most: int = 
 
 def rows(case: Case, rounds: int, budget: float = SECONDS) -> list[dict[str, Any]]:
     """Of one network: what each way adds to its training step, in µs."""
-    loss, steps = case.batch(), steps_of(case)
+    with torch.device(device()):
+        loss, steps = case.batch(), steps_of(case)
     calls = {name: _timed(step, loss) for name, step in steps.items()}
     in_turn(list(calls.values()), 1, warm_up=0, threads=None)
     count = rounds_for(list(calls.values()), rounds, budget)
