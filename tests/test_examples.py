@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -26,3 +28,12 @@ def test_lora_ends_with_every_unit_within_a_tenth_of_its_base():
     assert done.returncode == 0, done.stderr
     assert "384 blocks under 1 rule measured in float64: every bound holds" in done.stdout
     assert float(re.findall(r"went ([\d.]+)% of its length", done.stdout)[0]) <= 10.0
+
+
+@pytest.mark.long
+def test_hugging_faces_trainer_learns_under_rules():
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    done = subprocess.run([sys.executable, EXAMPLES / "hf_trainer.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+), norm of the update", done.stdout)]
+    assert len(losses) == 5 and losses[-1] < 0.1 and "every bound holds" in done.stdout

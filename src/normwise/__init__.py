@@ -37,6 +37,7 @@ from normwise.policy import radii as radii
 from normwise.policy import schedules as schedules
 
 if TYPE_CHECKING:
+    from normwise import integrations as integrations
     from normwise import optim as optim
     from normwise.policy.named import *  # noqa: F403
     from normwise.policy.published import *  # noqa: F403
@@ -49,12 +50,13 @@ __version__ = "0.1.0"
 if not TYPE_CHECKING:    # for a type checker any name would exist, and the named rules would not be exported
 
     def __getattr__(name: str) -> Any:
-        """``nw.optim`` is imported where it is first used: attaching rules needs none of it."""
-        if name == "optim":
-            return import_module("normwise.optim")
+        """``nw.optim`` and ``nw.integrations`` are imported where they are first used: attaching rules needs none of them."""
+        if name in ("optim", "integrations"):
+            return import_module(f"normwise.{name}")
         raise AttributeError(f"module 'normwise' has no attribute {name!r}")
 
     __all__ = [
         "Control", "DataError", "Layout", "LayoutError", "MissingExtraError", "NonFiniteError", "NormError", "NormwiseError", "Policy",
-        "PolicyError", "Rule", "StudyError", "attach", "clip_grad_norm_", "norms", "optim", "radii", "register_layout", "schedules", *NAMED,
+        "PolicyError", "Rule", "StudyError", "attach", "clip_grad_norm_", "integrations", "norms", "optim", "radii", "register_layout",
+        "schedules", *NAMED,
     ]  # fmt: skip

@@ -537,11 +537,11 @@ class Control:
     def _records(self) -> bool:
         """Whether the step that begins is recorded; asks no device."""
         following = self._steppers[-1].calls + 1
-        return self._always or any(following % logger.every == 0 for logger in self._loggers)
+        return self._always or any(logger.due(following) for logger in self._loggers)
 
     @torch.no_grad()
     def _write(self) -> None:
-        due = [logger for logger in self._loggers if self._steppers[-1].calls % logger.every == 0]
+        due = [logger for logger in self._loggers if logger.due(self._steppers[-1].calls)]
         first = not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if not due or not (first or self.engine.sharded):    # norms of shards are measured by all ranks together
             return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Iterable
 
 # Characters of a message: what is given may be a book, and its beginning and end tell which.
@@ -67,6 +69,26 @@ def need(extra: str, *packages: str, what: str) -> None:
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     if absent:
         raise MissingExtraError(f"{what} needs {', '.join(absent)}, which cannot be found here: pip install 'normwise[{extra}]'")
+
+
+def need_version(package: str, least: str, what: str) -> None:
+    """Stands before the import of a package that normwise works with and does not bring.
+
+    Args:
+        package: as pip knows it.
+        least: the first version that has what is needed: ``"5.2"``.
+        what: what cannot do without it, as the beginning of a sentence.
+
+    Raises:
+        MissingExtraError: where it is not installed, or older.
+    """
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    if [int(n) for n in re.findall(r"\d+", found)[:3]] < [int(n) for n in least.split(".")]:
+        there = f"version {found} is installed" if found else "it is not installed"
+        raise MissingExtraError(f"{what} needs {package} {least} or newer, and {there}: pip install '{package}>={least}'")
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

@@ -44,6 +44,10 @@ class Logger:
     histograms: bool
     failed: bool = False
 
+    def due(self, step: int) -> bool:
+        """Whether the ``step``-th step is written, at which it is recorded too."""
+        return step % self.every == 0
+
     def __call__(self, step: int, numbers: Numbers, units: Units) -> None:
         """Training goes on where this fails: a full disk or a server that is away costs the records, not the run."""
         try:
@@ -60,6 +64,8 @@ def logger_of(target: Any, every: int, histograms: bool) -> Logger:
 
     Raises PolicyError for what is none and for a file of another kind, DataError for a file that cannot be written.
     """
+    if isinstance(target, Logger):
+        return target
     if type(every) is not int or every < 1:
         raise PolicyError(f"every is {every!r}, but every must be a whole number of steps, 1 or more.")
     if not isinstance(target, str | os.PathLike):

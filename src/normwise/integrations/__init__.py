@@ -1,1 +1,19 @@
-"""What joins normwise to other packages, imported where it is used."""
+"""Other libraries' trainers and files, one file for each; each imports its library, and is imported where it is first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+TRAINERS = ("transformers",)
+
+if TYPE_CHECKING:
+    from normwise.integrations import transformers as transformers
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        """``nw.integrations.transformers``, without an import of its own."""
+        if name in TRAINERS:
+            return import_module(f"normwise.integrations.{name}")
+        raise AttributeError(f"module 'normwise.integrations' has no attribute {name!r}; there are {', '.join(TRAINERS)}")

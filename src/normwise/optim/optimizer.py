@@ -95,6 +95,7 @@ class NormOptimizer(Optimizer):
         # A new group's columns. Schedulers that cycle a momentum look here for its name: only the one in use is shown.
         momentum = "betas" if full[main]["direction"] in ("adam", "lion") else "momentum" if has_momentum(full[main]) else ""
         super().__init__(groups, {c: v for c, v in full[main].items() if c not in ("momentum", "betas") or c == momentum})
+        self.routing = None if self.routing is None else self.routing.of_shapes()
         self._plans: dict[Any, Plan] = {}
         self._told = False
         self._policy_control: Any = None

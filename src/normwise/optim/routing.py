@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from normwise.engine.action_report import Receipt as RuleReceipt
@@ -36,6 +37,11 @@ class Routing(Loggable):
     def numbers(self) -> dict[str, float]:
         """How many numbers take each row."""
         return {row: sum(e.param.numel() for e in self.entries if self.of[e.name] == row) for row in dict.fromkeys(self.of.values())}
+
+    def of_shapes(self) -> Routing:
+        """The same without the weights: where parameters are replaced, as FSDP2 does, the old ones must not be held here."""
+        shapes = (nn.Parameter(torch.empty_like(e.param, device="meta"), e.param.requires_grad) for e in self.entries)
+        return replace(self, entries=tuple(replace(e, param=p) for e, p in zip(self.entries, shapes, strict=True)))
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for torch: one a row that is used, named parameters in the model's order."""
@@ -212,7 +218,7 @@ class Receipt(Loggable):
     def of(cls, optimizer: NormOptimizer) -> Receipt:
         """Of the optimizer's groups and state as they are now."""
         entries = () if optimizer.routing is None else optimizer.routing.entries
-        roles = {id(e.param): e.role for e in entries}
+        roles = {e.name: e.role for e in entries}
         groups = [_stepped(group, roles, optimizer.state) for group in optimizer.param_groups if group["params"]]
         control = optimizer.control
         numbers = sum(g.numbers for g in groups)
@@ -236,10 +242,10 @@ class Receipt(Loggable):
         return "\n".join([*lines, *([str(self.rules)] if self.rules else [])])
 
 
-def _stepped(group: Mapping[str, Any], roles: Mapping[int, str], state: Mapping[Tensor, Any]) -> Stepped:
+def _stepped(group: Mapping[str, Any], roles: Mapping[str, str], state: Mapping[Tensor, Any]) -> Stepped:
     kinds = {"matrix": 0, "embedding": 0, "head": 0, "vector": 0}
-    for p in group["params"]:
-        role = roles.get(id(p), "")
+    for name, p in zip(names_of(group), group["params"], strict=True):
+        role = roles.get(name, "")
         kinds[role if role in kinds else "matrix" if p.ndim >= 2 else "vector"] += 1
     idle = [name for name, p in zip(names_of(group), group["params"], strict=True) if p not in state and group["direction"] != "plain"]
     numbers = sum(p.numel() for p in group["params"])
@@ -261,8 +267,9 @@ def _covered(optimizer: NormOptimizer) -> float | None:
     if not any(map(needs_matrices, groups if optimizer.routing is None else optimizer.routing.rows.values())):
         return None
     # LoRA's A: the matrix methods step B of the product, and leave A to AdamW.
-    others = set() if optimizer.routing is None else {id(e.param) for e in optimizer.routing.entries if e.adapter == "A"}
-    sizes = [(needs_matrices(g), p.numel()) for g in groups for p in g["params"] if p.ndim >= 2 and id(p) not in others]
+    others = set() if optimizer.routing is None else {e.name for e in optimizer.routing.entries if e.adapter == "A"}
+    listed = [(needs_matrices(g), name, p) for g in groups for name, p in zip(names_of(g), g["params"], strict=True)]
+    sizes = [(matrix, p.numel()) for matrix, name, p in listed if p.ndim >= 2 and name not in others]
     whole = sum(n for _, n in sizes)
     return sum(n for matrix, n in sizes if matrix) / whole if whole else None
 
