@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from normwise.norms import cuda_kernels
 
@@ -26,41 +30,78 @@ def test_they_do_what_torch_does(marks: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-EVEN = ["units", "inner", "size", "m", "n", "x_batch", "x_row", "x", "base", "out"]
-HINT = [["tt.divisibility", 16]]    # what Triton learns of sizes and addresses that are multiples of 16, as most are
-SIGNATURES = {
-    "bound_blocks": "at*i64 like*T aims*fp64 each:i32 norms*fp64 factors*fp64 units:i32 inner:i32 size:i32",
-    "square_pieces": "at*i64 like*T pieces*i64 sums*fp64",
-    "scale_pieces": "at*i64 like*T pieces*i64 ends*i64 sums*fp64 aims*fp64 each:i32 norms*fp64 factors*fp64",
-    "gram": "x*T base*T out*T m:i32 n:i32 x_batch:i32 x_row:i32 beta:fp32 alpha:fp32",
-}
-ROWS = {"SPHERE": False, "ROWS": True, "ALIGNED": True, "B": 4, "K": 256}
-COLUMNS = {"inner": 1, "SPHERE": True, "ROWS": False, "ALIGNED": True, "B": 32, "K": 32}
-TOGETHER = {"ALIGNED": True, "K": 1024}
-HALF = {"x_column": 1, "ADDS": True, "T": 128, "K": 64}
-EVERY = [(name, kind, given, capability) for capability in (75, 80, 90) for kind in ("fp32", "bf16", "fp16") for name, given in [
-    ("bound_blocks", ROWS), ("bound_blocks", COLUMNS), ("square_pieces", {"EXACT": False, **TOGETHER}),
-    ("scale_pieces", {"SPHERE": True, **TOGETHER}), ("gram", HALF),
-] if name != "gram" or (kind != "fp32" and capability > 75)]  # fmt: skip
-FEW = [("bound_blocks", "bf16", ROWS, 90), ("square_pieces", "fp32", {"EXACT": False, **TOGETHER}, 90), ("gram", "bf16", HALF, 90)]
+class Driver:
+    """Of a device that kernels are built for, and that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        return import_module("triton.backends.compiler").GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability    # Triton keeps what it built by this number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-@pytest.mark.parametrize(("name", "kind", "given", "capability"), [*FEW, *(pytest.param(*one, marks=pytest.mark.long) for one in EVERY)])
-def test_they_build_for_devices(
-    name: str, kind: str, given: dict[str, Any], capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To machine code, by the compiler that Triton brings. Memory is read 16 bytes at a time, and products are a tensor core's."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Building:
+    """Stands for the kernels: a launch builds what it would run."""
 
+    def __init__(self, kernels: Any) -> None:
+        self.kernels, self.built = kernels, dict[str, Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        def launch(grid: Any, *args: Any, **kwargs: Any) -> None:
+            self.built[name] = getattr(self.kernels, name).warmup(*args, grid=grid, **kwargs).asm
+
+        return Grids(launch)
+
+
+@dataclass
+class Grids:
+    """``kernel[grid](...)``."""
+
+    launch: Any
+
+    def __getitem__(self, grid: Any) -> Any:
+        return partial(self.launch, grid)
+
+
+@pytest.fixture
+def building(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Building:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(cuda_kernels.library(), name)
-    words = (word.replace("*", ":*").split(":") for word in SIGNATURES[name].replace("*T", f"*{kind}").split())
-    known = dict(words)
-    signature = {arg: "constexpr" if arg in given else known[arg] for arg in kernel.arg_names}
-    hints = {(i,): HINT for i, arg in enumerate(kernel.arg_names) if arg in EVEN and arg not in given}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(arg),): value for arg, value in given.items()}, hints)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8 if name == "gram" else 4})
-    assert built.asm["cubin"] and built.asm["ptx"].count("global.v4.b32") + built.asm["ptx"].count("cp.async") > 1
-    assert name != "gram" or "mma" in built.asm["ptx"]
+    found = Building(cuda_kernels.library())
+    for name, value in {"DEVICES": ("cpu",), "library": lambda: found, "ready": lambda device: True}.items():
+        monkeypatch.setattr(cuda_kernels, name, value)
+    return found
+
+
+BOUNDS: dict[str, Any] = {"rows": (1, 64, 768), "columns": (768, 96, 1), "between": (64, 32, 16), "short": (1, 8, 1), "odd": (1, 1, 27),
+                          "shared": (1, 2, 1 << 15), "together": None}  # fmt: skip
+EVERY = [(name, sphere, dtype, capability) for name in (*BOUNDS, "gram") for sphere in (False, True)
+         for dtype in (torch.float32, torch.bfloat16) for capability in (75, 80, 90)
+         if name != "gram" or (dtype != torch.float32 and capability > 75)]  # fmt: skip
+FEW = [("rows", False, torch.bfloat16, 90), ("gram", False, torch.bfloat16, 90)]
+
+
+@pytest.mark.parametrize(("name", "sphere", "dtype", "capability"), [*FEW, *(pytest.param(*one, marks=pytest.mark.long) for one in EVERY)])
+def test_they_build_for_devices(
+    name: str, sphere: bool, dtype: torch.dtype, capability: int, building: Building, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every launch, with the arguments that it really has, to machine code by the compiler that Triton brings; memory is read 16 bytes at a
+    time where blocks are even, and products are a tensor core's."""
+    monkeypatch.setattr(import_module("triton.runtime").driver, "_active", Driver(capability))
+    if name == "gram":
+        x = torch.ones(2, 512, 768, dtype=dtype)
+        cuda_kernels.gram(x, torch.ones(2, 512, 512, dtype=dtype) if not sphere else None, 2.0, -0.5)
+        assert building.built["gram"]["cubin"] and "mma" in building.built["gram"]["ptx"]
+        return
+    axes = BOUNDS[name]
+    tensors = [torch.ones(axes or (k + 1, 301), dtype=dtype) for k in range(2)]
+    workspace = cuda_kernels.Workspace(tensors, axes).aim(torch.ones(2 * axes[1]) if axes and sphere else 1.0)
+    assert workspace.place(tensors)
+    cuda_kernels.bound_(tensors, workspace, sphere)
+    assert set(building.built) == ({"square_pieces", "scale_pieces"} if name in ("shared", "together") else {"bound_blocks"})
+    assert all(one["cubin"] and ("global.v4.b32" in one["ptx"] or name in ("odd", "short")) for one in building.built.values())
