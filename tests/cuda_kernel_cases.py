@@ -169,12 +169,12 @@ def test_the_polar_factor_by_half_products(launched: list[str], monkeypatch: pyt
 
 
 class Net(nn.Module):
-    """Rows, columns and what lies between them, two weights of one shape, and biases."""
+    """Rows, columns and what lies between them, two weights of one shape, and a bias."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.up = nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(3, 2, 2)
-        self.first, self.second, self.third = nn.Linear(32, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.conv, self.up = nn.Conv2d(2, 3, 3, bias=False), nn.ConvTranspose2d(3, 2, 2)
+        self.first, self.second, self.third = nn.Linear(32, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.third(self.second(self.first(self.up(self.conv(x)).flatten(1))))
@@ -194,7 +194,7 @@ def trained(rules: Any, dtype: torch.dtype, skips: bool) -> tuple[Tensor, dict[s
     model = Net().to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     control = nw.attach(model, optimizer, rules)
-    for step in range(3):
+    for step in range(2):
         optimizer.zero_grad()
         model(torch.randn(4, 2, 5, 5, dtype=dtype)).float().square().sum().backward()
         if skips and step == 1:    # a step that the kernels leave to torch's calls
@@ -212,7 +212,7 @@ def test_training_ends_where_it_does_by_torchs_calls(
     name: str, dtype: torch.dtype, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     got, violations = trained(RULES[name], dtype, True)
-    assert launched.count("bound_") >= 3 and sum(violations.values()) > 0
+    assert launched.count("bound_") >= 2 and sum(violations.values()) > 0
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(cuda_kernels, "DEVICES", ())
     launched.clear()
