@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"normwise {__version__}")
     parser.set_defaults(command=lambda args: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_compare, _add_race, _add_gan, _add_prune, _add_bench, _add_policies):
+    for add in (_add_compare, _add_race, _add_gan, _add_prune, _add_recipe, _add_bench, _add_policies):
         add(commands)
     return parser
 
@@ -196,6 +196,19 @@ def _add_prune(commands: Any) -> None:
         budget="quick, standard (default) or long", seeds="reported runs of each network (default 3)",
     )  # fmt: skip
     parser.add_argument("--hold", action="store_true", help="under the lasso each weight keeps its norm, so that units go one by one")
+
+
+def _add_recipe(commands: Any) -> None:
+    parser = _add_study(
+        commands, "recipe", "norms in fine-tuning and long training: every way to hold them, tuned equally, on fresh seeds",
+        "Trains a small network under every arm of a recipe, each tuned with the same number of trials, and reports on seeds that no choice "
+        "has seen (docs/recipes.md is the protocol).",
+        task="plasticity (reshuffled labels)",
+        data="images (plasticity), or hf:NAME; default: bundled data",
+        budget="quick, standard (default) or long", seeds="reported seeds of each arm (default 5)",
+        only="only these arms, beside the baselines",
+    )  # fmt: skip
+    parser.set_defaults(study="recipes")
 
 
 # --------------------------------------------------------------------------------------------------- bench and policies

@@ -1,0 +1,114 @@
+"""What a recipe found, as plain data, as rows of tables, and in words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from normwise.experiments.cells import Cell
+from normwise.experiments.cells import remarks as cell_remarks
+from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, finite, interval
+from normwise.experiments.framework.provenance import where
+from normwise.experiments.recipes.recipe import Recipe
+
+Results = Mapping[str, Any]
+
+
+def cell_results(recipe: Recipe, cell: Cell) -> dict[str, Any]:
+    """An arm within a group: what was chosen, and every figure of the reported seeds."""
+    arm, runs = recipe.arms[cell.strategy], [*cell.finals, *(run for tried in cell.trials.values() for run in tried)]
+    return {
+        "arm": cell.strategy, "label": arm.label, "about": arm.about, "baseline": arm.baseline, "group": cell.group,
+        "numbers": cell.numbers, "trials": sum(map(len, cell.trials.values())), **cell.ends,
+        "seconds": sum(run["seconds"] for run in runs), "acted": [final["acted"] for final in cell.finals],
+        "figures": {name: _over_seeds([final[name] for final in cell.finals], column.higher) | {"label": column.label, "digits": column.digits}
+                    for name, column in recipe.columns[cell.group].items()},
+    }  # fmt: skip
+
+
+def _over_seeds(values: Sequence[float | None], higher: bool) -> dict[str, Any]:
+    """Values, median, and 95% interval of the median; a seed that diverged is worse than every other, and None."""
+    worst = -math.inf if higher else math.inf
+    known = [worst if value is None else value for value in values]
+    return {
+        "values": list(values), "median": finite(statistics.median(known)), "interval": [finite(end) for end in interval(known)],
+        "higher": higher,
+    }  # fmt: skip
+
+
+def setting(results: Results) -> str:
+    """Data, protocol, cost and machine in a sentence."""
+    data, plan = results["data"], results["protocol"]
+    hours = sum(cell["seconds"] for cell in results["cells"]) / 3600
+    return (
+        f"{data['name']}; {plan['trials']} trials for each arm with one seed, then {plan['seeds']} others (median, lowest to highest) of "
+        f"{plan['size']} {plan['unit']}; {hours:.2f} core-hours, budget {results['budget']}, protocol {plan['number']}; "
+        f"{where(results['machine'])}."
+    )
+
+
+def verdicts(results: Results) -> list[str]:
+    """A sentence a group: the best arm against the best baseline, and whether a difference may be claimed."""
+    said = []
+    for group, cells in _grouped(results).items():
+        ranked = sorted(cells, key=_rank, reverse=True)
+        base = next(cell for cell in ranked if cell["baseline"])
+        first = next((cell for cell in ranked if not cell["baseline"]), None)
+        if first is None:
+            continue
+        name, figure = next(iter(first["figures"].items()))
+        told = f"{group + ': ' if group else ''}{figure['label']}: {_text(figure)} with {first['label']}, {_text(base['figures'][name])} with "
+        said.append(f"{told}{base['label']}, the best baseline{_claimed(figure, base['figures'][name])}.")
+    return said
+
+
+def _claimed(one: Results, other: Results) -> str:
+    worst = -math.inf if one["higher"] else math.inf
+    ends = [tuple(worst if end is None else end for end in figure["interval"]) for figure in (one, other)]
+    return "" if differ(*ends) else f": {NO_DIFFERENCE}, since the intervals of the medians overlap"  # type: ignore[arg-type]
+
+
+def groups(results: Results) -> dict[str, list[dict[str, str]]]:
+    """The rows of each group's table, the best arm first."""
+    return {
+        group: [
+            {"arm": cell["label"], **{figure["label"]: _text(figure) for figure in cell["figures"].values()},
+             "chosen": ", ".join(f"{name} {value:g}" for name, value in cell["numbers"].items())}
+            for cell in sorted(cells, key=_rank, reverse=True)
+        ]
+        for group, cells in _grouped(results).items()
+    }  # fmt: skip
+
+
+def remarks(results: Results) -> list[str]:
+    """What to know about single arms."""
+    silent = [_name(cell) for cell in results["cells"] if not cell["baseline"] and not any(cell["acted"])]
+    return cell_remarks(results["cells"], _name, **{"Its rules changed nothing in any reported run": silent})
+
+
+def _name(cell: Results) -> str:
+    return f"{cell['label']}{', ' + cell['group'] if cell['group'] else ''}"
+
+
+def _grouped(results: Results) -> dict[str, list[Results]]:
+    found: dict[str, list[Results]] = {}
+    for cell in results["cells"]:
+        found.setdefault(cell["group"], []).append(cell)
+    return found
+
+
+def _rank(cell: Results) -> float:
+    figure = next(iter(cell["figures"].values()))
+    median = figure["median"]
+    return -math.inf if median is None else median if figure["higher"] else -median
+
+
+def _text(figure: Results) -> str:
+    """The median over seeds, and the lowest to the highest."""
+    digits, known = figure["digits"], [value for value in figure["values"] if value is not None]
+    if figure["median"] is None:
+        return "diverged"
+    ends = f"{min(known):.{digits}f} to {max(known):.{digits}f}" if len(known) == len(figure["values"]) else "some diverged"
+    return f"{figure['median']:.{digits}f} ({ends})"
