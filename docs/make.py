@@ -3,8 +3,8 @@
 Raw results lie in ``docs/results/``: ``cnn-digits.json`` and ``cnn-mnist.json`` by ``normwise compare cnn --json``, each of their single
 runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``other-TASK.runs.jsonl`` by
 ``normwise race TASK --only auto --state``, on bundled data; ``gan.json`` by
-``normwise gan --json``; ``bench-NAME.json`` by ``normwise bench NAME --json``. A table stands between ``<!-- NAME -->`` and
-``<!-- end NAME -->``.
+``normwise gan --json``, ``recipe-NAME.json`` by ``normwise recipe NAME --json``, ``bench-NAME.json`` by ``normwise bench NAME --json``. A
+table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from normwise.experiments.framework.provenance import where
 from normwise.experiments.prune.tables import networks, trial
 from normwise.experiments.race import tables as race_tables
 from normwise.experiments.race.study import replay
+from normwise.experiments.recipes import tables as recipe_tables
 from normwise.policy import listing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +179,14 @@ def smaller(results: dict[str, Any]) -> str:
     return f"{said}\n\n{markdown(networks(results))}\n\nStrengths, with the tuning seed:\n\n{tried}"
 
 
+def recipe(results: dict[str, Any]) -> str:
+    """What ``normwise recipe`` found: verdicts, setting, a table for each group, what to know."""
+    parts = [*recipe_tables.verdicts(results), recipe_tables.setting(results)]
+    for group, rows in recipe_tables.groups(results).items():
+        parts += [f"**{group[:1].upper()}{group[1:]}**"] * bool(group) + [markdown(rows)]
+    return "\n\n".join([*parts, *recipe_tables.remarks(results)])
+
+
 def named_rules(_: Any) -> str:
     """From the code itself: the rules, their arguments, the first sentence about each."""
     lines = []
@@ -204,6 +213,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gan": ("gan", lambda results: markdown(results["rows"])),
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
+    **{f"recipe {name}": (f"recipe-{name}", recipe) for name in ("plasticity", "spikes", "finetune")},
     "named rules": (None, named_rules),
     "bench bars": (None, bars),
     "bench control": ("bench-control", drawn_bench),

@@ -201,10 +201,10 @@ def _add_prune(commands: Any) -> None:
 def _add_recipe(commands: Any) -> None:
     parser = _add_study(
         commands, "recipe", "norms in fine-tuning and long training: every way to hold them, tuned equally, on fresh seeds",
-        "Trains a small network under every arm of a recipe, each tuned with the same number of trials, and reports on seeds that no choice "
-        "has seen (docs/recipes.md is the protocol).",
-        task="plasticity (reshuffled labels)",
-        data="images (plasticity), or hf:NAME; default: bundled data",
+        "Trains a small network under every arm of a recipe, each tuned with the same number of trials, and reports on seeds that no "
+        "choice has seen (docs/recipes.md is the protocol).",
+        task="plasticity (labels that are reshuffled), spikes (bad batches) or finetune (a second text at equal forgetting of the first)",
+        data="images (plasticity) or text (spikes; finetune: the first), or hf:NAME; default: bundled data",
         budget="quick, standard (default) or long", seeds="reported seeds of each arm (default 5)",
         only="only these arms, beside the baselines",
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Recipes for fine-tuning and long training, each measured: what keeps a network able to learn, alive after bad batches, or near its start."""
+"""Recipes for fine-tuning and long training, each measured: what keeps a network able to learn, sound after bad batches, near its start."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise.experiments.framework.lattice import Axis
-from normwise.experiments.recipes.recipe import Arm, Column, Recipe, RecipeRun
+from normwise.experiments.recipes.recipe import BASELINE, Arm, Column, Recipe, RecipeRun
 from normwise.experiments.tasks.data.splits import load
 
 IMAGES, WIDTH, EPOCHS, BATCH = 256, 64, 10, 32
@@ -26,19 +26,20 @@ EVERYTHING = "role:all"
 NORMALISED = "LayerNorm"
 
 ARMS = {
-    "nothing": Arm("nothing", "Adam alone", baseline=True),
+    "nothing": Arm("nothing", "Adam alone", role=BASELINE),
     "l2_init": Arm(
         "L2-init", '`l2_penalty(s, params="role:all", center="init")` (Kumar et al., 2023)',
         lambda n: [nw.l2_penalty(n["strength"], params=EVERYTHING, center="init")],
-        (Axis("strength", (3e-3,), ratio=3.0, off=-1),), baseline=True,
+        (Axis("strength", (3e-3,), ratio=3.0, off=-1),), role=BASELINE,
     ),
     "shrink": Arm(
         "shrink", '`weight_decay(s, params="role:all")`',
-        lambda n: [nw.weight_decay(n["strength"], params=EVERYTHING)], (Axis("strength", (0.1,), ratio=10.0, off=-1),), baseline=True,
+        lambda n: [nw.weight_decay(n["strength"], params=EVERYTHING)], (Axis("strength", (0.1,), ratio=10.0, off=-1),), role=BASELINE,
     ),
-    "layer_norm": Arm("LayerNorm", "LayerNorm without gains before each ReLU, no rule", baseline=True, variant=NORMALISED),
+    "layer_norm": Arm("LayerNorm", "LayerNorm without gains before each ReLU, no rule", role=BASELINE, variant=NORMALISED),
     "clip_weights": Arm(
-        "weight clipping", '`clip_weight_value("k*init", params="role:all")`: entries within k times the initial bound (Elsayed et al., 2024)',
+        "weight clipping",
+        '`clip_weight_value("k*init", params="role:all")`: entries within k times the initial bound (Elsayed et al., 2024)',
         lambda n: [nw.clip_weight_value(nw.radii.Init(n["k"]), params=EVERYTHING)], (Axis("k", (2.0,), ratio=1.5, off=1),),
     ),
     "project": Arm(
@@ -76,8 +77,9 @@ class PlasticityRun(RecipeRun):
     figures: ClassVar[tuple[str, ...]] = ("last", "first", "end", "dead", "norm")
 
     def measured(self, context: Shuffled) -> tuple[int, dict[str, float]]:
-        """``first`` and ``last``: accuracy while learning the first labels, and the mean over the last ten; ``end``: the mean of those ten at
-        the end of each; ``dead``: the share of ReLUs that no image opens; ``norm``: of all parameters at the end over the one at the start."""
+        """Of the accuracy while a shuffle is learnt ``first`` is that of the first one, ``last`` the mean over the last ten; ``end`` is
+        their mean accuracy when they are learnt. ``dead``: the share of ReLUs that no image opens. ``norm``: of all parameters, end
+        over start. What acted: blocks of the last step."""
         torch.manual_seed(self.seed)
         chance, images, arm = torch.Generator().manual_seed(self.seed), context.images, ARMS[self.arm]
         model = mlp(images.shape[1], arm.variant == NORMALISED)
@@ -119,7 +121,7 @@ def epochs(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, l
 def batches(samples: int, chance: torch.Generator) -> Iterator[Tensor]:
     """Rows for the batches of all epochs."""
     for _ in range(EPOCHS):
-        yield from torch.randperm(samples, generator=chance).split(BATCH)
+        yield from torch.split(torch.randperm(samples, generator=chance), BATCH)
 
 
 def length(model: nn.Module) -> float:

@@ -13,6 +13,7 @@ from normwise.experiments.framework.lattice import Axis
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 
 Numbers = Mapping[str, float]
+CONTENDER, BASELINE, REFERENCE = "contender", "baseline", "reference"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Arm:
         label, about: for tables; ``about`` has the rule as you would write it.
         rules: the strengths to the rules that are attached; none where all is in ``variant``.
         axes: the strengths to search beside the learning rate.
-        baseline: whether the others are compared with it.
+        role: a ``BASELINE`` is what a ``CONTENDER`` is compared with; a ``REFERENCE`` only shows what could be had.
         variant: what is other than usual about the model or the loop; the recipe knows the word.
     """
 
@@ -31,7 +32,7 @@ class Arm:
     about: str
     rules: Callable[[Numbers], list[Any]] = lambda numbers: []
     axes: tuple[Axis, ...] = ()
-    baseline: bool = False
+    role: str = CONTENDER
     variant: str = ""
 
 
@@ -63,14 +64,14 @@ class RecipeRun(Run):
         return f"{self.arm}: {self.figures[0]} {'diverged' if found is None else f'{found:.3f}'}"
 
     def train(self, context: Any, /) -> Result:
-        """``measured`` with its time; None for figures that are not finite. ``acted``: how often the rules changed a block."""
+        """``measured`` with its time; None for figures that are not finite."""
         started = time.perf_counter()
         acted, found = self.measured(context)
         return {**{name: finite(value) for name, value in found.items()}, "acted": acted, "seconds": time.perf_counter() - started}
 
     @abstractmethod
     def measured(self, context: Any) -> tuple[int, dict[str, float]]:
-        """How often the rules acted, and the figures."""
+        """How many blocks the rules changed, by ``control.violations()`` where the recipe looks at it, and the figures."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Recipe:
         size: of a run of the standard budget. unit: what it counts.
         load: ``--data`` to what runs are trained on; the result has ``key`` and ``facts``.
         columns: what is shown of ``run.figures``, by group: a group is tuned and compared by its first column.
+        span: two arms; tables then show how much of the way from the first's figure to the second's an arm goes.
     """
 
     question: str
@@ -103,6 +105,7 @@ class Recipe:
     size: int
     load: Callable[[Any], Any]
     columns: Mapping[str, Mapping[str, Column]]
+    span: tuple[str, str] | None = None
 
     def score(self, group: str, results: Sequence[Result]) -> tuple[float, ...]:
         """By the group's first figure, then by the others; higher is better, and what diverged is last."""

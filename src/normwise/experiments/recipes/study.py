@@ -19,12 +19,14 @@ from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.provenance import machine, versions
 from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, chosen, command, opened
 from normwise.experiments.recipes import tables
+from normwise.experiments.recipes.finetune import FINETUNE
 from normwise.experiments.recipes.plasticity import PLASTICITY
-from normwise.experiments.recipes.recipe import Recipe, RecipeRun
+from normwise.experiments.recipes.recipe import CONTENDER, Recipe, RecipeRun
+from normwise.experiments.recipes.spikes import SPIKES
 
 # Raised by hand whenever a run's outcome changes for another reason than its settings: kept runs are then done again.
 PROTOCOL = 1
-RECIPES: dict[str, Recipe] = {"plasticity": PLASTICITY}
+RECIPES: dict[str, Recipe] = {"plasticity": PLASTICITY, "spikes": SPIKES, "finetune": FINETUNE}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def study(options: Options, progress: Progress | None = None, budget: Budget | N
     recipe, plan = RECIPES[options.task], budget or BUDGETS[options.budget]
     plan = replace(plan, seeds=options.seeds or plan.seeds)
     named = chosen(options.only, None, recipe.arms, "arm")
-    arms = {name: arm for name, arm in recipe.arms.items() if arm.baseline or name in named}
+    arms = {name: arm for name, arm in recipe.arms.items() if arm.role != CONTENDER or name in named}
     with opened(options, progress) as driver:
         setup = partial(recipe.load, options.data)
         data = setup()
@@ -88,9 +90,10 @@ def study(options: Options, progress: Progress | None = None, budget: Budget | N
                                   trials=plan.trials, seeds=plan.seeds)
                 for name, arm in arms.items()
             }  # fmt: skip
-            found += driver.run(plans).values()
+            by_name = driver.run(plans)
+            found += [by_name[name] for name in arms]
     return {
         "recipe": options.task, "data": data.facts, "machine": machine(), "budget": options.budget,
         "protocol": {"number": PROTOCOL, **asdict(plan), "size": size, "unit": recipe.run.unit, "tuning_seed": TUNING_SEED},
-        "cells": [tables.cell_results(recipe, cell) for cell in sorted(found, key=lambda cell: list(recipe.columns).index(cell.group))],
+        "question": recipe.question, "cells": tables.results_of(recipe, found),
     }  # fmt: skip

@@ -5,36 +5,54 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from normwise.experiments.cells import Cell
 from normwise.experiments.cells import remarks as cell_remarks
 from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, finite, interval
 from normwise.experiments.framework.provenance import where
-from normwise.experiments.recipes.recipe import Recipe
+from normwise.experiments.recipes.recipe import BASELINE, CONTENDER, Column, Recipe
 
 Results = Mapping[str, Any]
 
 
-def cell_results(recipe: Recipe, cell: Cell) -> dict[str, Any]:
-    """An arm within a group: what was chosen, and every figure of the reported seeds."""
+def results_of(recipe: Recipe, found: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Every arm within its group: what was chosen, and every figure of the reported seeds."""
+    cells = [_told(recipe, cell) for cell in found]
+    if recipe.span is not None:
+        name = next(iter(cells[0]["figures"]))
+        low, high = (next(c["figures"][name]["values"] for c in cells if c["arm"] == end) for end in recipe.span)
+        for cell in cells:
+            values = [_share(*three) for three in zip(low, cell["figures"][name]["values"], high, strict=True)]
+            cell["figures"]["recovered"] = _over_seeds(values, Column("of the harm undone", 2))
+    return cells
+
+
+def _share(low: float | None, value: float | None, high: float | None) -> float | None:
+    """How much of the way from ``low`` to ``high`` a value goes; None without a way."""
+    return None if low is None or value is None or high is None or low == high else (low - value) / (low - high)
+
+
+def _told(recipe: Recipe, cell: Cell) -> dict[str, Any]:
     arm, runs = recipe.arms[cell.strategy], [*cell.finals, *(run for tried in cell.trials.values() for run in tried)]
     return {
-        "arm": cell.strategy, "label": arm.label, "about": arm.about, "baseline": arm.baseline, "group": cell.group,
+        "arm": cell.strategy, "label": arm.label, "about": arm.about, "role": arm.role, "group": cell.group,
         "numbers": cell.numbers, "trials": sum(map(len, cell.trials.values())), **cell.ends,
         "seconds": sum(run["seconds"] for run in runs), "acted": [final["acted"] for final in cell.finals],
-        "figures": {name: _over_seeds([final[name] for final in cell.finals], column.higher) | {"label": column.label, "digits": column.digits}
-                    for name, column in recipe.columns[cell.group].items()},
+        "figures": {
+            name: _over_seeds([final[name] for final in cell.finals], column) for name, column in recipe.columns[cell.group].items()
+        },
     }  # fmt: skip
 
 
-def _over_seeds(values: Sequence[float | None], higher: bool) -> dict[str, Any]:
+def _over_seeds(values: Sequence[float | None], column: Column) -> dict[str, Any]:
     """Values, median, and 95% interval of the median; a seed that diverged is worse than every other, and None."""
-    worst = -math.inf if higher else math.inf
+    worst = -math.inf if column.higher else math.inf
     known = [worst if value is None else value for value in values]
     return {
-        "values": list(values), "median": finite(statistics.median(known)), "interval": [finite(end) for end in interval(known)],
-        "higher": higher,
+        **asdict(column), "values": list(values), "median": finite(statistics.median(known)),
+        "interval": [finite(end) for end in interval(known)],
     }  # fmt: skip
 
 
@@ -54,13 +72,13 @@ def verdicts(results: Results) -> list[str]:
     said = []
     for group, cells in _grouped(results).items():
         ranked = sorted(cells, key=_rank, reverse=True)
-        base = next(cell for cell in ranked if cell["baseline"])
-        first = next((cell for cell in ranked if not cell["baseline"]), None)
+        base = next(cell for cell in ranked if cell["role"] == BASELINE)
+        first = next((cell for cell in ranked if cell["role"] == CONTENDER), None)
         if first is None:
             continue
-        name, figure = next(iter(first["figures"].items()))
-        told = f"{group + ': ' if group else ''}{figure['label']}: {_text(figure)} with {first['label']}, {_text(base['figures'][name])} with "
-        said.append(f"{told}{base['label']}, the best baseline{_claimed(figure, base['figures'][name])}.")
+        figure, other = (next(iter(cell["figures"].values())) for cell in (first, base))
+        told = f"{group + ': ' if group else ''}{figure['label']}: {_text(figure)} with {first['label']}"
+        said.append(f"{told}, {_text(other)} with {base['label']}, the best baseline{_claimed(figure, other)}.")
     return said
 
 
@@ -84,7 +102,7 @@ def groups(results: Results) -> dict[str, list[dict[str, str]]]:
 
 def remarks(results: Results) -> list[str]:
     """What to know about single arms."""
-    silent = [_name(cell) for cell in results["cells"] if not cell["baseline"] and not any(cell["acted"])]
+    silent = [_name(cell) for cell in results["cells"] if cell["role"] == CONTENDER and not any(cell["acted"])]
     return cell_remarks(results["cells"], _name, **{"Its rules changed nothing in any reported run": silent})
 
 

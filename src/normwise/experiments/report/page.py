@@ -32,8 +32,8 @@ def write(results: dict[str, Any], folder: str | Path) -> Path:
     Both files appear whole or not at all. Values that are not finite are null in ``results.json``.
 
     Args:
-        results: what a study writes with ``--json``: of ``compare``, ``race``, ``gan`` or ``prune``, told by its keys. Of a comparison
-            anything but ``cells`` may be missing; the page then shows a dash.
+        results: what a study writes with ``--json``: of ``compare``, ``race``, ``gan``, ``prune`` or ``recipe``, told by its keys. Of a
+            comparison anything but ``cells`` may be missing; the page then shows a dash.
         folder: where to write.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The pages of ``race``, ``gan`` and ``prune``: a verdict, pictures, sorted tables, and how it was measured."""
+"""The pages of ``race``, ``gan``, ``prune`` and ``recipe``: a verdict, pictures, sorted tables, and how it was measured."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from normwise.experiments.framework.figures import NO_DIFFERENCE
 from normwise.experiments.gan import tables as gan_tables
 from normwise.experiments.prune import tables as prune_tables
 from normwise.experiments.race import tables as race_tables
+from normwise.experiments.recipes import tables as recipe_tables
 from normwise.experiments.report import tidy
 from normwise.experiments.report.drawing import THEME, panels, render
 from normwise.experiments.report.race import ladders
@@ -179,8 +180,27 @@ def _sizes(tried: Sequence[Results], chosen: float) -> dict[str, Any]:
     return spec
 
 
+# ---------------------------------------------------------------------------------------------------------------- recipe
+
+
+def recipe(results: Results) -> Page:
+    """What each arm of a recipe comes to, a table for each group."""
+    said = recipe_tables.verdicts(results)
+    arms = {cell["label"]: cell["about"] for cell in results["cells"]}
+    return {
+        "task": f"recipe {results['recipe']}", "headline": said[0] if said else results["question"],
+        "verdicts": [Said(one) for one in said[1:]], "about": _about(results, Data=results["data"]["name"]), "warning": "", "warnings": [],
+        "sections": [
+            Section(results["question"], f"{recipe_tables.setting(results)} {' '.join(recipe_tables.remarks(results))}",
+                    tables=[_table(rows, group) for group, rows in recipe_tables.groups(results).items()]),
+            Section("The arms", "What each trains with.", details=list(arms.items())),
+        ],
+    }  # fmt: skip
+
+
 _PAGES: tuple[tuple[set[str], Callable[[Results], Page]], ...] = (
     ({"race", "contenders", "horizon"}, race), ({"judge", "cells"}, gan), ({"summary", "strengths", "timing"}, prune),
+    ({"recipe", "cells"}, recipe),
 )  # fmt: skip
 """By the keys that tell a study's results."""
 

@@ -1,0 +1,169 @@
+"""Fine-tuning: what is learnt of a second text at equal forgetting of the first?
+
+A small GPT learns the first text, then goes on with the second, whole or by LoRA. *Forgetting* is by how much its loss on the first text
+rose. A run is looked at after each tenth of its steps, and at a level of forgetting it gives its lowest loss on the second text among the
+looks within that level, as if you had stopped there. The start is such a look too: forgetting 0, nothing learnt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import itertools
+import tarfile
+import turtle
+import typing
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+import normwise as nw
+from normwise.errors import DataError, need
+from normwise.experiments.framework.lattice import Axis
+from normwise.experiments.recipes.recipe import BASELINE, Arm, Column, Recipe, RecipeRun
+from normwise.experiments.recipes.spikes import BATCH, small_gpt
+from normwise.experiments.tasks.rates import constant_then_linear
+from normwise.experiments.tasks.task import Part
+from normwise.experiments.tasks.text import TextData, TextTask, load_text
+
+PRETRAINING, RATE = 800, 3e-3    # steps on the first text, and their rate
+LOOKS = 10
+LEVELS = {"at most 0.05 forgotten": 0.05, "at most 0.1 forgotten": 0.1}    # nats a character of the first text
+LORA = "lora"
+
+
+def _radius(centre: float, ratio: float = 3.0) -> tuple[Axis, ...]:
+    return (Axis("r", (centre,), ratio=ratio, off=1),)
+
+
+ARMS = {
+    "full": Arm("full", "AdamW alone", role=BASELINE),
+    "l2_sp": Arm(
+        "L2-SP", '`l2_penalty(s, center="init")` (Li et al., 2018)', lambda n: [nw.l2_penalty(n["strength"], center="init")],
+        (Axis("strength", (0.1,), ratio=10.0, off=-1),), role=BASELINE,
+    ),
+    "decay_to_init": Arm(
+        "decay to init", "`decay_to_init(s)`", lambda n: [nw.decay_to_init(n["strength"])],
+        (Axis("strength", (10.0,), ratio=10.0, off=-1),), role=BASELINE,
+    ),
+    "lora": Arm("LoRA", "rank 8 on every matrix of the blocks, AdamW alone", role=BASELINE, variant=LORA),
+    "ball": Arm(
+        "ball", '`max_norm(r, center="init", relative=True)`: each unit within r of its length',
+        lambda n: [nw.max_norm(n["r"], center="init", relative=True)], _radius(0.1),
+    ),
+    "cap": Arm(
+        "cap on ΔW", '`Rule(action="project", norm="spectral", center="init", radius="r*init", per="matrix")`',
+        lambda n: [nw.Rule(action="project", norm="spectral", center="init", radius=nw.radii.Init(n["r"]), per="matrix")], _radius(0.1),
+    ),
+    "sphere": Arm(
+        "sphere of ΔW", '`Rule(action="normalize", center="init", radius="r*init", per="tensor")`',
+        lambda n: [nw.Rule(action="normalize", center="init", radius=nw.radii.Init(n["r"]), per="tensor")], _radius(0.1),
+    ),
+    "relative": Arm(
+        "relative steps", "`relative_update(c)`: each matrix changes by c times the learning rate", lambda n: [nw.relative_update(n["c"])],
+        (Axis("c", (1.0,), ratio=3.0),),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Two texts as tasks with one vocabulary, and the models trained on the first, by seed. key, facts: of both."""
+
+    first: TextTask
+    second: TextTask
+    key: str
+    facts: dict[str, Any]
+    trained: dict[int, nn.Module] = field(default_factory=dict)
+
+    def start(self, seed: int) -> nn.Module:
+        """A copy of the model that this seed trained on the first text: every arm starts there."""
+        if seed not in self.trained:
+            torch.manual_seed(seed)
+            model = self.first.build()
+            optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0, fused=True)
+            for _ in steps(self.first, model, optimizer, PRETRAINING, seed):
+                pass
+            self.trained[seed] = model
+        return deepcopy(self.trained[seed])
+
+
+def texts(source: Any) -> Texts:
+    """``--data``, by default Python's reference, and the source code of four of its modules: characters that the first lacks left out."""
+    first = load_text(source)
+    try:
+        code = "".join(inspect.getsource(module) for module in (argparse, tarfile, turtle, typing))
+    except OSError:
+        raise DataError("This Python comes without the source code of its modules, which is the second text.") from None
+    second = TextData.of("source code of argparse, tarfile, turtle, typing", "".join(c for c in code if c in first.vocabulary))
+    places = torch.tensor([first.vocabulary.index(c) for c in second.vocabulary])
+    parts = {name: places[second.part(name)] for name in ("train", "validation", "test")}
+    tasks = small_gpt(first), small_gpt(replace(second, vocabulary=first.vocabulary, **parts))
+    return Texts(*tasks, f"{first.key}-{second.key}", {"name": f"{first.name}, then {second.name}"})
+
+
+def steps(task: TextTask, model: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int) -> Iterator[int]:
+    """Trains; yields the number of every step."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: constant_then_linear(step, count))
+    for step, batch in enumerate(itertools.islice(task.batches(BATCH, seed), count), start=1):
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        yield step
+
+
+@dataclass(frozen=True)
+class FinetuneRun(RecipeRun):
+    """size: steps on the second text."""
+
+    kind: ClassVar[str] = "recipe finetune"
+    unit: ClassVar[str] = "steps"
+    figures: ClassVar[tuple[str, ...]] = tuple(f"{what} {level:g}" for level in LEVELS.values() for what in ("second", "forgetting"))
+
+    def measured(self, context: Texts) -> tuple[int, dict[str, float]]:
+        """``second`` and ``forgetting`` at each level, on the validation parts; of a run to report which look it is was chosen there, and
+        both are measured on the test parts. What acted: blocks that the rules changed."""
+        arm, model = ARMS[self.arm], context.start(self.seed)
+        if arm.variant == LORA:
+            model = adapted(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], self.numbers["lr"], weight_decay=0.0, fused=True)
+        rules = arm.rules(self.numbers)
+        control = nw.attach(model, optimizer, rules) if rules else None
+        looks, acted = [losses(context, model, self.full)], 0
+        for step in steps(context.second, model, optimizer, self.size, self.seed):
+            acted += sum(control.violations().values()) if control else 0
+            if step % max(1, self.size // LOOKS) == 0:
+                looks.append(losses(context, model, self.full))
+        reported: Part = "test" if self.full else "validation"
+        found = {}
+        for level in LEVELS.values():
+            within = [look for look in looks if look["validation"][0] - looks[0]["validation"][0] <= level]
+            best = min(within, key=lambda look: look["validation"][1])[reported]
+            found |= {f"second {level:g}": best[1], f"forgetting {level:g}": best[0] - looks[0][reported][0]}
+        return acted, found
+
+
+def losses(context: Texts, model: nn.Module, full: bool) -> Mapping[str, tuple[float, float]]:
+    """On the first and the second text, by part."""
+    parts: tuple[Part, ...] = ("validation", "test") if full else ("validation",)
+    return {part: (context.first.evaluate(model, part).loss, context.second.evaluate(model, part).loss) for part in parts}
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """The model with PEFT's LoRA on every matrix of its blocks."""
+    need("peft", "peft", what="LoRA")
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q", "k", "v", "out", "up", "down"]))  # type: ignore[arg-type]
+
+
+FINETUNE = Recipe(
+    "What is learnt of a second text at equal forgetting of the first?", FinetuneRun, ARMS, Axis("lr", (2e-3,), ratio=3.0), 100, texts,
+    {name: {f"second {level:g}": Column("loss on the second text", higher=False),
+            f"forgetting {level:g}": Column("forgetting of the first", higher=False)} for name, level in LEVELS.items()},
+)  # fmt: skip
