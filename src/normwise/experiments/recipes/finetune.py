@@ -34,10 +34,15 @@ PRETRAINING, RATE = 800, 3e-3    # steps on the first text, and their rate
 LOOKS = 10
 LEVELS = {"at most 0.05 forgotten": 0.05, "at most 0.1 forgotten": 0.1}    # nats a character of the first text
 LORA = "lora"
+PRODUCT = "peft:product"
 
 
 def _radius(centre: float, ratio: float = 3.0) -> tuple[Axis, ...]:
     return (Axis("r", (centre,), ratio=ratio, off=1),)
+
+
+def _base(scale: float) -> str:
+    return f"{scale!r}*base"
 
 
 ARMS = {
@@ -66,6 +71,17 @@ ARMS = {
     "relative": Arm(
         "relative steps", "`relative_update(c)`: each matrix changes by c times the learning rate", lambda n: [nw.relative_update(n["c"])],
         (Axis("c", (1.0,), ratio=3.0),),
+    ),
+    "lora_ball": Arm(
+        "LoRA, ball", '`max_norm("r*base", "peft:product")`', lambda n: [nw.max_norm(_base(n["r"]), PRODUCT)], _radius(0.1), variant=LORA,
+    ),
+    "lora_cap": Arm(
+        "LoRA, cap", '`spectral_cap("r*base", "peft:product")`', lambda n: [nw.spectral_cap(_base(n["r"]), PRODUCT)], _radius(0.1),
+        variant=LORA,
+    ),
+    "lora_sphere": Arm(
+        "LoRA, sphere", '`unit_norm("r*base", "peft:product", per="tensor")`',
+        lambda n: [nw.unit_norm(_base(n["r"]), PRODUCT, per="tensor")], _radius(0.1), variant=LORA,
     ),
 }  # fmt: skip
 
