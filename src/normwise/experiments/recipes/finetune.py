@@ -1,7 +1,7 @@
 """Fine-tuning: what is learnt of a second text at equal forgetting of the first?
 
 A small GPT learns the first text, then goes on with the second, whole or by LoRA. *Forgetting* is by how much its loss on the first text
-rose. A run is looked at after each tenth of its steps, and at a level of forgetting it gives its lowest loss on the second text among the
+rose. A run is looked at after each fifth of its steps, and at a level of forgetting it gives its lowest loss on the second text among the
 looks within that level, as if you had stopped there. The start is such a look too: forgetting 0, nothing learnt.
 """
 
@@ -31,7 +31,7 @@ from normwise.experiments.tasks.task import Part
 from normwise.experiments.tasks.text import TextData, TextTask, load_text
 
 PRETRAINING, RATE = 800, 3e-3    # steps on the first text, and their rate
-LOOKS = 10
+LOOKS = 5
 LEVELS = {"at most 0.05 forgotten": 0.05, "at most 0.1 forgotten": 0.1}    # nats a character of the first text
 LORA = "lora"
 PRODUCT = "peft:product"
@@ -117,8 +117,8 @@ def texts(source: Any) -> Texts:
         raise DataError("This Python comes without the source code of its modules, which is the second text.") from None
     second = TextData.of("source code of argparse, tarfile, turtle, typing", "".join(c for c in code if c in first.vocabulary))
     places = torch.tensor([first.vocabulary.index(c) for c in second.vocabulary])
-    parts = {name: places[second.part(name)] for name in ("train", "validation", "test")}
-    tasks = small_gpt(first), small_gpt(replace(second, vocabulary=first.vocabulary, **parts))
+    train, validation, test = (places[part] for part in (second.train, second.validation, second.test))
+    tasks = small_gpt(first), small_gpt(replace(second, vocabulary=first.vocabulary, train=train, validation=validation, test=test))
     return Texts(*tasks, f"{first.key}-{second.key}", {"name": f"{first.name}, then {second.name}"})
 
 
@@ -156,7 +156,7 @@ class FinetuneRun(RecipeRun):
             if step % max(1, self.size // LOOKS) == 0:
                 looks.append(losses(context, model, self.full))
         reported: Part = "test" if self.full else "validation"
-        found = {}
+        found: dict[str, float] = {}
         for level in LEVELS.values():
             within = [look for look in looks if look["validation"][0] - looks[0]["validation"][0] <= level]
             best = min(within, key=lambda look: look["validation"][1])[reported]
@@ -175,7 +175,7 @@ def adapted(model: nn.Module) -> nn.Module:
     need("peft", "peft", what="LoRA")
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q", "k", "v", "out", "up", "down"]))  # type: ignore[arg-type]
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q", "k", "v", "out", "up", "down"]))
 
 
 FINETUNE = Recipe(
