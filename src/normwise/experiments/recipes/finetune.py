@@ -1,7 +1,7 @@
 """Fine-tuning: what is learnt of a second text at equal forgetting of the first?
 
 A small GPT learns the first text, then goes on with the second, whole or by LoRA. *Forgetting* is by how much its loss on the first text
-rose. A run is looked at after each fifth of its steps, and at a level of forgetting it gives its lowest loss on the second text among the
+rose. A run is looked at after each tenth of its steps, and at a level of forgetting it gives its lowest loss on the second text among the
 looks within that level, as if you had stopped there. The start is such a look too: forgetting 0, nothing learnt.
 """
 
@@ -31,7 +31,7 @@ from normwise.experiments.tasks.task import Part
 from normwise.experiments.tasks.text import TextData, TextTask, load_text
 
 PRETRAINING, RATE = 800, 3e-3    # steps on the first text, and their rate
-LOOKS = 5
+LOOKS = 10
 LEVELS = {"at most 0.05 forgotten": 0.05, "at most 0.1 forgotten": 0.1}    # nats a character of the first text
 LORA = "lora"
 PRODUCT = "peft:product"
@@ -179,7 +179,7 @@ def adapted(model: nn.Module) -> nn.Module:
 
 
 FINETUNE = Recipe(
-    "What is learnt of a second text at equal forgetting of the first?", FinetuneRun, ARMS, Axis("lr", (2e-3,), ratio=3.0), 100, texts,
+    "What is learnt of a second text at equal forgetting of the first?", FinetuneRun, ARMS, Axis("lr", (2e-3,), ratio=3.0), 150, texts,
     {name: {f"second {level:g}": Column("loss on the second text", higher=False),
             f"forgetting {level:g}": Column("forgetting of the first", higher=False)} for name, level in LEVELS.items()},
 )  # fmt: skip

@@ -147,7 +147,7 @@ def reports(model: nn.Module, control: nw.Control) -> None:
 
 
 SPIKES = Recipe(
-    "How much of the harm of bad batches does each arm undo?", SpikesRun, ARMS, Axis("lr", (3e-3,), ratio=3.0), 200,
+    "How much of the harm of bad batches does each arm undo?", SpikesRun, ARMS, Axis("lr", (3e-3,), ratio=3.0), 400,
     lambda source: small_gpt(load_text(source)),
     {"": {"loss": Column("test loss", higher=False), "worst": Column("worst good batch", 2, higher=False)}}, span=("nothing", "clean"),
 )  # fmt: skip
