@@ -208,7 +208,9 @@ def lasting(results: dict[str, Any]) -> dict[str, Any]:
     return {**results, "machine": 0, "cells": [{**cell, "seconds": 0} for cell in results["cells"]]}
 
 
-def test_a_stopped_study_ends_as_one_that_was_not_with_equal_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_study_ends_as_the_command_that_was_not_with_equal_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(plasticity, "EPOCHS", 1)
     ask = Options("plasticity", only=("project",), state=tmp_path / "runs.jsonl")
     train, done = PlasticityRun.train, []
@@ -227,8 +229,22 @@ def test_a_stopped_study_ends_as_one_that_was_not_with_equal_trials(tmp_path: Pa
     assert {cell["trials"] for cell in results["cells"]} == {9}
     assert [cell["arm"] for cell in results["cells"]] == ["nothing", "l2_init", "shrink", "layer_norm", "project"]
     monkeypatch.setattr(PlasticityRun, "train", train)
-    assert lasting(study.study(Options("plasticity", only=("project",)), budget=TINY)) == lasting(results)
+    monkeypatch.setitem(study.BUDGETS, "quick", TINY)
+    assert lasting(commanded("plasticity", "project", tmp_path, capsys)) == lasting({**results, "budget": "quick"})
     assert {run.seed for run in done if run.full} == {0, 1} and {run.seed for run in done if not run.full} == {TUNING_SEED}
+
+
+def commanded(name: str, only: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The results of the command on a quick budget, whose table, file and page are looked at."""
+    command = ["recipe", name, "--budget", "quick", "--only", only, "--workers", "1", "--json", str(folder / "r.json"),
+               "--report", str(folder / "page")]  # fmt: skip
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "the best baseline" in out and "2 others" in out
+    assert RECIPES[name].arms[only].label in (folder / "page" / "index.html").read_text()
+    results: dict[str, Any] = json.loads((folder / "r.json").read_text())
+    assert {len(figure["values"]) for one in results["cells"] for figure in one["figures"].values()} == {2}
+    return results
 
 
 def cell(arm: str, losses: list[float | None], group: str = "") -> Cell:
@@ -253,20 +269,14 @@ def test_tables_say_what_was_undone_and_claim_only_what_does_not_overlap() -> No
     assert "no difference" in tables.verdicts({"cells": tables.results_of(RECIPES["spikes"], cells)})[0]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "plasticity" else pytest.mark.long) for name in RECIPES])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["spikes", "finetune"])
 def test_the_command_writes_table_results_and_page(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(study.BUDGETS, "quick", TINY)
     only = next(arm for arm in RECIPES[name].arms if RECIPES[name].arms[arm].role == CONTENDER)
-    command = ["recipe", name, "--budget", "quick", "--only", only, "--workers", "1", "--json", str(tmp_path / "r.json"),
-               "--report", str(tmp_path / "page")]  # fmt: skip
-    assert cli.main(command) == 0
-    out = capsys.readouterr().out
-    assert "the best baseline" in out and "2 others" in out
-    results = json.loads((tmp_path / "r.json").read_text())
-    assert RECIPES[name].arms[only].label in (tmp_path / "page" / "index.html").read_text()
-    assert {len(figure["values"]) for one in results["cells"] for figure in one["figures"].values()} == {2}
+    assert commanded(name, only, tmp_path, capsys)["recipe"] == name
 
 
 @pytest.mark.parametrize(

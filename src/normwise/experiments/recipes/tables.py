@@ -103,7 +103,9 @@ def groups(results: Results) -> dict[str, list[dict[str, str]]]:
 def remarks(results: Results) -> list[str]:
     """What to know about single arms."""
     silent = [_name(cell) for cell in results["cells"] if cell["role"] == CONTENDER and not any(cell["acted"])]
-    return cell_remarks(results["cells"], _name, **{"Its rules changed nothing in any reported run": silent})
+    # A strength at its weakest is an edge here: whether it is better left out the table says, since "nothing" was tuned as often.
+    cells = [{**c, "on_edge": [*c["on_edge"], *(f"{name} weakest" for name in c["fades_out"])], "fades_out": []} for c in results["cells"]]
+    return cell_remarks(cells, _name, **{"Its rules changed nothing in any reported run": silent})
 
 
 def _name(cell: Results) -> str:
