@@ -205,7 +205,7 @@ def test_every_arm_starts_from_the_same_weights_and_leaves_them_alone(both: Text
 
 
 def lasting(results: dict[str, Any]) -> dict[str, Any]:
-    return {**results, "machine": 0, "cells": [{**cell, "seconds": 0} for cell in results["cells"]]}
+    return {**results, "machine": 0, "seconds": 0}
 
 
 def test_a_stopped_study_ends_as_the_command_that_was_not_with_equal_trials(
@@ -249,7 +249,7 @@ def commanded(name: str, only: str, folder: Path, capsys: pytest.CaptureFixture[
 
 def cell(arm: str, losses: list[float | None], group: str = "") -> Cell:
     finals = [{"loss": loss, "worst": 3.0, "acted": 1, "seconds": 1.0} for loss in losses]
-    return Cell(arm, group, {"lr": 1e-3}, {(0.0,): [finals[0]]}, finals, {"on_edge": [], "fades_out": []})
+    return Cell(arm, group, numbers(spikes.ARMS, arm), {(0.0,): [finals[0]]}, finals, {"on_edge": [], "fades_out": []})
 
 
 def test_tables_say_what_was_undone_and_claim_only_what_does_not_overlap() -> None:
@@ -267,6 +267,13 @@ def test_tables_say_what_was_undone_and_claim_only_what_does_not_overlap() -> No
     json.dumps(results, allow_nan=False)
     cells[3] = cell("zclip", [2.1, 2.2, 2.6])
     assert "no difference" in tables.verdicts({"cells": tables.results_of(RECIPES["spikes"], cells)})[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["plasticity", "spikes"])
+def test_two_workers_give_what_one_gives(name: str) -> None:
+    one, two = (study.study(Options(name, only=("zclip" if name == "spikes" else "spectral_cap",), workers=n), budget=TINY) for n in (1, 2))
+    assert lasting(one) == lasting(two)
 
 
 @pytest.mark.long

@@ -37,8 +37,7 @@ LORA = "lora"
 PRODUCT = "peft:product"
 
 
-def _radius(centre: float, ratio: float = 3.0) -> tuple[Axis, ...]:
-    return (Axis("r", (centre,), ratio=ratio, off=1),)
+_RADIUS = (Axis("r", (0.1,), ratio=3.0, off=1),)    # relative to the norm of the weight, at the start or of the base
 
 
 def _base(scale: float) -> str:
@@ -46,43 +45,26 @@ def _base(scale: float) -> str:
 
 
 ARMS = {
-    "full": Arm("full", "AdamW alone", role=BASELINE),
+    "full": Arm("full", role=BASELINE),
     "l2_sp": Arm(
-        "L2-SP", '`l2_penalty(s, center="init")` (Li et al., 2018)', lambda n: [nw.l2_penalty(n["strength"], center="init")],
-        (Axis("strength", (0.1,), ratio=10.0, off=-1),), role=BASELINE,
+        "L2-SP", lambda n: [nw.l2_penalty(n["strength"], center="init")], (Axis("strength", (0.1,), ratio=10.0, off=-1),), BASELINE
     ),
     "decay_to_init": Arm(
-        "decay to init", "`decay_to_init(s)`", lambda n: [nw.decay_to_init(n["strength"])],
-        (Axis("strength", (10.0,), ratio=10.0, off=-1),), role=BASELINE,
+        "decay to init", lambda n: [nw.decay_to_init(n["strength"])], (Axis("strength", (10.0,), ratio=10.0, off=-1),), BASELINE
     ),
-    "lora": Arm("LoRA", "rank 8 on every matrix of the blocks, AdamW alone", role=BASELINE, variant=LORA),
-    "ball": Arm(
-        "ball", '`max_norm(r, center="init", relative=True)`: each unit within r of its length',
-        lambda n: [nw.max_norm(n["r"], center="init", relative=True)], _radius(0.1),
-    ),
+    "lora": Arm("LoRA", role=BASELINE, variant=LORA),
+    "ball": Arm("ball", lambda n: [nw.max_norm(n["r"], center="init", relative=True)], _RADIUS),
     "cap": Arm(
-        "cap on ΔW", '`Rule(action="project", norm="spectral", center="init", radius="r*init", per="matrix")`',
-        lambda n: [nw.Rule(action="project", norm="spectral", center="init", radius=nw.radii.Init(n["r"]), per="matrix")], _radius(0.1),
+        "cap on ΔW",
+        lambda n: [nw.Rule(action="project", norm="spectral", center="init", radius=nw.radii.Init(n["r"]), per="matrix")], _RADIUS,
     ),
     "sphere": Arm(
-        "sphere of ΔW", '`Rule(action="normalize", center="init", radius="r*init", per="tensor")`',
-        lambda n: [nw.Rule(action="normalize", center="init", radius=nw.radii.Init(n["r"]), per="tensor")], _radius(0.1),
+        "sphere of ΔW", lambda n: [nw.Rule(action="normalize", center="init", radius=nw.radii.Init(n["r"]), per="tensor")], _RADIUS
     ),
-    "relative": Arm(
-        "relative steps", "`relative_update(c)`: each matrix changes by c times the learning rate", lambda n: [nw.relative_update(n["c"])],
-        (Axis("c", (1.0,), ratio=3.0),),
-    ),
-    "lora_ball": Arm(
-        "LoRA, ball", '`max_norm("r*base", "peft:product")`', lambda n: [nw.max_norm(_base(n["r"]), PRODUCT)], _radius(0.1), variant=LORA,
-    ),
-    "lora_cap": Arm(
-        "LoRA, cap", '`spectral_cap("r*base", "peft:product")`', lambda n: [nw.spectral_cap(_base(n["r"]), PRODUCT)], _radius(0.1),
-        variant=LORA,
-    ),
-    "lora_sphere": Arm(
-        "LoRA, sphere", '`unit_norm("r*base", "peft:product", per="tensor")`',
-        lambda n: [nw.unit_norm(_base(n["r"]), PRODUCT, per="tensor")], _radius(0.1), variant=LORA,
-    ),
+    "relative": Arm("relative steps", lambda n: [nw.relative_update(n["c"])], (Axis("c", (1.0,), ratio=3.0),)),
+    "lora_ball": Arm("LoRA, ball", lambda n: [nw.max_norm(_base(n["r"]), PRODUCT)], _RADIUS, variant=LORA),
+    "lora_cap": Arm("LoRA, cap", lambda n: [nw.spectral_cap(_base(n["r"]), PRODUCT)], _RADIUS, variant=LORA),
+    "lora_sphere": Arm("LoRA, sphere", lambda n: [nw.unit_norm(_base(n["r"]), PRODUCT, per="tensor")], _RADIUS, variant=LORA),
 }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ plasticity in neural networks, 2023; Kumar et al., Maintaining plasticity via re
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,29 +25,24 @@ EVERYTHING = "role:all"
 NORMALISED = "LayerNorm"
 
 ARMS = {
-    "nothing": Arm("nothing", "Adam alone", role=BASELINE),
+    "nothing": Arm("nothing", role=BASELINE),
     "l2_init": Arm(
-        "L2-init", '`l2_penalty(s, params="role:all", center="init")` (Kumar et al., 2023)',
-        lambda n: [nw.l2_penalty(n["strength"], params=EVERYTHING, center="init")],
-        (Axis("strength", (3e-3,), ratio=3.0, off=-1),), role=BASELINE,
+        "L2-init", lambda n: [nw.l2_penalty(n["strength"], params=EVERYTHING, center="init")],
+        (Axis("strength", (3e-3,), ratio=3.0, off=-1),), BASELINE,
     ),
     "shrink": Arm(
-        "shrink", '`weight_decay(s, params="role:all")`',
-        lambda n: [nw.weight_decay(n["strength"], params=EVERYTHING)], (Axis("strength", (0.1,), ratio=10.0, off=-1),), role=BASELINE,
+        "shrink", lambda n: [nw.weight_decay(n["strength"], params=EVERYTHING)], (Axis("strength", (0.1,), ratio=10.0, off=-1),), BASELINE
     ),
-    "layer_norm": Arm("LayerNorm", "LayerNorm without gains before each ReLU, no rule", role=BASELINE, variant=NORMALISED),
-    "clip_weights": Arm(
-        "weight clipping",
-        '`clip_weight_value("k*init", params="role:all")`: entries within k times the initial bound (Elsayed et al., 2024)',
-        lambda n: [nw.clip_weight_value(nw.radii.Init(n["k"]), params=EVERYTHING)], (Axis("k", (2.0,), ratio=1.5, off=1),),
+    "layer_norm": Arm("LayerNorm", role=BASELINE, variant=NORMALISED),
+    "clip_weights": Arm(    # Elsayed et al., Weight clipping for deep continual and reinforcement learning, 2024
+        "weight clipping", lambda n: [nw.clip_weight_value(nw.radii.Init(n["k"]), params=EVERYTHING)],
+        (Axis("k", (2.0,), ratio=1.5, off=1),),
     ),
-    "project": Arm(
-        "normalise and project", 'LayerNorm, and `unit_norm("init", per="tensor")`: each matrix keeps its norm (Lyle et al., 2024)',
-        lambda n: [nw.unit_norm("init", per="tensor")], variant=NORMALISED,
+    "project": Arm(         # Lyle et al., Normalization and effective learning rates in reinforcement learning, 2024
+        "normalise and project", lambda n: [nw.unit_norm("init", per="tensor")], variant=NORMALISED
     ),
-    "spectral_cap": Arm(
-        "spectral cap", '`spectral_cap("k*init", every=8)`: singular values within k times the initial largest, once an epoch',
-        lambda n: [nw.spectral_cap(nw.radii.Init(n["k"]), every=IMAGES // BATCH)], (Axis("k", (1.5,), ratio=1.5, off=1),),
+    "spectral_cap": Arm(    # once an epoch: at every step it would take longer than the step
+        "spectral cap", lambda n: [nw.spectral_cap(nw.radii.Init(n["k"]), every=IMAGES // BATCH)], (Axis("k", (1.5,), ratio=1.5, off=1),)
     ),
 }  # fmt: skip
 
@@ -109,19 +103,13 @@ def mlp(pixels: int, normalised: bool) -> nn.Sequential:
 def epochs(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, chance: torch.Generator) -> float:
     """Trains on one shuffle; the accuracy over all its batches, each before its step."""
     right = torch.zeros((), dtype=torch.int64)
-    for rows in batches(len(images), chance):
+    for rows in [rows for _ in range(EPOCHS) for rows in torch.split(torch.randperm(len(images), generator=chance), BATCH)]:
         answers = model(images[rows])
         right += (answers.detach().argmax(1) == labels[rows]).sum()
         optimizer.zero_grad()
         nn.functional.cross_entropy(answers, labels[rows]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return right.item() / (EPOCHS * len(images))
-
-
-def batches(samples: int, chance: torch.Generator) -> Iterator[Tensor]:
-    """Rows for the batches of all epochs."""
-    for _ in range(EPOCHS):
-        yield from torch.split(torch.randperm(samples, generator=chance), BATCH)
 
 
 def length(model: nn.Module) -> float:

@@ -21,7 +21,7 @@ class Arm:
     """One way to train.
 
     Args:
-        label, about: for tables; ``about`` has the rule as you would write it.
+        label: for tables.
         rules: the strengths to the rules that are attached; none where all is in ``variant``.
         axes: the strengths to search beside the learning rate.
         role: a ``BASELINE`` is what a ``CONTENDER`` is compared with; a ``REFERENCE`` only shows what could be had.
@@ -29,7 +29,6 @@ class Arm:
     """
 
     label: str
-    about: str
     rules: Callable[[Numbers], list[Any]] = lambda numbers: []
     axes: tuple[Axis, ...] = ()
     role: str = CONTENDER

@@ -33,32 +33,23 @@ _BAD = 40_000                             # added to the seed: which batches are
 CLEAN, SKIP = "clean", "skip"
 
 ARMS = {
-    "nothing": Arm("nothing", "AdamW alone", role=BASELINE),
-    "clean": Arm("no bad batches", "AdamW alone, and every batch is good: what could be had", role=REFERENCE, variant=CLEAN),
-    "clip": Arm(
-        "clipping", "`clip_grad_norm(c)`", lambda n: [nw.clip_grad_norm(n["max_norm"])], (Axis("max_norm", (1.0,), ratio=3.0, off=1),),
-        role=BASELINE,
-    ),
-    "skip": Arm(
-        "skipping", "no step where the gradient's norm is z deviations above the mean of the last 128 that were taken (OLMo's loop)",
-        axes=(Axis("z", (4.0,), ratio=2.0, off=1),), role=BASELINE, variant=SKIP,
-    ),
-    "autoclip": Arm(
-        "AutoClip", "`autoclip(p)` (Seetharaman et al., 2020)", lambda n: [nw.autoclip(n["percentile"])],
-        (Axis("percentile", (30.0,), ratio=3.0, off=1, most=100.0),),
-    ),
-    "zclip": Arm(
-        "ZClip", "`zclip(z)` (Kumar et al., 2025)", lambda n: [nw.zclip(n["z"])], (Axis("z", (2.5,), ratio=2.0, off=1),),
-    ),
-    "zclip_update": Arm(
-        "ZClip of updates", '`zclip(z, on="update")`', lambda n: [nw.zclip(n["z"], on="update")], (Axis("z", (2.5,), ratio=2.0, off=1),),
-    ),
+    "nothing": Arm("nothing", role=BASELINE),
+    "clean": Arm("no bad batches", role=REFERENCE, variant=CLEAN),
+    "clip": Arm("clipping", lambda n: [nw.clip_grad_norm(n["max_norm"])], (Axis("max_norm", (1.0,), ratio=3.0, off=1),), BASELINE),
+    "skip": Arm("skipping", axes=(Axis("z", (4.0,), ratio=2.0, off=1),), role=BASELINE, variant=SKIP),
+    "autoclip": Arm("AutoClip", lambda n: [nw.autoclip(n["percentile"])], (Axis("percentile", (30.0,), ratio=3.0, off=1, most=100.0),)),
+    "zclip": Arm("ZClip", lambda n: [nw.zclip(n["z"])], (Axis("z", (2.5,), ratio=2.0, off=1),)),
+    "zclip_update": Arm("ZClip of updates", lambda n: [nw.zclip(n["z"], on="update")], (Axis("z", (2.5,), ratio=2.0, off=1),)),
     "qk_clip": Arm(
-        "QK-clip", "`qk_clip(τ, query=..., key=..., heads=4)` (Kimi K2, 2025)",
-        lambda n: [nw.qk_clip(n["tau"], query="*attention.q.weight", key="*attention.k.weight", heads=HEADS)],
+        "QK-clip", lambda n: [nw.qk_clip(n["tau"], query="*attention.q.weight", key="*attention.k.weight", heads=HEADS)],
         (Axis("tau", (10.0,), ratio=3.0, off=1),),
     ),
 }  # fmt: skip
+
+
+def text_of(source: Any) -> TextTask:
+    """``--data``, by default Python's reference, as the small GPT's task."""
+    return small_gpt(load_text(source))
 
 
 def small_gpt(text: TextData) -> TextTask:
@@ -148,6 +139,6 @@ def reports(model: nn.Module, control: nw.Control) -> None:
 
 SPIKES = Recipe(
     "How much of the harm of bad batches does each arm undo?", SpikesRun, ARMS, Axis("lr", (3e-3,), ratio=3.0), 400,
-    lambda source: small_gpt(load_text(source)),
+    text_of,
     {"": {"loss": Column("test loss", higher=False), "worst": Column("worst good batch", 2, higher=False)}}, span=("nothing", "clean"),
 )  # fmt: skip

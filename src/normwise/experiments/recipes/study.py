@@ -92,8 +92,10 @@ def study(options: Options, progress: Progress | None = None, budget: Budget | N
             }  # fmt: skip
             by_name = driver.run(plans)
             found += [by_name[name] for name in arms]
+    # Groups share runs, each of which counts once.
+    seconds = {id(run): run["seconds"] for cell in found for runs in [cell.finals, *cell.trials.values()] for run in runs}
     return {
         "recipe": options.task, "data": data.facts, "machine": machine(), "budget": options.budget,
         "protocol": {"number": PROTOCOL, **asdict(plan), "size": size, "unit": recipe.run.unit, "tuning_seed": TUNING_SEED},
-        "question": recipe.question, "cells": tables.results_of(recipe, found),
+        "question": recipe.question, "seconds": sum(seconds.values()), "cells": tables.results_of(recipe, found),
     }  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import normwise as nw
 from normwise.experiments.cells import Cell
 from normwise.experiments.cells import remarks as cell_remarks
 from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, finite, interval
@@ -35,11 +36,12 @@ def _share(low: float | None, value: float | None, high: float | None) -> float 
 
 
 def _told(recipe: Recipe, cell: Cell) -> dict[str, Any]:
-    arm, runs = recipe.arms[cell.strategy], [*cell.finals, *(run for tried in cell.trials.values() for run in tried)]
+    arm = recipe.arms[cell.strategy]
+    rules = arm.rules(cell.numbers)
     return {
-        "arm": cell.strategy, "label": arm.label, "about": arm.about, "role": arm.role, "group": cell.group,
-        "numbers": cell.numbers, "trials": sum(map(len, cell.trials.values())), **cell.ends,
-        "seconds": sum(run["seconds"] for run in runs), "acted": [final["acted"] for final in cell.finals],
+        "arm": cell.strategy, "label": arm.label, "role": arm.role, "group": cell.group,
+        "numbers": cell.numbers, "policy_yaml": nw.Policy(rules).to_yaml() if rules else "",
+        "trials": sum(map(len, cell.trials.values())), **cell.ends, "acted": [final["acted"] for final in cell.finals],
         "figures": {
             name: _over_seeds([final[name] for final in cell.finals], column) for name, column in recipe.columns[cell.group].items()
         },
@@ -59,11 +61,10 @@ def _over_seeds(values: Sequence[float | None], column: Column) -> dict[str, Any
 def setting(results: Results) -> str:
     """Data, protocol, cost and machine in a sentence."""
     data, plan = results["data"], results["protocol"]
-    hours = sum(cell["seconds"] for cell in results["cells"]) / 3600
     return (
         f"{data['name']}; {plan['trials']} trials for each arm with one seed, then {plan['seeds']} others (median, lowest to highest) of "
-        f"{plan['size']} {plan['unit']}; {hours:.2f} core-hours, budget {results['budget']}, protocol {plan['number']}; "
-        f"{where(results['machine'])}."
+        f"{plan['size']} {plan['unit']}; {results['seconds'] / 3600:.2f} hours of training, budget {results['budget']}, "
+        f"protocol {plan['number']}; {where(results['machine'])}."
     )
 
 

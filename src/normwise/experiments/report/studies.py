@@ -186,14 +186,14 @@ def _sizes(tried: Sequence[Results], chosen: float) -> dict[str, Any]:
 def recipe(results: Results) -> Page:
     """What each arm of a recipe comes to, a table for each group."""
     said = recipe_tables.verdicts(results)
-    arms = {cell["label"]: cell["about"] for cell in results["cells"]}
+    named = [(f"{cell['label']}, {cell['group']}".rstrip(", "), cell["policy_yaml"].strip()) for cell in results["cells"]]
     return {
         "task": f"recipe {results['recipe']}", "headline": said[0] if said else results["question"],
         "verdicts": [Said(one) for one in said[1:]], "about": _about(results, Data=results["data"]["name"]), "warning": "", "warnings": [],
         "sections": [
             Section(results["question"], f"{recipe_tables.setting(results)} {' '.join(recipe_tables.remarks(results))}",
                     tables=[_table(rows, group) for group, rows in recipe_tables.groups(results).items()]),
-            Section("The arms", "What each trains with.", details=list(arms.items())),
+            Section("Policies", "What was attached, to load as it is.", details=[one for one in named if one[1]]),
         ],
     }  # fmt: skip
 
