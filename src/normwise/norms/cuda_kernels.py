@@ -69,6 +69,17 @@ def _tried(device: torch.device) -> bool:
         return False
 
 
+@cache
+def _products_tried(device: torch.device) -> bool:
+    """As ``_tried``, of products: odd shapes, against torch's."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16    # Triton's interpreter has no products in bf16
+    x = torch.arange(130 * 36, device=device).remainder(7).sub(3).view(130, 36).to(dtype)
+    try:
+        return torch.equal(_gram(x[None], None, 0.0, 1.0)[0], x @ x.mT)    # of small whole numbers, so that no order of summing matters
+    except Exception:
+        return False
+
+
 def fit(tensors: Sequence[Any]) -> bool:
     """Whether the kernels can read and write these: plain tensors of one dtype on one CUDA device, each in one stretch of memory."""
     if not set(map(type, tensors)) <= KINDS or len(about := set(map(_ABOUT, tensors))) != 1:
@@ -166,14 +177,22 @@ def gram(x: Tensor, base: Tensor | None = None, beta: float = 0.0, alpha: float 
         return None
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):    # Triton has no tensor cores there, torch has
         return None
-    batch = x.reshape(-1, m, n)
-    out = torch.empty((*x.shape[:-1], m), dtype=x.dtype, device=x.device)
+    if not _products_tried(x.device):
+        return None
+    found = _gram(x.reshape(-1, m, n), base, beta, alpha)
+    return found.view(*x.shape[:-1], m)
+
+
+def _gram(x: Tensor, base: Tensor | None, beta: float, alpha: float) -> Tensor:
+    """Of a batch (b, m, n)."""
+    count, m, n = x.shape
+    out = torch.empty((count, m, m), dtype=x.dtype, device=x.device)
     added = out if base is None else base.contiguous()
     tile, k = GRAM_TILE
     tiles = -(-m // tile)
     with torch.cuda.device_of(x):    # type: ignore[no-untyped-call]
-        _kernels().gram[tiles, tiles, len(batch)](
-            batch, added, out, m, n, *batch.stride(), beta, alpha, ADDS=base is not None, T=tile, K=k, num_warps=8
+        _kernels().gram[tiles, tiles, count](
+            x, added, out, m, n, *x.stride(), beta, alpha, ADDS=base is not None, T=tile, K=k, num_warps=8
         )
     return out
 
