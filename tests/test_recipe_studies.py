@@ -201,6 +201,14 @@ def test_every_arm_starts_from_the_same_weights_and_leaves_them_alone(both: Text
     assert "# Author: Steven J. Bethard" in code, "the second text is spelt in the first one's vocabulary"
 
 
+def test_a_run_is_decided_by_its_settings_alone(both: Texts) -> None:
+    """LoRA draws its A, which must not depend on what was drawn before."""
+    run = FinetuneRun("lora", {"lr": 0.01}, 4, 2, False, both.key)
+    first = run.train(both)
+    torch.rand(7)
+    assert {**run.train(both), "seconds": 0} == {**first, "seconds": 0}
+
+
 # ----------------------------------------------------------------------------------------------------------- the study
 
 

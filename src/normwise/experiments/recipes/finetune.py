@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import normwise as nw
-from normwise.errors import DataError, need
+from normwise.errors import DataError, need_version
 from normwise.experiments.framework.lattice import Axis
 from normwise.experiments.recipes.recipe import BASELINE, Arm, Column, Recipe, RecipeRun
 from normwise.experiments.recipes.spikes import BATCH, small_gpt
@@ -92,6 +92,7 @@ class Texts:
 
 def texts(source: Any) -> Texts:
     """``--data``, by default Python's reference, and the source code of four of its modules: characters that the first lacks left out."""
+    need_version("peft", "0.17", what="the recipe finetune")    # now, not when the first arm with LoRA comes
     first = load_text(source)
     try:
         code = "".join(inspect.getsource(module) for module in (argparse, tarfile, turtle, typing))
@@ -127,6 +128,7 @@ class FinetuneRun(RecipeRun):
         """``second`` and ``forgetting`` at each level, on the validation parts; of a run to report which look it is was chosen there, and
         both are measured on the test parts. What acted: blocks that the rules changed."""
         arm, model = ARMS[self.arm], context.start(self.seed)
+        torch.manual_seed(self.seed)    # of LoRA's A: whether the start was trained just now or before must not matter
         if arm.variant == LORA:
             model = adapted(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], self.numbers["lr"], weight_decay=0.0, fused=True)
@@ -154,7 +156,6 @@ def losses(context: Texts, model: nn.Module, full: bool) -> Mapping[str, tuple[f
 
 def adapted(model: nn.Module) -> nn.Module:
     """The model with PEFT's LoRA on every matrix of its blocks."""
-    need("peft", "peft", what="LoRA")
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q", "k", "v", "out", "up", "down"]))
