@@ -159,7 +159,14 @@ class Control:
         self.inventory, self.engine = inventory, engine
         self._counts_cost = self._timed or engine.sharded
         self._names = {id(module): clean_name(name) for name, module in self._model.named_modules(remove_duplicate=False)}
-        self._log = NormLog(inventory, engine.owner, self._past) if log else None
+        self._log: NormLog | None = None
+        if log:
+            self._begin_log()
+
+    def _begin_log(self) -> None:
+        self._log = NormLog(self.inventory, self.engine.owner, self._past)
+        for bound in self.engine.phase("gradient"):
+            bound.squares = self._log.squares
 
     def _rebind(self) -> None:
         """Binds the rules anew where parameters were added, frozen, unfrozen, converted, replaced or taken away; what was known stays, by
@@ -532,7 +539,7 @@ class Control:
         """
         self._loggers.append(logger_of(target, every, histograms))
         if self._log is None:
-            self._log = NormLog(self.inventory, self.engine.owner, self._past)
+            self._begin_log()
 
     def _records(self) -> bool:
         """Whether the step that begins is recorded; asks no device."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normwise.engine.pack import is_sharded, versions
 from normwise.engine.sharded.norms import lengths
-from normwise.engine.step import Marks, OnePass
+from normwise.engine.step import OnePass, Squares
 from normwise.norms import native
 from normwise.norms.reduce import wide
 from normwise.parameters.inventory import Entry, Inventory
@@ -35,7 +35,7 @@ class NormLog:
         self.values: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         self._start: dict[str, Tensor] = {}
         self._passes: dict[int, _Passes | None] = {}
-        self._raw = Marks([])
+        self.squares = Squares()
 
     def _held(self, optimizers: Iterable[int]) -> list[Entry]:
         wanted = set(optimizers)
@@ -47,8 +47,8 @@ class NormLog:
         along: what may measure the update within the step.
         """
         gradients = grads_of(self._held(optimizers))
-        self._record({"grad_before": gradients})
-        self._raw = Marks(list(gradients.values()))
+        self.squares.clear()
+        self._measure("grad_before", gradients)
         for k in optimizers if first else ():
             passes = self._passes_of(k)
             known = passes.before(along is not None and along.alone) if passes is not None else None
@@ -77,10 +77,8 @@ class NormLog:
             weights = weights_of(self.weights, held)
             moved = {name: w - self._start.pop(name) for name, w in weights.items() if name in self._start}
             self._record({"weight": weights, "update": moved})
-        if passes is not None and self._raw.still(list(gradients.values())):    # no rule has written to them
-            self.values["grad"] |= {name: self.values["grad_before"][name] for name in gradients}
-        else:
-            self._record({"grad": gradients})
+        self._measure("grad", gradients)
+        self.squares.clear()
         if self.past.maxlen:
             totals = {kind: _total(found.values()) for kind, found in self.values.items() if found}
             if self.past and self._in_this_round and optimizer not in self._in_this_round:
@@ -98,11 +96,23 @@ class NormLog:
             self._passes[k] = _Passes({e.name: e.param for e in own}) if own and plain else None
         return self._passes[k]
 
+    def _measure(self, kind: str, gradients: Mapping[str, Tensor]) -> None:
+        """Gradients, of which those that were measured in this step, and not changed, are known."""
+        listed = list(gradients.values())
+        squares = self.squares.of(listed)
+        if squares is None and (squares := _squares(listed)) is not None:
+            self.squares.keep(listed, squares)
+        if squares is None:
+            self._record({kind: gradients})
+        else:
+            self.values[kind] |= _named(gradients, squares)
+
     def _record(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-        known = {kind: _by_kernels(tensors) for kind, tensors in found.items()}
+        known = {kind: _squares(list(tensors.values())) for kind, tensors in found.items()}
         others = norms_of({kind: tensors for kind, tensors in found.items() if known[kind] is None})
-        for kind in found:
-            self.values[kind] |= known[kind] or others.get(kind, {})
+        for kind, tensors in found.items():
+            squares = known[kind]
+            self.values[kind] |= others[kind] if squares is None else _named(tensors, squares)
 
 
 def _total(norms: Iterable[Tensor]) -> Tensor:
@@ -145,7 +155,7 @@ class _Passes:
                 native.sum_of_squares(self.workspace)
             self._squares = list(self.workspace.each)
         self._left = versions(self.weights)
-        return self._named(self._squares)
+        return _named(self.names, self._squares)
 
     def keep(self) -> None:
         """Copies of the weights that the step starts from."""
@@ -169,7 +179,7 @@ class _Passes:
                 native.sum_of_squares(self.workspace)
             found = [(now, math.nan) if pair is None else pair for pair, now in zip(told, self.workspace.each, strict=True)]
         self._left, self._squares = versions(self.weights), [now for now, _ in found]
-        return self._named(self._squares), self._named(moved for _, moved in found)
+        return _named(self.names, self._squares), _named(self.names, (moved for _, moved in found))
 
     def _told(self, along: OnePass | None) -> list[tuple[float, float] | None]:
         """Σ w² and Σ Δw² of each weight as the optimizer's kernel measured them; of one that nobody has written to as it was."""
@@ -178,20 +188,21 @@ class _Passes:
         was = zip(self.weights, self._left, self._squares, strict=True)
         return [(square, 0.0) if w._version == version else along.squares(w) for w, version, square in was]
 
-    def _named(self, squares: Iterable[float]) -> dict[str, Tensor]:
-        return dict(zip(self.names, torch.tensor(list(squares), dtype=torch.float64).sqrt_().unbind(), strict=True))
 
-
-def _by_kernels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Their L2 norms by the kernels; None where these cannot."""
-    listed = list(tensors.values())
-    if native.library() is None or not native.fit(listed):
+def _squares(tensors: Sequence[Tensor]) -> list[float] | None:
+    """Σ x² of each by the kernels; None where these cannot."""
+    if native.library() is None or not native.fit(tensors):
         return None
-    workspace = native.Workspace(listed)
-    if not workspace.place(listed):
+    workspace = native.Workspace(tensors)
+    if not workspace.place(tensors):
         return None
     native.sum_of_squares(workspace)
-    return dict(zip(tensors, torch.tensor(list(workspace.each), dtype=torch.float64).sqrt_().unbind(), strict=True))
+    return list(workspace.each)
+
+
+def _named(names: Iterable[str], squares: Iterable[float]) -> dict[str, Tensor]:
+    """The norms, by name, from their squares."""
+    return dict(zip(names, torch.tensor(list(squares), dtype=torch.float64).sqrt_().unbind(), strict=True))
 
 
 def weights_of(weights: Sequence[Entry], held: Sequence[Entry]) -> dict[str, Tensor]:

@@ -77,6 +77,30 @@ class Marks:
             yield now is then and (ref is None) == (now is None) and (now is None or here(now)._version == version)
 
 
+class Squares:
+    """Σ g² of gradients that were measured in the step that is under way: a log and a clip ask for the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, int, float]] = {}    # references, so that no other tensor gets the same id
+
+    def of(self, tensors: Sequence[Tensor]) -> list[float] | None:
+        """Of each tensor, where all were measured and nobody has written to them since."""
+        found = list(map(self._known.get, map(id, tensors)))
+        if not all([f is not None and f[1] == f[0]._version for f in found]):    # noqa: C419 - faster than a generator
+            return None
+        return [f[2] for f in found if f is not None]
+
+    def keep(self, tensors: Sequence[Tensor], squares: Iterable[float]) -> None:
+        self._known |= {id(t): (t, t._version, square) for t, square in zip(tensors, squares, strict=True)}
+
+    def scaled(self, tensors: Sequence[Tensor], squares: Sequence[float], factor: float) -> None:
+        """Tensors whose squares were known have been multiplied by one factor."""
+        self.keep(tensors, [square * factor**2 for square in squares])
+
+    def clear(self) -> None:
+        self._known = {}
+
+
 def grads(params: Iterable[Tensor]) -> list[Tensor | None]:
     """Their gradients."""
     return [p.grad for p in params]

@@ -307,13 +307,18 @@ static void clamp_all(const void *given, long first, long last) {
 
 /* Of one stretch: how long it is, and how far from what it was, which may become what it is. */
 static void moved(const float *x, float *y, long n, int follows, double *length, double *distance) {
-    Eight a = {0}, b = {0}, p, q;
+    Eight a = {0}, b = {0}, c = {0}, d = {0}, p, q, r, s;
     float rest = 0, apart = 0;
     long i = 0;
+    for (; i + 16 <= n; i += 16) {
+        memcpy(&p, x + i, 32), memcpy(&q, y + i, 32), memcpy(&r, x + i + 8, 32), memcpy(&s, y + i + 8, 32);
+        q = p - q, s = r - s, a += p * p, c += r * r, b += q * q, d += s * s;
+    }
     for (; i + 8 <= n; i += 8) {
         memcpy(&p, x + i, 32), memcpy(&q, y + i, 32);
         q = p - q, a += p * p, b += q * q;
     }
+    a += c, b += d;
     for (; i < n; i++) rest += x[i] * x[i], apart += (x[i] - y[i]) * (x[i] - y[i]);
     double one = rest, other = apart;
     for (int j = 0; j < 8; j++) one += (double)a[j], other += (double)b[j];

@@ -14,7 +14,7 @@ from normwise.engine.inverse_trials import margin_of, refuse_narrow
 from normwise.engine.pack import Member, Pack, is_sharded, nothing_to_do, pack
 from normwise.engine.sharded.grouping import check_split, lying_here, packs_of, placed_like
 from normwise.engine.sharded.prefetch import Request
-from normwise.engine.step import OnePass, RowBound, Turn
+from normwise.engine.step import OnePass, RowBound, Squares, Turn
 from normwise.errors import PolicyError
 from normwise.norms import Norm, Radius, Set
 from normwise.norms.reduce import wide
@@ -48,6 +48,8 @@ class BoundRule:
     """What it does, where that is no more than to bring rows of weights under a fixed radius."""
     along: OnePass | None = None
     """What may have done so before the rule runs."""
+    squares: Squares | None = None
+    """Where a log keeps what it has measured of the gradients."""
     looks_back = False
     """Whether ``begin`` measures the weights that the step starts from."""
     growing: tuple[str, ...] = ()

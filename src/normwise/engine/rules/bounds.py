@@ -103,7 +103,10 @@ class Bound(BoundRule):
 
     def _clip_together(self, turn: Turn) -> None:
         found, radius = self._found(turn), self.rule.radius
-        value = math.sqrt(native.sum_of_squares(self.packs[0].workspace)) if found is not None else math.inf
+        known = self.squares.of(found[0][1]) if found is not None and self.squares is not None else None
+        value = math.inf
+        if found is not None:
+            value = math.sqrt(sum(known) if known is not None else native.sum_of_squares(self.packs[0].workspace))
         factor = 1.0 if value <= radius else radius / value    # type: ignore[operator]
         if found is None or not (value < math.inf and factor >= torch.finfo(torch.float32).smallest_normal):
             self._carefully(turn)
@@ -112,6 +115,8 @@ class Bound(BoundRule):
         self._acted = {turn.optimizer: []}
         if factor != 1:
             native.multiply_(tensors, part.workspace, factor)
+            if self.squares is not None and known is not None:
+                self.squares.scaled(tensors, known, factor)
             self._acted[turn.optimizer].append((part, torch.tensor([factor], dtype=torch.float64)))
         if self.watches:
             self._look_at(torch.tensor([value], dtype=torch.float64), turn)
