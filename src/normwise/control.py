@@ -640,9 +640,9 @@ class Control:
         return verify(self.engine, inventory, self._counts(), self._frozen(inventory), self._silent())
 
     def _frozen(self, inventory: Inventory) -> Rested:
-        """The rules as they were on parameters that are frozen now."""
+        """The rules as they were on parameters that are frozen now, or were in the last step, as the other network of a GAN is."""
         bounds = {}
-        frozen = [e for e in inventory.weights if not e.trained and id(e.param) in self.engine.owner]
+        frozen = [e for e in inventory.weights if id(e.param) in self.engine.owner]
         for i in range(len(self.policy)):
             entries = [e for e in frozen if (i, e.name) in self._rested]
             if entries and not self.engine.rules[i].flat:

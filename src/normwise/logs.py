@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -78,11 +79,11 @@ def logger_of(target: Any, every: int, histograms: bool) -> Logger:
 
 def _write_to(target: Any) -> Write:
     if not isinstance(target, type | nn.Module):    # which are callable, too
-        if hasattr(target, "add_scalar") and hasattr(target, "add_histogram"):
-            return _in_tensorboard(target)
         for name in METHODS:
             if _takes(getattr(target, name, None), {}, step=0):
                 return _by_method(target, name)
+        if hasattr(target, "add_scalar") and hasattr(target, "add_histogram"):
+            return _in_tensorboard(target)
         if _takes(target, {}, 0):
             return lambda step, numbers, units: target({**numbers, **quantiles(units)}, step)
     raise PolicyError(
@@ -112,7 +113,7 @@ def _in_tensorboard(writer: Any) -> Write:
 
 def _by_method(target: Any, method: str) -> Write:
     """The method is looked up at each record: ``wandb.init()`` puts another one there."""
-    kind = getattr(target, "__name__", type(target).__module__).partition(".")[0]
+    kind = (target.__name__ if isinstance(target, ModuleType) else type(target).__module__).partition(".")[0]
 
     def write(step: int, numbers: Numbers, units: Units) -> None:
         shown: Mapping[str, Any] = quantiles(units)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -141,7 +141,8 @@ def verify(
         if (reason := bound.nothing_to_verify) is not None:
             result.unchecked.append(f"{label}: {reason}")
             continue
-        result.never_ran += [f"{label}: {what}" for what in _outside(bound, engine, inventory, present)]
+        known = {name for k, name in rested.steps if k == i}
+        result.never_ran += [f"{label}: {what}" for what in _outside(bound, engine, inventory, present, known)]
         packs = [(bound, part, _last_step(part, steps)) for part in bound.packs]
         if i in rested.bounds:
             frozen = rested.bounds[i]
@@ -173,12 +174,12 @@ def verify(
     return result
 
 
-def _outside(bound: BoundRule, engine: Engine, inventory: Inventory, present: Mapping[int, Entry]) -> list[str]:
+def _outside(bound: BoundRule, engine: Engine, inventory: Inventory, present: Mapping[int, Entry], rested: Collection[str]) -> list[str]:
     """What the rule should bound by its selector and does not know, or knows and the model has no longer."""
     mine = {id(m.param) for m in bound.members} | bound.elsewhere
     gone = {m.name for m in bound.members if id(m.param) not in present}
     changed = [m.name for m in bound.members if id(m.param) in present and tuple(m.param.shape) != m.shape]
-    fresh = [e for e in bound.rule.matched(inventory.weights) if id(e.param) not in mine and e.trained]
+    fresh = [e for e in bound.rule.matched(inventory.weights) if id(e.param) not in mine and e.trained and e.name not in rested]
     replaced = [e.name for e in fresh if e.name in gone]
     added = [e.name for e in fresh if e.name not in gone and engine.holds(e.param)]
     reasons = (

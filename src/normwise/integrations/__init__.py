@@ -6,9 +6,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-TRAINERS = ("transformers",)
+TRAINERS = ("lightning", "transformers")
 
 if TYPE_CHECKING:
+    from normwise.integrations import lightning as lightning
     from normwise.integrations import transformers as transformers
 else:
 
