@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"normwise {__version__}")
     parser.set_defaults(command=lambda args: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_compare, _add_race, _add_gan, _add_prune, _add_recipe, _add_bench, _add_policies):
+    for add in (_add_compare, _add_race, _add_gan, _add_prune, _add_recipe, _add_inspect, _add_bench, _add_policies):
         add(commands)
     return parser
 
@@ -211,7 +211,33 @@ def _add_recipe(commands: Any) -> None:
     parser.set_defaults(study="recipes")
 
 
-# --------------------------------------------------------------------------------------------------- bench and policies
+# ------------------------------------------------------------------------------------------- inspect, bench and policies
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect", help="which norms a checkpoint has, how far it moved, and whether it keeps to a policy",
+        description="Measures every tensor of CHECKPOINT without loading it: norms, units, singular values, outliers, what is not finite. "
+        "Exits 1 where a bound of --policy is broken. With --json it resumes where it was interrupted.",
+    )  # fmt: skip
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a safetensors or torch file, an index.json, a trainer's folder")
+    parser.add_argument("--against", type=Path, metavar="BASE", help="another checkpoint, to measure what changed; an adapter's base")
+    parser.add_argument("--policy", type=Path, metavar="FILE", help="a policy as YAML, whose bounds on weights are measured")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of transformers: tells roles and units, which are guessed else")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="a function of yours that makes the module, to the same end")
+    parser.add_argument("--no-spectra", action="store_false", dest="spectra", help="norms alone, as fast as the file is read")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="finished tensors (default: NAME.tensors.jsonl beside --json)")
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from normwise.experiments import inspection
+    from normwise.experiments.framework.study import Outputs
+
+    asked = inspection.Asked(args.checkpoint, args.against, args.policy, args.config, args.model, args.spectra, args.state)
+    return 0 if inspection.command(asked, Outputs(args.json, args.report)) else _BROKEN
 
 
 def _add_bench(commands: Any) -> None:

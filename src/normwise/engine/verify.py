@@ -165,7 +165,7 @@ def verify(
             (result.never_ran if reason else result.not_enforced).append(note)
         if acted:
             result.rules.append(label)
-            _measure_all(acted, label, result)
+            measure_all(acted, label, result)
         elif bound.elsewhere and not packs:
             result.rules.append(label)
             result.unchecked.append(f"{label}: nothing of it lies on this rank; the others measure it")
@@ -200,7 +200,8 @@ def _last_step(part: Pack, steps: Sequence[int]) -> int:
     return max(steps[k] for k in part.optimizers) - 1
 
 
-def _measure_all(acted: Sequence[tuple[BoundRule, Pack, int]], label: str, result: Verification) -> None:
+def measure_all(acted: Sequence[tuple[BoundRule, Pack, int]], label: str, result: Verification) -> None:
+    """Adds what the blocks of these packs are at this step to ``result``: breaches, counts, and the one nearest to its bound."""
     nearest: list[tuple[float, Largest]] = []
     for bound, part, step in acted:
         radius, exact = bound.radius(part, None, step), part.local([_exact(m) for m in part.members])

@@ -82,9 +82,12 @@ class SafeReader(FileSystemReader):
     that are not of the type and the size that the metadata says.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], without_bytes: bool = False) -> None:
         super().__init__(path)
         self._known: dict[str, Metadata] = {}
+        self._without_bytes = without_bytes
+        self.left_out: list[str] = []
+        """With ``without_bytes``: what the metadata calls bytes, which is not read, instead of being refused."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         super().reset(checkpoint_id)
@@ -97,7 +100,8 @@ class SafeReader(FileSystemReader):
                 if files.what_is(path) == files.NOTHING:
                     raise NotInert(os.strerror(errno.ENOENT))
                 content = files.content(path, _MOST_METADATA, "metadata, a file")
-                metadata = _Description(read(content, lambda module, name: name in ALLOWED.get(module, ()))).metadata()
+                described = _Description(read(content, lambda module, name: name in ALLOWED.get(module, ())), self._without_bytes)
+                metadata, self.left_out = described.metadata(), described.left_out
             except NotInert as error:
                 raise DataError(f"{path}: these are not the metadata of a distributed checkpoint of tensors ({error}).") from error
             except _Problem as error:
@@ -120,6 +124,26 @@ class SafeReader(FileSystemReader):
         return super().read_data(plan, planner)
 
 
+def read_tensor(folder: str | os.PathLike[str], metadata: Metadata, name: str) -> Tensor:
+    """One tensor of a checkpoint whose metadata a :class:`SafeReader` gave, put together from its pieces.
+
+    It takes the memory of the tensor, and of one piece where there are several. DataError for pieces that are not what the metadata says.
+    """
+    described = cast(TensorStorageMetadata, metadata.state_dict_metadata[name])
+    dtype, whole = described.properties.dtype, torch.empty(0)
+    for i, chunk in enumerate(described.chunks):
+        info = cast(_StorageInfo, metadata.storage_data[MetadataIndex(name, chunk.offsets)])
+        _check_piece(Path(folder), name, info, dtype, chunk.sizes)
+        with files.opened(Path(folder) / info.relative_path, "a file of a checkpoint") as file:
+            window = _Window(file, info.offset, info.length)
+            piece = torch.load(cast(Any, window), map_location="cpu", weights_only=True).detach()
+        if len(described.chunks) == 1:
+            return piece
+        whole = torch.empty(described.size, dtype=dtype) if i == 0 else whole
+        whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece
+    return whole
+
+
 class _Problem(Exception):
     """What is wrong with a description that can be read."""
 
@@ -127,8 +151,9 @@ class _Problem(Exception):
 class _Description:
     """torch's Metadata from the words and numbers of a pickle, each checked."""
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, without_bytes: bool = False) -> None:
         self.root, self.parts = root, 0
+        self.without_bytes, self.left_out = without_bytes, list[str]()
 
     def metadata(self) -> Metadata:
         fields = self.fields(self.root, "torch.distributed.checkpoint.metadata", "Metadata")
@@ -143,8 +168,12 @@ class _Description:
         for name, value in described:
             if type(name) is not str or name in tensors:
                 raise _Problem("the name of a tensor is no text, or stands twice.")
-            tensors[name] = self.tensor(name, value)
+            if self.without_bytes and type(value) is Made and value.what.name == "BytesStorageMetadata":
+                self.left_out.append(name)
+            else:
+                tensors[name] = self.tensor(name, value)
         pieces = dict(self.piece(index, where) for index, where in stored)
+        pieces = {index: where for index, where in pieces.items() if index.fqn in tensors} if self.left_out else pieces
         for name, chunk in ((name, chunk) for name, tensor in tensors.items() for chunk in tensor.chunks):
             if MetadataIndex(name, chunk.offsets) not in pieces:
                 raise _Problem(f"it does not say where the piece of {name} at {list(chunk.offsets)} is stored.")

@@ -5,6 +5,9 @@
  * summed in fp32, as fast as memory gives them, and these sums in double; where they leave the range that fp32 keeps, squares are summed in
  * double, which holds that of every fp32 number. A sum never depends on the number of threads.
  */
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -554,4 +557,77 @@ long normwise_spectra(const Job *j, long m, long n, double r) {
     }
     free(room);
     return beyond;
+}
+
+/* --------------------------------------------------------------------------------------------------------- what a file's numbers are */
+
+#define STRETCH 4096L /* entries of which the largest is kept, so that outliers can be found again: 16 kB as fp32 */
+
+/* Some entries of a tensor, one after the other as they lie in a file: which they are, and what is found. */
+typedef struct {
+    const void *x;
+    long kind;                        /* 0: fp32, 1: bf16, 2: fp16 */
+    long first, count, n;             /* the first one's place in the tensor, and how long the rows are that squares are summed over */
+    double *rows;                     /* one for each row that they are in: Σ x² of the finite ones is added */
+    float *tops;                      /* one for each STRETCH of them: the largest |x| that is finite */
+    long zeros, nonfinite;            /* added to */
+} Tally;
+
+static void widen_bf16(const unsigned short *x, long n, unsigned *to) {
+    for (long i = 0; i < n; i++) to[i] = (unsigned)x[i] << 16;
+}
+
+/* Without the instruction a power of two brings the exponent to fp32's bias; what lies below fp16's normal numbers comes out right, too. */
+static void widen_fp16(const unsigned short *x, long n, float *to) {
+    long i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i))));
+#endif
+    for (; i < n; i++) {
+        const unsigned up = (x[i] & 0x7fffu) << 13;
+        float value;
+        memcpy(&value, &up, 4);
+        to[i] = value < 0x1p-96f ? value * 0x1p112f : INFINITY;
+    }
+}
+
+static double sum_finite(const float *x, long n) {
+    double sum = 0;
+    for (long i = 0; i < n; i++) sum += isfinite(x[i]) ? (double)x[i] * (double)x[i] : 0;
+    return sum;
+}
+
+/* Counts and the largest by the bits: of numbers without a sign these are in the same order. Returns how many are not finite. */
+static int look_at(const float *x, long n, Tally *t, float *top) {
+    int zeros = 0, bad = 0, largest = 0;
+    for (long i = 0; i < n; i++) {
+        int bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        const int finite = bits < 0x7f800000;
+        zeros += bits == 0, bad += !finite;
+        bits = finite ? bits : 0;
+        largest = bits > largest ? bits : largest;
+    }
+    memcpy(top, &largest, 4);
+    t->zeros += zeros, t->nonfinite += bad;
+    return bad;
+}
+
+void normwise_tally(Tally *t) {
+    float wide[STRETCH];
+    const long begin = t->first / t->n;
+    for (long from = 0, k = 0; from < t->count; from += STRETCH, k++) {
+        const long n = t->count - from < STRETCH ? t->count - from : STRETCH;
+        const float *x = (const float *)t->x + from;
+        if (t->kind) x = wide;
+        if (t->kind == 1) widen_bf16((const unsigned short *)t->x + from, n, (unsigned *)wide);
+        if (t->kind == 2) widen_fp16((const unsigned short *)t->x + from, n, wide);
+        const int bad = look_at(x, n, t, t->tops + k);
+        for (long a = 0; a < n;) {
+            const long place = t->first + from + a, left = t->n - place % t->n, count = left < n - a ? left : n - a;
+            t->rows[place / t->n - begin] += bad ? sum_finite(x + a, count) : sum_squares(x + a, count);
+            a += count;
+        }
+    }
 }

@@ -84,6 +84,14 @@ class _Step(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Tally(ctypes.Structure):
+    """As in ``kernels.c``."""
+
+    _fields_ = (
+        ("x", _P), ("kind", _L), ("first", _L), ("count", _L), ("n", _L), ("rows", _P), ("tops", _P), ("zeros", _L), ("nonfinite", _L),
+    )  # fmt: skip
+
+
 def _declared(found: Any) -> Any:
     found.normwise_step.argtypes, found.normwise_step.restype = [_P, _I], _L
     found.normwise_blocks.argtypes, found.normwise_blocks.restype = [_P, _I], _L
@@ -92,6 +100,7 @@ def _declared(found: Any) -> Any:
     found.normwise_moved.argtypes, found.normwise_moved.restype = [_P, _P, _I, _I], _L
     found.normwise_spectra.argtypes, found.normwise_spectra.restype = [_P, _L, _L, _D], _L
     found.normwise_clamp.argtypes, found.normwise_clamp.restype = [_P, _F, _F, _I], _L
+    found.normwise_tally.argtypes, found.normwise_tally.restype = [_P], None
     return found
 
 
@@ -321,6 +330,31 @@ def exceeding(workspace: Workspace, shape: tuple[int, int], radius: float) -> li
     if not _done(_kernels().normwise_spectra(workspace.call, *shape, radius)):
         return []
     return (workspace.factors[: workspace.count] == 0).nonzero().flatten().tolist()
+
+
+STRETCH, TALLIED = 4096, (torch.float32, torch.bfloat16, torch.float16)
+"""Of :func:`tally`: the entries of which the largest is kept, and the dtypes that it knows."""
+
+
+def tally(x: Tensor, first: int, n: int, rows: Tensor, tops: Tensor) -> tuple[int, int] | None:
+    """Looks once at some entries of a tensor, one after the other as they lie in a file. None where the kernels cannot.
+
+    Args:
+        x: the entries, of a dtype in ``TALLIED``.
+        first: the place of the first one in the tensor.
+        n: how long the rows are that squares are summed over.
+        rows: float64, one for each row that an entry lies in, the first one's first: Σ x² of the finite entries is added.
+        tops: float32, one for each ``STRETCH`` of the entries: the largest finite |x|.
+
+    Returns:
+        How many entries are zero, and how many are not finite.
+    """
+    found = library()
+    if found is None or x.dtype not in TALLIED:
+        return None
+    given = _Tally(x.data_ptr(), TALLIED.index(x.dtype), first, x.numel(), n, rows.data_ptr(), tops.data_ptr(), 0, 0)
+    found.normwise_tally(ctypes.addressof(given))
+    return given.zeros, given.nonfinite
 
 
 def _kernels() -> Any:

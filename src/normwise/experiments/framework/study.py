@@ -129,24 +129,24 @@ def command(study: Callable[..., Results], show: Callable[[Results], None], opti
 
 def deliver(
     work: Callable[[], Results], show: Callable[[Results], None], outputs: Outputs, state: Path | None = None, *,
-    complaints: Complaints = lambda results: (),
+    complaints: Complaints = lambda results: (), units: str = "runs",
 ) -> bool:  # fmt: skip
     """``work()`` with its outputs checked before it; after it they are written, and only then ``show`` prints the results, so that
     nothing that happens to a terminal or a pipe costs them. state: where finished runs stand, if any are kept. complaints: what is wrong
-    with the results, for standard error; False where there is something.
+    with the results, for standard error; False where there is something. units: what is kept one by one.
 
     Raises OutputError, at the end of all this, for what could not be written or printed.
     """
     check_outputs(outputs, state)
     if outputs.report is not None:
         import_module("normwise.experiments.report")  # an extra that is missing is told now, not after the work
-    interrupts.say(partial(_how_to_go_on, state))
+    interrupts.say(partial(_how_to_go_on, state, units))
     results = work()
     with interrupts.held():
         written, failed = _save(results, outputs)
-        interrupts.say(lambda: f"Interrupted: {_whereabouts(written, state)}.")
+        interrupts.say(lambda: f"Interrupted: {_whereabouts(written, state, units)}.")
     try:
-        printed(partial(_print, show, results, written), _whereabouts(written, state))
+        printed(partial(_print, show, results, written), _whereabouts(written, state, units))
     except OutputError as error:
         failed.append(str(error).rstrip("."))
     wrong = complaints(results)
@@ -181,18 +181,18 @@ def _print(show: Callable[[Results], None], results: Results, written: Mapping[s
         print(f"{name}: {path}")
 
 
-def _whereabouts(written: Mapping[str, Path], state: Path | None) -> str:
+def _whereabouts(written: Mapping[str, Path], state: Path | None, units: str) -> str:
     if written:
         return f"the results are in {' and '.join(map(str, written.values()))}"
-    return f"finished runs are in {state}" if state else "with --json FILE they are kept"
+    return f"finished {units} are in {state}" if state else "with --json FILE they are kept"
 
 
-def _how_to_go_on(state: Path | None) -> str:
+def _how_to_go_on(state: Path | None, units: str) -> str:
     if state is None:
         return "Interrupted: nothing is kept of it; start the same command again."
     if not state.exists() or not state.stat().st_size:
-        return f"Interrupted before the first run was finished; the same command starts anew, and keeps its runs in {state}."
-    return f"Interrupted: finished runs are in {state}; the same command resumes there."
+        return f"Interrupted before the first run was finished; the same command starts anew, and keeps its {units} in {state}."
+    return f"Interrupted: finished {units} are in {state}; the same command resumes there."
 
 
 def check_outputs(outputs: Outputs, state: Path | None) -> None:

@@ -44,19 +44,21 @@ class Section:
     alt: str = ""
     tables: Sequence[Table] = ()
     details: Sequence[tuple[str, str]] = ()
+    pictures: Sequence[tuple[str, Any]] = ()
+    """Small ones with their titles, side by side where there is room."""
 
 
 Page = dict[str, Any]
 """What the template prints, from top to bottom: task, headline, verdicts, about, sections, warning, warnings."""
 
 
-def _table(rows: Sequence[Mapping[str, str]], name: str = "") -> Table:
+def table_of(rows: Sequence[Mapping[str, str]], name: str = "") -> Table:
     """Rows of equal columns. Figures are read by their last digits, so that they stand to the right; words to the left."""
     words = [(column, sum(not row[column][:1].isdigit() for row in rows) * 2 > len(rows)) for column in (rows[0] if rows else ())]
     return name, words, [list(row.values()) for row in rows]
 
 
-def _svg(spec: dict[str, Any]) -> Any:
+def svg(spec: dict[str, Any]) -> Any:
     """A picture in the page: Vega escapes the text in it."""
     return Markup(render(spec, ".svg").decode())
 
@@ -80,11 +82,11 @@ def race(results: Results) -> Page:
         sections = [
             Section("How much of the baseline’s training each needs",
                     "Sorted by the share of samples, with the 95% bootstrap interval of its median over seeds. Below 1 is sooner.",
-                    tables=[_table(race_tables.rows(results))]),
+                    tables=[table_of(race_tables.rows(results))]),
             Section("Validation result against horizon",
                     "One panel for each contender, one mark for each run. The dashed line is the target; the line joins the medians.",
-                    _svg(spec), "Validation result of every run against its share of the horizon, one panel for each contender."),
-            Section("Tuned numbers", "What validation chose, to use as it is.", tables=[_table(race_tables.numbers(results))]),
+                    svg(spec), "Validation result of every run against its share of the horizon, one panel for each contender."),
+            Section("Tuned numbers", "What validation chose, to use as it is.", tables=[table_of(race_tables.numbers(results))]),
         ]  # fmt: skip
     broken = race_tables.breaches(results)
     return {
@@ -115,8 +117,8 @@ def gan(results: Results) -> Page:
         "sections": [
             Section("Distance of the drawn images from real ones",
                     "Fréchet distance at equal time: median over seeds, lowest to highest. Further left is better; grey is the baseline.",
-                    _svg(_distances(cells)), "Fréchet distance of each strategy, one panel for each loss.",
-                    [_table(rows, name) for name, rows in tables if rows]),
+                    svg(_distances(cells)), "Fréchet distance of each strategy, one panel for each loss.",
+                    [table_of(rows, name) for name, rows in tables if rows]),
             Section("What to know", " ".join(gan_tables.remarks(cells)) or "No cell is at the edge of what was tried."),
             Section("Policies", "What was attached, to load as it is.", details=policies),
         ],
@@ -153,11 +155,11 @@ def prune(results: Results) -> Page:
         "sections": [
             Section("The networks", "On the test part; mean ± standard deviation over seeds. The last row: the smaller network’s share of "
                     f"the full one. Removing the units changed no output by more than {results['summary']['difference']:.1e} (in float64).",
-                    tables=[_table(prune_tables.networks(results))]),
+                    tables=[table_of(prune_tables.networks(results))]),
             Section("Strengths of the group lasso", "With the tuning seed, on validation, fine-tuned. Further left is smaller, further up "
-                    "is better; the orange mark is the choice.", _svg(_sizes(tried, results["strength"])) if tried else None,
+                    "is better; the orange mark is the choice.", svg(_sizes(tried, results["strength"])) if tried else None,
                     "Validation accuracy against the parameters that are left, one mark for each strength.",
-                    [_table([prune_tables.trial(line) for line in results["strengths"]])]),
+                    [table_of([prune_tables.trial(line) for line in results["strengths"]])]),
         ],
     }  # fmt: skip
 

@@ -1,0 +1,104 @@
+"""Adapters of PEFT as what they add to a weight: s · B·A, measured through r x r matrices without forming it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from normwise.errors import DataError
+from normwise.inspection.checkpoint import Checkpoint
+from normwise.inspection.stored import Stored
+
+_FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.(lora_embedding_|lora_)([AB])(?:\.[^.]+)?$")
+_LEAD = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Product:
+    """One adapter: the weight that it changes, its factors A ``(r, n)`` and B ``(m, r)``, and its scale s."""
+
+    layer: str
+    a: Stored
+    b: Stored
+    scale: float
+    embedding: bool
+    transposed: bool
+    """Whether the weight is (B·A)ᵀ: an embedding's, or Conv1D's."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.weight"
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of B·A as a matrix; a convolution's has its kernel's axes in n."""
+        return self.b.shape[0], self.a.count // max(self.a.shape[0], 1)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B in float64."""
+        return self.a.whole().flatten(1).double(), self.b.whole().flatten(1).double()
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it can be added to a weight of this shape, or to its transpose, as Conv1D keeps it."""
+        m, n = self.shape
+        flat = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
+        return flat in ((m, n), (n, m))
+
+
+def products(checkpoint: Checkpoint) -> list[Product]:
+    """The low-rank products of an adapter; what belongs to none stays in ``checkpoint.tensors``.
+
+    Raises:
+        DataError: for a factor without the other, or factors that do not fit each other.
+    """
+    config = checkpoint.adapter or {}
+    if config.get("peft_type") != "LORA":
+        checkpoint.notes.append(f"an adapter of type {config.get('peft_type')} is no product B·A: its tensors are measured as they are")
+        return []
+    if config.get("use_dora"):
+        checkpoint.notes.append("DoRA: s·BA is measured before the magnitude vectors, which are listed by themselves")
+    return [_product_of(layer, pair, checkpoint, config) for layer, pair in _pairs(checkpoint)]
+
+
+def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, bool], dict[str, Stored]]]:
+    pairs: dict[tuple[str, bool], dict[str, Stored]] = {}
+    for name in list(checkpoint.tensors):
+        if found := _FACTOR.match(name):
+            pairs.setdefault((found[1], "embedding" in found[2]), {})[found[3]] = checkpoint.tensors.pop(name)
+        elif name.startswith(_LEAD):
+            checkpoint.tensors[name.removeprefix(_LEAD).replace(".modules_to_save", "")] = checkpoint.tensors.pop(name)
+    yield from pairs.items()
+
+
+def _product_of(key: tuple[str, bool], pair: dict[str, Stored], checkpoint: Checkpoint, config: dict[str, Any]) -> Product:
+    layer, embedding = key
+    if len(pair) < 2:
+        [one] = pair.values()
+        raise DataError(f"{checkpoint.place}: {one.name} is one factor of a product B·A, and the other is not there.")
+    a, b = pair["A"], pair["B"]
+    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != b.shape[1] or any(n != 1 for n in b.shape[2:]):
+        raise DataError(f"{checkpoint.place}: the factors of {layer}, {list(b.shape)} and {list(a.shape)}, do not make a product B·A.")
+    rank = _of_pattern(config.get("rank_pattern"), layer, config.get("r", a.shape[0]))
+    if rank != a.shape[0]:
+        raise DataError(f"{checkpoint.place}: adapter_config.json says rank {rank} for {layer}, whose factor A has {a.shape[0]} rows.")
+    alpha = _of_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", rank))
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return Product(layer, a, b, scale, embedding, embedding or bool(config.get("fan_in_fan_out")))
+
+
+def _of_pattern(patterns: Any, layer: str, usual: Any) -> Any:
+    """PEFT's rule: the first key that is the end of the layer's name, as a regular expression."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return usual
+

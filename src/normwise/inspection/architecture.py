@@ -1,0 +1,69 @@
+"""The model that a checkpoint is of, without its weights: from transformers' ``config.json``, or from a function of yours."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normwise import files
+from normwise.errors import DataError, NormwiseError, need
+
+
+def from_config(path: str | Path) -> nn.Module:
+    """The class that the config names under ``architectures``, on the meta device. Only transformers' own: no code of a checkpoint is run.
+
+    Raises:
+        DataError: for a file that is no config, or one of a model that transformers does not have.
+        MissingExtraError: without transformers.
+    """
+    need("inspect", "transformers", what="--config")
+    transformers = import_module("transformers")
+    path = Path(path) / "config.json" if files.what_is(path) == files.FOLDER else Path(path)
+    try:
+        content: Any = json.loads(files.content(path, 1 << 24, "a config.json of transformers"))
+        named = content["architectures"][0]
+        cls = getattr(transformers, named)
+        config = cls.config_class.from_dict(content)
+        with torch.device("meta"):
+            model: nn.Module = cls(config)
+    except DataError:
+        raise
+    except Exception as error:    # a config may be of anything, and its class raises what it likes
+        raise DataError(
+            f"{path}: transformers {transformers.__version__} makes no model of it ({type(error).__name__}: {str(error)[:150]}); "
+            "its 'architectures' must name one of its own classes."
+        ) from error
+    return model
+
+
+def from_function(where: str) -> nn.Module:
+    """What ``package.module:function`` returns, called without arguments and on the meta device. It is your code, and runs.
+
+    Raises:
+        DataError: where there is no such function, or it makes no module.
+    """
+    module, _, name = where.partition(":")
+    if not module or not name:
+        raise DataError(f"the model {where!r} is no function: give package.module:function, which returns the module.")
+    sys.path.insert(0, "")
+    try:
+        function: Any = import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+        with torch.device("meta"):
+            model = function()
+    except NormwiseError:
+        raise
+    except Exception as error:    # the user's own code
+        raise DataError(f"the model {where!r} cannot be made: {type(error).__name__}: {str(error)[:200]}.") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        raise DataError(f"the model {where!r} is a {type(model).__name__}: the function must return a torch.nn.Module.")
+    return model
