@@ -220,10 +220,10 @@ def _add_inspect(commands: Any) -> None:
         description="Measures every tensor of CHECKPOINT without loading it: norms, units, singular values, outliers, what is not finite. "
         "Exits 1 where a bound of --policy is broken. With --json it resumes where it was interrupted.",
     )  # fmt: skip
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a safetensors or torch file, an index.json, a trainer's folder")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a safetensors or torch file, an index.json, a folder")
     parser.add_argument("--against", type=Path, metavar="BASE", help="another checkpoint, to measure what changed; an adapter's base")
     parser.add_argument("--policy", type=Path, metavar="FILE", help="a policy as YAML, whose bounds on weights are measured")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of transformers: tells roles and units, which are guessed else")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of transformers: tells roles and units")
     parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="a function of yours that makes the module, to the same end")
     parser.add_argument("--no-spectra", action="store_false", dest="spectra", help="norms alone, as fast as the file is read")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")

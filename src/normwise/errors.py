@@ -59,7 +59,7 @@ def need(extra: str, *packages: str, what: str) -> None:
     """Stands before the import of an extra's packages.
 
     Args:
-        extra: of normwise: ``"yaml"``, ``"study"``, ``"report"``, ``"prune"``, ``"datasets"``, ``"dask"``.
+        extra: of normwise: ``"yaml"``, ``"study"``, ``"report"``, ``"prune"``, ``"inspect"``, ``"datasets"``, ``"dask"``.
         packages: as they are imported; nothing is imported here.
         what: what cannot do without them, as the beginning of a sentence: ``"a report"``.
 

@@ -75,7 +75,10 @@ def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, bool], dict[str,
         if found := _FACTOR.match(name):
             pairs.setdefault((found[1], "embedding" in found[2]), {})[found[3]] = checkpoint.tensors.pop(name)
         elif name.startswith(_LEAD):
-            checkpoint.tensors[name.removeprefix(_LEAD).replace(".modules_to_save", "")] = checkpoint.tensors.pop(name)
+            one = checkpoint.tensors.pop(name)
+            one.name = name.removeprefix(_LEAD).replace(".modules_to_save", "")
+            checkpoint.tensors[one.name] = one
+            checkpoint.shapes[one.name] = one.shape
     yield from pairs.items()
 
 

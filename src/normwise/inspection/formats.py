@@ -71,14 +71,12 @@ def torch_file(path: Path) -> Found:
     if not zipfile.is_zipfile(path):
         return _old_torch_file(path)
     try:
-        with zipfile.ZipFile(path) as packed:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in packed.infolist()):
-                raise DataError(f"{path}: this is a compressed archive, which torch.save never makes.")
+        kinds = {entry.compress_type for entry in zipfile.ZipFile(path).infolist()}
         content = torch.load(path, map_location="meta", weights_only=True)
-    except DataError:
-        raise
     except Exception as error:    # a damaged or planted file raises whatever it likes
         raise DataError(f"{path}: {_refusal(error)}") from error
+    if kinds != {zipfile.ZIP_STORED}:
+        raise DataError(f"{path}: this is a compressed archive, which torch.save never makes.")
     file = File(path)
     found: dict[tuple[str, ...], Stored] = {}
     left = []
@@ -121,7 +119,8 @@ def _refusal(error: Exception) -> str:
             f"this file is not read, and nothing in it was run: {what} no tensor or plain data. "
             "Save the state_dict alone, or as safetensors."
         )
-    return f"this is no file of torch.save, or it is cut off or damaged ({(text.splitlines() or [type(error).__name__])[0][:200].rstrip('.')})."
+    first = (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    return f"this is no file of torch.save, or it is cut off or damaged ({first})."
 
 
 def _tensors(value: Any, way: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:

@@ -93,6 +93,8 @@ def _why_not(rule: Rule, guessed: bool, based: bool) -> str | None:
         return reason
     if guessed and any(isinstance(one, type) or (isinstance(one, str) and one.startswith(("class:", "attention:"))) for one in selectors):
         return "it selects by modules, which a checkpoint does not have: give --config or --model"
+    if any(isinstance(one, str) and one.startswith("peft:") for one in selectors):
+        return "it selects an adapter's parts in a model: control.verify() measures it there"
     if rule.every > 1 or rule.stop is not None:
         return "it rests at some steps, and a checkpoint does not tell its step"
     if radius is not None and not is_number(scale):

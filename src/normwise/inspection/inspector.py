@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -28,6 +29,8 @@ from normwise.policy import Policy
 from normwise.policy.policy import PolicyLike
 from normwise.reports import Loggable
 
+Job = tuple[str, int, Callable[[], Record]]
+"""A tensor's name, its bytes, and what measures it."""
 KEPT_EVERY = 2.0
 """Seconds of work that an interruption may cost: as often finished tensors go to the disk."""
 FORM = 1
@@ -101,10 +104,10 @@ def inspect(
     rules = Policy(policy) if policy is not None else None
     work = _Work(now, before, places, pairs, rules, spectra)
     work.resume(kept)
+    tell = progress or (lambda *what: None)
     with alone():
-        for name, size, total in work.run():
-            if progress is not None:
-                progress(name, size, total)
+        for told in work.run():
+            tell(*told)
     return work.result()
 
 
@@ -150,10 +153,9 @@ class _Work:
         total = sum(size for _, size, _ in jobs)
         fresh: dict[str, Record] = {}
         last = time.monotonic()
-        for place, (name, size, measure) in enumerate(jobs):
+        for (name, size, measure), following in zip_longest(jobs, jobs[1:]):
             if name not in self.records:
-                if place + 1 < len(jobs) and (following := self.now.tensors.get(jobs[place + 1][0])) is not None:
-                    following.ahead()
+                self._ahead(following)
                 fresh[name] = measure()
             if time.monotonic() - last > KEPT_EVERY:
                 self._finish(fresh)
@@ -161,13 +163,19 @@ class _Work:
             yield name, size, total
         self._finish(fresh)
 
+    def _ahead(self, following: Job | None) -> None:
+        """The disk may read the next tensor while this one is measured."""
+        one = None if following is None else self.now.tensors.get(following[0])
+        if one is not None:
+            one.ahead()
+
     def _finish(self, fresh: dict[str, Record]) -> None:
         """A record is whole when its spectra have been decomposed."""
         if self.spectra is not None:
             self.spectra.flush()
         self._keep(fresh)
 
-    def _jobs(self) -> list[tuple[str, int, Callable[[], Record]]]:
+    def _jobs(self) -> list[Job]:
         plain = [(name, one.size, partial(self._tensor, one)) for name, one in self.now.tensors.items()]
         return [*((p.name, p.a.size + p.b.size, partial(self._product, p)) for p in self.pairs), *plain]
 

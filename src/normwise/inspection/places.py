@@ -90,7 +90,7 @@ def fitting_prefix(names: Iterable[str], others: Mapping[str, object]) -> tuple[
     listed = list(names)
     leads = {"", *(f"{name.split('.')[0]}." for name in listed)}
     fronts = {"", *(f"{name.split('.')[0]}." for name in others)}
-    ways = [(lead, front) for lead in leads for front in fronts if not (lead and front) or lead != front]
+    ways = [(lead, front) for lead in leads for front in fronts if not (lead and front)]
     return max(ways, key=lambda way: (sum(_under(name, way) in others for name in listed), -len("".join(way))))
 
 

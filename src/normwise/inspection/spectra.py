@@ -172,9 +172,8 @@ def _exactly(slabs: Slabs) -> Tensor:
     """The singular values of the triangular factor, which grows with each slab."""
     factor = torch.zeros(0, slabs.k, dtype=torch.float64)
     with slabs.ready():
-        for i in range(slabs.count):
-            for part in torch.split(slabs(i), max(slabs.k, 1)):
-                factor = torch.linalg.qr(torch.cat([factor, part]), mode="r").R
+        for part in (part for i in range(slabs.count) for part in torch.split(slabs(i), max(slabs.k, 1))):
+            factor = torch.linalg.qr(torch.cat([factor, part]), mode="r").R
     return singular_values(factor[None])[0]
 
 

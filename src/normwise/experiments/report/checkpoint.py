@@ -64,15 +64,13 @@ def _against_depth(drawn: Mapping[str, list[Results]], results: Results) -> list
     names = _short(list(deep))
     sections = []
     for title, figures, part in (("Against depth", FIGURES, None), ("What changed", CHANGES, "change")):
-        pictures = []
-        for key, label in figures.items():
-            rows = [
-                {"kind": names[kind], "depth": r["depth"], "value": tidy.rounded(value)}
-                for kind, same in deep.items() for r in same for value in [(r if part is None else r.get(part, {})).get(key)]
-                if value is not None
-            ]  # fmt: skip
-            if rows:
-                pictures.append((label, svg(_lines(rows, list(names.values())))))
+        each = [(names[kind], r["depth"], r if part is None else r.get(part, {})) for kind, same in deep.items() for r in same]
+        drawn_rows = [
+            (label, [{"kind": name, "depth": depth, "value": tidy.rounded(found[key])} for name, depth, found in each
+                     if found.get(key) is not None])
+            for key, label in figures.items()
+        ]  # fmt: skip
+        pictures = [(label, svg(_lines(rows, list(names.values())))) for label, rows in drawn_rows if rows]
         if pictures:
             text = "One line for each kind of matrix, one mark for each layer." + (f" Against {results['against']}." if part else "")
             sections.append(Section(title, text, alt="A figure of each kind of matrix against the layer", pictures=pictures))
@@ -100,7 +98,7 @@ def _spectra(drawn: Mapping[str, list[Results]], results: Results) -> list[Secti
     for title, part in parts:
         pictures = [(kind, svg(_spectrum(rows))) for kind, same in drawn.items() if (rows := _values(same, part))]
         if pictures:
-            text = "Singular values over the largest, from first to last, on a logarithmic scale; a line for each layer, the later the darker."
+            text = "Singular values over the largest, from first to last, on a log scale; a line for each layer, the later the darker."
             text += (f" Of W − W₀, against {results['against']}." if title != "Spectra" else "")
             sections.append(Section(title, text, alt="Singular values", pictures=pictures))
     return sections
@@ -110,11 +108,10 @@ def _values(same: Sequence[Results], part: Any) -> list[dict[str, Any]]:
     """Down to 1e-6: below lies what float32 rounds away."""
     rows = []
     for i, record in enumerate(same):
-        values = part(record).get("spectrum") or []
-        for k, value in enumerate(values):
-            if values[0] > 0 and value / values[0] >= 1e-6:
-                place, share = tidy.rounded(k / max(len(values) - 1, 1)), tidy.rounded(value / values[0])
-                rows.append({"layer": i, "depth": i / max(len(same) - 1, 1), "place": place, "share": share})
+        values = part(record).get("spectrum") or [0.0]
+        shares = [(k / max(len(values) - 1, 1), value / values[0]) for k, value in enumerate(values) if values[0] > 0]
+        depth = i / max(len(same) - 1, 1)
+        rows += [{"layer": i, "depth": depth, "place": tidy.rounded(p), "share": tidy.rounded(s)} for p, s in shares if s >= 1e-6]
     return rows
 
 
