@@ -428,7 +428,8 @@ def test_guesses_of_usual_names() -> None:
     columns = {"h.0.c_attn.weight", "h.0.mlp.c_proj.weight", "h.0.attn.c_proj.weight"}
     assert _transposed(both) - {"out.weight"} == columns
     usual = {
-        "model.embed_tokens.weight": ((100, 8), "embedding"), "lm_head.weight": ((100, 8), "head"), "pooler.dense.weight": ((8, 8), "hidden"),
+        "model.embed_tokens.weight": ((100, 8), "embedding"), "lm_head.weight": ((100, 8), "head"),
+        "pooler.dense.weight": ((8, 8), "hidden"),
         "rnn.weight_hh_l0": ((32, 8), "recurrent"), "conv1.weight": ((8, 3, 7, 7), "conv"), "bn.weight": ((8,), "gain"),
         "bn.running_mean": ((8,), "buffer"), "mlp.experts.w1": ((4, 64, 8), "hidden"), "x.bias": ((8,), "bias"),
         "h.0.attn.bias": ((1, 1, 8, 8), "buffer"), "layers.3.output.weight": ((8, 8), "hidden"),
