@@ -51,7 +51,7 @@ __version__ = "0.1.0"
 if not TYPE_CHECKING:    # for a type checker any name would exist, and the named rules would not be exported
 
     def __getattr__(name: str) -> Any:
-        """``nw.optim``, ``nw.integrations`` and ``nw.inspect`` are imported where they are first used: attaching rules needs none of them."""
+        """``nw.optim``, ``nw.integrations`` and ``nw.inspect`` are imported where they are first used: rules need none of them."""
         if name in ("optim", "integrations"):
             return import_module(f"normwise.{name}")
         if name == "inspect":

@@ -32,7 +32,7 @@ def write(results: dict[str, Any], folder: str | Path) -> Path:
     Both files appear whole or not at all. Values that are not finite are null in ``results.json``.
 
     Args:
-        results: what a command writes with ``--json``: ``compare``, ``race``, ``gan``, ``prune``, ``recipe`` or ``inspect``, told by its keys.
+        results: what a command writes with ``--json``: ``compare``, ``race``, ``gan``, ``prune``, ``recipe``, ``inspect``; by its keys.
             Of a comparison anything but ``cells`` may be missing; the page then shows a dash.
         folder: where to write.
 

@@ -194,7 +194,7 @@ def recipe(results: Results) -> Page:
         "verdicts": [Said(one) for one in said[1:]], "about": _about(results, Data=results["data"]["name"]), "warning": "", "warnings": [],
         "sections": [
             Section(results["question"], f"{recipe_tables.setting(results)} {' '.join(recipe_tables.remarks(results))}",
-                    tables=[_table(rows, group) for group, rows in recipe_tables.groups(results).items()]),
+                    tables=[table_of(rows, group) for group, rows in recipe_tables.groups(results).items()]),
             Section("Policies", "What was attached, to load as it is.", details=[one for one in named if one[1]]),
         ],
     }  # fmt: skip
