@@ -37,3 +37,12 @@ def test_hugging_faces_trainer_learns_under_rules():
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"loss ([\d.]+), norm of the update", done.stdout)]
     assert len(losses) == 5 and losses[-1] < 0.1 and "every bound holds" in done.stdout
+
+
+@pytest.mark.long
+def test_lightning_fits_under_rules():
+    pytest.importorskip("lightning", reason="needs lightning")
+    done = subprocess.run([sys.executable, EXAMPLES / "lightning_fit.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [accuracy] = [float(a) for a in re.findall(r"accuracy ([\d.]+)%", done.stdout)]
+    assert accuracy > 95 and "every bound holds" in done.stdout
