@@ -171,9 +171,11 @@ def test_gradients_are_not_clipped_twice_without_a_word(rules: list[Any], said: 
     made = trainer(tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attach(made, rules)
+        attached = attach(made, rules)
     [*told] = [str(w.message) for w in caught]
     assert len(told) == bool(said) and made.args.max_grad_norm == left
+    attached.remove()
+    assert made.args.max_grad_norm == 1.0
     if said:
         with pytest.warns(UserWarning, match=said):
             attach(trainer(tmp_path), rules)

@@ -61,9 +61,11 @@ def attach(trainer: Any, rules: Any, *, log: bool = True, on_nonfinite: OnNonFin
     if trainer.model is not None:
         policy.explain(trainer.model)    # what does not fit is told now, not when training begins
     clipping = trainer.args.max_grad_norm
-    if clipping and clipping > 0 and replaced(policy, f"max_grad_norm={clipping}", "max_grad_norm=0.0"):
-        trainer.args.max_grad_norm = 0.0
-    return Rules(trainer, policy, log, on_nonfinite)
+    takes_its_place = clipping and clipping > 0 and replaced(policy, f"max_grad_norm={clipping}", "max_grad_norm=0.0")
+    rules = Rules(trainer, policy, log, on_nonfinite)
+    if takes_its_place:
+        rules.clipped, trainer.args.max_grad_norm = clipping, 0.0
+    return rules
 
 
 class Rules(_library.TrainerCallback):    # type: ignore[misc]
@@ -73,6 +75,8 @@ class Rules(_library.TrainerCallback):    # type: ignore[misc]
         self.trainer, self.policy, self.on_nonfinite = trainer, policy, on_nonfinite
         self.control: Control | None = None
         """What is at work; None until training begins."""
+        self.clipped: float | None = None
+        """The Trainer's own ``max_grad_norm``, where a rule has taken its place."""
         self._log, self._numbers = log, dict[str, float]()
         self._load: Callable[..., Any] = trainer._load_optimizer_and_scheduler
         trainer._load_optimizer_and_scheduler = self._before_loading
@@ -82,7 +86,9 @@ class Rules(_library.TrainerCallback):    # type: ignore[misc]
         callbacks[:] = [*prints, self, *(one for one in callbacks if one not in prints)]
 
     def remove(self) -> None:
-        """Takes the rules off the Trainer; the weights stay as they are."""
+        """Takes the rules off the Trainer, which clips gradients itself again if it did; the weights stay as they are."""
+        if self.clipped is not None:
+            self.trainer.args.max_grad_norm, self.clipped = self.clipped, None
         self.trainer.callback_handler.remove_callback(self)
         self.trainer._load_optimizer_and_scheduler = self._load
         if self.control is not None:
