@@ -50,7 +50,8 @@ class Metric(torch.optim.Optimizer):
         self.inner.param_groups = self.param_groups
         assert self.inner.routing is not None
         of = self.inner.routing.of
-        self.matrices = {e.param for e in self.inner.routing.entries if of[e.name].startswith("ridge")}
+        named = [pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)]
+        self.matrices = {p for name, p in named if of[name].startswith("ridge")}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

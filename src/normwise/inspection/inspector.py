@@ -220,8 +220,8 @@ class _Work:
             "unchecked": verification.unchecked, "says": str(verification),
         }  # fmt: skip
         results = {
-            "inspect": self.now.place.name or str(self.now.place), "format": self.now.kind, "guessed": self.places.guessed,
-            "against": self.before.place.name if self.before is not None else None, "notes": notes, "skipped": self.now.skipped,
+            "inspect": _called(self.now.place), "format": self.now.kind, "guessed": self.places.guessed,
+            "against": _called(self.before.place) if self.before is not None else None, "notes": notes, "skipped": self.now.skipped,
             "spectra": self.spectra is not None, "total": tables.together([r for r in records if r["role"] != BUFFER]),
             "roles": tables.by_role(records), "policy": told,
             "tensors": [{key: value for key, value in record.items() if key != "policy"} for record in records],
@@ -232,6 +232,12 @@ class _Work:
 def _as_read(name: str) -> list[tuple[int, int, str]]:
     """The order of a reader, for whom layer 10 comes after layer 9."""
     return [(1, int(step), "") if step.isdecimal() else (0, 0, step) for step in name.split(".")]
+
+
+def _called(place: Path) -> str:
+    """With its folder, since most checkpoints are called ``model.safetensors``."""
+    whole = place.resolve()
+    return f"{whole.parent.name}/{whole.name}".lstrip("/")
 
 
 def _about(name: str, shape: tuple[int, ...], dtype: str, role: str, count: int) -> Record:
