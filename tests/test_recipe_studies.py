@@ -179,17 +179,24 @@ def test_every_arm_of_fine_tuning_changes_the_run(both: Texts, full: dict[str, A
     assert found["acted"] > 0 or finetune.ARMS[arm].role == BASELINE
 
 
-def test_a_level_of_forgetting_takes_the_best_look_within_it(both: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks chosen on validation, measured on test; the start counts, so that a level that nothing keeps to has learnt nothing."""
-    monkeypatch.setattr(finetune, "LOOKS", 5)
-    looks = [(2.0, 5.0), (2.04, 4.0), (2.09, 3.0), (2.02, 4.5), (2.3, 1.0), (3.0, 0.5)]
-    told = iter([{"validation": look, "test": (look[0] + 1, look[1] + 0.1)} for look in looks])
-    monkeypatch.setattr(finetune, "losses", lambda *given: next(told))
-    found = FinetuneRun("full", {"lr": 1e-3}, 0, 5, True, both.key).train(both)
-    assert [found[name] for name in FinetuneRun.figures] == pytest.approx([4.1, 0.04, 3.1, 0.09])
-    told = iter([{"validation": look} for look in [(2.0, 5.0), *[(3.0, 0.5)] * 5]])
-    found = FinetuneRun("full", {"lr": 1e-3}, 0, 5, False, both.key).train(both)
-    assert [found[name] for name in FinetuneRun.figures] == pytest.approx([5.0, 0.0, 5.0, 0.0])
+def test_a_level_of_forgetting_takes_the_best_point_within_it(both: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also between two looks; from the start where the first look is beyond; after a look beyond, where the run comes back."""
+    looks = [(2.0, 5.0), (2.02, 4.0), (2.08, 3.0), (2.3, 1.0)]
+    told, asked = iter(looks), []
+
+    def losses(context: Texts, model: nn.Module, part: str) -> tuple[float, float]:
+        asked.append(part)
+        return next(told)
+
+    monkeypatch.setattr(finetune, "LOOKS", 3)
+    monkeypatch.setattr(finetune, "losses", losses)
+    found = FinetuneRun("full", {"lr": 1e-3}, 0, 3, True, both.key).train(both)
+    assert [found[name] for name in FinetuneRun.figures] == pytest.approx([3.5, 0.05, 3.0 - 2 * 0.02 / 0.22, 0.1])
+    assert asked == ["test"] * 4
+    assert finetune.best_within([(0.0, 5.0), (0.5, 1.0)], 0.05) == pytest.approx((0.05, 4.6))
+    assert finetune.best_within([(0.0, 5.0), (0.5, 1.0), (0.02, 2.0)], 0.05)[1] == pytest.approx(1.0 + 0.45 / 0.48)
+    assert finetune.best_within([(0.0, 5.0), (0.02, 2.0), (0.04, 3.0)], 0.05) == (0.02, 2.0)
+    assert finetune.best_within([(0.0, 5.0), (-0.1, 6.0)], 0.05) == (0.0, 5.0)
 
 
 def test_every_arm_starts_from_the_same_weights_and_leaves_them_alone(both: Texts) -> None:

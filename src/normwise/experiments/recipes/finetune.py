@@ -1,8 +1,8 @@
 """Fine-tuning: what is learnt of a second text at equal forgetting of the first?
 
 A small GPT learns the first text, then goes on with the second, whole or by LoRA. *Forgetting* is by how much its loss on the first text
-rose. A run is looked at after each tenth of its steps, and at a level of forgetting it gives its lowest loss on the second text among the
-looks within that level, as if you had stopped there. The start is such a look too: forgetting 0, nothing learnt.
+rose. A run is looked at after each tenth of its steps, which gives a line from the start (forgetting 0, nothing learnt) to the end. At a
+level of forgetting it has the lowest loss on the second text that lies on this line within the level, as if you had stopped there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import tarfile
 import turtle
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -125,8 +125,8 @@ class FinetuneRun(RecipeRun):
     figures: ClassVar[tuple[str, ...]] = tuple(f"{what} {level:g}" for level in LEVELS.values() for what in ("second", "forgetting"))
 
     def measured(self, context: Texts) -> tuple[int, dict[str, float]]:
-        """``second`` and ``forgetting`` at each level, on the validation parts; of a run to report which look it is was chosen there, and
-        both are measured on the test parts. What acted: blocks that the rules changed."""
+        """``second`` and ``forgetting`` at each level, on the validation parts, of a run to report on the test parts. What acted: blocks
+        that the rules changed."""
         arm, model = ARMS[self.arm], context.start(self.seed)
         torch.manual_seed(self.seed)    # of LoRA's A: whether the start was trained just now or before must not matter
         if arm.variant == LORA:
@@ -134,24 +134,31 @@ class FinetuneRun(RecipeRun):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], self.numbers["lr"], weight_decay=0.0, fused=True)
         rules = arm.rules(self.numbers)
         control = nw.attach(model, optimizer, rules) if rules else None
-        looks, acted = [losses(context, model, self.full)], 0
+        part: Part = "test" if self.full else "validation"
+        looks, acted = [losses(context, model, part)], 0
         for step in steps(context.second, model, optimizer, self.size, self.seed):
             acted += sum(control.violations().values()) if control else 0
             if step % max(1, self.size // LOOKS) == 0:
-                looks.append(losses(context, model, self.full))
-        reported: Part = "test" if self.full else "validation"
+                looks.append(losses(context, model, part))
         found: dict[str, float] = {}
         for level in LEVELS.values():
-            within = [look for look in looks if look["validation"][0] - looks[0]["validation"][0] <= level]
-            best = min(within, key=lambda look: look["validation"][1])[reported]
-            found |= {f"second {level:g}": best[1], f"forgetting {level:g}": best[0] - looks[0][reported][0]}
+            forgotten, learnt = best_within([(first - looks[0][0], second) for first, second in looks], level)
+            found |= {f"second {level:g}": learnt, f"forgetting {level:g}": forgotten}
         return acted, found
 
 
-def losses(context: Texts, model: nn.Module, full: bool) -> Mapping[str, tuple[float, float]]:
-    """On the first and the second text, by part."""
-    parts: tuple[Part, ...] = ("validation", "test") if full else ("validation",)
-    return {part: (context.first.evaluate(model, part).loss, context.second.evaluate(model, part).loss) for part in parts}
+def losses(context: Texts, model: nn.Module, part: Part) -> tuple[float, float]:
+    """On the first and the second text."""
+    return context.first.evaluate(model, part).loss, context.second.evaluate(model, part).loss
+
+
+def best_within(looks: Sequence[tuple[float, float]], level: float) -> tuple[float, float]:
+    """Of (forgetting, loss on the second text) the point with the lowest loss, within ``level``, on the line through the looks."""
+    points = [look for look in looks if look[0] <= level]
+    for (before, high), (after, low) in itertools.pairwise(looks):
+        if (before - level) * (after - level) < 0:
+            points.append((level, high + (level - before) / (after - before) * (low - high)))
+    return min(points, key=lambda point: point[1])
 
 
 def adapted(model: nn.Module) -> nn.Module:
