@@ -220,6 +220,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench trainer": ("bench-trainer", bench),
     "bench polar": ("bench-polar", bench),
     "bench step": ("bench-step", bench),
+    "bench inspect": ("bench-inspect", bench),
     "bench cap": ("bench-cap", bench),
 }
 
