@@ -213,7 +213,8 @@ def test_a_tiny_model_learns_the_digits_in_a_few_dozen_steps(name: str) -> None:
     assert model.training
 
 
-def test_bf16_gives_the_loss_of_fp32_to_two_digits() -> None:
+def test_bf16_gives_the_loss_of_fp32_to_two_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normwise.experiments.tasks.task.fast_bf16", lambda: True)
     data = load()
     recipe = Recipe("resnet", False, "accuracy", 16, lambda: ResNet(1, 10))
     plain, fast = (ImageTask(replace(recipe, bf16=bf16), data, augmented=True) for bf16 in (False, True))
@@ -238,13 +239,15 @@ def test_keys_tell_task_size_and_data_apart(colours: Path) -> None:
 
 
 def test_unknown_words_are_told_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=r"no task 'gtp'. Did you mean 'gpt'\? Allowed: cnn, gpt, lstm, resnet"):
+    with pytest.raises(StudyError, match=r"no task 'gtp'. Did you mean 'gpt'\? Allowed: cnn, decoder, gpt, gru, lstm"):
         load_task("gtp")
     with pytest.raises(StudyError, match=r"no size 'tyny'. Did you mean 'tiny'"):
         load_task("cnn", size="tyny")
     with pytest.raises(StudyError, match=r"The task cnn has no option 'qk_norm'. Allowed: none"):
         load_task("cnn", qk_norm=True)
-    for name in ("resnet", "cnn", "lstm", "gpt"):
+    with pytest.raises(StudyError, match=r"The task cnn has no size 'half'; those that have it: decoder, gpt, lstm, resnet, vit\."):
+        load_task("cnn", size="half")
+    for name in ("resnet", "cnn", "lstm", "gpt", "tabular", "unet"):
         with pytest.raises(DataError, match="none: found nothing"):
             load_task(name, tmp_path / "none")
 
@@ -331,5 +334,6 @@ def test_a_file_in_the_folder_of_models_is_a_new_task(tmp_path: Path) -> None:
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=False, env=environment)
-    assert done.stdout.startswith("['cnn', 'gpt', 'linear', 'lstm', 'resnet'] linear-tiny-fp32-"), done.stderr
+    assert done.stdout.startswith("['cnn', 'decoder', 'gpt', 'gru', 'linear', 'lstm', 'mixer', 'plain', 'resnet', "
+        "'resnet_gn', 'tabular', 'unet', 'vit'] linear-tiny-fp32-"), done.stderr
     assert done.stdout.endswith(" 1\n800\n")

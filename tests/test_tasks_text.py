@@ -269,7 +269,8 @@ def quick(task: object, model: nn.Module) -> Score:
 
 
 @pytest.mark.parametrize("name", ["gpt", "lstm"])
-def test_bf16_gives_the_loss_of_fp32_to_three_digits(name: str) -> None:
+def test_bf16_gives_the_loss_of_fp32_to_three_digits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normwise.experiments.tasks.task.fast_bf16", lambda: True)
     task = load_task(name)
     assert isinstance(task, TextTask) and task.recipe.bf16
     plain = TextTask(replace(task.recipe, bf16=False), task.data, task.context)

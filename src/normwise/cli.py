@@ -92,7 +92,8 @@ def _help(parser: argparse.ArgumentParser) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- studies
 
-_ANY_TASK = "images (cnn, resnet) or text (lstm, gpt), or hf:NAME; default: bundled data"
+_TASKS = "images: cnn, plain, resnet, resnet_gn, vit, mixer, unet; text: lstm, gru, gpt, decoder; a table: tabular"
+_ANY_TASK = "images, a text or a CSV file, as the task wants, or hf:NAME; default: bundled data"
 
 
 def _add_study(commands: Any, name: str, summary: str, description: str, **helps: str) -> argparse.ArgumentParser:
@@ -156,7 +157,7 @@ def _add_compare(commands: Any) -> None:
         commands, "compare", "train a task under every strategy and optimizer, each tuned equally, and report on test data",
         "Trains TASK under every strategy and optimizer, each tuned with the same number of trials on validation data, and reports on test "
         "data (docs/compare.md is the protocol).",
-        task="cnn (the article's network), resnet, lstm or gpt", data=_ANY_TASK,
+        task=_TASKS, data=_ANY_TASK,
         budget="quick, standard (default) or long", seeds="reported runs of each cell (default 3)",
         only="only these, beside the baseline 'nothing'; strategies: l2, l1, clip_value, clip_tensor_norm, normalise, max_norm, "
         "spectral_cap, soft_threshold, weight_decay, l2+max_norm, l1+clip_tensor_norm (the article's, the default); hyperball, "
@@ -170,7 +171,7 @@ def _add_race(commands: Any) -> None:
         commands, "race", "how much sooner than the tuned baseline each contender reaches its result",
         "Tunes every contender with the same number of trials and finds the shortest horizon at which it reaches what the tuned baseline "
         "reaches at its end (docs/race.md is the protocol). Without TASK it prints what the finished runs in --state say.",
-        task="cnn, resnet, lstm or gpt", data=_ANY_TASK, seeds="reported seeds (default: as many as the budget says)",
+        task=_TASKS, data=_ANY_TASK, seeds="reported seeds (default: as many as the budget says)",
         budget="quick (0.2 core-hours or less), standard (default; 2 to 7 on real data) or long (about 20)",
         only="only these contenders, beside the baselines (adamw and sgd)",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["TASKS", "Batch", "Part", "Recipe", "Score", "Source", "Task", "score", "task"]
+__all__ = ["HELD_OUT", "TASKS", "Batch", "Part", "Recipe", "Score", "Source", "Task", "score", "task"]
 
 Batch = tuple[Tensor, ...]
 Part = Literal["train", "validation", "test"]
@@ -23,7 +24,8 @@ Source = str | Path | None
 
 @dataclass(frozen=True)
 class Score:
-    """Means over a part of the data. loss: cross-entropy in nats an answer, inf where it is not finite. accuracy: in [0, 1]."""
+    """Means over a part of the data. loss: cross-entropy in nats an answer, or the squared error, inf where it is not finite. accuracy: in
+    [0, 1]; of a regression the share of the answers' variance that it explains, 0 where that is negative."""
 
     loss: float
     accuracy: float
@@ -32,14 +34,22 @@ class Score:
 VERSION = 3  # of the tasks' code: one more whenever the same key would give another run
 
 
+@functools.cache
+def fast_bf16() -> bool:
+    """Whether this CPU computes in bf16 by itself. One that does not takes 10 to 60 times as long as in fp32: tasks then run in fp32, and
+    their keys say so, so that runs of two machines do not mix."""
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16", True))    # another architecture does not say
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The choices that make a task of data.
 
     name: of the task. tiny: whether the model is one that trains in seconds. metric: what runs are judged by. batch: samples a step.
     model: gives a new model; torch's global generator decides its weights. bf16: run the model under
-    ``torch.autocast("cpu", torch.bfloat16)``, the logits and the loss in fp32. variant: of the model, where
-    an option of the task changes it.
+    ``torch.autocast("cpu", torch.bfloat16)``, the logits and the loss in fp32, where the CPU is quick at that. variant: of the model,
+    where an option of the task changes it.
     """
 
     name: str
@@ -52,7 +62,7 @@ class Recipe:
 
     def key(self, data: str) -> str:
         """What decides a run, with the fingerprint of the data: ``"gpt-standard-bf16-1-0123456789abcdef"``."""
-        size, precision = "tiny" if self.tiny else "standard", "bf16" if self.bf16 else "fp32"
+        size, precision = "tiny" if self.tiny else "standard", "bf16" if self.bf16 and fast_bf16() else "fp32"
         return "-".join(filter(None, (self.name, size, self.variant, precision, str(VERSION), data)))
 
 
@@ -86,7 +96,7 @@ class Task(ABC):
 
     def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """The model's answers in fp32, computed in the task's precision."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16 and fast_bf16()):
             answers: Tensor = model(inputs)
         return answers.float()
 
@@ -135,19 +145,27 @@ STEPS: dict[str, int] = {}
 """The steps of a run of ordinary length, by the task's name: ``compare`` takes a share of it, and a race's first horizon is that long."""
 
 
-def task(name: str, steps: int) -> Callable[[Build], Build]:
+HELD_OUT: set[str] = set()
+"""The tasks that no number, default or family is chosen on: they tell how far what was chosen on the others carries (docs/race.md)."""
+
+
+def task(name: str, steps: int, held_out: bool = False) -> Callable[[Build], Build]:
     """Registers a task under this name for ``race`` and ``compare``.
 
     What is registered builds the task from ``source`` (``--data``: a folder or file, ``hf:NAME`` for a Hugging Face data set, None for data
     that need no download) and ``tiny`` (whether the model should train in seconds, in fp32, for tests); more arguments are its own options.
+    An option ``half``, False by default, makes the size "half" of it: the network at half of its width.
 
     Args:
         name: what the command line calls it.
         steps: of a run of ordinary length, until which the tuned baseline has learnt most of what it will.
+        held_out: whether it stands in ``HELD_OUT``.
     """
 
     def registered(build: Build) -> Build:
         TASKS[name], STEPS[name] = build, steps
+        if held_out:
+            HELD_OUT.add(name)
         return build
 
     return registered

@@ -15,7 +15,7 @@ from normwise.errors import DataError
 from normwise.experiments.tasks.data import hub
 from normwise.experiments.tasks.data.readers import Part, RawImages, read_digits, read_folder
 
-__all__ = ["ImageData", "Part", "load"]
+__all__ = ["ImageData", "Part", "load", "stratified"]
 
 _TEST_SHARE = 0.2
 _VALIDATION_SHARE = 0.2  # of all images where the test part is cut from them too, of the train file otherwise
@@ -57,7 +57,7 @@ class ImageData:
         """The same with at most ``most`` training images (None: all), chosen once by the seed, every class in proportion."""
         if most is None or most >= len(self.train):
             return self
-        kept, _ = _split(self.train.labels, np.arange(len(self.train)), most, np.random.default_rng(seed))
+        kept, _ = stratified(self.train.labels, np.arange(len(self.train)), most, np.random.default_rng(seed))
         train = self.train.take(kept)
         return replace(self, train=train, key=_fingerprint((train, self.validation, self.test)))
 
@@ -103,16 +103,16 @@ def load(folder: str | Path | None = None, *, seed: int = 0) -> ImageData:
     rest = np.arange(everything)
     test, own = raw.test, raw.test is not None
     if test is None:
-        chosen, rest = _split(raw.train.labels, rest, round(everything * _TEST_SHARE), rng)
+        chosen, rest = stratified(raw.train.labels, rest, round(everything * _TEST_SHARE), rng)
         test = raw.train.take(chosen)
     size = min(round(everything * _VALIDATION_SHARE), _VALIDATION_MOST)
-    validation, rest = _split(raw.train.labels, rest, size, rng)
+    validation, rest = stratified(raw.train.labels, rest, size, rng)
     parts = raw.train.take(rest), raw.train.take(validation), test
     classes = int(raw.train.labels.max()) + 1
     return ImageData(raw.name, *parts, classes, own, len(rest), _fingerprint(parts))
 
 
-def _split(
+def stratified(
     labels: NDArray[np.int64], rows: NDArray[np.int64], size: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """``size`` of the rows, every class in proportion, and the other rows."""

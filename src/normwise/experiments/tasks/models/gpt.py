@@ -17,40 +17,42 @@ EMBEDDING_STD = 0.02
 
 
 class Attention(nn.Module):
-    """Causal self-attention; q, k and v are layers of their own, as each is a matrix of its own.
+    """Self-attention; q, k and v are layers of their own, as each is a matrix of its own.
 
-    qk_norm: queries and keys of every head are brought to RMS 1, times a learned gain, which bounds the attention's logits.
+    qk_norm: queries and keys of every head are brought to RMS 1, times a learned gain, which bounds the attention's logits. causal:
+    whether a place sees only those before it.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.q_norm, self.k_norm = (nn.RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        out: Tensor = self.out(attend(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(2))
+        out: Tensor = self.out(attend(self.q_norm(q), self.k_norm(k), v, self.causal).transpose(1, 2).flatten(2))
         return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention over ``(n, heads, length, width)``: ``F.scaled_dot_product_attention(q, k, v, is_causal=True)``.
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """Attention over ``(n, heads, length, width)``: ``F.scaled_dot_product_attention(q, k, v, is_causal=causal)``.
 
     Written out because torch's fused backward pass takes three times as long in bf16 as in fp32 on the CPU, this one half.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    future = scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    return (scores + future).softmax(-1) @ v
+    if causal:
+        scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
+    return scores.softmax(-1) @ v
 
 
 class Block(nn.Module):
     """Attention and an MLP of four times the width, each added to a stream that only they write to."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool = False, causal: bool = True) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads, qk_norm)
+        self.attention = Attention(width, heads, qk_norm, causal)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
@@ -77,7 +79,7 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*[Block(width, heads, qk_norm) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        self._initialise()
+        initialise(self)
 
     def forward(self, characters: Tensor) -> Tensor:
         length = characters.shape[1]
@@ -86,22 +88,25 @@ class GPT(nn.Module):
         logits: Tensor = self.head(self.norm(self.blocks(self.tokens(characters) + self.places.weight[:length])))
         return logits
 
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=EMBEDDING_STD)
-        for block in self.blocks:
-            for writer in (block.attention.out, block.down):  # type: ignore[union-attr]
-                writer.weight.div_(math.sqrt(2 * len(self.blocks)))  # type: ignore[union-attr,operator]
+
+@torch.no_grad()
+def initialise(model: nn.Module) -> None:
+    """Of a transformer of such blocks, as :class:`GPT` says."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=(3 * module.in_features) ** -0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=EMBEDDING_STD)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for writer in (writer for block in blocks for writer in (block.attention.out, block.down)):
+        writer.weight.div_(math.sqrt(2 * len(blocks)))
 
 
 @task("gpt", steps=500)
-def gpt(source: Source, tiny: bool, qk_norm: bool = False) -> TextTask:
+def gpt(source: Source, tiny: bool, qk_norm: bool = False, half: bool = False) -> TextTask:
     """Four transformer blocks of width 128, 0.82M parameters, on characters of CPython's reference text: batches of 16 × 128."""
     text = load_text(source)
     width, layers, heads, batch, context = (32, 2, 2, 8, 32) if tiny else (128, 4, 4, 16, 128)
-    model = partial(GPT, len(text.vocabulary), width, layers, heads, context, qk_norm)
-    return TextTask(Recipe("gpt", tiny, "loss", batch, model, not tiny, "qknorm" if qk_norm else ""), text, context)
+    model = partial(GPT, len(text.vocabulary), width // 2 if half else width, layers, heads, context, qk_norm)
+    variant = "-".join(name for name, chosen in (("qknorm", qk_norm), ("half", half)) if chosen)
+    return TextTask(Recipe("gpt", tiny, "loss", batch, model, not tiny, variant), text, context)

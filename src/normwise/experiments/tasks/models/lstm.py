@@ -43,9 +43,9 @@ def has_bf16_lstm() -> bool:
 
 
 @task("lstm", steps=600)
-def lstm(source: Source, tiny: bool) -> TextTask:
+def lstm(source: Source, tiny: bool, half: bool = False) -> TextTask:
     """Two LSTM layers of 256, 0.96M parameters, on characters of CPython's reference text: batches of 32 × 64."""
     text = load_text(source)
     width, hidden, batch, context = (16, 32, 8, 32) if tiny else (128, 256, 32, 64)
-    model = functools.partial(CharLSTM, len(text.vocabulary), width, hidden)
-    return TextTask(Recipe("lstm", tiny, "loss", batch, model, bf16=not tiny), text, context)
+    model = functools.partial(CharLSTM, len(text.vocabulary), width, hidden // 2 if half else hidden)
+    return TextTask(Recipe("lstm", tiny, "loss", batch, model, not tiny, "half" if half else ""), text, context)

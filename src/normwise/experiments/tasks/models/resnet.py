@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,17 +14,18 @@ from normwise.experiments.tasks.images import ImageTask
 from normwise.experiments.tasks.task import Recipe, Source, task
 
 WIDTHS = (16, 32, 64, 128)
+Norm = Callable[[int], nn.Module]
 
 
 class Residual(nn.Module):
-    """Two 3×3 convolutions with BatchNorm around a shortcut, which is a 1×1 convolution where the shape changes."""
+    """Two 3×3 convolutions with a norm each around a shortcut, which is a 1×1 convolution where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
+        self.norm1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
+        self.norm2 = norm(outputs)
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
@@ -36,16 +38,18 @@ class ResNet(nn.Module):
     """Images ``(n, channels, height, width)`` to logits ``(n, classes)``.
 
     channels, classes: of the data. widths: of the stages; each after the first halves the image. depth: residual blocks a stage.
-    700,986 parameters for 3 channels and 10 classes. Weights are torch's defaults.
+    norm: of so many channels, BatchNorm by default. 700,986 parameters for 3 channels and 10 classes. Weights are torch's defaults.
     """
 
-    def __init__(self, channels: int, classes: int, widths: tuple[int, ...] = WIDTHS, depth: int = 2) -> None:
+    def __init__(
+        self, channels: int, classes: int, widths: tuple[int, ...] = WIDTHS, depth: int = 2, norm: Norm = nn.BatchNorm2d
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         blocks, width = [], widths[0]
         for stage, wider in enumerate(widths):
             for place in range(depth):
-                blocks.append(Residual(width, wider, stride=2 if stage and not place else 1))
+                blocks.append(Residual(width, wider, stride=2 if stage and not place else 1, norm=norm))
                 width = wider
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(width, classes)
@@ -58,8 +62,10 @@ class ResNet(nn.Module):
 
 
 @task("resnet", steps=600)
-def resnet(source: Source, tiny: bool) -> ImageTask:
+def resnet(source: Source, tiny: bool, half: bool = False) -> ImageTask:
     """Eight residual blocks, 0.70M parameters, on images that are shifted and, in colour, mirrored at random; 128 a batch."""
     data = load(source)
-    model = partial(ResNet, data.shape[0], data.classes, (8, 16) if tiny else WIDTHS, 1 if tiny else 2)
-    return ImageTask(Recipe("resnet", tiny, "accuracy", 32 if tiny else 128, model, bf16=not tiny), data, augmented=True)
+    widths = (8, 16) if tiny else tuple(width // 2 for width in WIDTHS) if half else WIDTHS
+    model = partial(ResNet, data.shape[0], data.classes, widths, 1 if tiny else 2)
+    recipe = Recipe("resnet", tiny, "accuracy", 32 if tiny else 128, model, not tiny, "half" if half else "")
+    return ImageTask(recipe, data, augmented=True)
