@@ -6,6 +6,7 @@ there are any depends on the change that the rule makes: a mask stays a mask und
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,8 @@ def margin_of(rule: Rule, entry: Entry, member: Member) -> float:
     if not worst <= TOLERANCE[coarsest]:
         raise _refused(entry, rule, f"{way.how} cannot give what this rule makes of it: tried on a copy, it is off by {worst:.2g}")
     margin = way.margin(old)
-    return max(margin, 4 * worst) if margin or worst else 0.0
+    margin = max(margin, 4 * worst) if margin or worst else 0.0
+    return 2.0 ** math.ceil(math.log2(margin)) if way.together and margin else margin    # a power of two, which many share in one pack
 
 
 def refuse_narrow(rule: Rule, entry: Entry, member: Member) -> None:

@@ -20,7 +20,7 @@ from normwise.errors import PolicyError
 from normwise.norms import L2, Norm, Radius, Set, cuda_kernels, native
 from normwise.norms.base import radial_factor, two_steps
 from normwise.norms.reduce import column_norms, compute_dtype, may_branch, up, wide
-from normwise.parameters.computed_weights import Computed
+from normwise.parameters.computed_weights import Computed, in_batches
 from normwise.parameters.layouts import BlockView, overlaps
 from normwise.policy import actions
 
@@ -113,8 +113,9 @@ class Pack:
     view: BlockView = field(init=False)
     params: list[Tensor] = field(init=False)
     weights: list[Tensor] = field(init=False)
-    computed: list[Computed] = field(init=False)
-    """The members' weights that are computed from other tensors: read before and written after a rule; empty for nearly every pack."""
+    computed: list[Any] = field(init=False)
+    """Of the members' weights that are computed from other tensors what reads them before a rule and writes them after it; empty for
+    nearly every pack."""
     margin: float = field(init=False)
     optimizers: frozenset[int] = field(init=False)
     coarsest: torch.dtype = field(init=False)
@@ -125,8 +126,8 @@ class Pack:
     def __post_init__(self) -> None:
         self.view = self.members[0].view
         self.params = [m.param for m in self.members]
+        self.computed = in_batches(m.computed for m in self.members if m.computed is not None)
         self.weights = [m.weight for m in self.members]
-        self.computed = [m.computed for m in self.members if m.computed is not None]
         self.margin = max(m.margin for m in self.members)
         self.optimizers = frozenset(m.optimizer for m in self.members).union(*(m.moved_by for m in self.members))
         self.coarsest = max((w.dtype for w in self.weights), key=lambda dtype: torch.finfo(dtype).eps)
@@ -259,8 +260,18 @@ class Pack:
 
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
         """Multiplies each block by its factor, in place, rounded once."""
+        if stand_ins := self._stand_ins():
+            rows = self.view.shape[:-1]
+            tensors = [stand_ins[id(t)].view(*rows, -1) if id(t) in stand_ins else t.view(self.view.shape) for t in tensors]
         targets = list(tensors) if tensors[0].shape == self.view.shape else [self.view.open(t) for t in tensors]
         scale_tensors_(targets, self._opened(factor))
+
+    def _stand_ins(self) -> dict[int, Tensor]:
+        """What is scaled in the place of weights that are multiples of it, block by block."""
+        found: dict[int, Tensor] = {}
+        for one in self.computed:
+            found |= getattr(one, "scalable", dict)()
+        return found
 
     def plain(self) -> bool:
         """Whether the kernels may work here, and :meth:`cap_`: fp32 on a CPU, and blocks that are rows, or columns, or lie between."""
@@ -408,7 +419,8 @@ class Flat(Pack):
 
     def scale_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for t in tensors:
+        stand_ins = self._stand_ins()
+        for t in (stand_ins.get(id(t), t) for t in tensors):
             alike.setdefault((t.device, t.dtype), []).append(t)
         for (device, dtype), group in alike.items():
             power, rest = two_steps(factor[0], compute_dtype(dtype))

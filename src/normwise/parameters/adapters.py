@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from normwise.errors import PolicyError
-from normwise.norms.reduce import wide
+from normwise.norms.reduce import may_branch, wide
 from normwise.parameters.computed_weights import Computed, Way
 from normwise.parameters.layouts import ROWS, Layout
 from normwise.parameters.names import Site, adapter_of
@@ -25,6 +25,8 @@ PRODUCT = "lora_BA"
 """What stands in a product's name where its factors have ``lora_A`` and ``lora_B``."""
 _CHANGED = ("lora_B", "lora_embedding_A")
 """The factors that rules on a product change: those on the side of the units, which start at zero."""
+WELL_CONDITIONED = 1e10
+"""Up to here the inverse of a triangle in float64 has all digits of fp32."""
 _KNOWN_VARIANTS = ("Dora", "ALora", "MiCA")
 """Of PEFT's variants of LoRA those that add s·B·A to the base as it is."""
 
@@ -45,6 +47,16 @@ class LowRank(Way):
     """X of s·B·A, ``(units, min(rank, inputs))``; of an embedding, whose units are tokens, that of s·AᵀBᵀ. In float64, rounded to fp32."""
 
     how, selective = "LoRA's s·B·A", True
+
+    @staticmethod
+    def together(computed: Sequence[Computed]) -> list[Any]:
+        """Those whose factors have equal shapes in one batch each."""
+        alike: dict[Any, list[Computed]] = {}
+        for c in computed:
+            way = cast(LowRank, c.way)
+            key = [(part.shape, part.dtype, part.device) for part in way.parts()]
+            alike.setdefault((way.flipped, *key), []).append(c)
+        return [Products(batch) for batch in alike.values()]
 
     def __init__(self, layer: Any, adapter: str, flipped: bool) -> None:
         self.layer, self.adapter, self.flipped = layer, adapter, flipped
@@ -70,36 +82,33 @@ class LowRank(Way):
         return self.parts() if self.flipped else self.parts()[::-1]
 
     def factors(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as matrices of as many columns as the rank: one row for each unit, and for each input."""
-        changed, other = (part.detach().flatten(1) for part in parts)
+        """Both, or batches of both, as matrices of as many columns as the rank: one row for each unit, and for each input."""
+        changed, other = (part.detach().flatten(part.ndim - self.parts()[0].ndim + 1) for part in parts)
         return (changed.mT, other) if self.flipped else (changed, other.mT)
 
-    def _wide(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        changed, other = self.factors(*parts)
-        return changed.to(wide(changed.device)), other.to(wide(other.device))
-
     def forward(self, *parts: Tensor) -> Tensor:
-        changed, other = self._wide(*parts)
-        r = torch.linalg.qr(other, mode="r").R
-        x = (changed @ r.mT).mul_(self.scale)
-        return x if parts[0].dtype == torch.float64 else x.float()
+        changed, other = self.factors(*parts)
+        x = (self.scale * _triangle(other) @ changed.to(wide(changed.device)).mT).mT
+        return x.to(coordinates_dtype(changed.dtype)).contiguous()
 
     def inverse(self, parts: Sequence[Tensor], old: Tensor, new: Tensor) -> list[Tensor]:
-        """B + (X' − X)·R⁺ᵀ/s: what does not change X stays as it is, and so does B where X does."""
+        self.refuse_merged()
+        changed, other = self.factors(*parts)
+        found = _moved(changed, self.scale * _triangle(other), new - old)
+        return [(found.mT if self.flipped else found).reshape(parts[0].shape), parts[1]]
+
+    def refuse_merged(self) -> None:
+        """PolicyError where the base would keep what a changed factor no longer is."""
         if self.adapter in self.layer.merged_adapters:
             raise PolicyError(
                 f"the adapter {self.adapter!r} is merged into its base, which would keep the old product: call unmerge_adapter() before "
                 "you train on, or remove the rule."
             )
-        changed, other = self._wide(*parts)
-        r = torch.linalg.qr(other, mode="r").R.nan_to_num(0, 0, 0)
-        found = changed + (new - old).to(changed.dtype) @ torch.linalg.pinv(r).mT / self.scale
-        return [(found.mT if self.flipped else found).to(parts[0].dtype).reshape(parts[0].shape), parts[1]]
 
     def pulled(self, wanted: Sequence[Tensor], pull: Tensor) -> list[Tensor | None]:
         """s·G·R for B and s·Bᵀ·G·Qᵀ for A, of the gradient G of X."""
         parts = self.parts()
-        changed, other = self._wide(*parts)
+        changed, other = (factor.to(wide(factor.device)) for factor in self.factors(*parts))
         q, r = torch.linalg.qr(other)
         slope = pull.to(changed.dtype) * self.scale
         of_changed, of_other = slope @ r, q @ (slope.mT @ changed)
@@ -120,6 +129,79 @@ class LowRank(Way):
 
         found: Tensor = dequantize_module_weight(base)
         return found.detach()
+
+
+class Products:
+    """Products whose factors have equal shapes, read and written in one batch. The memory that rules work in is one tensor's."""
+
+    def __init__(self, computed: Sequence[Computed]) -> None:
+        self.computed, self.ways = computed, [cast(LowRank, c.way) for c in computed]
+        self._changed, self._others = map(list, zip(*(way.parts() for way in self.ways), strict=True))
+        shape, device = computed[0].site.param.shape, self._changed[0].device
+        self._x = torch.empty(len(computed), *shape, dtype=coordinates_dtype(self._changed[0].dtype), device=device)
+        self.tensors = list(self._x.unbind())
+        for c, x in zip(computed, self.tensors, strict=True):
+            c.tensor = x
+        self.read()
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """As `Computed.read` of each."""
+        scales = [way.scale for way in self.ways]
+        scale: Any = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, device=self._x.device)[:, None, None]
+        self._factor, other = self.ways[0].factors(torch.stack(self._changed), torch.stack(self._others))
+        self._r = _triangle(other).mul_(scale)
+        self._x.copy_((self._r @ self._factor.to(self._r.dtype).mT).mT)
+        self._seen = self._x.clone()
+        self._versions = [x._version for x in self.tensors]
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """As `Computed.write` of each."""
+        if [x._version for x in self.tensors] == self._versions:
+            return
+        self.refuse_merged()
+        found = _moved(self._factor, self._r, self._x - self._seen)
+        found = (found.mT if self.ways[0].flipped else found).reshape(-1, *self._changed[0].shape)
+        torch._foreach_copy_(self._changed, list(found.unbind()))
+
+    def scalable(self) -> dict[int, Tensor]:
+        """By the id of each tensor the factor of which it is a multiple, (units, rank): to scale units of that is to scale those of X.
+        Not in float64, where who has scaled looks at X again."""
+        if self._x.dtype == torch.float64:
+            return {}
+        self.refuse_merged()
+        factors = [p.detach().mT if way.flipped else p.detach().flatten(1) for way, p in zip(self.ways, self._changed, strict=True)]
+        return {id(x): factor for x, factor in zip(self.tensors, factors, strict=True)}
+
+    def refuse_merged(self) -> None:
+        """See `LowRank.refuse_merged`."""
+        for way in self.ways:
+            way.refuse_merged()
+
+
+# Below, factors are (..., units, rank) and (..., inputs, rank). Products of small and long matrices are taken as R·Bᵀ, which torch's CPU
+# kernels compute several times as fast as B·Rᵀ.
+
+
+def coordinates_dtype(factor: torch.dtype) -> torch.dtype:
+    """Of X: fp32 or better."""
+    return torch.float64 if factor == torch.float64 else torch.float32
+
+
+def _triangle(other: Tensor) -> Tensor:
+    """R of the QR decomposition, in float64 where there is one."""
+    return torch.linalg.qr(other.to(wide(other.device)), mode="r").R
+
+
+def _moved(changed: Tensor, r: Tensor, change: Tensor) -> Tensor:
+    """The factor plus change·R⁺ᵀ, in its own dtype: bit for bit the same where nothing changes, and where that is not finite."""
+    back, failed = torch.linalg.inv_ex(r) if r.shape[-2] == r.shape[-1] else (r, None)
+    # A triangle that is all but singular has no inverse worth having; on a device, where looking would wait, the pseudoinverse is taken.
+    fits = failed is not None and may_branch(r) and bool((back.norm(dim=(-2, -1)) * r.norm(dim=(-2, -1)) < WELL_CONDITIONED).all())
+    back = back if fits else torch.linalg.pinv(r.nan_to_num(0, 0, 0))
+    found = (changed.to(r.dtype).mT + back @ change.to(r.dtype).mT).mT
+    return torch.where(found.isfinite(), found, changed.to(r.dtype)).to(changed.dtype)
 
 
 def _why_not(layer: Any, adapter: str, changed: Tensor, other: Tensor) -> str:

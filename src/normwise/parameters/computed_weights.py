@@ -43,6 +43,9 @@ class Way:
     selective = False
     """Whether ``inverse`` leaves what did not change as it is, so that nobody must look whether there is anything to do."""
 
+    together: Callable[[Sequence[Computed]], list[Any]] | None = None
+    """What reads and writes many weights of this kind in fewer calls; None where each does by itself."""
+
     def parts(self) -> list[Tensor]:
         """The raw tensors as they are registered now."""
         raise NotImplementedError
@@ -314,9 +317,9 @@ class Computed:
     def read(self) -> Tensor:
         """The weight as the module computes it now, in memory that the next ``read`` overwrites."""
         now = self.way.forward(*self.way.parts()).detach()
-        if self.tensor is None or self.tensor.shape != now.shape or self.tensor.dtype != now.dtype or self.tensor.device != now.device:
+        kind = now.shape, now.dtype, now.device
+        if self.tensor is None or self._seen is None or (self.tensor.shape, self.tensor.dtype, self.tensor.device) != kind:
             self.tensor, self._seen = torch.empty_like(now), torch.empty_like(now)
-        assert self._seen is not None
         self._seen.copy_(now)
         return self.tensor.copy_(now)
 
@@ -338,6 +341,14 @@ class Computed:
         for p, grad in zip(wanted, self.way.pulled(wanted, pull), strict=True):
             if grad is not None and p.grad is not None:
                 p.grad.add_(grad)
+
+
+def in_batches(computed: Iterable[Computed]) -> list[Any]:
+    """What reads and writes these weights: each itself, or a batch of them."""
+    kinds: dict[Any, list[Computed]] = {}
+    for c in computed:
+        kinds.setdefault(c.way.together, []).append(c)
+    return [one for together, alike in kinds.items() for one in (together(alike) if together else alike)]
 
 
 # ------------------------------------------------------------------------------------------------------------- finding
