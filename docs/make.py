@@ -222,6 +222,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench step": ("bench-step", bench),
     "bench inspect": ("bench-inspect", bench),
     "bench cap": ("bench-cap", bench),
+    "bench peft": ("bench-peft", bench),
 }
 
 
