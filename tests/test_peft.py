@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
+from normwise.errors import PolicyError
+from normwise.parameters.inventory import Inventory, select
 
 peft = pytest.importorskip("peft")
 
@@ -21,11 +24,11 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.conv = nn.Embedding(30, 12), nn.Conv2d(3, 8, 3)
-        self.fc, self.out = nn.Linear(12, 16), nn.Linear(16, 5)
+        self.fc, self.head = nn.Linear(12, 16), nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv(self.embed(x)[:, None].expand(-1, 3, -1, -1)).mean(1)
-        return self.out(torch.tanh(self.fc(nn.functional.pad(hidden, (1, 1)).mean(1))))
+        return self.head(torch.tanh(self.fc(nn.functional.pad(hidden, (1, 1)).mean(1))))
 
 
 def lora(dtype: torch.dtype = torch.float32, modules: Any = ("embed", "conv", "fc"), trained: bool = True, **options: Any) -> Any:
@@ -152,3 +155,317 @@ def test_bounds_hold_in_training_as_peft_computes_the_product(name: str, dtype: 
         seen.append(float(measure(units(layers(model)["fc"]))))
     assert max(seen) <= limit and seen[-1] > 0.9 * limit
     assert control.verify()
+
+
+# ------------------------------------------------------------------------------------------- penalties, prox and decay
+
+
+def _price(norm: str) -> nw.Rule:
+    return nw.Rule(params="peft:product", action="penalty", norm=norm, strength=0.7)
+
+
+def pulled(model: Any, rule: Any) -> dict[str, Tensor]:
+    """The gradients that a penalty gives A and B."""
+    control = act(model, rule)
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    control.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"),
+    [
+        (lambda: nw.l2_penalty(0.7, "peft:product"), lambda w: 0.35 * w.square().sum()),
+        (lambda: _price("nuclear"), lambda w: 0.7 * torch.linalg.matrix_norm(w, "nuc")),
+        (lambda: _price("spectral"), lambda w: 0.7 * spectral(w)),
+        (lambda: _price("sum_of_units"), lambda w: 0.7 * w.norm(dim=1).sum()),
+    ],
+    ids=["half l2^2", "nuclear", "spectral", "sum of units"],
+)  # fmt: skip
+def test_a_penalty_gives_both_factors_the_gradient_of_the_dense_product(rule: Any, value: Any) -> None:
+    model = lora(torch.float64)
+    got = pulled(model, rule())
+    for layer in layers(model).values():
+        value(layer.get_delta_weight("default").flatten(1)).backward()
+    wanted = {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+    # `act` set the gradients to zero and left the penalty's there, to which backward has added the same once more.
+    assert len(wanted) == 6
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grad, 2 * got[name], atol=1e-9, rtol=1e-7)
+
+
+def test_a_nuclear_prox_lowers_the_rank_as_on_the_dense_product() -> None:
+    model = lora(torch.float64, ["fc"])
+    before = units(layers(model)["fc"])
+    s = torch.linalg.svdvals(before)[:4]
+    step = float((s[1] + s[2]) / 2)
+    optimizer = torch.optim.SGD(held(model), lr=1e-12)    # it moves nothing, and the prox moves by lr · strength
+    act(model, nw.nuclear_prox(step * 1e12, "peft:product"), optimizer)
+    got = units(layers(model)["fc"])
+    torch.testing.assert_close(got, _spectrum(before, lambda s: (s - step).clamp(min=0)), atol=1e-8, rtol=1e-6)
+    assert torch.linalg.matrix_rank(got, atol=1e-7) == 2
+
+
+def test_decay_of_the_product_is_decay_of_b() -> None:
+    model = lora(torch.float64, ["fc"])
+    before = units(layers(model)["fc"])
+    optimizer = torch.optim.SGD(held(model), lr=0.1)
+    act(model, nw.weight_decay(0.5, "peft:product"), optimizer)
+    torch.testing.assert_close(units(layers(model)["fc"]), 0.95 * before)
+
+
+# --------------------------------------------------------------------------------------------------------- selectors
+
+
+def test_selectors_name_the_parts_of_each_adapter() -> None:
+    model = lora(modules=["fc"], modules_to_save=["head"], use_dora=True)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["fc", "conv"]))
+    weights = Inventory(model).weights
+    found = {one: [e.name.removeprefix("base_model.model.") for e in select(weights, one)] for one in (
+        "peft:A", "peft:B:other", "peft:product", "peft:product:default", "peft:magnitude", "peft:modules_to_save",
+    )}  # fmt: skip
+    assert found == {
+        "peft:A": ["conv.lora_A.other.weight", "fc.lora_A.default.weight", "fc.lora_A.other.weight"],
+        "peft:B:other": ["conv.lora_B.other.weight", "fc.lora_B.other.weight"],
+        "peft:product": ["conv.lora_BA.other", "fc.lora_BA.default", "fc.lora_BA.other"],
+        "peft:product:default": ["fc.lora_BA.default"], "peft:magnitude": ["fc.lora_magnitude_vector.default.weight"],
+        "peft:modules_to_save": ["head.modules_to_save.default.weight", "head.modules_to_save.default.bias"],
+    }  # fmt: skip
+
+
+def test_only_what_names_products_picks_them_and_anything_excludes_them() -> None:
+    model = lora()
+    for everything in ("*", "role:all", "role:matrix", "re:.", nn.Module, lambda e: True):
+        assert all(e.adapter != "product" for e in select(Inventory(model).weights, everything))
+    picked = select(Inventory(model).weights, ["peft:product"], exclude="*.fc.*")
+    assert [e.role for e in picked] == ["embedding", "conv"]
+    assert [e.name for e in select(Inventory(model).weights, "*.fc.lora_BA.*")] == ["base_model.model.fc.lora_BA.default"]
+    policy = nw.Policy([nw.max_norm("0.1*base", ["peft:product:default"], exclude="*.fc.*")])
+    assert nw.Policy.from_yaml(policy.to_yaml()) == policy
+    shown = str(policy.explain(model))
+    assert "conv.lora_BA.default (by LoRA's s·B·A)" in shown and "o8 i4" in shown
+
+
+# ---------------------------------------------------------------------------------------------- radii of the base
+
+
+@pytest.mark.parametrize("norm", ["l2", "spectral"])
+def test_a_radius_counts_in_the_same_blocks_of_the_base(norm: str) -> None:
+    """GPT-2's fused q, k, v, stored transposed: three matrices, each with its own radius."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=20, n_positions=8))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True))
+    attention = model.base_model.model.transformer.h[0].attn.c_attn
+    with torch.no_grad():
+        attention.lora_B["default"].weight.normal_()
+        attention.base_layer.weight[:, 16:32].mul_(3)
+    control = act(model, nw.Rule(params="peft:product", action="clip_norm", norm=norm, per="matrix", radius="0.1*base"))
+    order = 2 if norm == "spectral" else "fro"
+    starts = [torch.linalg.matrix_norm(w, order) for w in attention.base_layer.weight.double().chunk(3, 1)]
+    moved = [torch.linalg.matrix_norm(w, order) for w in attention.get_delta_weight("default").double().chunk(3, 1)]
+    torch.testing.assert_close(torch.stack(moved), 0.1 * torch.stack(starts), rtol=2e-5, atol=0)
+    assert control.verify().blocks == 3
+
+
+@pytest.mark.parametrize("kind", ["4", "8"])
+def test_a_quantised_base_is_measured_as_peft_dequantises_it(kind: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    start = torch.randn(32, 64)
+    if kind == "4":
+        layer = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(start.clone(), requires_grad=False, quant_type="nf4").to("cpu")
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(start.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    model = peft.get_peft_model(nn.Sequential(layer, nn.Linear(32, 4)), peft.LoraConfig(r=4, target_modules=["0"]))
+    frozen = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(held(model), lr=0.5)
+    control = nw.attach(model, optimizer, nw.max_norm("0.1*base", "peft:product"))
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(torch.randn(8, 64)) - 3).square().mean().backward()
+        optimizer.step()
+    smallest, largest = control.radii().of["clip_norm l2/unit <= 0.1*base, params=peft:product"]["base_model.model.0.lora_BA.default"]
+    lengths = 0.1 * start.norm(dim=1)
+    assert (smallest, largest) == pytest.approx((float(lengths.min()), float(lengths.max())), rel=0.03)
+    assert control.verify() and torch.equal(layer.weight, frozen)
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (lambda: nw.max_norm(1.0, "peft:product", per="input"), "norm 'l2' per='input' needs its entries, which are never formed"),
+        (lambda: nw.l1_ball(1.0, "peft:product"), "norm 'l1' per='unit' needs its entries"),
+        (lambda: nw.clip_weight_norm(1.0, "peft:product", norm="rms"), "norm 'rms' per='tensor' needs its entries"),
+        (lambda: nw.orthogonal(params="peft:product"), "needs its entries"),
+        (lambda: nw.max_norm(1.0, "peft:product", center="init"), "LoRA starts from zero"),
+        (lambda: nw.relative_update(0.1, params="peft:product"), "is no matrix of its rank, since A turns"),
+        (lambda: nw.spectral_cap(1.0, "peft:product", tolerance=0.01), "Leave tolerance out"),
+        (lambda: nw.cpr(1.0, "peft:product"), "cpr has no meaning there"),
+        (lambda: nw.clip_grad_norm(1.0, "peft:product"), "A product has no gradient of its own. Of adapters there are peft:A:default"),
+        (lambda: nw.max_norm(1.0, ["peft:product", "peft:A"]), "it shares a tensor with"),
+        (lambda: nw.max_norm("0.1*base"), "only LoRA's products have a base that a radius counts in"),
+        (lambda: nw.max_norm(1.0, "peft:product:other"), "Of adapters there are peft:A:default, peft:B:default, peft:product:default"),
+        (lambda: nw.max_norm(1.0, "peft:C"), "no part of an adapter. Allowed: A, B"),
+        (lambda: nw.unit_norm("init", "peft:product"), "are zero when attached"),
+    ],
+)  # fmt: skip
+def test_a_rule_that_means_nothing_is_refused_with_one_sentence(rule: Any, said: str) -> None:
+    model = lora(modules=["fc"], trained=False)
+    with pytest.raises(PolicyError) as refused:
+        nw.attach(model, torch.optim.SGD(held(model), lr=0.1), rule())
+    assert said in str(refused.value)
+
+
+def _merged() -> Any:
+    model = lora(modules=["fc"])
+    model.merge_adapter()
+    return model
+
+
+def _frozen(which: str) -> Any:
+    model = lora(modules=["fc"])
+    layers(model)["fc"].get_submodule(which)["default"].weight.requires_grad_(False)
+    return model
+
+
+def _grouped() -> Any:
+    return peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), peft.LoraConfig(r=4, target_modules=["0"]))
+
+
+def _adalora() -> Any:
+    return peft.get_peft_model(Net(), peft.AdaLoraConfig(target_modules=["fc"], total_step=10))
+
+
+def _silent() -> Any:
+    model = lora(modules=["fc"])
+    layers(model)["fc"].scaling["default"] = 0.0
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(_merged, "merged into the base"), (lambda: _frozen("lora_B"), "which is frozen"), (_grouped, "grouped convolution"),
+     (_adalora, "AdaLoRA puts a diagonal"), (_silent, "its scale is 0")],
+)  # fmt: skip
+def test_an_adapter_that_no_rule_can_act_on_is_refused_by_name(make: Any, said: str) -> None:
+    model = make()
+    with pytest.raises(PolicyError, match=said):
+        nw.attach(model, torch.optim.SGD(held(model), lr=0.1), nw.max_norm(1.0, "peft:product"))
+
+
+def test_a_frozen_a_is_as_good_as_another() -> None:
+    model = _frozen("lora_A")
+    assert act(model, nw.max_norm(0.1, "peft:product")).verify()
+    assert units(layers(model)["fc"]).norm(dim=1).max() <= 0.1
+
+
+def test_an_adapter_merged_in_training_is_not_changed_behind_its_base() -> None:
+    model = lora(modules=["fc"])
+    control = act(model, nw.max_norm(0.1, "peft:product"))
+    layer = layers(model)["fc"]
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(5)
+    before = layer.lora_B["default"].weight.detach().clone()
+    model.merge_adapter()
+    with pytest.raises(PolicyError, match=r"is merged into its base.*unmerge_adapter"):
+        control.optimizers[0].step()
+    assert torch.equal(layer.lora_B["default"].weight, before)
+    model.unmerge_adapter()
+    control.optimizers[0].step()
+    assert units(layer).norm(dim=1).max() <= 0.1
+
+
+# --------------------------------------------------------------------------------------- several adapters, DoRA, state
+
+
+def test_of_two_adapters_the_one_that_is_trained_is_bounded_and_the_next_when_it_is() -> None:
+    model = lora(modules=["fc"])
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False))
+    layer = layers(model)["fc"]
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" in n], lr=0.0)
+    control = nw.attach(model, optimizer, nw.max_norm(0.01, "peft:product"))
+
+    def step() -> tuple[float, float]:
+        for p in held(model):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return float(units(layer).norm(dim=1).max()), float(units(layer, "other").norm(dim=1).max())
+
+    first, second = step()
+    assert first <= 0.01 < second
+    model.set_adapter("other")
+    assert max(step()) <= 0.01 and control.verify()
+
+
+def test_two_rules_on_one_product_each_act_on_what_the_one_before_left() -> None:
+    model = lora()
+    control = act(model, [nw.max_norm(0.9, "peft:product"), nw.spectral_cap(1.1, "peft:product"), nw.clip_weight_norm(1.5, "peft:product")])
+    for layer in layers(model).values():
+        w = units(layer)
+        assert w.norm(dim=1).max() <= 0.9 and spectral(w) <= 1.1 and w.norm() <= 1.5
+    assert control.verify()
+
+
+def test_a_scale_that_changes_in_training_counts_from_the_next_step_on() -> None:
+    model = lora(modules=["fc"])
+    control = act(model, nw.max_norm(0.2, "peft:product"))
+    layers(model)["fc"].set_scale("default", 3)
+    control.optimizers[0].step()
+    assert 0.19 < units(layers(model)["fc"]).norm(dim=1).max() <= 0.2 and control.verify()
+
+
+def test_all_products_together_are_one_block_beside_plain_weights() -> None:
+    model = lora(modules=["fc", "conv"], modules_to_save=["head"])
+    act(model, nw.clip_weight_norm(1.0, ["peft:product", "peft:modules_to_save"], per="global"))
+    saved = model.base_model.model.head.modules_to_save["default"]
+    parts = [*(units(layer) for layer in layers(model).values()), *(p.detach().double() for p in saved.parameters())]
+    assert math.hypot(*(float(p.norm()) for p in parts)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_doras_direction_and_magnitude_each_keep_their_bound() -> None:
+    model = lora(modules=["fc"], use_dora=True)
+    layer = layers(model)["fc"]
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.mul_(5)
+    act(model, [nw.max_norm("0.2*base", "peft:product"), nw.clip_weight_value(0.3, 0.7, "peft:magnitude")])
+    share = units(layer).norm(dim=1) / layer.base_layer.weight.double().norm(dim=1)
+    assert 0.199 < share.max() <= 0.2
+    unit = torch.linalg.vector_norm(_used(model, layer), dim=1)
+    assert float(unit.min()) >= 0.3 - 1e-6 and float(unit.max()) <= 0.7 + 1e-6
+
+
+def _used(model: Any, layer: Any) -> Tensor:
+    """The weight that the layer applies, read off its outputs."""
+    with torch.no_grad():
+        return (layer(torch.eye(layer.in_features)) - layer.base_layer.bias).mT
+
+
+def test_the_optimizers_state_stays_and_radii_of_the_base_travel_in_it() -> None:
+    model = lora(modules=["fc"])
+    optimizer = torch.optim.AdamW(held(model), lr=0.1)
+    control = nw.attach(model, optimizer, nw.max_norm("0.1*base", "peft:product"))
+    free = lora(modules=["fc"])
+    alone = torch.optim.AdamW(held(free), lr=0.1)
+    for one, steps in ((model, optimizer), (free, alone)):
+        for p in held(one):
+            p.grad = torch.ones_like(p)
+        steps.step()
+    for p, q in zip(held(model), held(free), strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], alone.state[q]["exp_avg"])
+    saved = optimizer.state_dict()
+    with torch.no_grad():
+        layers(model)["fc"].base_layer.weight.mul_(10)
+    control.remove()
+    again = torch.optim.AdamW(held(model), lr=0.1)
+    resumed = nw.attach(model, again, nw.max_norm("0.1*base", "peft:product"))
+    fresh = resumed.radii()
+    again.load_state_dict(saved)
+    [radii], [others] = resumed.radii().of.values(), fresh.of.values()
+    assert next(iter(others.values()))[0] == pytest.approx(10 * next(iter(radii.values()))[0], rel=1e-6)

@@ -145,7 +145,8 @@ def margin_of(rule: Rule, entry: Entry, member: Member) -> float:
             old = way.forward(*parts)
             new = change(old, lambda: way.forward(*_moved(computed.way, generator)), generator)
             found = _inverse(way, parts, old, new, entry, rule)
-            _refuse_frozen(computed.way.parts(), parts, found, entry, rule)
+            if entry.trained:    # what is frozen altogether is measured, and no more
+                _refuse_frozen(computed.way.parts(), parts, found, entry, rule)
             worst = max(worst, _distance(member.view, new, way.forward(*found), old))
     coarsest = max((part.dtype for part in parts), key=lambda dtype: torch.finfo(dtype).eps)
     if not worst <= TOLERANCE[coarsest]:

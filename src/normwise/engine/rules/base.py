@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -144,12 +145,14 @@ class BoundRule:
         assert entry.computed is not None and isinstance(entry.computed.way, LowRank)
         try:
             weight: Any = entry.computed.way.base_weight()
-            base = replace(entry.base or entry, param=weight, computed=None)
-            value = self._norms(Member(base.name, weight, self.view(base), 0), weight)
+            known = entry.base is not None and math.prod(entry.base.layout.shape) == weight.numel()
+            units = replace(entry.layout, shape=(*entry.layout.shape[:-1], weight.numel() // len(weight)))    # packed numbers have no axes
+            base = replace(entry, param=weight, computed=None, layout=entry.base.layout if known and entry.base else units)
+            value = self._norms(Member(entry.name, weight, self.view(base), 0), weight)
         except Exception as error:    # whatever a library for quantised weights raises
             what = f"radius={radius.label()!r} cannot be measured on the base of {entry.name!r}: {error}"
             raise PolicyError(f"{what} Give a number as the radius.") from error
-        self._refuse_zero(value, f"the base of {entry.name!r}")
+        self._refuse_zero(value, f"the base of {entry.name!r}", "base")
         return value.to(wide(weight.device))
 
     def measure_center(self, member: Member) -> None:
@@ -177,10 +180,10 @@ class BoundRule:
         self._refuse_zero(value, repr(member.name))
         return value
 
-    def _refuse_zero(self, value: Tensor, whose: str) -> None:
+    def _refuse_zero(self, value: Tensor, whose: str, kind: str = "init") -> None:
         if value.numel() and not bool((value > 0).all()):
             raise PolicyError(
-                f"radius='init' in rule '{self.rule.label()}': {int((value <= 0).sum())} of {value.numel()} blocks of {whose} are "
+                f"radius={kind!r} in rule '{self.rule.label()}': {int((value <= 0).sum())} of {value.numel()} blocks of {whose} are "
                 "zero when attached, and a radius of zero would keep them there. Give floor= (a smallest radius), or exclude it."
             )
 
