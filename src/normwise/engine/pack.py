@@ -126,7 +126,8 @@ class Pack:
     def __post_init__(self) -> None:
         self.view = self.members[0].view
         self.params = [m.param for m in self.members]
-        self.computed = in_batches(m.computed for m in self.members if m.computed is not None)
+        computed = [m.computed for m in self.members if m.computed is not None]
+        self.computed = in_batches(computed) if computed else []
         self.weights = [m.weight for m in self.members]
         self.margin = max(m.margin for m in self.members)
         self.optimizers = frozenset(m.optimizer for m in self.members).union(*(m.moved_by for m in self.members))
