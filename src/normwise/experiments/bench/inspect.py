@@ -1,4 +1,4 @@
-"""``normwise bench inspect``: what reading a checkpoint's norms costs beside reading the file, and spectra of GPT-2's size.
+"""``normwise bench inspect``: norms of a checkpoint against reading it, and spectra.
 
 A safetensors file of 2 GB is read whole by ``readinto``, in blocks of the size that ours has, and inspected without spectra, in turns. Both
 find it in the system's cache, so that norms must keep up with memory's speed, not a disk's (bar: 80% of it, by the median of rounds).
