@@ -1,4 +1,4 @@
-"""``normwise bench peft``: what rules on LoRA's product s·B·A add to a training step of GPT-2's 124M parameters.
+"""``normwise bench peft``: what rules on LoRA's product s·B·A add to a step of GPT-2 (124M parameters).
 
 Forward, backward and step of AdamW on A and B alone, on one thread, at 64 and at 256 tokens a step. All rules take turns with the plain
 step on one model, and each radius is one at which the rule acts in every step, the dearer case. ``share`` is the time in the
