@@ -1,9 +1,9 @@
 """``normwise bench peft``: what rules on LoRA's product s·B·A add to a step of GPT-2.
 
-GPT-2 of 124M parameters: forward, backward and step of AdamW on A and B alone, on one thread, at 64 and at 256 tokens a step. All rules take turns with the plain
-step on one model, and each radius is one at which the rule acts in every step, the dearer case. ``share`` is the time in the
-control's hooks over that of the whole step (bar: 2%), the median over rounds. ``off`` is how far the products after the rule are from the
-dense computation in float64, relatively, at worst over the layers (bar: 1e-5).
+GPT-2 of 124M parameters: forward, backward and step of AdamW on A and B alone, on one thread, at 64 and at 256 tokens a step. All rules
+take turns with the plain step on one model, and each radius is one at which the rule acts in every step, the dearer case. ``share`` is
+the time in the control's hooks over that of the whole step (bar: 2%), the median over rounds. ``off`` is how far the products after the
+rule are from the dense computation in float64, relatively, at worst over the layers (bar: 1e-5).
 """
 
 from __future__ import annotations
