@@ -232,6 +232,13 @@ def test_an_older_library_is_one_sentence_with_versions(
     need_version(name, "5.2", "this")
 
 
+def test_a_trainer_without_what_attach_needs_is_one_sentence_with_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(tmp_path)
+    monkeypatch.delattr(transformers.Trainer, "_load_optimizer_and_scheduler")
+    with pytest.raises(nw.PolicyError, match=rf"transformers {transformers.__version__} does not have; 5\.24 does"):
+        attach(made, nw.max_norm(0.3))
+
+
 def test_integrations_are_there_without_an_import_of_their_own() -> None:
     """That ``import normwise`` brings none of them, tests/test_layers.py holds."""
     assert nw.integrations.transformers is sys.modules["normwise.integrations.transformers"]

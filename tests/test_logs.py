@@ -328,3 +328,36 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert run.summary["norm/weight/total"] == pytest.approx(control.norms().total["weight"], rel=1e-6)
         assert sum(run.summary["units/0.weight"]["values"]) == 8
         run.finish()
+
+
+@pytest.mark.parametrize("library", ["lightning.fabric", "accelerate"])
+def test_fabric_and_accelerate_write_them_to_their_own_loggers(library: str, tmp_path: Path):
+    """With what their set-up returns, as the page says; they pass the records on to the loggers that they were given."""
+    there = pytest.importorskip(library, reason=f"needs {library}")
+    model, seen = net(), []
+
+    class Tracker:
+        name, requires_logging_directory, main_process_only, root_dir, tracker, version = "own", False, True, None, None, ""
+
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            seen.append((step, metrics))
+
+        def log(self, values: dict[str, float], step: int, **_: Any) -> None:
+            self.log_metrics(values, step)
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            pass
+
+    if library == "accelerate":
+        of_accelerate = type("Own", (Tracker, there.tracking.GeneralTracker), {})
+        trainer = there.Accelerator(cpu=True, log_with=of_accelerate(_blank=True))
+        trainer.init_trackers("run")
+        wrapped, optimizer = trainer.prepare(model, SGD(model.parameters(), lr=0.1))
+    else:
+        trainer = there.Fabric(accelerator="cpu", devices=1, loggers=Tracker())
+        wrapped, optimizer = trainer.setup(model, SGD(model.parameters(), lr=0.1))
+    control = nw.attach(wrapped, optimizer, [nw.max_norm(0.5)])
+    control.log_to(trainer, every=4)
+    train(wrapped, optimizer, range(8))
+    assert [step for step, _ in seen] == [4, 8] and control.verify()
+    assert seen[-1][1]["norm/weight/total"] == pytest.approx(norm(model.parameters()), rel=1e-6)

@@ -53,6 +53,10 @@ def attach(trainer: Any, rules: Any, *, log: bool = True, on_nonfinite: OnNonFin
     """
     if not isinstance(trainer, _library.Trainer):
         raise PolicyError(f"attach takes a transformers.Trainer, given a {type(trainer).__name__}. For an optimizer there is nw.attach.")
+    if not hasattr(trainer, "_load_optimizer_and_scheduler"):
+        raise PolicyError(
+            f"rules attach before the Trainer loads states, in a method that transformers {_library.__version__} does not have; 5.24 does."
+        )
     if any(isinstance(one, Rules) for one in trainer.callback_handler.callbacks):
         raise PolicyError("this Trainer has rules already: put all of them into one attach, or take the others off by their remove().")
     if trainer.is_deepspeed_enabled:
