@@ -53,8 +53,12 @@ Page = dict[str, Any]
 
 
 def table_of(rows: Sequence[Mapping[str, str]], name: str = "") -> Table:
-    """Rows of equal columns. Figures are read by their last digits, so that they stand to the right; words to the left."""
-    words = [(column, sum(not row[column][:1].isdigit() for row in rows) * 2 > len(rows)) for column in (rows[0] if rows else ())]
+    """Rows of equal columns. Figures are read by their last digits, so that they stand to the right; words to the left.
+
+    A dash says that there is nothing: it makes a column of figures no column of words.
+    """
+    cells = {column: [row[column] for row in rows if row[column] != "-"] for column in (rows[0] if rows else ())}
+    words = [(column, sum(not cell[:1].isdigit() for cell in found) * 2 > len(found)) for column, found in cells.items()]
     return name, words, [list(row.values()) for row in rows]
 
 
