@@ -1,0 +1,70 @@
+"""Which of LoRA's factors take the matrix method? ``python docs/lora_rows.py`` races all ways, each with the same rates and seeds.
+
+A small GPT learns the first text of the recipe ``finetune`` and goes on with the second by LoRA. A run's figure is its loss on the second
+text's validation part. Each run is a line of ``docs/results/lora-rows.runs.jsonl`` as soon as it is done, and is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+import normwise as nw
+from normwise.experiments.framework.provenance import installed, machine
+from normwise.experiments.recipes import finetune
+
+RUNS = Path(__file__).parent / "results" / "lora-rows.runs.jsonl"
+PRETRAINING, STEPS, SEEDS = 300, 60, (2000, 2001)    # seeds for development
+RATES = (0.005, 0.02, 0.08)    # of the matrix method
+ADAMW = (0.002, 0.008)    # of what takes AdamW
+WAYS: dict[str, dict[str, str]] = {
+    "B by Muon, A by AdamW (the default)": {},
+    "both by Muon": {"peft:A": "muon"},
+    "A by Muon, B by AdamW": {"peft:A": "muon", "peft:B": "adamw"},
+    "both by AdamW": {"peft:B": "adamw"},
+}
+
+
+def main() -> None:
+    """Does what is not done yet, then prints the best rates of each way."""
+    torch.set_num_threads(1)
+    done = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    known = {(r["way"], r["lr"], r["adamw"], r["seed"]) for r in done}
+    finetune.PRETRAINING = PRETRAINING
+    texts = finetune.texts(None)
+    where = machine() | installed("peft")
+    todo = [(way, lr, adamw, seed) for seed in SEEDS for lr in RATES for adamw in ADAMW for way in WAYS]
+    for i, key in enumerate(todo):
+        if key not in known:
+            run = dict(zip(("way", "lr", "adamw", "seed"), key, strict=True))
+            run |= {"loss": loss(texts, *key), "steps": STEPS, "machine": where}
+            done.append(run)
+            with RUNS.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+            print(f"{i + 1} of {len(todo)}: {key}: {run['loss']:.4f}", flush=True)
+    for way in WAYS:
+        of: dict[tuple[float, float], list[float]] = {}
+        for r in done:
+            if r["way"] == way:
+                of.setdefault((r["lr"], r["adamw"]), []).append(r["loss"])
+        rates, losses = min(of.items(), key=lambda item: mean(item[1]))
+        spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
+        print(f"{way}: {mean(losses):.4f}{spread} over {len(losses)} seeds at lr {rates[0]:g}, of AdamW {rates[1]:g}")
+
+
+def loss(texts: finetune.Texts, way: str, lr: float, adamw: float, seed: int) -> float:
+    """On the second text, after `STEPS`."""
+    model = texts.start(seed)
+    torch.manual_seed(seed)
+    model = finetune.adapted(model)
+    optimizer = nw.optim.Muon(model, lr, weight_decay=0.0, adamw={"lr": adamw, "weight_decay": 0.0}, override=WAYS[way])
+    for _ in finetune.steps(texts.second, model, optimizer, STEPS, seed):
+        pass
+    return texts.second.evaluate(model, "validation").loss
+
+
+if __name__ == "__main__":
+    main()
