@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
-from normwise.experiments.catalog import AS_IT_IS, CONTENDERS, Built, Contender
+from normwise.experiments.catalog import AS_IT_IS, FIRST, Built, Contender
 from normwise.experiments.framework.progress import on_stderr
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Run
 from normwise.experiments.framework.study import Options, opened
 from normwise.experiments.race.run import RaceRun, train
 from normwise.experiments.tasks.load import load_task
-from normwise.experiments.tasks.task import STEPS, Task
+from normwise.experiments.tasks.task import HELD_OUT, STEPS, Task
 from normwise.norms.linalg import polar
 
 RESULTS = Path(__file__).parent / "results" / "tried.runs.jsonl"
@@ -200,7 +200,7 @@ def on_tuned(task: str, name: str) -> tuple[str, Build, dict[str, Any]]:
 
     def build(model: nn.Module) -> Built:
         if role:
-            return CONTENDERS["ridge_roles"].build(model, numbers)
+            return FIRST["ridge_roles"].build(model, numbers)
         if act:
             return Metric(model, act, lr=lr, damping=damping, adamw=dict(rest)), None
         made = nw.optim.Ridge(model, lr, damping=damping, adamw=dict(rest), **columns)
@@ -241,19 +241,19 @@ def one(task: Task, name: str, samples: int, seed: int) -> dict[str, Any]:
     """One variant's run; its result and seconds."""
     _, build, chosen = VARIANTS[name] if name in VARIANTS else on_tuned(task.name, name)
     contender = f"tried {name}"    # for the time of this run; some variants are contenders by their plain name
-    CONTENDERS[contender] = Contender(name, "", (), lambda model, numbers: build(model))
+    FIRST[contender] = Contender(name, "", (), lambda model, numbers: build(model))
     numbers = {axis.name: axis.value(0) for axis in AS_IT_IS} | chosen
     try:
         result = train(RaceRun(task.key, contender, tuple(numbers.items()), samples, seed, False, 1, torch.__version__), task)
     finally:
-        del CONTENDERS[contender]
+        del FIRST[contender]
     return {"result": result["result"], "seconds": result["seconds"]}
 
 
 def main() -> None:
     """Runs what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=list(STEPS))
+    parser.add_argument("task", choices=[name for name in STEPS if name not in HELD_OUT])
     parser.add_argument("--data", required=True)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *ON_TUNED], metavar="NAME")
     parser.add_argument("--share", type=float, default=0.36)

@@ -6,7 +6,7 @@ import hashlib
 import math
 from typing import Any
 
-from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.catalog import FIRST
 from normwise.experiments.race.run import RaceRun
 
 PACE = {"adamw": 1.0, "sgd": 3.0, "adamw_max_norm": 1.15, "muon": 0.5, "normuon": 0.47, "muonh": 0.55, "adamh": 0.95, "scion": 0.62,
@@ -23,7 +23,7 @@ def noise(*parts: Any) -> float:
 def made_up(run: RaceRun, accuracy: bool = False) -> dict[str, Any]:
     """Loss falls with the samples seen, faster by PACE, rises with the distance of the rate from its centre, and differs by seed."""
     numbers = dict(run.numbers)
-    centre = CONTENDERS[run.contender].own[0].values[0]
+    centre = FIRST[run.contender].own[0].values[0]
     off = 0 if run.contender == "auto" else abs(math.log2(numbers["lr"] / float(centre)) - 1)
     luck = 0.012 * noise(run.seed, run.contender, run.samples)
     loss = 1.2 + 0.7 * (8000 * PACE[run.contender] / run.samples) ** 0.5 + 0.02 * off**2 + luck

@@ -119,7 +119,10 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_the_installed_command_exits_2_without_a_traceback() -> None:
     done = subprocess.run([sys.executable, "-m", "normwise", "compare", "nothing"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "normwise: There is no task 'nothing'. Allowed: cnn, gpt, lstm, resnet.\n"
+    assert done.stderr == (
+        "normwise: There is no task 'nothing'. Allowed: cnn, decoder, gpt, gru, lstm, mixer, plain, resnet, resnet_gn, tabular, unet, "
+        "vit.\n"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- results

@@ -22,7 +22,7 @@ from torch import nn
 
 import normwise as nw
 from normwise.errors import DataError, StudyError
-from normwise.experiments.catalog import BASELINES, COMMON, CONTENDERS, racing
+from normwise.experiments.catalog import BASELINES, COMMON, FIRST, racing
 from normwise.experiments.framework import driver
 from normwise.experiments.framework.figures import geometric_mean, interval
 from normwise.experiments.framework.lattice import Axis, Point, best, compass
@@ -34,7 +34,6 @@ from normwise.experiments.race import study, tables
 from normwise.experiments.race.protocol import (
     BUDGETS,
     LADDER_SEED,
-    PROTOCOL,
     RATIO,
     ROBUST_AT,
     RUNGS,
@@ -136,7 +135,7 @@ def test_axes_say_what_their_positions_stand_for() -> None:
 
 
 def test_every_contender_has_the_common_axes_and_few_of_its_own() -> None:
-    for name, contender in ((n, c) for n, c in CONTENDERS.items() if n != "auto"):
+    for name, contender in ((n, c) for n, c in FIRST.items() if n != "auto"):
         assert contender.axes[0].name == "lr" and contender.axes[0].ratio == 2.0
         shared = contender.axes[-len(COMMON):]
         assert [(axis.name, axis.values) for axis in shared] == [(axis.name, axis.values) for axis in COMMON] and len(contender.own) <= 3
@@ -153,20 +152,20 @@ def test_every_contender_has_the_common_axes_and_few_of_its_own() -> None:
 ])  # fmt: skip
 def test_auto_has_no_choice_and_is_the_preset_without_arguments(model: nn.Module) -> None:
     """Also where the model has no parameter of auto's main row."""
-    axes = CONTENDERS["auto"].axes
+    axes = FIRST["auto"].axes
     assert [axis.name for axis in axes] == ["lr", *(axis.name for axis in COMMON)]
     middle = (0,) * len(axes)
     assert compass(axes, {}, 12) == [middle] and compass(axes, {middle: 1.0}, 12) == []
-    numbers = CONTENDERS["auto"].numbers(middle)
+    numbers = FIRST["auto"].numbers(middle)
     assert numbers["schedule"] == "linear"
-    built, plain = CONTENDERS["auto"].build(model, numbers)[0], nw.optim.auto(model)
+    built, plain = FIRST["auto"].build(model, numbers)[0], nw.optim.auto(model)
     assert [g["lr"] for g in built.param_groups] == [g["lr"] for g in plain.param_groups]
-    tenth = CONTENDERS["auto"].build(model, {**numbers, "lr": 0.0028})[0]
+    tenth = FIRST["auto"].build(model, {**numbers, "lr": 0.0028})[0]
     assert [g["lr"] for g in tenth.param_groups] == pytest.approx([g["lr"] / 10 for g in plain.param_groups])
 
 
 def test_the_baselines_always_race_and_unknown_names_are_told() -> None:
-    assert racing(["muon"]) == ["adamw", "sgd", "muon"] and racing(None) == list(CONTENDERS)
+    assert racing(["muon"]) == ["adamw", "sgd", "muon"] and racing(None, FIRST) == list(FIRST)
     with pytest.raises(StudyError, match=r"no contender 'mouon'\. Did you mean 'muon'\?"):
         racing(["mouon"])
     with pytest.raises(StudyError, match=r"no budget 'quik'\. Did you mean 'quick'\?"):
@@ -349,6 +348,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     metrics = {"gpt": "loss", "lstm": "loss", "cnn": "accuracy", "resnet": "accuracy"}
     monkeypatch.setattr(study, "load_task", lambda name, *_, **__: SimpleNamespace(key=name, metric=metrics[name], batch=16))
     monkeypatch.setattr(study, "step_times", made_up_times)
+    monkeypatch.setattr(study, "PROTOCOL", 1)    # whose contenders the formula knows
     monkeypatch.setattr(driver, "call", counted)
     return calls
 
@@ -621,6 +621,6 @@ def test_the_page_is_written_from_raw_runs(no_training: Counter[str], tmp_path: 
 
 def test_a_record_of_a_race_without_its_facts_is_one_error(tmp_path: Path) -> None:
     path = tmp_path / "race.runs.jsonl"
-    Store(path).add({"kind": "race facts", "protocol": PROTOCOL}, {"machine": {}})
+    Store(path).add({"kind": "race facts", "protocol": 1}, {"machine": {}})
     with pytest.raises(DataError, match="expected the runs of a race"):
         replay(path)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise import cli
-from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.catalog import FIRST
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.study import Options
@@ -53,11 +53,12 @@ def gpt() -> Task:
 @pytest.fixture
 def micro(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(protocol.BUDGETS, "quick", MICRO)
+    monkeypatch.setitem(protocol.BUDGETS_2, "quick", MICRO)
     monkeypatch.setattr(protocol, "RATIO", 0.5)
 
 
 def run_of(name: str, task: Task, steps: int, seed: int = 0, full: bool = False, **changed: Any) -> RaceRun:
-    contender = CONTENDERS[name]
+    contender = FIRST[name]
     numbers = contender.numbers([0] * len(contender.axes)) | changed
     return RaceRun(task.key, name, tuple(numbers.items()), steps * batch_of(numbers, task.batch), seed, full, 1, "v")
 
@@ -102,7 +103,7 @@ def test_a_contender_is_its_optimizer_under_the_schedule(gpt: Task, name: str) -
 
 
 def test_by_role_is_told_by_gates_and_by_convolutions(cnn: Task) -> None:
-    contender = CONTENDERS["ridge_roles"]
+    contender = FIRST["ridge_roles"]
     numbers = contender.numbers([0] * len(contender.axes))
     built = {task.name: contender.build(task.build(), numbers)[0] for task in (cnn, load_task("lstm", size="tiny"))}
     rows = {task: {name: g for g in optimizer.param_groups for name in g["param_names"]} for task, optimizer in built.items()}
@@ -116,7 +117,7 @@ def test_adamw_decays_matrices_and_neither_biases_nor_gains() -> None:
     """Without a gradient, decay is all that is left: (1 - lr · decay) times each matrix."""
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer, control = CONTENDERS["adamw"].build(model, {"lr": 0.1, "decay": 0.3, "beta2": 0.99})
+    optimizer, control = FIRST["adamw"].build(model, {"lr": 0.1, "decay": 0.3, "beta2": 0.99})
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -176,7 +177,7 @@ def test_a_horizon_is_samples_whatever_the_batch(cnn: Task) -> None:
 
 
 def test_a_seed_gives_all_contenders_the_same_start_and_the_same_data(cnn: Task) -> None:
-    lanes = [lane(run_of(name, cnn, 5, seed=3, batch=1.0), cnn, 5) for name in CONTENDERS]
+    lanes = [lane(run_of(name, cnn, 5, seed=3, batch=1.0), cnn, 5) for name in FIRST]
     other = lane(run_of("sgd", cnn, 5, seed=4), cnn, 5)
     batches = [next(going.stream) for going in lanes]
     for going, batch in zip(lanes[1:], batches[1:], strict=True):
@@ -300,7 +301,7 @@ def test_the_command_races_tells_and_writes(micro: None, tmp_path: Path, capsys:
     assert cli.main(given) == 0
     told = capsys.readouterr()
     assert "the target is a validation" in told.out and "Muon" in told.out and "AdamW" in told.out and f"Results: {out}" in told.out
-    assert "Tuning adamw, sgd, muon: 2 trials each" in told.err and " of 0 runs" not in told.err
+    assert "Tuning adamw, sgd, muon: 2 trials each (adamw: 3)" in told.err and " of 0 runs" not in told.err
     results = json.loads(out.read_text())
     assert {line["name"] for line in results["contenders"]} == {"adamw", "sgd", "muon"} and results["unfinished"] == []
     assert results["protocol"]["seeds"] == 2 and all(line["step_ms"] > 0 for line in results["contenders"])

@@ -42,7 +42,7 @@ import normwise as nw
 from normwise import checkpoints
 
 # All that is taken from inside the package. Where a rebuild renames or moves something, follow it here and nowhere else.
-from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.catalog import FIRST
 from normwise.experiments.compare.run import CompareRun
 from normwise.experiments.compare.run import train as train_compare
 from normwise.experiments.gan.run import GanRun, JudgedData
@@ -200,7 +200,7 @@ def race(task: str, planted: float = 1.0, racers: Iterable[str] = RACERS) -> dic
 
 def _race(name: str, contender: str, planted: float) -> Found:
     task = load_task(name, text_file() if name in ("lstm", "gpt") else None, size="tiny")
-    numbers = CONTENDERS[contender].numbers((0,) * len(CONTENDERS[contender].axes)) | RACERS[contender]
+    numbers = FIRST[contender].numbers((0,) * len(FIRST[contender].axes)) | RACERS[contender]
     numbers |= {key: planted * float(numbers[key]) for key in ("lr", "rest") if key in numbers}
     run = RaceRun(task.key, contender, tuple(numbers.items()), STEPS * batch_of(numbers, task.batch), SEED, True, 1, "")
     seen, models, loss, evaluate = [], [], task.loss, task.evaluate

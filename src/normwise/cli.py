@@ -128,7 +128,7 @@ def _study(args: argparse.Namespace) -> int:
         if args.state is None:
             raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
         return 0 if study.look(args.state, outputs) else _BROKEN
-    only, size = getattr(args, "only", None), "tiny" if getattr(args, "tiny", False) else "standard"
+    only, size = getattr(args, "only", None), next((name for name in ("tiny", "half") if getattr(args, name, False)), "standard")
     options = Options(args.task, args.data, args.budget, only, args.seeds, args.workers, args.state, args.executor, size,
                       getattr(args, "hold", False))  # fmt: skip
     return 0 if study.run(options, outputs) else _BROKEN
@@ -172,10 +172,12 @@ def _add_race(commands: Any) -> None:
         "Tunes every contender with the same number of trials and finds the shortest horizon at which it reaches what the tuned baseline "
         "reaches at its end (docs/race.md is the protocol). Without TASK it prints what the finished runs in --state say.",
         task=_TASKS, data=_ANY_TASK, seeds="reported seeds (default: as many as the budget says)",
-        budget="quick (0.2 core-hours or less), standard (default; 2 to 7 on real data) or long (about 20)",
+        budget="quick (minutes), standard (default; 2 to 5 core-hours) or long (about 20)",
         only="only these contenders, beside the baselines (adamw and sgd)",
     )  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
+    sizes.add_argument("--half", action="store_true", help="the network at half of its width (resnet, vit, lstm, gpt, decoder)")
 
 
 def _add_gan(commands: Any) -> None:

@@ -5,11 +5,11 @@ Finished runs alone decide what comes next, so that neither an interruption nor 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.catalog import CONTENDERS, Contender
 from normwise.experiments.framework.driver import Plan
 from normwise.experiments.framework.lattice import best, compass, edges, search
 from normwise.experiments.framework.store import Result
@@ -23,12 +23,15 @@ Make = Callable[[str, dict[str, Any], int, int, bool], RaceRun]
 
 @dataclass(frozen=True)
 class Rules:
-    """make: see ``Make``. accuracy: whether higher results are better. horizon: H in samples. target: the result to reach."""
+    """make: see ``Make``. accuracy: whether higher results are better. horizon: H in samples. target: the result to reach. contenders: of
+    the protocol. first_seed: of those that are reported."""
 
     make: Make
     accuracy: bool
     horizon: int
     target: float = 0.0
+    contenders: Mapping[str, Contender] = field(default_factory=lambda: CONTENDERS)
+    first_seed: int = 0
 
     def score(self, result: Result) -> float:
         """Higher is better, a run that diverged the lowest."""
@@ -59,7 +62,7 @@ def pays(before: float, after: float, accuracy: bool) -> bool:
 
 def tune(rules: Rules, name: str, samples: int, trials: int) -> Plan:
     """The tuned numbers, with the trials that led there."""
-    contender = CONTENDERS[name]
+    contender = rules.contenders[name]
     scores, results = yield from search(
         compass, contender.axes, trials, lambda numbers: rules.make(name, numbers, samples, TUNING_SEED, False), rules.score
     )
@@ -73,7 +76,7 @@ def tune(rules: Rules, name: str, samples: int, trials: int) -> Plan:
 
 def reported(rules: Rules, name: str, numbers: dict[str, Any], samples: int, seeds: int) -> Plan:
     """Full runs with every reported seed at one horizon."""
-    results = yield [rules.make(name, numbers, samples, seed, True) for seed in range(seeds)]
+    results = yield [rules.make(name, numbers, samples, seed, True) for seed in range(rules.first_seed, rules.first_seed + seeds)]
     return results
 
 

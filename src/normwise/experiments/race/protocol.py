@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from normwise.experiments.catalog import CATALOGUES, Contender
 from normwise.experiments.framework.study import TUNING_SEED
 from normwise.experiments.tasks.task import STEPS
 
-PROTOCOL = 1
-"""Changes when a change of the code or of the rules would give a run other numbers; kept runs of another protocol are not used."""
 LADDER_SEED = TUNING_SEED + 1
 RUNGS, RATIO = 17, 0.87
 SATURATED = 0.02
@@ -35,9 +35,44 @@ BUDGETS = {
 }
 
 
-def first_horizon(task: str, batch: int, scale: float) -> int:
+_AT_STANDARD = ("schedulefree", "torch_muon", "muon", "normuon", "ridge_roles", "auto",
+                "adamw_untuned", "sgd_untuned", "schedulefree_untuned", "muon_untuned")  # fmt: skip
+BUDGETS_2 = {
+    "quick": Budget(4, 2, 0, 0.1, ("muon", "auto"), 4),
+    "standard": Budget(16, 5, 0, 1.0, _AT_STANDARD, 20),
+    "long": Budget(32, 8, 2, 1.0, None, 40),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """number: changes when a change of the code or of the rules would give a run other numbers; runs of two protocols are never mixed.
+    contenders, budgets: by name. first_seed: of those that are reported. more: trials of some contenders, as multiples of the budget's.
+    steps: of tasks whose first horizon is not their ordinary length."""
+
+    number: int
+    contenders: Mapping[str, Contender]
+    budgets: Mapping[str, Budget]
+    first_seed: int = 0
+    more: Mapping[str, float] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+    def trials(self, name: str, budget: Budget) -> int:
+        """Of a contender."""
+        return round(budget.trials * self.more.get(name, 1.0))
+
+
+PROTOCOLS = {
+    1: Protocol(1, CATALOGUES[1], BUDGETS),
+    2: Protocol(2, CATALOGUES[2], BUDGETS_2, first_seed=10_000, more={"adamw": 1.5}, steps={"resnet": 300}),
+}
+PROTOCOL = 2
+"""Of new races."""
+
+
+def first_horizon(task: str, batch: int, scale: float, protocol: int = PROTOCOL) -> int:
     """H before any doubling, in samples."""
-    return max(1, round(STEPS[task] * scale)) * batch
+    return max(1, round(PROTOCOLS[protocol].steps.get(task, STEPS[task]) * scale)) * batch
 
 
 def rung(horizon: int, k: int) -> int:

@@ -8,12 +8,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
-from normwise.experiments.catalog import CONTENDERS
+from normwise.experiments.catalog import CATALOGUES
 from normwise.experiments.framework.figures import finite
 from normwise.experiments.framework.lattice import Value
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
@@ -24,6 +26,7 @@ from normwise.experiments.tasks.task import Batch, Part, Score, Task
 
 BURST = 4
 RECENT, SPIKE = 32, 5.0
+RENEWED = 50    # batches that BatchNorm's statistics are taken from anew
 PARTS: tuple[Part, Part] = ("test", "train")
 
 
@@ -68,16 +71,17 @@ class Lane:
     """A model on its way."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]
     control: Any
-    schedule: torch.optim.lr_scheduler.LambdaLR
+    schedules: list[torch.optim.lr_scheduler.LambdaLR]
     stream: Iterator[Batch]
     clip: float
     task: Task
 
     def step(self) -> float:
         """One step; the batch's loss before it. A loss that is not finite changes nothing."""
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         loss = self.task.loss(self.model, next(self.stream))
         value = loss.item()
         if not math.isfinite(value):
@@ -85,9 +89,19 @@ class Lane:
         loss.backward()  # type: ignore[no-untyped-call]
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
-        self.schedule.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
         return value
+
+    def settle(self) -> None:
+        """Before the model is scored: the averaged weights of a schedule-free optimizer, and BatchNorm's statistics at them."""
+        averaging = [optimizer for optimizer in self.optimizers if hasattr(optimizer, "eval")]
+        for optimizer in averaging:
+            optimizer.eval()
+        if averaging and any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules()):
+            update_bn(islice(self.stream, RENEWED), self.model)
 
 
 def lane(run: RaceRun, task: Task, steps: int) -> Lane:
@@ -96,10 +110,11 @@ def lane(run: RaceRun, task: Task, steps: int) -> Lane:
     torch.manual_seed(run.seed)
     model = task.build()
     prepare(model, str(numbers["init"]))
-    optimizer, control = CONTENDERS[run.contender].build(model, numbers)
+    built, control = CATALOGUES[run.protocol][run.contender].build(model, numbers)
+    optimizers = built if isinstance(built, tuple) else (built,)
     family = str(numbers["schedule"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmed_up(step, steps, family))
-    return Lane(model, optimizer, control, schedule, task.batches(batch_of(numbers, task.batch), run.seed), float(numbers["clip"]), task)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmed_up(step, steps, family)) for optimizer in optimizers]
+    return Lane(model, optimizers, control, schedules, task.batches(batch_of(numbers, task.batch), run.seed), float(numbers["clip"]), task)
 
 
 def batch_of(numbers: Mapping[str, Value], batch: int) -> int:
@@ -124,6 +139,8 @@ def train(run: RaceRun, task: Task) -> Result:
         spikes += is_spike(value, losses)
         losses.append(value)
     seconds = time.perf_counter() - started
+    if not diverged:
+        going.settle()
     score = Score(math.inf, 0.0) if diverged else task.evaluate(going.model, "validation")
     result = {
         "result": finite(getattr(score, task.metric)), "loss": finite(score.loss), "accuracy": score.accuracy, "steps": steps,

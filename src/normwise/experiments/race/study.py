@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from normwise.errors import DataError, StudyError
-from normwise.experiments.catalog import BASELINES, CONTENDERS, racing
+from normwise.experiments.catalog import BASELINES, racing
 from normwise.experiments.framework.driver import Driver, Replay
 from normwise.experiments.framework.figures import finite, interval
 from normwise.experiments.framework.printing import show_table
@@ -24,9 +24,10 @@ from normwise.experiments.framework.store import Form, Store, fits
 from normwise.experiments.framework.study import MOST_SEEDS, Options, Outputs, command, deliver, opened
 from normwise.experiments.race import plan as plans
 from normwise.experiments.race import tables
-from normwise.experiments.race.protocol import BUDGETS, PROTOCOL, first_horizon, rung
+from normwise.experiments.race.protocol import PROTOCOL, PROTOCOLS, Protocol, first_horizon, rung
 from normwise.experiments.race.run import RaceRun, batch_of, step_times
 from normwise.experiments.tasks.load import TASKS, load_task
+from normwise.experiments.tasks.task import HELD_OUT, Task
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Facts:
     budget: str
     seeds: int
     contenders: tuple[str, ...]
+    protocol: int
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": "race facts", "protocol": PROTOCOL, **asdict(self), "contenders": list(self.contenders)}
+        return {"kind": "race facts", **asdict(self), "contenders": list(self.contenders)}
 
 
 def run(options: Options, outputs: Outputs) -> bool:
@@ -70,14 +72,17 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     Raises StudyError and DataError for options and data that cannot be used, before anything is trained; StudyError, too, where
     another race works on ``options.state``.
     """
-    options.check(BUDGETS)
-    plan = BUDGETS[options.budget]
-    names = racing(options.only if options.only is not None else plan.contenders)
+    protocol = PROTOCOLS[PROTOCOL]
+    options.check(protocol.budgets)
+    plan = protocol.budgets[options.budget]
+    names = racing(options.only if options.only is not None else plan.contenders, protocol.contenders)
     with opened(options, progress) as driver:
         setup = partial(load_task, options.task, options.data, size=options.size)
         task = setup()
-        facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, options.seeds or plan.seeds, tuple(names))
-        about = {"machine": machine(), "data": data_name(options.data)}
+        left_out = _left_out(names, options.task, task, protocol, options.only or (), driver.progress)
+        names, seeds = [name for name in names if name not in left_out], options.seeds or plan.seeds
+        facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names), protocol.number)
+        about = {"machine": machine(), "data": data_name(options.data), "left_out": left_out}
         driver.store.add(facts.settings(), about)
         driver.on(task, setup)
         driver.start(None)
@@ -93,14 +98,31 @@ def replay(state: Path, progress: Progress | None = None) -> dict[str, Any]:
     store = Store(state)
     settings, result = store.newest("race facts")
     if settings is None or result is None or not _is_a_race(settings, result):
-        raise DataError(f"{state}: expected the runs of a race under protocol {PROTOCOL}, found none. "
+        raise DataError(f"{state}: expected the runs of a race under protocol 1 or {PROTOCOL}, found none. "
                         f"Give the --state of such a race, or the *.runs.jsonl beside its --json.{f' {store.note}' if store.note else ''}")
     if store.note and progress is not None:
         progress.note(store.note)
     known = {name: settings[name] for name in Facts.__dataclass_fields__}
     facts = Facts(**{**known, "contenders": tuple(settings["contenders"])})
-    about = {"machine": result["machine"], "data": result.get("data")}
+    about = {"machine": result["machine"], "data": result.get("data"), "left_out": result.get("left_out", {})}
     return _Race(facts, Replay(store), step_times, result["machine"]["torch"]).run() | about
+
+
+def _left_out(
+    names: Sequence[str], name: str, task: Task, protocol: Protocol, asked: Sequence[str], progress: Progress
+) -> dict[str, str]:
+    """Contenders that cannot race with this model or on this machine, each with the reason, which is told; StudyError for one that was
+    asked for by name."""
+    if name in HELD_OUT:
+        progress.note(f"{name} is held out: whoever looks at its result has finished choosing (docs/race.md).")
+    asks = {n: lacks for n in names if (lacks := protocol.contenders[n].lacks) is not None}
+    model = task.build() if asks else None
+    reasons = {n: reason for n, lacks in asks.items() if model is not None and (reason := lacks(model)) is not None}
+    for n, reason in reasons.items():
+        if n in asked:
+            raise StudyError(f"{n} cannot race here: {reason}.")
+        progress.note(f"Left out: {n}, since {reason}.")
+    return reasons
 
 
 def _is_a_race(settings: dict[str, Any], result: dict[str, Any]) -> bool:
@@ -108,8 +130,8 @@ def _is_a_race(settings: dict[str, Any], result: dict[str, Any]) -> bool:
     form: Form = {"name": str, "key": str, "metric": str, "batch": int, "budget": str, "seeds": int, "contenders": list}
     found: Form = {"machine": dict.fromkeys(("cpu", "torch", "python", "date"), str) | {"cores": int}}
     return (
-        fits(settings, form) and fits(result, found) and settings.get("protocol") == PROTOCOL and settings["name"] in TASKS
-        and all(isinstance(name, str) and name in CONTENDERS for name in settings["contenders"])
+        fits(settings, form) and fits(result, found) and settings.get("protocol") in PROTOCOLS and settings["name"] in TASKS
+        and all(isinstance(name, str) and name in PROTOCOLS[settings["protocol"]].contenders for name in settings["contenders"])
         and settings["batch"] > 0 and 0 < settings["seeds"] <= MOST_SEEDS
     )  # fmt: skip
 
@@ -122,24 +144,27 @@ class _Race:
     ) -> None:
         self.facts, self.driver, self.measure, self.seeds = facts, driver, times, facts.seeds
         self.version = version or torch.__version__
-        self.plan, self.progress = BUDGETS[facts.budget], driver.progress
+        self.protocol = PROTOCOLS[facts.protocol]
+        self.plan, self.progress = self.protocol.budgets[facts.budget], driver.progress
+        self.reported = range(self.protocol.first_seed, self.protocol.first_seed + self.seeds)
         self.accuracy = facts.metric == "accuracy"
 
     def run(self) -> dict[str, Any]:
         told = {
             "race": self.facts.name, "task": self.facts.key, "metric": self.facts.metric,
-            "budget": self.facts.budget, "protocol": {"number": PROTOCOL, **asdict(self.plan), "seeds": self.seeds},
+            "budget": self.facts.budget, "protocol": {"number": self.protocol.number, **asdict(self.plan), "seeds": self.seeds},
         }  # fmt: skip
         horizon = self._horizon()
         nothing_yet = {"target": None, "contenders": [], "unfinished": list(self.facts.contenders)}
         if horizon is None:
             return told | {"horizon": None} | nothing_yet
-        rules = plans.Rules(self._make, self.accuracy, horizon["samples"])
+        rules = self._rules(horizon["samples"])
         told["horizon"] = horizon | {"steps": round(horizon["samples"] / self.facts.batch)}
-        names, at = self.facts.contenders, {n: rules.horizon if n in BASELINES else rules.horizon // 2 for n in self.facts.contenders}
-        most = self.plan.trials * sum(at.values())
-        self.progress.note(f"Tuning {', '.join(names)}: {self.plan.trials} trials each, {most} samples at most.")
-        tuned = self.driver.run({n: plans.tune(rules, n, at[n], self.plan.trials) for n in names})
+        names, trials = self.facts.contenders, {n: self.protocol.trials(n, self.plan) for n in self.facts.contenders}
+        most = sum(trials[n] * self._tuned_at(rules, n) for n in names)
+        more = "".join(f" ({n}: {count})" for n, count in trials.items() if count != self.plan.trials)
+        self.progress.note(f"Tuning {', '.join(names)}: {self.plan.trials} trials each{more}, {most} samples at most.")
+        tuned = self.driver.run({n: plans.tune(rules, n, self._tuned_at(rules, n), trials[n]) for n in names})
         tuned = {n: tuned[n] for n in names if n in tuned}
         finals = self.driver.run(
             {b: plans.reported(rules, b, tuned[b]["numbers"], rules.horizon, self.seeds) for b in BASELINES if b in tuned}
@@ -152,7 +177,7 @@ class _Race:
         if math.isinf(scores[leader]):
             raise StudyError("Both baselines diverged with half of the reported seeds: there is no target. See the finished runs.")
         target = scores[leader] if self.accuracy else -scores[leader]
-        lines = self._lines(plans.Rules(self._make, self.accuracy, rules.horizon, target), leader, tuned, finals)
+        lines = self._lines(replace(rules, target=target), leader, tuned, finals)
         done = [line["name"] for line in lines if line["robustness"] and line["step_ms"] is not None]
         return told | {
             "leader": leader, "target": target, "contenders": lines, "unfinished": [n for n in self.facts.contenders if n not in done],
@@ -162,14 +187,15 @@ class _Race:
         rest = [name for name in tuned if name != leader]
         starts = self.driver.run({name: plans.bracket(rules, name, tuned[name]["numbers"]) for name in rest})
         self.progress.note("Looking for the shortest horizon of each contender and seed.")
-        jobs = {f"{n} {s}": plans.ladder(rules, n, tuned[n]["numbers"], start, s) for n, start in starts.items() for s in range(self.seeds)}
+        jobs = {f"{n} {s}": plans.ladder(rules, n, tuned[n]["numbers"], start, s) for n, start in starts.items() for s in self.reported}
         found = self.driver.run(jobs)
-        climbed = {n: [found[f"{n} {s}"] for s in range(self.seeds)] for n in starts if all(f"{n} {s}" in found for s in range(self.seeds))}
+        climbed = {n: [found[f"{n} {s}"] for s in self.reported] for n in starts if all(f"{n} {s}" in found for s in self.reported)}
         sturdy = self.driver.run({
-            n: plans.robustness(rules, n, t["numbers"], rules.horizon if n in BASELINES else rules.horizon // 2) for n, t in tuned.items()
+            n: plans.robustness(rules, n, t["numbers"], self._tuned_at(rules, n)) for n, t in tuned.items()
         })  # fmt: skip
         ready = {n: t["numbers"] for n, t in tuned.items() if n in climbed or n == leader}
-        runs = [self._make(name, numbers, rules.horizon, 0, False) for name, numbers in ready.items()]
+        first = self.protocol.first_seed
+        runs = [self._make(name, numbers, rules.horizon, first, False) for name, numbers in ready.items()]
         measured = self.driver.timed(runs, self.plan.rounds, partial(self.measure, runs, rounds=self.plan.rounds),
                                      "Measuring step times, all contenders in turn.")  # fmt: skip
         times = dict(zip(ready, measured, strict=False))    # none where they are not measured yet
@@ -186,9 +212,10 @@ class _Race:
 
     def _horizon(self) -> dict[str, Any] | None:
         """H in samples, doubled while that pays and the budget allows."""
-        samples = first_horizon(self.facts.name, self.facts.batch, self.plan.scale)
-        rules = plans.Rules(self._make, self.accuracy, samples)
-        seen = self.driver.run({"horizon": plans.doubling(rules, CONTENDERS["adamw"].middle, samples, self.plan.doublings)}).get("horizon")
+        samples = first_horizon(self.facts.name, self.facts.batch, self.plan.scale, self.protocol.number)
+        rules = self._rules(samples)
+        middle = self.protocol.contenders["adamw"].middle
+        seen = self.driver.run({"horizon": plans.doubling(rules, middle, samples, self.plan.doublings)}).get("horizon")
         if seen is None:
             return None
         told = [[of, finite(result)] for of, result in seen]
@@ -196,24 +223,32 @@ class _Race:
 
     # --------------------------------------------------------------------------------------------------- details
 
+    def _rules(self, samples: int) -> plans.Rules:
+        contenders, first = self.protocol.contenders, self.protocol.first_seed
+        return plans.Rules(self._make, self.accuracy, samples, contenders=contenders, first_seed=first)
+
+    def _tuned_at(self, rules: plans.Rules, name: str) -> int:
+        return rules.horizon if self.protocol.contenders[name].baseline else rules.horizon // 2
+
     def _make(self, name: str, numbers: dict[str, Any], samples: int, seed: int, full: bool) -> RaceRun:
-        return RaceRun(self.facts.key, name, tuple(numbers.items()), samples, seed, full, PROTOCOL, self.version)
+        return RaceRun(self.facts.key, name, tuple(numbers.items()), samples, seed, full, self.protocol.number, self.version)
 
     def _line(
         self, rules: plans.Rules, name: str, tuned: dict[str, Any], climbed: list[Any] | None, finals: list[Any] | None, ms: float | None
     ) -> dict[str, Any]:
         """One contender in plain data; climbed is None for the baseline that set the target. None stands for a target missed, and for a
         step's time that is not measured yet."""
+        contender = self.protocol.contenders[name]
         shares = [1.0] * self.seeds if climbed is None else [_share(rules, c["rung"]) for c in climbed]
         low, high = interval(shares)
         batch = batch_of(tuned["numbers"], self.facts.batch)
         # Of each seed the run at its shortest horizon; at the longest tried where it missed.
         ends = (finals or []) if climbed is None else [c["tried"][min(c["tried"]) if c["rung"] is None else c["rung"]] for c in climbed]
-        seen = {(seed, 0): run for seed, run in enumerate(finals or [])}
+        seen = {(seed, 0): run for seed, run in zip(self.reported, finals or [], strict=False)}
         seen |= {(c["seed"], k): run for c in climbed or [] for k, run in c["tried"].items()}
         return {
-            "name": name, "label": CONTENDERS[name].label, "about": CONTENDERS[name].about,
-            "baseline": name in BASELINES, "sets_target": climbed is None, "tuned": tuned,
+            "name": name, "label": contender.label, "about": contender.about,
+            "baseline": contender.baseline, "sets_target": climbed is None, "tuned": tuned,
             "batch": batch, "step_ms": ms, "ms_a_sample": None if ms is None else ms / batch,
             "share": finite(statistics.median(shares)), "low": finite(low), "high": finite(high),
             "missed": sum(math.isinf(s) for s in shares), "shares": [finite(s) for s in shares],

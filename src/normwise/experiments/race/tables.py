@@ -9,6 +9,7 @@ from typing import Any
 from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, geometric_mean
 from normwise.experiments.framework.printing import markdown
 from normwise.experiments.framework.provenance import where
+from normwise.experiments.race.protocol import PROTOCOLS
 
 RACED = ("cnn", "resnet", "lstm", "gpt")
 """The tasks of the published races, in the order of their tables."""
@@ -94,10 +95,11 @@ def page(results: Results) -> str:
         ]  # fmt: skip
     if results["unfinished"]:
         parts.append(f"Not finished: {', '.join(results['unfinished'])}.")
+    first = PROTOCOLS[results["protocol"]["number"]].first_seed
     protocol, data = results["protocol"], f" on {results['data']}" if results["data"] else ""
     parts.append(
         f"Task `{results['task']}`{data}, protocol {protocol['number']}, budget {results['budget']}: {protocol['trials']} trials a "
-        f"contender, reported seeds 0 to {protocol['seeds'] - 1}; {where(results['machine'])}."
+        f"contender, reported seeds {first} to {first + protocol['seeds'] - 1}; {where(results['machine'])}."
     )
     return "\n\n".join(parts)
 

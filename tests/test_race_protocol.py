@@ -1,0 +1,179 @@
+"""Protocol 2 of the race: its contenders against their optimizers written out, its seeds and trials, and whole races on every task."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from normwise import cli
+from normwise.errors import StudyError
+from normwise.experiments.catalog import CONTENDERS, EVERYBODY, SCHEDULES
+from normwise.experiments.framework.pool import one_thread
+from normwise.experiments.framework.progress import Lines
+from normwise.experiments.framework.study import TUNING_SEED, Options
+from normwise.experiments.race import protocol
+from normwise.experiments.race.protocol import PROTOCOL, PROTOCOLS
+from normwise.experiments.race.run import Lane, RaceRun, lane, train
+from normwise.experiments.race.study import race, replay
+from normwise.experiments.tasks.load import TASKS, load_task
+from normwise.experiments.tasks.rates import warmed_up
+from normwise.experiments.tasks.task import Task
+
+MICRO = protocol.Budget(trials=1, seeds=1, doublings=0, scale=0.01, contenders=("schedulefree", "torch_muon", "auto"), rounds=1)
+NOW = PROTOCOLS[PROTOCOL]
+
+
+@pytest.fixture(autouse=True)
+def one() -> Any:
+    with one_thread():
+        yield
+
+
+def run_of(name: str, task: Task, steps: int, **changed: Any) -> RaceRun:
+    numbers = CONTENDERS[name].middle | changed
+    return RaceRun(task.key, name, tuple(numbers.items()), steps * task.batch, 0, False, 2, "v")
+
+
+def three_steps(going: Lane) -> list[nn.Parameter]:
+    for _ in range(3):
+        going.step()
+    return list(going.model.parameters())
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_contender_moves_every_parameter(name: str) -> None:
+    task = load_task("decoder", size="tiny")
+    torch.manual_seed(0)
+    before = list(task.build().parameters())
+    after = three_steps(lane(run_of(name, task, 20), task, 20))
+    assert all(p.isfinite().all() and not torch.equal(p, b) for p, b in zip(after, before, strict=True))
+
+
+def groups(model: nn.Module, names: Any) -> list[nn.Parameter]:
+    return [p for n, p in model.named_parameters() if names(n, p)]
+
+
+def by_role(model: nn.Module, lr: float, decay: float) -> list[dict[str, Any]]:
+    """Of the LSTM task, by its names."""
+    table = lambda n, p: n in ("tokens.weight", "head.weight")  # noqa: E731
+    return [
+        {"params": groups(model, lambda n, p: p.ndim > 1 and not table(n, p)), "lr": lr, "weight_decay": decay},
+        {"params": groups(model, table), "lr": 3 * lr, "weight_decay": decay},
+        {"params": groups(model, lambda n, p: p.ndim == 1), "lr": lr / 3, "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw ahead", "torch_muon"])
+def test_a_baseline_is_torchs_own_with_rates_by_role(name: str) -> None:
+    task = load_task("lstm", size="tiny")
+    torch.manual_seed(0)
+    model = task.build()
+    ours = {"tables": 3.0, "vectors": 0.333, "decay": 0.1, "beta1": 0.8, "beta2": 0.99, "nesterov": float("ahead" in name)}
+    if name == "torch_muon":
+        changed: dict[str, Any] = {"momentum": 0.9}
+        gates = groups(model, lambda n, p: "lstm.weight" in n)
+        rest = [{"params": groups(model, lambda n, p: p.ndim > 1 and "lstm" not in n), "weight_decay": 0.1},
+                {"params": groups(model, lambda n, p: p.ndim == 1), "weight_decay": 0.0}]  # fmt: skip
+        wanted: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(gates, lr=0.01, weight_decay=0.1, momentum=0.9, nesterov=True, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=0.004, betas=(0.9, 0.99), fused=True),
+        ]
+    else:
+        changed = ours
+        of = by_role(model, 3e-3, 0.1)
+        of[2]["lr"] = 3e-3 * 0.333
+        wanted = [torch.optim.NAdam(of, betas=(0.8, 0.99), decoupled_weight_decay=True) if "ahead" in name
+                  else torch.optim.AdamW(of, betas=(0.8, 0.99), fused=True)]  # fmt: skip
+    going = lane(run_of(name.split()[0], task, 20, **changed), task, 20)
+    after = three_steps(going)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in wanted]
+    batches = task.batches(task.batch, 0)
+    for step in range(3):
+        model.zero_grad()
+        task.loss(model, next(batches)).backward()  # type: ignore[no-untyped-call]
+        for optimizer, rates in zip(wanted, peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = peak * warmed_up(step, 20, "linear")
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(after, model.parameters(), strict=True))
+
+
+def test_schedule_free_is_scored_at_its_average_with_statistics_of_it() -> None:
+    """Without weighting the average x is the mean of the iterates z; BatchNorm's means are those of fifty batches at x."""
+    task = load_task("resnet", size="tiny")
+    going = lane(run_of("schedulefree", task, 10), task, 10)
+    for _ in range(4):
+        going.step()
+    [optimizer] = going.optimizers
+    at_gradients = [p.detach().clone() for p in going.model.parameters()]
+    before = {name: b.clone() for name, b in going.model.named_buffers() if "running_mean" in name}
+    going.settle()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            y = next(old for old, new in zip(at_gradients, going.model.parameters(), strict=True) if new is p)
+            z, beta = optimizer.state[p]["z"], group["betas"][0]
+            torch.testing.assert_close(p.detach(), (y - (1 - beta) * z) / beta, rtol=1e-4, atol=1e-6)
+    assert all(not torch.equal(b, before[name]) for name, b in going.model.named_buffers() if name in before)
+    assert {int(b) for name, b in going.model.named_buffers() if "num_batches" in name} == {50}
+    assert math.isfinite(train(run_of("schedulefree", task, 6), task)["loss"])
+
+
+@pytest.mark.parametrize("family", SCHEDULES)
+def test_schedules_are_their_formulas_in_the_order_of_how_long_the_rate_stays_high(family: str) -> None:
+    shapes = {
+        "sqrt": lambda t: 1 - t**0.5, "linear": lambda t: 1 - t, "concave": lambda t: 1 - t * t, "hold": lambda t: min(1.0, 2 * (1 - t)),
+        "cooldown": lambda t: 1.0 if t < 0.8 else 1 - ((t - 0.8) / 0.2) ** 0.5,
+    }  # fmt: skip
+    steps = 4000
+    for step in range(200, steps, 97):
+        t = (step - 200) / (steps - 200) if family in ("sqrt", "linear", "concave") else step / steps
+        assert warmed_up(step, steps, family) == pytest.approx(shapes[family](t), abs=2e-3)
+    means = [sum(warmed_up(step, steps, one) for step in range(steps)) for one in SCHEDULES]
+    assert means == sorted(means) and warmed_up(steps, steps, family) == pytest.approx(0.0, abs=1e-9)
+    assert warmed_up(3999, steps, "flat") == 1.0 and warmed_up(99, steps, "flat") == 0.5
+
+
+def test_nobody_has_more_trials_than_adamw_and_the_reported_seeds_are_fresh() -> None:
+    for budget in NOW.budgets.values():
+        trials = {name: NOW.trials(name, budget) for name in CONTENDERS}
+        assert trials["adamw"] == max(trials.values()) == 1.5 * trials["muon"] and len({*trials.values()}) == 2
+        reported = range(NOW.first_seed, NOW.first_seed + 1000)
+        assert not {*range(1000), *range(TUNING_SEED, 4000)} & {*reported}
+    tuned = [c for n, c in CONTENDERS.items() if len(c.axes) > 5 and n not in ("schedulefree", "ridge_small")]
+    assert tuned and all(c.common == EVERYBODY for c in tuned)
+    beta1 = next(axis for axis in CONTENDERS["adamw"].own if axis.name == "beta1")
+    assert (min(beta1.values), max(beta1.values)) == (0.7, 0.95)
+
+
+def test_what_cannot_race_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(protocol.BUDGETS_2, "quick", MICRO)
+    stream, state = io.StringIO(), tmp_path / "runs.jsonl"
+    results = race(Options("plain", budget="quick", size="tiny", state=state), Lines(stream))
+    assert list(results["left_out"]) == ["torch_muon"] and "torch.optim.Muon takes tensors of two dimensions" in stream.getvalue()
+    assert "plain is held out: whoever looks at its result has finished choosing" in stream.getvalue()
+    assert {line["name"] for line in results["contenders"]} == {"adamw", "sgd", "schedulefree", "auto"} and not results["unfinished"]
+    assert json.loads(json.dumps(replay(state))) == json.loads(json.dumps(results))
+    runs = [json.loads(line)["settings"] for line in state.read_text().splitlines() if line]
+    assert {run["seed"] for run in runs if run.get("full")} == {10_000} and {run["protocol"] for run in runs if "protocol" in run} == {2}
+    with pytest.raises(StudyError, match="torch_muon cannot race here: torch"):
+        race(Options("plain", budget="quick", size="tiny", only=["torch_muon"]))
+    monkeypatch.setattr("normwise.experiments.catalog.find_spec", lambda name: None)
+    with pytest.raises(StudyError, match="schedulefree cannot race here: the package schedulefree is not installed"):
+        race(Options("plain", budget="quick", size="tiny", only=["schedulefree"]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_quick_races_every_task_from_end_to_end(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: Any) -> None:
+    out = tmp_path / "race.json"
+    assert cli.main(["race", task, "--tiny", "--budget", "quick", "--workers", "1", "--json", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert results["unfinished"] == [] and {line["name"] for line in results["contenders"]} == {"adamw", "sgd", "muon", "auto"}
+    assert results["protocol"]["number"] == 2 and "the target is a validation" in capsys.readouterr().out
