@@ -18,7 +18,7 @@ from normwise.experiments.catalog import CONTENDERS, EVERYBODY, SCHEDULES
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.framework.progress import Lines
 from normwise.experiments.framework.study import TUNING_SEED, Options
-from normwise.experiments.race import protocol
+from normwise.experiments.race import protocol, tables
 from normwise.experiments.race.protocol import PROTOCOL, PROTOCOLS
 from normwise.experiments.race.run import Lane, RaceRun, lane, train
 from normwise.experiments.race.study import race, replay
@@ -167,6 +167,16 @@ def test_what_cannot_race_is_left_out_with_its_reason(monkeypatch: pytest.Monkey
     monkeypatch.setattr("normwise.experiments.catalog.find_spec", lambda name: None)
     with pytest.raises(StudyError, match="schedulefree cannot race here: the package schedulefree is not installed"):
         race(Options("plain", budget="quick", size="tiny", only=["schedulefree"]))
+
+
+def test_contenders_are_told_apart_in_pairs_of_seeds() -> None:
+    """Each seed a rung sooner is a difference, though the intervals of the two medians overlap; two that missed alike are none."""
+    slow = {"shares": [0.4, 0.5, 0.6, 0.7, 0.8]}
+    fast = {"shares": [0.87 * share for share in slow["shares"]]}
+    assert tables.differ_in_pairs(fast, slow) and tables.differ_in_pairs(slow, fast)
+    missed: dict[str, Any] = {"shares": [0.4, None, None, None, 0.5]}
+    assert not tables.differ_in_pairs(slow, slow) and not tables.differ_in_pairs(missed, missed)
+    assert not tables.differ_in_pairs(slow, {"shares": [0.8, 0.7, 0.6, 0.5, 0.4]})
 
 
 @pytest.mark.long

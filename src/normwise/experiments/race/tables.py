@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, geometric_mean
+from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, geometric_mean, ratio_interval
 from normwise.experiments.framework.printing import markdown
 from normwise.experiments.framework.provenance import where
 from normwise.experiments.race.protocol import PROTOCOLS
@@ -41,10 +41,20 @@ def verdict(results: Results) -> str:
     said = f"{first['label']} needs {share(first)} of the samples that {results['leader']} needs"
     if low <= 1.0 <= high:
         return f"{said}: {NO_DIFFERENCE}, since the interval holds 1."
-    alike = [line["label"] for line in others if not differ(interval, _interval(line))]
+    paired = results["protocol"]["number"] > 1
+    alike = [line["label"] for line in others if not (differ_in_pairs(first, line) if paired else differ(interval, _interval(line)))]
     if not alike:
         return f"{said}, the fewest."
-    return f"{said}, the fewest. {NO_DIFFERENCE.capitalize()} between it and {', '.join(alike)}: their intervals overlap."
+    why = "the interval of the ratio holds 1" if paired else "their intervals overlap"
+    return f"{said}, the fewest. {NO_DIFFERENCE.capitalize()} between it and {', '.join(alike)}: {why}."
+
+
+def differ_in_pairs(one: Results, other: Results) -> bool:
+    """Whether the ratio of two median shares, the seeds drawn once for both, has an interval without 1. A seed that missed counts as 10⁹
+    horizons: the ratio of two infinities would be no number."""
+    above, below = ([1e9 if share is None else share for share in line["shares"]] for line in (one, other))
+    low, high = ratio_interval(above, below)
+    return high < 1.0 or low > 1.0
 
 
 def breaches(results: Results) -> list[str]:
