@@ -9,13 +9,16 @@ import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import normwise as nw
+import trainer_cases
 from normwise import cli, files
 from normwise.errors import DataError, NormwiseError, OutputError, PolicyError
 from normwise.experiments.catalog import GAN_STRATEGIES as STRATEGIES
@@ -109,8 +112,6 @@ def test_the_limits_of_a_file_are_the_readers() -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_policy_of_a_gan_does_not_load_as_that_of_one_network(strategy: str) -> None:
     """Today's fault: the rules of both, one list after the other, loaded as one policy of four rules."""
-    import yaml
-
     chosen = STRATEGIES[strategy]
     strengths = {axis.name: axis.value(0) for axis in chosen.axes}
     text = results.policy_yaml(strategy, strengths)
@@ -267,6 +268,44 @@ def fixtures(page: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class Dense(nn.Module):
+    """With the name that Keras gives a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(3, 4))
+
+
+def of_trainers(number: int, folder: Path) -> dict[str, Any]:
+    """What a block of the page on trainers takes as given: other names, or others by the same name, than the block before."""
+    if number <= 2:
+        pytest.importorskip("transformers")
+        trainer = trainer_cases.trainer(folder)
+        given = {"model": trainer.model, "arguments": trainer.args, "data": trainer.train_dataset}
+        return {"trainer": trainer, "Trainer": type(trainer), **given}
+    if number == 3:
+        lightning = pytest.importorskip("lightning")
+
+        class Module(lightning.LightningModule):    # type: ignore[misc,name-defined]
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(3, 2)
+
+            def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+                loss: torch.Tensor = self.linear(batch).square().mean()
+                return loss
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.SGD(self.parameters(), 0.1)
+
+        quiet = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        within = SimpleNamespace(Trainer=lambda **given: lightning.Trainer(**given, **quiet, enable_checkpointing=False))
+        return {"lightning": within, "module": Module(), "data": torch.utils.data.DataLoader(torch.randn(4, 3))}
+    model: nn.Module = Dense() if number == 5 else Small()
+    same = SimpleNamespace(setup=lambda *given: given, prepare=lambda *given: given)    # the real ones are in test_resume_trainers.py
+    return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1), "fabric": same, "accelerator": same}
+
+
 RUN = [page for page, text in PAGES.items() if "```python" in text]
 
 
@@ -279,6 +318,7 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     blocks = re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
     space = fixtures(page, tmp_path)
     for number, block in enumerate(blocks):
+        space |= of_trainers(number + 1, tmp_path) if page == "integrations.md" else {}
         try:
             exec(compile(block, f"{page}, block {number + 1}", "exec"), space)
         except Exception as error:
@@ -290,7 +330,11 @@ def test_the_yaml_of_a_page_loads() -> None:
     blocks = [(page, block) for page, text in PAGES.items() for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     assert len(blocks) >= 2
     for page, block in blocks:
-        policy = nw.Policy.from_yaml(block, page)
+        if page == "integrations.md":    # of LightningCLI, whose rules are a policy
+            [callback] = yaml.safe_load(block)["trainer"]["callbacks"]
+            policy = nw.Policy.from_yaml(yaml.safe_dump(callback["init_args"]["rules"]), page)
+        else:
+            policy = nw.Policy.from_yaml(block, page)
         assert policy.rules and nw.Policy.from_yaml(policy.to_yaml()) == policy
 
 
