@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_no_shipped_file_loads_unsafely(path: Path) -> None:
     if str(path.relative_to(ROOT)) in OWN_PIPES:
         found = [danger for danger in found if not danger.endswith("import pickle")]
     assert not found
-    if "Unpickler" in source:
+    if re.search(r"\bUnpickler\b", source):    # not the name in a message of torch's
         assert "def find_class" in source, "an unpickler without a find_class of its own runs whatever it is given"
 
 
