@@ -1,7 +1,7 @@
 """Which of LoRA's factors take the matrix method? ``python docs/lora_rows.py`` races all ways, each with the same rates and seeds.
 
 A small GPT learns the first text of the recipe ``finetune`` and goes on with the second by LoRA. A run's figure is its loss on the second
-text's validation part. Each run is a line of ``docs/results/lora-rows.runs.jsonl`` as soon as it is done, and is not done again.
+text's validation part. Each run is a line of ``docs/results/lora-rows.jsonl`` as soon as it is done, and is not done again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import normwise as nw
 from normwise.experiments.framework.provenance import installed, machine
 from normwise.experiments.recipes import finetune
 
-RUNS = Path(__file__).parent / "results" / "lora-rows.runs.jsonl"
+RUNS = Path(__file__).parent / "results" / "lora-rows.jsonl"
 PRETRAINING, STEPS, SEEDS = 300, 60, (2000, 2001)    # seeds for development
 RATES = (0.005, 0.02, 0.08)    # of the matrix method
 ADAMW = (0.002, 0.008)    # of what takes AdamW

@@ -80,7 +80,7 @@ def inspect(
 ) -> Inspection:  # fmt: skip
     """Measures the tensors of a checkpoint, one after the other, without loading it.
 
-    Memory holds two blocks of 256 kB for norms, and for spectra one tensor at most with its Gram matrix. Norms are those of the finite
+    Memory holds two blocks of 4 MB for norms, and for spectra one tensor at most with its Gram matrix. Norms are those of the finite
     entries, computed in fp32 (float64 where the tensor is) with sums in float64.
 
     Args:
