@@ -23,6 +23,7 @@ def test_attach_ends_with_every_bound_verified():
     assert "broken" not in done.stdout
 
 
+@pytest.mark.long
 def test_lora_ends_with_every_unit_within_a_tenth_of_its_base():
     done = subprocess.run([sys.executable, EXAMPLES / "lora.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,30 @@ def test_a_function_gives_the_roles(tmp_path: Path) -> None:
 
 def linear() -> torch.nn.Module:
     return torch.nn.Linear(4, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_a_file_may_be_larger_than_the_memory_that_is_allowed(tmp_path: Path) -> None:
+    """Neither loaded nor mapped: 1.5 GB of zeros that take no place on the disk, and half a GB of addresses beyond those of the imports."""
+    shape, tensors = (2048, 2048), 96
+    size = 4 * shape[0] * shape[1]
+    head = {f"l{i}.weight": {"dtype": "F32", "shape": shape, "data_offsets": [i * size, (i + 1) * size]} for i in range(tensors)}
+    text = json.dumps(head).encode()
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + tensors * size)
+    code = (
+        "import re, resource, sys, torch, normwise as nw\n"
+        "from pathlib import Path\n"
+        "torch.ones(4096, 4096).sum(); nw.inspect(sys.argv[2], spectra=False)\n"
+        "now = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + (512 << 20),) * 2)\n"
+        "found = nw.inspect(sys.argv[1], spectra=False)\n"
+        "print(len(found.tensors), sum(t['zeros'] for t in found.tensors))\n"
+        "try: bytearray(1 << 30); print('no limit')\n"
+        "except MemoryError: print('limited')\n"
+    )
+    torch.save({"a": torch.ones(3, 3)}, tmp_path / "small.pt")
+    done = subprocess.run([sys.executable, "-c", code, str(path), str(tmp_path / "small.pt")], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(tensors), str(tensors * shape[0] * shape[1]), "limited"], done.stderr
