@@ -71,7 +71,8 @@ def attach(
             costs nothing; the blocks concerned are left as they are, and the first norm that a rule finds not finite is told once, where
             telling needs no synchronisation. ``"raise"`` and ``"skip"`` cost one scalar synchronisation a step.
         log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each, and memory
-            for a copy of the weights. A number keeps the totals of so many steps as its history; True keeps the last step's alone.
+            for a copy of the weights, but beside ``nw.optim.AdamW``. A number keeps the totals of so many steps as its history; True keeps
+            the last step's alone.
         timed: add up the time spent here in :attr:`Control.seconds`.
         replace: take earlier controls off these optimizers first, as a notebook cell that is run twice wants. Without it a second control
             with a rule of the same kind on the same parameters is an error, and one with other rules a warning, since both act.
@@ -314,7 +315,7 @@ class Control:
             decay(turn)
         if program.decays:
             stepper.decayed = Marks(witnesses(program.decaying))
-        if program.along is not None:
+        if program.one_pass is not None:
             self._offer(turn)
         stepper.turn = turn
         if self._timed:
@@ -394,19 +395,21 @@ class Control:
         stepper.turn = turn
         self._offer(turn)
 
-    def _along(self, turn: Turn) -> OnePass | None:
+    def _one_pass(self, turn: Turn) -> OnePass | None:
         """What the optimizer's own kernel may do of a step's rules; nothing where another control acts on the same step, or it may not be
         taken."""
-        alone = turn.happened is None and not self._nests[turn.optimizer] and len(_at_work([self.optimizers[turn.optimizer]])) == 1
-        return self.engine.program(turn.optimizer).along if alone and not self.engine.spanning else None
+        one_pass = self.engine.program(turn.optimizer).one_pass
+        if one_pass is None or turn.happened is not None or self._nests[turn.optimizer] or self.engine.spanning:
+            return None
+        return one_pass if len(_at_work([self.optimizers[turn.optimizer]])) == 1 else None
 
     def _offer(self, turn: Turn) -> None:
-        along = self._along(turn)
-        if along is None:
+        one_pass = self._one_pass(turn)
+        if one_pass is None:
             return
-        logs = self._log if along.alone and self._steppers[turn.optimizer].recorded else None
-        keep = partial(logs.keep, turn.optimizer) if logs is not None else None
-        if (along.bounds or keep) and not along.offer(self.optimizers[turn.optimizer], keep) and keep:
+        log = self._log if one_pass.alone and self._steppers[turn.optimizer].recorded else None
+        keep = partial(log.keep, turn.optimizer) if log is not None else None
+        if (one_pass.bounds or keep) and not one_pass.offer(self.optimizers[turn.optimizer], keep) and keep:
             keep()
 
     def _decay(self, k: int, turn: Turn) -> None:
@@ -444,7 +447,7 @@ class Control:
             self.engine.drop_reports(concerned)
         else:
             if self._log and self._records():
-                self._log.before(concerned, self._steppers[k].turn is None, self._along(turn))
+                self._log.before(concerned, self._steppers[k].turn is None, self._one_pass(turn))
                 for other in concerned:
                     self._steppers[other].recorded = True
             self.engine.gradient_phase(turn)
@@ -493,7 +496,7 @@ class Control:
                 torch._foreach_add_([p.detach() for p in stepper.start.params], stepper.owed)
             self.engine.after_phase(turn)
             if self._log and stepper.recorded:
-                self._log.after(k, self._along(turn))
+                self._log.after(k, self._one_pass(turn))
         stepper.recorded = False
         stepper.advance(turn.happened)
         if self._loggers and k == len(self.optimizers) - 1:
@@ -758,6 +761,8 @@ class Control:
         self._handles = []
         self._stay()
         for o in self.optimizers:
+            if hasattr(o, "_offered"):
+                o._offered = None    # to a step that was never taken
             _AT_WORK[o] = [one for one in _AT_WORK.get(o, []) if one() not in (None, self)]
 
     def __copy__(self) -> Detached:

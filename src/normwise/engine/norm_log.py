@@ -41,17 +41,17 @@ class NormLog:
         wanted = set(optimizers)
         return [e for e in self.entries if self.owner[id(e.param)] in wanted and has_norm(e.param)]
 
-    def before(self, optimizers: Sequence[int], first: bool = True, along: OnePass | None = None) -> None:
+    def before(self, optimizers: Sequence[int], first: bool = True, one_pass: OnePass | None = None) -> None:
         """Before the rules: raw gradients, and where it is the step's ``first`` evaluation the weights as the last step left them.
 
-        along: what may measure the update within the step.
+        one_pass: what may measure the update within the step.
         """
         gradients = grads_of(self._held(optimizers))
         self.squares.clear()
         self._measure("grad_before", gradients)
         for k in optimizers if first else ():
             passes = self._passes_of(k)
-            known = passes.before(along is not None and along.alone) if passes is not None else None
+            known = passes.before(one_pass is not None and one_pass.alone) if passes is not None else None
             if known is not None:
                 self.values["weight_before"] |= known
                 continue
@@ -66,10 +66,10 @@ class NormLog:
         if passes is not None:
             passes.keep()
 
-    def after(self, optimizer: int, along: OnePass | None = None) -> None:
+    def after(self, optimizer: int, one_pass: OnePass | None = None) -> None:
         """After the step and its rules. The update is all that changed in the weights, rules included."""
         held, passes = self._held([optimizer]), self._passes.get(optimizer)
-        gradients, found = grads_of(held), passes.after(along) if passes is not None else None
+        gradients, found = grads_of(held), passes.after(one_pass) if passes is not None else None
         if found is not None:
             self.values["weight"] |= found[0]
             self.values["update"] |= found[1]
@@ -163,11 +163,11 @@ class _Passes:
             self._copies = [w.detach().clone(memory_format=torch.contiguous_format) for w in self.weights]
             self.others.place(self._copies)
 
-    def after(self, along: OnePass | None) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    def after(self, one_pass: OnePass | None) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """The norms of the weights and of the updates; None as before."""
         if not self.workspace.place_again(self.weights):
             return None
-        told = self._told(along)
+        told = self._told(one_pass)
         if self._trusts is None:
             self._trusts = None not in told
         if self._copies:
@@ -181,12 +181,12 @@ class _Passes:
         self._left, self._squares = versions(self.weights), [now for now, _ in found]
         return _named(self.names, self._squares), _named(self.names, (moved for _, moved in found))
 
-    def _told(self, along: OnePass | None) -> list[tuple[float, float] | None]:
+    def _told(self, one_pass: OnePass | None) -> list[tuple[float, float] | None]:
         """Σ w² and Σ Δw² of each weight as the optimizer's kernel measured them; of one that nobody has written to as it was."""
-        if along is None or not along.measured:
+        if one_pass is None or not one_pass.measured:
             return [None] * len(self.weights)
         was = zip(self.weights, self._left, self._squares, strict=True)
-        return [(square, 0.0) if w._version == version else along.squares(w) for w, version, square in was]
+        return [(square, 0.0) if w._version == version else one_pass.squares(w) for w, version, square in was]
 
 
 def _squares(tensors: Sequence[Tensor]) -> list[float] | None:

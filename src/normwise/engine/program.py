@@ -111,7 +111,7 @@ class Program:
         self.decays = engine.calls(decaying, k)
         later = [b for b in engine.phase("update", "prox", "qk_clip", "weight") if b not in inline]
         self.after = engine.calls(later, k)
-        self.along = _along(engine.optimizers[k], self.params, [b for b in later if k in b.optimizers], not self.decays)
+        self.one_pass = _one_pass(engine.optimizers[k], self.params, [b for b in later if k in b.optimizers], not self.decays)
         self.in_few_calls = all(b.in_few_calls for b in (*of_gradients, *later))
         self.begins = [b for b in engine.rules if type(b).begin is not BoundRule.begin]
         self.commits = [b for b in engine.rules if type(b).commit is not BoundRule.commit]
@@ -133,12 +133,12 @@ class Program:
         """Whether a step is no more than rules on gradients, decays and what comes after the optimizer."""
 
 
-def _along(optimizer: Optimizer, params: Sequence[Tensor], later: Sequence[BoundRule], starts: bool) -> OnePass | None:
+def _one_pass(optimizer: Optimizer, params: Sequence[Tensor], later: Sequence[BoundRule], starts: bool) -> OnePass | None:
     """What the kernel of an optimizer of ours may do of the rules that run after its step: of the first of them, each on rows of its own.
 
     starts: whether no rule writes to a weight before the step.
     """
-    if not hasattr(optimizer, "_along") or native.library() is None or sum(p.numel() for p in params) < WORTH:
+    if not hasattr(optimizer, "_offered") or native.library() is None or sum(p.numel() for p in params) < WORTH:
         return None
     rules, known = [], set[int]()
     for bound in takewhile(lambda b: b.rows, later):
@@ -147,10 +147,10 @@ def _along(optimizer: Optimizer, params: Sequence[Tensor], later: Sequence[Bound
             break
         known |= mine
         rules.append(bound)
-    along = OnePass([row for b in rules for row in b.rows], alone=starts and len(rules) == len(later))
+    found = OnePass([row for b in rules for row in b.rows], alone=starts and len(rules) == len(later))
     for bound in rules:
-        bound.along = along
-    return along
+        bound.one_pass = found
+    return found
 
 
 def _of(members: Sequence[Member]) -> list[nn.Parameter]:

@@ -93,10 +93,6 @@ class Squares:
     def keep(self, tensors: Sequence[Tensor], squares: Iterable[float]) -> None:
         self._known |= {id(t): (t, t._version, square) for t, square in zip(tensors, squares, strict=True)}
 
-    def scaled(self, tensors: Sequence[Tensor], squares: Sequence[float], factor: float) -> None:
-        """Tensors whose squares were known have been multiplied by one factor."""
-        self.keep(tensors, [square * factor**2 for square in squares])
-
     def clear(self) -> None:
         self._known = {}
 
@@ -210,7 +206,7 @@ class OnePass:
         for part, aim, sphere in self.bounds:
             workspace = part.workspace.aim(aim, sphere)
             ctypes.memset(workspace.changed, 0, ctypes.sizeof(workspace.changed))
-        optimizer._along = self    # type: ignore[attr-defined]
+        optimizer._offered = self    # type: ignore[attr-defined]
         return True
 
     def decline(self) -> None:
@@ -221,7 +217,7 @@ class OnePass:
         """The optimizer's word that its kernel has stepped these, with Σ w² and Σ Δw² of each where they are asked for."""
         ids = list(map(id, params))
         self._left |= zip(ids, [p._version for p in params], strict=True)
-        self._squares |= zip(ids, squares, strict=False)
+        self._squares |= zip(ids, squares, strict=False)    # none where they were not asked for
 
     def took(self, part: Pack) -> bool:
         """Whether the kernel has done what the rule does to this pack, and nothing has changed since."""

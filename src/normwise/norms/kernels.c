@@ -438,6 +438,9 @@ typedef struct {
     float sign;                /* -1 to maximise */
     const long *tensor, *from, *to;
     double *sums;
+    float *was; /* of each thread the entries that it steps, as they were: a stack may be too small for them */
+    long longest;
+    int workers;
 } Step;
 
 #ifdef __FMA__ /* without it fmaf is a call, and torch's kernel rounds twice, too */
@@ -469,8 +472,8 @@ AS_WRITTEN static void step_entries(const Step *s, float *restrict x, const floa
 }
 
 static void step_all(const void *given, long first, long last) {
-    const Step *s = given;
-    float was[PIECE];
+    Step *s = (Step *)given;
+    float *was = s->each ? s->was + s->longest * __atomic_fetch_add(&s->workers, 1, __ATOMIC_RELAXED) : NULL;
     for (long i = first; i < last; i++) {
         const long t = s->tensor[i], from = s->from[i], n = s->to[i] - from;
         const Job *bounds = s->bounds[t];
@@ -494,14 +497,19 @@ static long together(const Step *s, long t) {
     return row < SOME ? SOME / row * row : row;
 }
 
-/* One step of all. Rows are at most PIECE long where they have bounds. Returns -1 where memory is out, and nothing has changed. */
+/* One step of all. Returns -1 where memory is out, and nothing has changed. */
 long normwise_step(Step *s, int threads) {
     long pieces = 0, entries = 0;
-    for (long t = 0; t < s->k; t++) pieces += (s->sizes[t] + together(s, t) - 1) / together(s, t), entries += s->sizes[t];
+    s->longest = s->workers = 0;
+    for (long t = 0; t < s->k; t++) {
+        pieces += (s->sizes[t] + together(s, t) - 1) / together(s, t), entries += s->sizes[t];
+        if (s->longest < together(s, t)) s->longest = together(s, t);
+    }
     long *table = malloc((size_t)(3 * pieces + 1) * sizeof(long)), *from = table + pieces, *to = from + pieces;
     s->sums = malloc((size_t)(2 * pieces + 1) * sizeof(double));
-    if (!table || !s->sums) {
-        free(table), free(s->sums);
+    s->was = malloc((size_t)(s->each ? s->longest * (threads < MOST ? threads : MOST) : 1) * sizeof(float));
+    if (!table || !s->sums || !s->was) {
+        free(table), free(s->sums), free(s->was);
         return -1;
     }
     for (long t = 0, i = 0; t < s->k; t++) {
@@ -513,7 +521,7 @@ long normwise_step(Step *s, int threads) {
     share(step_all, s, pieces, entries, threads);
     for (long t = 0; s->each && t < s->k; t++) s->each[t] = s->apart[t] = 0;
     for (long i = 0; s->each && i < pieces; i++) s->each[table[i]] += s->sums[2 * i], s->apart[table[i]] += s->sums[2 * i + 1];
-    free(table), free(s->sums);
+    free(table), free(s->sums), free(s->was);
     return 0;
 }
 

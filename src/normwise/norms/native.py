@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         ("x", _P), ("gradient", _P), ("first", _P), ("second", _P), ("count", _P), ("sizes", _P), ("k", _L), ("bounds", _P), ("place", _P),
         ("each", _P), ("apart", _P), ("rate", _D), ("beta1", _D), ("beta2", _D), ("shrink", _D), ("eps", _D), ("sign", _F),
-        ("tensor", _P), ("from", _P), ("to", _P), ("sums", _P),
+        ("tensor", _P), ("from", _P), ("to", _P), ("sums", _P), ("was", _P), ("longest", _L), ("workers", _I),
     )  # fmt: skip
 
 
@@ -282,43 +283,54 @@ def clamp_(tensors: Sequence[Tensor], workspace: Workspace, low: float, high: fl
 
 
 class AdamW:
-    """Where the kernel finds the parameters of one optimizer's group, their gradients and what AdamW keeps of them.
+    """The kernel of AdamW (Loshchilov and Hutter, 2019) for one optimizer's group, with the rows brought under their radii on the way.
 
     Args:
-        params: fp32 on a CPU, stepped again and again.
+        like: parameters of any shapes, fp32 on a CPU, as those that are stepped later.
         bounds: of each, the workspace that bounds its rows and which of that workspace's tensors it is; None where none does. Rows are at
             most ``LONGEST`` long.
     """
 
-    def __init__(self, params: Sequence[Tensor], bounds: Sequence[tuple[Workspace, int] | None]) -> None:
-        k = len(params)
-        self.params, self._workspaces = params, [b[0] for b in bounds if b is not None]
+    def __init__(self, like: Sequence[Tensor], bounds: Sequence[tuple[Workspace, int] | None]) -> None:
+        k = len(like)
+        self._workspaces = [b[0] for b in bounds if b is not None]    # the kernel has their addresses
         self._at = [(_P * k)() for _ in range(5)]
-        self._sizes = (_L * k)(*map(Tensor.numel, params))
+        self._sizes = (_L * k)(*map(Tensor.numel, like))
         self._bounds = (_P * k)(*[None if b is None else b[0].call for b in bounds])
         self._place = (_L * k)(*[0 if b is None else b[1] for b in bounds])
-        self.each, self.apart = (_D * k)(), (_D * k)()
+        self._each, self._apart = (_D * k)(), (_D * k)()
         step = self._step = _Step()
         step.x, step.gradient, step.first, step.second, step.count = [ctypes.addressof(at) for at in self._at]
         step.k = k
         step.sizes, step.bounds, step.place = [ctypes.addressof(about) for about in (self._sizes, self._bounds, self._place)]
 
     def step_(
-        self, grads: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor], counts: Sequence[Tensor], measured: bool,
-        lr: float, betas: tuple[float, float], weight_decay: float, eps: float, maximize: bool,
-    ) -> None:  # fmt: skip
-        """One step as ``torch._fused_adamw_`` takes it, bit for bit where that rounds as here, and the rows brought under their radii.
+        self, tensors: tuple[Sequence[Tensor], ...], measured: bool, lr: float, betas: tuple[float, float], weight_decay: float,
+        eps: float, maximize: bool,
+    ) -> list[tuple[float, float]]:  # fmt: skip
+        """One step as ``torch._fused_adamw_`` takes it, bit for bit where that rounds as here.
 
-        measured: ``each`` then has Σ x² of every parameter, ``apart`` that of how far it has moved. Tensors must lie in memory alike.
+        Args:
+            tensors: parameters, gradients, first moments, second moments, and numbers of steps, one of each for every parameter. The first
+                four lie in memory alike, whatever their order there.
+            measured: whether squares are wanted.
+
+        Returns:
+            Of each parameter Σ x² afterwards, and Σ Δx²; nothing unless ``measured``.
+
+        Raises:
+            MemoryError: with nothing changed.
         """
         step = self._step
-        for at, tensors in zip(self._at, (self.params, grads, first, second, counts), strict=True):
-            at[:] = list(map(Tensor.data_ptr, tensors))
-        step.each, step.apart = (ctypes.addressof(self.each), ctypes.addressof(self.apart)) if measured else (None, None)
+        for at, some in zip(self._at, tensors, strict=True):
+            at[:] = list(map(Tensor.data_ptr, some))
+        step.each, step.apart = (ctypes.addressof(self._each), ctypes.addressof(self._apart)) if measured else (None, None)
         step.rate, (step.beta1, step.beta2), step.shrink, step.eps = lr, betas, 1 - lr * weight_decay, eps
         step.sign = -1.0 if maximize else 1.0
         _done(_kernels().normwise_step(ctypes.addressof(step), torch.get_num_threads()))
-        increment_version([*self.params, *first, *second, *counts])
+        params, _, *moments = tensors
+        increment_version([*params, *chain.from_iterable(moments)])
+        return list(zip(self._each, self._apart, strict=True)) if measured else []
 
 
 def exceeding(workspace: Workspace, shape: tuple[int, int], radius: float) -> list[int]:

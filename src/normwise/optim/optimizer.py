@@ -59,7 +59,7 @@ class NormOptimizer(Optimizer):
     """
 
     routing: Routing | None
-    _along: OnePass | None = None
+    _offered: OnePass | None = None
     """What a control offers to the next step, which the step takes or declines."""
 
     def __new__(cls, *args: Any, **options: Any) -> NormOptimizer:
@@ -142,17 +142,17 @@ class NormOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        one_pass, self._offered = self._offered, None    # now: an offer to a step that is refused does not stand
         plans = self._prepare()
         if plans is None:
             return loss
         control = self.control
         on_update = control.engine.act_on_updates if control is not None and control.engine.inline_rules() else None
-        along, self._along = self._along, None
         pairs = list(zip(self.param_groups, plans, strict=True))
-        if along is not None and (on_update is not None or not all(plan.takes_along(group) for group, plan in pairs)):
-            along.decline()
-            along = None
-        waiting = [one for group, plan in pairs for one in step_group(plan, group, on_update, along)]
+        if one_pass is not None and (on_update is not None or not all(plan.takes(group) for group, plan in pairs)):
+            one_pass.decline()
+            one_pass = None
+        waiting = [one for group, plan in pairs for one in step_group(plan, group, on_update, one_pass)]
         if waiting:
             run_together(waiting)
         return loss

@@ -75,26 +75,28 @@ class Fused:
     known: list[list[tuple[int, ...]]] = field(default_factory=list)
     """The strides of what :meth:`tensors` gives, when all of it was last found to lie as the kernel needs it."""
     own: tuple[OnePass, native.AdamW] | None = None
-    """Our own kernel, with what it was last asked to take along."""
+    """Our own kernel, and what it was last asked to do in one pass."""
 
-    def step(self, group: Group, along: OnePass | None = None) -> None:
+    def step(self, group: Group, one_pass: OnePass | None = None) -> None:
         (params, grads, firsts, seconds), copies = self.tensors()
         steps, radius = [s["step"] for s in self.states], group["radius"]
         decay = group["weight_decay"] / radius if group["decay"] == "weight" else 0.0
-        if along is not None:
-            if self.own is None or self.own[0] is not along:
-                self.own = along, native.AdamW(params, [along.of.get(id(p)) for p in params])
-            kernel, rate = self.own[1], group["lr"] * radius
-            kernel.step_(grads, firsts, seconds, steps, along.measured, rate, group["betas"], decay, group["eps"], group["maximize"])
-            along.done(params, list(zip(kernel.each, kernel.apart, strict=True)) if along.measured else [])
-            return
-        torch._foreach_add_(steps, 1)
-        torch._fused_adamw_(
-            params, grads, firsts, seconds, [], steps, lr=group["lr"] * radius, beta1=group["betas"][0], beta2=group["betas"][1],
-            weight_decay=decay, eps=group["eps"], amsgrad=False, maximize=group["maximize"],
-        )  # fmt: skip
+        rate, betas, eps, maximize = group["lr"] * radius, group["betas"], group["eps"], group["maximize"]
+        squares: list[tuple[float, float]] = []
+        if one_pass is None:
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                params, grads, firsts, seconds, [], steps, lr=rate, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps,
+                amsgrad=False, maximize=maximize,
+            )  # fmt: skip
+        else:
+            if self.own is None or self.own[0] is not one_pass:
+                self.own = one_pass, native.AdamW(params, [one_pass.of.get(id(p)) for p in params])
+            squares = self.own[1].step_((params, grads, firsts, seconds, steps), one_pass.measured, rate, betas, decay, eps, maximize)
         for original, copy in copies:
             original.copy_(copy)
+        if one_pass is not None:
+            one_pass.done(self.params, squares)
 
     def tensors(self) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
         """Parameters, gradients, first and second moments as the kernel takes them; and (original, copy) where it is to step a copy.
@@ -169,10 +171,10 @@ class Plan:
             return False
         return group["radius"] > 0 and (group["decay"] in ("none", "weight") or not group["weight_decay"])
 
-    def takes_along(self, group: Group) -> bool:
-        """Whether our own kernel can take the step: AdamW's, on plain fp32 numbers on a CPU that lie alike already."""
+    def takes(self, group: Group) -> bool:
+        """Whether our own kernel can take the step: AdamW's, on plain fp32 numbers on a CPU."""
         plain = all(b.params[0].is_cpu and b.params[0].dtype == torch.float32 and not b.dtensors for b in self.fused)
-        return self.takes_fused(group) and plain and not any(b.tensors()[1] for b in self.fused)
+        return plain and self.takes_fused(group)
 
 
 def columns_of(group: Group) -> tuple[Any, ...]:
@@ -256,14 +258,14 @@ DIRECTIONS: dict[str, Callable[[list[Tensor], States, Group], list[Tensor]]] = {
 # ---------------------------------------------------------------------------------------------------------- a pack's way
 
 
-def step_group(plan: Plan, group: Group, on_update: Update | None, along: OnePass | None = None) -> list[Iterator[list[Request]]]:
+def step_group(plan: Plan, group: Group, on_update: Update | None, one_pass: OnePass | None = None) -> list[Iterator[list[Request]]]:
     """One step of a group. Returns what is left to do: packs of DTensors wait for those of the other groups.
 
-    along: for our own kernel, where all groups take it.
+    one_pass: for our own kernel, where all groups take it.
     """
     if on_update is None and plan.takes_fused(group):
         for batch in plan.fused:
-            batch.step(group, along)
+            batch.step(group, one_pass)
         return []
     return [going for part in plan.parts for going in part.pack.run(take(part, group, plan.rounds, on_update))]
 

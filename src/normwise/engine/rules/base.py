@@ -47,7 +47,7 @@ class BoundRule:
     """Whether that changes nothing where it is done a second time."""
     rows: Sequence[RowBound] = ()
     """What it does, where that is no more than to bring rows of weights under a fixed radius."""
-    along: OnePass | None = None
+    one_pass: OnePass | None = None
     """What may have done so before the rule runs."""
     squares: Squares | None = None
     """Where a log keeps what it has measured of the gradients."""

@@ -103,20 +103,21 @@ class Bound(BoundRule):
 
     def _clip_together(self, turn: Turn) -> None:
         found, radius = self._found(turn), self.rule.radius
-        known = self.squares.of(found[0][1]) if found is not None and self.squares is not None else None
-        value = math.inf
-        if found is not None:
-            value = math.sqrt(sum(known) if known is not None else native.sum_of_squares(self.packs[0].workspace))
-        factor = 1.0 if value <= radius else radius / value    # type: ignore[operator]
-        if found is None or not (value < math.inf and factor >= torch.finfo(torch.float32).smallest_normal):
+        if found is None:
             self._carefully(turn)
             return
         part, tensors, _ = found[0]
+        known = self.squares.of(tensors) if self.squares is not None else None
+        value = math.sqrt(native.sum_of_squares(part.workspace) if known is None else sum(known))
+        factor = 1.0 if value <= radius else radius / value    # type: ignore[operator]
+        if not (value < math.inf and factor >= torch.finfo(torch.float32).smallest_normal):
+            self._carefully(turn)
+            return
         self._acted = {turn.optimizer: []}
         if factor != 1:
             native.multiply_(tensors, part.workspace, factor)
             if self.squares is not None and known is not None:
-                self.squares.scaled(tensors, known, factor)
+                self.squares.keep(tensors, [square * factor**2 for square in known])
             self._acted[turn.optimizer].append((part, torch.tensor([factor], dtype=torch.float64)))
         if self.watches:
             self._look_at(torch.tensor([value], dtype=torch.float64), turn)
@@ -130,7 +131,7 @@ class Bound(BoundRule):
         for (part, tensors, placed), given in zip(found, aims, strict=True):
             aim = self._aim(part) if given is None else given
             if placed:
-                if self.along is not None and self.along.took(part):
+                if self.one_pass is not None and self.one_pass.took(part):
                     value, factor, finite = native.left_in(part.workspace, any(part.workspace.changed[: len(tensors)]))
                 else:
                     part.workspace.aim(aim, sphere)
