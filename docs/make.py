@@ -160,7 +160,7 @@ def drawn_bench(measured: dict[str, Any]) -> str:
 def bars(_: Any) -> str:
     """Of the benchmarks that have results: how many rows keep to each bar, and what misses most."""
     rows = []
-    for name in ("control", "trainer", "cap"):
+    for name in ("control", "trainer", "cap", "inspect", "peft"):
         measured = load(f"bench-{name}")
         rows += [{"bench": name, **row} for row in runner.kept(runner.named(name), measured)] if measured else []
     return markdown(rows)
