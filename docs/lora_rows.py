@@ -1,4 +1,5 @@
-"""Which of LoRA's factors take the matrix method? ``python docs/lora_rows.py`` races all ways, each with the same rates and seeds.
+"""Which of LoRA's factors take the matrix method? ``python docs/lora_rows.py`` races all ways, each with the same rates and seeds, and
+prints the table of docs/peft.md, into which ``docs/make.py`` writes it.
 
 A small GPT learns the first text of the recipe ``finetune`` and goes on with the second by LoRA. A run's figure is its loss on the second
 text's validation part. Each run is a line of ``docs/results/lora-rows.jsonl`` as soon as it is done, and is not done again.
@@ -7,12 +8,15 @@ text's validation part. Each run is a line of ``docs/results/lora-rows.jsonl`` a
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 
 import normwise as nw
+from normwise.experiments.framework.printing import markdown
 from normwise.experiments.framework.provenance import installed, machine
 from normwise.experiments.recipes import finetune
 
@@ -29,7 +33,7 @@ WAYS: dict[str, dict[str, str]] = {
 
 
 def main() -> None:
-    """Does what is not done yet, then prints the best rates of each way."""
+    """Does what is not done yet, then prints the table."""
     torch.set_num_threads(1)
     done = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
     known = {(r["way"], r["lr"], r["adamw"], r["seed"]) for r in done}
@@ -45,14 +49,25 @@ def main() -> None:
             with RUNS.open("a") as file:
                 file.write(json.dumps(run) + "\n")
             print(f"{i + 1} of {len(todo)}: {key}: {run['loss']:.4f}", flush=True)
+    print(markdown(rows(done)))
+
+
+def rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row a way, the lowest mean first: its loss over the seeds (mean ± sample standard deviation) at its best rates, and how many of the
+    rates that it was given came to other losses. A rate that changes nothing is "-"."""
+    table = []
     for way in WAYS:
         of: dict[tuple[float, float], list[float]] = {}
-        for r in done:
-            if r["way"] == way:
-                of.setdefault((r["lr"], r["adamw"]), []).append(r["loss"])
-        rates, losses = min(of.items(), key=lambda item: mean(item[1]))
-        spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-        print(f"{way}: {mean(losses):.4f}{spread} over {len(losses)} seeds at lr {rates[0]:g}, of AdamW {rates[1]:g}")
+        for r in sorted((r for r in runs if r["way"] == way), key=lambda r: int(r["seed"])):
+            of.setdefault((r["lr"], r["adamw"]), []).append(r["loss"])
+        best = min(of.values(), key=mean)
+        alike = [{rates[i] for rates, losses in of.items() if losses == best} for i in range(2)]
+        muon, adamw = (f"{min(values):g}" if len(values) == 1 else "-" for values in alike)
+        differ = len({*map(tuple, of.values())})
+        loss = f"{mean(best):.3f}" + (f" ± {stdev(best):.3f}" if len(best) > 1 else "")
+        row = {"way": way, "loss": loss, "rates tried that differ": str(differ)}
+        table.append((mean(best), row | {"best, of Muon": muon, "best, of AdamW": adamw}))
+    return [row for _, row in sorted(table, key=lambda pair: pair[0])]
 
 
 def loss(texts: finetune.Texts, way: str, lr: float, adamw: float, seed: int) -> float:

@@ -3,8 +3,8 @@
 Raw results lie in ``docs/results/``: ``cnn-digits.json`` and ``cnn-mnist.json`` by ``normwise compare cnn --json``, each of their single
 runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``other-TASK.runs.jsonl`` by
 ``normwise race TASK --only auto --state``, on bundled data; ``gan.json`` by
-``normwise gan --json``, ``recipe-NAME.json`` by ``normwise recipe NAME --json``, ``bench-NAME.json`` by ``normwise bench NAME --json``. A
-table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``.
+``normwise gan --json``, ``recipe-NAME.json`` by ``normwise recipe NAME --json``, ``bench-NAME.json`` by ``normwise bench NAME --json``;
+``lora-rows.jsonl`` by ``docs/lora_rows.py``. A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def load(name: str) -> dict[str, Any] | None:
         return raced(RESULTS / f"{name}.runs.jsonl")
     if name == "tried":
         return experiments(RESULTS / "tried.runs.jsonl")
+    if name == "lora-rows":
+        return {"runs": lines(RESULTS / "lora-rows.jsonl")}
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -187,6 +189,13 @@ def recipe(results: dict[str, Any]) -> str:
     return "\n\n".join([*parts, *recipe_tables.remarks(results)])
 
 
+def lora(results: dict[str, Any]) -> str:
+    """Which factors of LoRA take the matrix method."""
+    from lora_rows import rows  # beside this file
+
+    return markdown(rows(results["runs"]))
+
+
 def named_rules(_: Any) -> str:
     """From the code itself: the rules, their arguments, the first sentence about each."""
     lines = []
@@ -214,6 +223,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
     **{f"recipe {name}": (f"recipe-{name}", recipe) for name in ("plasticity", "spikes", "finetune")},
+    "lora rows": ("lora-rows", lora),
     "named rules": (None, named_rules),
     "bench bars": (None, bars),
     "bench control": ("bench-control", drawn_bench),

@@ -176,6 +176,7 @@ MACHINE = {"cpu": "x", "cores": 1, "torch": "2", "python": "3", "date": "2026-01
 @pytest.mark.parametrize("change", [
     {"name": "x"}, {"name": None}, {"batch": 0}, {"batch": "64"}, {"batch": -1}, {"budget": 3}, {"seeds": 0}, {"seeds": 10**12},
     {"contenders": ["nobody"]}, {"contenders": [[]]}, {"contenders": "adamw"}, {"contenders": [3]}, {"metric": None}, {"protocol": "1"},
+    {"protocol": [1]}, {"budget": "vast"},
 ])  # fmt: skip
 def test_forged_facts_of_a_race_are_one_sentence(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "race.jsonl"

@@ -34,6 +34,7 @@ from normwise.experiments.race import study, tables
 from normwise.experiments.race.protocol import (
     BUDGETS,
     LADDER_SEED,
+    PROTOCOLS,
     RATIO,
     ROBUST_AT,
     RUNGS,
@@ -180,7 +181,7 @@ def made(name: str, numbers: dict[str, Any], samples: int, seed: int, full: bool
 
 
 def rules(target: float = 2.0, accuracy: bool = False, horizon: int = 1000) -> plans.Rules:
-    return plans.Rules(made, accuracy, horizon, target)
+    return plans.Rules(made, accuracy, horizon, PROTOCOLS[1], target)
 
 
 def told(value: float | None) -> dict[str, Any]:

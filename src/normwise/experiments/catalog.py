@@ -189,8 +189,6 @@ FIRST: dict[str, Contender] = {
         "auto", "normwise.optim.auto(model), which has nothing to tune: one trial", (Axis("lr", (0.028,)),), _auto, LINEAR,
     ),
 }  # fmt: skip
-
-
 """The contenders of protocol 1."""
 
 

@@ -5,16 +5,15 @@ Finished runs alone decide what comes next, so that neither an interruption nor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from normwise.experiments.catalog import CONTENDERS, Contender
 from normwise.experiments.framework.driver import Plan
 from normwise.experiments.framework.lattice import best, compass, edges, search
 from normwise.experiments.framework.store import Result
 from normwise.experiments.framework.study import TUNING_SEED
-from normwise.experiments.race.protocol import LADDER_SEED, ROBUST_AT, RUNGS, SATURATED, rung
+from normwise.experiments.race.protocol import LADDER_SEED, ROBUST_AT, RUNGS, SATURATED, Protocol, rung
 from normwise.experiments.race.run import RaceRun
 
 # contender, numbers, samples, seed, full -> run.
@@ -23,15 +22,14 @@ Make = Callable[[str, dict[str, Any], int, int, bool], RaceRun]
 
 @dataclass(frozen=True)
 class Rules:
-    """make: see ``Make``. accuracy: whether higher results are better. horizon: H in samples. target: the result to reach. contenders: of
-    the protocol. first_seed: of those that are reported."""
+    """make: see ``Make``. accuracy: whether higher results are better. horizon: H in samples. protocol: whose contenders and reported seeds
+    they are. target: the result to reach."""
 
     make: Make
     accuracy: bool
     horizon: int
+    protocol: Protocol
     target: float = 0.0
-    contenders: Mapping[str, Contender] = field(default_factory=lambda: CONTENDERS)
-    first_seed: int = 0
 
     def score(self, result: Result) -> float:
         """Higher is better, a run that diverged the lowest."""
@@ -62,7 +60,7 @@ def pays(before: float, after: float, accuracy: bool) -> bool:
 
 def tune(rules: Rules, name: str, samples: int, trials: int) -> Plan:
     """The tuned numbers, with the trials that led there."""
-    contender = rules.contenders[name]
+    contender = rules.protocol.contenders[name]
     scores, results = yield from search(
         compass, contender.axes, trials, lambda numbers: rules.make(name, numbers, samples, TUNING_SEED, False), rules.score
     )
@@ -76,7 +74,7 @@ def tune(rules: Rules, name: str, samples: int, trials: int) -> Plan:
 
 def reported(rules: Rules, name: str, numbers: dict[str, Any], samples: int, seeds: int) -> Plan:
     """Full runs with every reported seed at one horizon."""
-    results = yield [rules.make(name, numbers, samples, seed, True) for seed in range(rules.first_seed, rules.first_seed + seeds)]
+    results = yield [rules.make(name, numbers, samples, seed, True) for seed in rules.protocol.reported(seeds)]
     return results
 
 

@@ -61,6 +61,10 @@ class Protocol:
         """Of a contender."""
         return round(budget.trials * self.more.get(name, 1.0))
 
+    def reported(self, seeds: int) -> range:
+        """The seeds of the figures, so many of them."""
+        return range(self.first_seed, self.first_seed + seeds)
+
 
 PROTOCOLS = {
     1: Protocol(1, CATALOGUES[1], BUDGETS),

@@ -79,7 +79,9 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     with opened(options, progress) as driver:
         setup = partial(load_task, options.task, options.data, size=options.size)
         task = setup()
-        left_out = _left_out(names, options.task, task, protocol, options.only or (), driver.progress)
+        if options.task in HELD_OUT:
+            driver.progress.note(f"{options.task} is held out: whoever looks at its result has finished choosing (docs/race.md).")
+        left_out = _left_out(names, task, protocol, options.only or (), driver.progress)
         names, seeds = [name for name in names if name not in left_out], options.seeds or plan.seeds
         facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names), protocol.number)
         about = {"machine": machine(), "data": data_name(options.data), "left_out": left_out}
@@ -98,7 +100,7 @@ def replay(state: Path, progress: Progress | None = None) -> dict[str, Any]:
     store = Store(state)
     settings, result = store.newest("race facts")
     if settings is None or result is None or not _is_a_race(settings, result):
-        raise DataError(f"{state}: expected the runs of a race under protocol 1 or {PROTOCOL}, found none. "
+        raise DataError(f"{state}: expected the runs of a race under protocol {' or '.join(map(str, PROTOCOLS))}, found none. "
                         f"Give the --state of such a race, or the *.runs.jsonl beside its --json.{f' {store.note}' if store.note else ''}")
     if store.note and progress is not None:
         progress.note(store.note)
@@ -108,16 +110,14 @@ def replay(state: Path, progress: Progress | None = None) -> dict[str, Any]:
     return _Race(facts, Replay(store), step_times, result["machine"]["torch"]).run() | about
 
 
-def _left_out(
-    names: Sequence[str], name: str, task: Task, protocol: Protocol, asked: Sequence[str], progress: Progress
-) -> dict[str, str]:
+def _left_out(names: Sequence[str], task: Task, protocol: Protocol, asked: Sequence[str], progress: Progress) -> dict[str, str]:
     """Contenders that cannot race with this model or on this machine, each with the reason, which is told; StudyError for one that was
     asked for by name."""
-    if name in HELD_OUT:
-        progress.note(f"{name} is held out: whoever looks at its result has finished choosing (docs/race.md).")
     asks = {n: lacks for n in names if (lacks := protocol.contenders[n].lacks) is not None}
-    model = task.build() if asks else None
-    reasons = {n: reason for n, lacks in asks.items() if model is not None and (reason := lacks(model)) is not None}
+    if not asks:
+        return {}
+    model = task.build()
+    reasons = {n: reason for n, lacks in asks.items() if (reason := lacks(model)) is not None}
     for n, reason in reasons.items():
         if n in asked:
             raise StudyError(f"{n} cannot race here: {reason}.")
@@ -127,11 +127,12 @@ def _left_out(
 
 def _is_a_race(settings: dict[str, Any], result: dict[str, Any]) -> bool:
     """Whether the facts kept in a file are those of a race that can be looked at here."""
-    form: Form = {"name": str, "key": str, "metric": str, "batch": int, "budget": str, "seeds": int, "contenders": list}
+    form: Form = {"name": str, "key": str, "metric": str, "batch": int, "budget": str, "seeds": int, "contenders": list, "protocol": int}
     found: Form = {"machine": dict.fromkeys(("cpu", "torch", "python", "date"), str) | {"cores": int}}
+    protocol = PROTOCOLS.get(settings["protocol"]) if fits(settings, form) and fits(result, found) else None
     return (
-        fits(settings, form) and fits(result, found) and settings.get("protocol") in PROTOCOLS and settings["name"] in TASKS
-        and all(isinstance(name, str) and name in PROTOCOLS[settings["protocol"]].contenders for name in settings["contenders"])
+        protocol is not None and settings["name"] in TASKS and settings["budget"] in protocol.budgets
+        and all(isinstance(name, str) and name in protocol.contenders for name in settings["contenders"])
         and settings["batch"] > 0 and 0 < settings["seeds"] <= MOST_SEEDS
     )  # fmt: skip
 
@@ -146,7 +147,7 @@ class _Race:
         self.version = version or torch.__version__
         self.protocol = PROTOCOLS[facts.protocol]
         self.plan, self.progress = self.protocol.budgets[facts.budget], driver.progress
-        self.reported = range(self.protocol.first_seed, self.protocol.first_seed + self.seeds)
+        self.reported = self.protocol.reported(self.seeds)
         self.accuracy = facts.metric == "accuracy"
 
     def run(self) -> dict[str, Any]:
@@ -194,8 +195,7 @@ class _Race:
             n: plans.robustness(rules, n, t["numbers"], self._tuned_at(rules, n)) for n, t in tuned.items()
         })  # fmt: skip
         ready = {n: t["numbers"] for n, t in tuned.items() if n in climbed or n == leader}
-        first = self.protocol.first_seed
-        runs = [self._make(name, numbers, rules.horizon, first, False) for name, numbers in ready.items()]
+        runs = [self._make(name, numbers, rules.horizon, self.protocol.first_seed, False) for name, numbers in ready.items()]
         measured = self.driver.timed(runs, self.plan.rounds, partial(self.measure, runs, rounds=self.plan.rounds),
                                      "Measuring step times, all contenders in turn.")  # fmt: skip
         times = dict(zip(ready, measured, strict=False))    # none where they are not measured yet
@@ -224,8 +224,7 @@ class _Race:
     # --------------------------------------------------------------------------------------------------- details
 
     def _rules(self, samples: int) -> plans.Rules:
-        contenders, first = self.protocol.contenders, self.protocol.first_seed
-        return plans.Rules(self._make, self.accuracy, samples, contenders=contenders, first_seed=first)
+        return plans.Rules(self._make, self.accuracy, samples, self.protocol)
 
     def _tuned_at(self, rules: plans.Rules, name: str) -> int:
         return rules.horizon if self.protocol.contenders[name].baseline else rules.horizon // 2

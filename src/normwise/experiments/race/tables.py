@@ -105,11 +105,11 @@ def page(results: Results) -> str:
         ]  # fmt: skip
     if results["unfinished"]:
         parts.append(f"Not finished: {', '.join(results['unfinished'])}.")
-    first = PROTOCOLS[results["protocol"]["number"]].first_seed
     protocol, data = results["protocol"], f" on {results['data']}" if results["data"] else ""
+    reported = PROTOCOLS[protocol["number"]].reported(protocol["seeds"])
     parts.append(
         f"Task `{results['task']}`{data}, protocol {protocol['number']}, budget {results['budget']}: {protocol['trials']} trials a "
-        f"contender, reported seeds {first} to {first + protocol['seeds'] - 1}; {where(results['machine'])}."
+        f"contender, reported seeds {reported[0]} to {reported[-1]}; {where(results['machine'])}."
     )
     return "\n\n".join(parts)
 

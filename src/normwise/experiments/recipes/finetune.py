@@ -35,8 +35,6 @@ LOOKS = 10
 LEVELS = {"at most 0.05 forgotten": 0.05}    # nats a character of the first text
 LORA = "lora"
 PRODUCT = "peft:product"
-
-
 _RADIUS = (Axis("r", (0.1,), ratio=3.0, off=1),)    # relative to the norm of the weight, at the start or of the base
 
 
@@ -132,12 +130,11 @@ class FinetuneRun(RecipeRun):
         if arm.variant == LORA:
             model = adapted(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], self.numbers["lr"], weight_decay=0.0, fused=True)
-        rules = arm.rules(self.numbers)
-        control = nw.attach(model, optimizer, rules) if rules else None
+        control = nw.attach(model, optimizer, arm.rules(self.numbers))
         part: Part = "test" if self.full else "validation"
         looks, acted = [losses(context, model, part)], 0
         for step in steps(context.second, model, optimizer, self.size, self.seed):
-            acted += sum(control.violations().values()) if control else 0
+            acted += sum(control.violations().values())
             if step % max(1, self.size // LOOKS) == 0:
                 looks.append(losses(context, model, part))
         found: dict[str, float] = {}

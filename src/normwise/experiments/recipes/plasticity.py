@@ -78,15 +78,14 @@ class PlasticityRun(RecipeRun):
         chance, images, arm = torch.Generator().manual_seed(self.seed), context.images, ARMS[self.arm]
         model = mlp(images.shape[1], arm.variant == NORMALISED)
         optimizer = torch.optim.Adam(model.parameters(), self.numbers["lr"], fused=True)
-        rules = arm.rules(self.numbers)
-        control = nw.attach(model, optimizer, rules) if rules else None
+        control = nw.attach(model, optimizer, arm.rules(self.numbers))
         size = length(model)
         learning, ends = [], []
         for _ in range(self.size):
             labels = torch.randint(10, (len(images),), generator=chance)
             learning.append(epochs(model, optimizer, images, labels, chance))
             ends.append(float((model(images).argmax(1) == labels).float().mean()))
-        return sum(control.violations().values()) if control else 0, {
+        return sum(control.violations().values()), {
             "first": learning[0], "last": statistics.fmean(learning[-LAST:]), "end": statistics.fmean(ends[-LAST:]),
             "dead": dead(model, images), "norm": length(model) / size,
         }  # fmt: skip

@@ -30,7 +30,7 @@ JUDGED = 4096  # characters of the validation and of the test part
 SHARE, WEIGHT, FIRST = 0.05, 10.0, 0.1    # of batches that are bad; of their loss; of the run before the first of them
 HISTORY, ENOUGH = 128, 25                 # steps that skipping looks back at, as OLMo does; ZClip's warm-up
 _BAD = 40_000                             # added to the seed: which batches are bad
-CLEAN, SKIP = "clean", "skip"
+CLEAN, SKIP, LOGITS = "clean", "skip", "logits"
 
 ARMS = {
     "nothing": Arm("nothing", role=BASELINE),
@@ -42,7 +42,7 @@ ARMS = {
     "zclip_update": Arm("ZClip of updates", lambda n: [nw.zclip(n["z"], on="update")], (Axis("z", (2.5,), ratio=2.0, off=1),)),
     "qk_clip": Arm(
         "QK-clip", lambda n: [nw.qk_clip(n["tau"], query="*attention.q.weight", key="*attention.k.weight", heads=HEADS)],
-        (Axis("tau", (10.0,), ratio=3.0, off=1),),
+        (Axis("tau", (10.0,), ratio=3.0, off=1),), variant=LOGITS,
     ),
 }  # fmt: skip
 
@@ -73,9 +73,8 @@ class SpikesRun(RecipeRun):
         torch.manual_seed(self.seed)
         arm, model, lr = ARMS[self.arm], context.build(), self.numbers["lr"]
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0, fused=True)
-        rules = arm.rules(self.numbers)
-        control = nw.attach(model, optimizer, rules) if rules else None
-        if control is not None and self.arm == "qk_clip":
+        control = nw.attach(model, optimizer, arm.rules(self.numbers))
+        if arm.variant == LOGITS:
             reports(model, control)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmed_up(step, self.size, "hold"))
         chance, skips = torch.Generator().manual_seed(self.seed + _BAD), Skipping(self.numbers) if arm.variant == SKIP else None
@@ -90,7 +89,7 @@ class SpikesRun(RecipeRun):
             if skips is None or skips.takes(model):
                 optimizer.step()
             schedule.step()
-            acted += sum(control.violations().values()) if control else 0
+            acted += sum(control.violations().values())
             if not bad and step >= FIRST * self.size:
                 worst = max(worst, loss.item())
         end = context.evaluate(model, "test" if self.full else "validation")

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from normwise.errors import DataError
 from normwise.experiments.tasks.data import hub
-from normwise.experiments.tasks.data.readers import MOST_TEXT
+from normwise.experiments.tasks.data.readers import read_one
 from normwise.experiments.tasks.task import Batch, Part, Recipe, Task
-from normwise.files import content, what_is
 
 __all__ = ["TextData", "TextTask", "load_text"]
 
@@ -117,22 +116,5 @@ def load_text(source: str | Path | None = None) -> TextData:
         return TextData.of("pydoc_data.topics", "\n".join(topics[name] for name in sorted(topics)))
     if hub.is_dataset(source):
         return TextData.of(hub.name_of(source), hub.read_text(source))
-    try:
-        path = _text_file(Path(source))
-        return TextData.of(str(path), content(path, MOST_TEXT, "a text").decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found the byte 0x{error.object[error.start]:02x} at {error.start}.") from None
-    except OSError as error:
-        raise DataError(f"{source}: expected a readable text file ({error.strerror}).") from None
-
-
-def _text_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise DataError(f"{path}: found {what_is(path)}, expected a text file or a folder with one *.txt.")
-    texts = sorted(file for file in path.rglob("*.txt") if file.is_file())
-    if len(texts) != 1:
-        names = ", ".join(file.name for file in texts[:4]) or "none"
-        raise DataError(f"{path}: expected a folder with one *.txt, found {names}; name the file itself.")
-    return texts[0]
+    path, text = read_one(source, ".txt", "text")
+    return TextData.of(str(path), text)

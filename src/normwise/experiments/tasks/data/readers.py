@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from normwise.errors import DataError, need
 from normwise.experiments.tasks.data.cache import Arrays, cached
 from normwise.experiments.tasks.data.parquet_pages import unpacked_size
-from normwise.files import opened
+from normwise.files import content, opened, what_is
 
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _IDX_NAMES = {"train": ("train",), "test": ("t10k", "test")}
@@ -93,6 +93,28 @@ def read_folder(folder: Path) -> RawImages:
             return RawImages(folder.resolve().name, train, test)
     names = ", ".join(path.name for path in files[:6]) or "no files"
     raise DataError(f"{folder}: found {names}; expected {_LAYOUT}.")
+
+
+def read_one(source: str | Path, ending: str, kind: str) -> tuple[Path, str]:
+    """The file that a source is, or the only one under a folder whose name ends so, and its text. kind: of file, in words.
+
+    Raises DataError for a source that is missing or unreadable, a folder with none or several, more than 128 MiB, and what is not UTF-8.
+    """
+    path = Path(source)
+    try:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob(f"*{ending}") if file.is_file())
+            if len(found) != 1:
+                names = ", ".join(file.name for file in found[:4]) or "none"
+                raise DataError(f"{path}: expected a folder with one *{ending}, found {names}; name the file itself.")
+            path = found[0]
+        elif not path.is_file():
+            raise DataError(f"{path}: found {what_is(path)}, expected a {kind} file or a folder with one *{ending}.")
+        return path, content(path, MOST_TEXT, f"a {kind} file").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, found the byte 0x{error.object[error.start]:02x} at {error.start}.") from None
+    except OSError as error:
+        raise DataError(f"{source}: expected a readable {kind} file ({error.strerror}).") from None
 
 
 def _files(folder: Path) -> list[Path]:

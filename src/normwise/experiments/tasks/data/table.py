@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normwise.errors import DataError, need
-from normwise.experiments.tasks.data.readers import MOST_TEXT
+from normwise.experiments.tasks.data.readers import read_one
 from normwise.experiments.tasks.data.splits import stratified
-from normwise.files import content, what_is
 
 __all__ = ["TableData", "load_table"]
 
@@ -68,13 +67,7 @@ def load_table(source: str | Path | None = None) -> TableData:
 
         columns, labels = load_breast_cancer(return_X_y=True)
         return TableData.of("breast cancer", columns, labels.astype(np.int64))
-    path = _csv_file(Path(source))
-    try:
-        text = content(path, MOST_TEXT, "a table").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found the byte 0x{error.object[error.start]:02x} at {error.start}.") from None
-    except OSError as error:
-        raise DataError(f"{path}: expected a readable CSV file ({error.strerror}).") from None
+    path, text = read_one(source, ".csv", "CSV")
     lines = list(csv.reader(text.splitlines()))
     numbers = [_numbers(path, place, line, len(lines[0])) for place, line in enumerate(lines[1:], 2) if line]
     if not numbers or len(lines[0]) < 2:
@@ -83,18 +76,6 @@ def load_table(source: str | Path | None = None) -> TableData:
     table = np.asarray(numbers)
     _, labels = np.unique(table[:, -1], return_inverse=True)
     return TableData.of(path.name, table[:, :-1], labels.astype(np.int64))
-
-
-def _csv_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise DataError(f"{path}: found {what_is(path)}, expected a CSV file or a folder with one *.csv.")
-    tables = sorted(file for file in path.rglob("*.csv") if file.is_file())
-    if len(tables) != 1:
-        names = ", ".join(file.name for file in tables[:4]) or "none"
-        raise DataError(f"{path}: expected a folder with one *.csv, found {names}; name the file itself.")
-    return tables[0]
 
 
 def _numbers(path: Path, place: int, line: list[str], columns: int) -> list[float]:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normwise.experiments.tasks.models.gpt import attend
+from normwise.experiments.tasks.models.gpt import EMBEDDING_STD, attend
 from normwise.experiments.tasks.task import Recipe, Source, task
 from normwise.experiments.tasks.text import TextTask, load_text
 
-STD = 0.02
 BASE = 10_000.0
 
 
@@ -80,7 +79,7 @@ class Decoder(nn.Module):
             if weight.ndim == 2:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=(3 * weight.shape[1]) ** -0.5 / (math.sqrt(2 * layers) if writes else 1))
-        nn.init.normal_(self.tokens.weight, std=STD)
+        nn.init.normal_(self.tokens.weight, std=EMBEDDING_STD)
         self.head.weight = self.tokens.weight
 
     def forward(self, characters: Tensor) -> Tensor:
