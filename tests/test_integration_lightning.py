@@ -117,7 +117,9 @@ def test_a_resumed_fit_is_the_uninterrupted_one(kind: Any, options: dict[str, An
     whole, resumed, first, again = kind(0), kind(5), Callback(rules()), Callback(rules())
     fit(whole, first, saves=tmp_path, **options)
     [middle] = tmp_path.glob(f"*step={STEPS if kind is GAN else CUT}.ckpt")
-    fit(resumed, again, resume=middle, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*(start|saved under other).*")
+        fit(resumed, again, resume=middle, **options)
     assert difference(whole, resumed) == 0.0
     assert first.control.steps == again.control.steps == STEPS and first.control.verify() and again.control.verify()
     assert first.control.verify().blocks == (8 + 6 + 8 + 1 if kind is GAN else 8 + 6)    # the network that was frozen last is measured too
@@ -251,5 +253,8 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         Callback("nowhere.yaml")
     with pytest.raises(nw.PolicyError, match=r"unknown named rule 'max_nrm'"):
         Callback([{"max_nrm": 0.4}])
+    for mixed in ([nw.max_norm(0.4), {"max_norm": 0.4}], [{"max_norm": nw.schedules.linear(1, 2, 3)}]):
+        with pytest.raises(nw.PolicyError, match=r"not JSON serializable\): give all as data, or all as rules"):
+            Callback(mixed)
     with pytest.raises(nw.PolicyError, match=r"log_every_n_steps is -1"):
         Callback(nw.max_norm(0.4), -1)

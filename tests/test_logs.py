@@ -174,6 +174,14 @@ def test_another_run_does_not_write_into_the_file_nor_over_it(name: str, tmp_pat
     assert [step for step, _ in lines(tmp_path / name)] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("name", ["norms.jsonl", "norms.csv"])
+def test_a_file_that_a_kill_left_with_half_a_line_alone_is_not_written_on(name: str, tmp_path: Path):
+    (tmp_path / name).write_text('{"step": 2, "no' if name.endswith("jsonl") else "step,norm/wei")
+    with pytest.warns(UserWarning, match=r"are in .*norms\.1\."):
+        logged(tmp_path / name, 4, every=2)
+    assert [step for step, _ in lines(tmp_path / name)] == [2, 4]
+
+
 def test_a_column_that_comes_later_is_added_to_the_table(tmp_path: Path):
     from normwise.logs import logger_of
 

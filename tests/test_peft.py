@@ -302,6 +302,11 @@ def test_a_quantised_base_is_measured_as_peft_dequantises_it(kind: str) -> None:
         (lambda: nw.max_norm(1.0, "peft:product", per="input"), "norm 'l2' per='input' needs its entries, which are never formed"),
         (lambda: nw.l1_ball(1.0, "peft:product"), "norm 'l1' per='unit' needs its entries"),
         (lambda: nw.clip_weight_norm(1.0, "peft:product", norm="rms"), "norm 'rms' per='tensor' needs its entries"),
+        (lambda: nw.clip_weight_norm(1.0, "peft:product", norm="linf"), "norm 'linf' per='tensor' needs its entries"),
+        (lambda: nw.clip_weight_value(-1.0, 1.0, "peft:product"), "norm 'box(-1, 1)' per='tensor' needs its entries"),
+        (lambda: nw.max_norm(1.0, "peft:product", per="element"), "norm 'l2' per='element' needs its entries"),
+        (lambda: nw.max_norm(1.0, "peft:product", layout=nw.Layout("oi", (16, 4))), "its axes are those of its base. State those"),
+        (lambda: nw.clip_grad_norm("0.1*base"), "radius 'base' has a meaning on='weight' only"),
         (lambda: nw.orthogonal(params="peft:product"), "needs its entries"),
         (lambda: nw.max_norm(1.0, "peft:product", center="init"), "LoRA starts from zero"),
         (lambda: nw.relative_update(0.1, params="peft:product"), "is no matrix of its rank, since A turns"),
@@ -348,16 +353,52 @@ def _silent() -> Any:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+def _kasa() -> Any:
+    return lora(modules=["fc"], kasa_config=pytest.importorskip("peft.tuners.lora.config").KasaConfig())
+
+
+def _experts() -> Any:
+    experts, model = nn.Linear(6, 4), nn.Sequential()
+    experts.weight = nn.Parameter(torch.randn(2, 4, 6))
+    model.add_module("experts", experts)
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"]))
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd", "ignore:.*[kK]a[sS][aA].*")
 @pytest.mark.parametrize(
     ("make", "said"),
-    [(_merged, "merged into the base"), (lambda: _frozen("lora_B"), "which is frozen"), (_grouped, "grouped convolution"),
-     (_adalora, "AdaLoRA puts a diagonal"), (_silent, "its scale is 0")],
+    [(_merged, "merged into the base"), (_grouped, "grouped convolution"), (_adalora, "AdaLoRA puts a diagonal"),
+     (_silent, "its scale is 0"), (_kasa, "KasaLinearVariant does not add"), (_experts, "ParamWrapper does not add one product")],
 )  # fmt: skip
-def test_an_adapter_that_no_rule_can_act_on_is_refused_by_name(make: Any, said: str) -> None:
+@pytest.mark.parametrize("rule", [nw.max_norm, nw.l2_penalty, nw.weight_decay], ids=lambda rule: rule.__name__)
+def test_an_adapter_that_no_rule_can_act_on_is_refused_by_name(rule: Any, make: Any, said: str) -> None:
+    """For a penalty, too: the gradient of s·B·A is not that of what such a layer adds."""
     model = make()
-    with pytest.raises(PolicyError, match=said):
+    with pytest.raises(PolicyError, match=rf"{said}.*Exclude it \(exclude=\)") as refused:
+        nw.attach(model, torch.optim.SGD(held(model), lr=0.1), rule(1.0, "peft:product"))
+    assert "use a penalty" not in str(refused.value)
+    assert "1: refused" in str(nw.Policy(rule(1.0, "peft:product")).explain(model))
+
+
+def test_bounds_on_a_product_whose_b_is_frozen_are_refused() -> None:
+    model = _frozen("lora_B")
+    with pytest.raises(PolicyError, match="which is frozen"):
         nw.attach(model, torch.optim.SGD(held(model), lr=0.1), nw.max_norm(1.0, "peft:product"))
+
+
+def test_factors_that_are_dtensors_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, mesh = lora(modules=["fc"]), init_device_mesh("cpu", (1,))
+        for factor in (layers(model)["fc"].lora_A["default"], layers(model)["fc"].lora_B["default"]):
+            factor.weight = nn.Parameter(distribute_tensor(factor.weight.detach(), mesh, [Shard(0)]))
+        with pytest.raises(PolicyError, match="from DTensors, and no rank has all of it"):
+            nw.attach(model, torch.optim.SGD(held(model), lr=0.1), nw.max_norm(1.0, "peft:product"))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_frozen_a_is_as_good_as_another() -> None:

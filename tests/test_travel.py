@@ -136,6 +136,34 @@ def test_two_optimizers_under_one_control_in_either_order(order: tuple[int, int]
     assert same(whole, resumed) and other.verify()
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_network_that_was_frozen_when_saved_is_no_other_policy(order: tuple[int, int]) -> None:
+    """As a GAN's: the history of all gradients together is in the state of the optimizer whose network was trained last."""
+
+    def built(seed: int) -> tuple[nn.Sequential, list[Optimizer], nw.Control]:
+        model = net(seed)
+        optimizers: list[Optimizer] = [SGD(part.parameters(), lr=0.2) for part in (model[:3], model[3:])]
+        return model, optimizers, nw.attach(model, optimizers, nw.autoclip(percentile=40, window=6))
+
+    def turns(model: nn.Sequential, optimizers: list[Optimizer], seeds: range) -> None:
+        for seed, k in ((seed, k) for seed in seeds for k in order):
+            model[:3].requires_grad_(k == 0)
+            model[3:].requires_grad_(k == 1)
+            step(model, seed, optimizers[k])
+
+    whole, optimizers, control = built(0)
+    turns(whole, optimizers, range(3))
+    resumed, again, other = built(5)
+    resumed.load_state_dict(saved(whole.state_dict()))
+    for one, o in zip(again, optimizers, strict=True):
+        one.load_state_dict(saved(o.state_dict()))
+    known, found = (c.state_dict()["rules"][0]["found"] for c in (control, other))
+    assert equal(found, known) and known
+    turns(whole, optimizers, range(3, 6))
+    turns(resumed, again, range(3, 6))
+    assert same(whole, resumed)
+
+
 def test_each_optimizer_brings_its_own_step_count() -> None:
     model = net()
     pair = [SGD(model[:3].parameters(), lr=0.1), SGD(model[3:].parameters(), lr=0.1)]

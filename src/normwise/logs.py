@@ -153,11 +153,12 @@ class _Lines:
         none would stay, the file is another run's, and is kept under another name."""
         lines = self.lines()
         kept = [line for line, at in lines if at < step]
-        if lines and not any(at >= 0 for _, at in lines if at < step):
+        size = 0 if files.what_is(self.path) == files.NOTHING else self.path.stat().st_size
+        if size and not any(0 <= at < step for _, at in lines):
             number = next(n for n in range(1, 10**6) if files.what_is(self.beside(n)) == files.NOTHING)
             os.rename(self.path, self.beside(number))
             warnings.warn(f"{self.path} had the norms of another run, which are in {self.beside(number)} now.", stacklevel=2)
-        elif lines and sum(map(len, kept)) != self.path.stat().st_size:
+        elif sum(map(len, kept)) != size:
             files.replace(self.path, b"".join(kept))
 
     def beside(self, number: int) -> Path:

@@ -56,8 +56,9 @@ def _refuse_computed(e: Entry, rule: Rule, owner: Mapping[int, int]) -> None:
     how = computed.way.how
     if any(is_sharded(p) for p in computed.parameters):
         raise _refused(e, rule, f"{how} computes it from DTensors, and no rank has all of it", "Exclude it")
-    if computed.refusal and not (rule.phase == "penalty" and computed.way.differentiable and not computed.failure):
-        raise _refused(e, rule, computed.refusal, "Exclude it (exclude=)" if rule.phase == "penalty" else INSTEAD)
+    if why := computed.refused(rule.phase):
+        no_penalty = rule.phase == "penalty" or not computed.way.differentiable
+        raise _refused(e, rule, why, "Exclude it (exclude=)" if no_penalty else INSTEAD)
     if rule.rounding != "nearest" and any(p.dtype in HALF for p in computed.parameters):
         raise _refused(e, rule, f"rounding={rule.rounding!r} is of the weights that are stored, and {how} computes this one", "Exclude it")
     if rule.phase == "update" and len({owner[id(p)] for p in e.trained if id(p) in owner}) > 1:

@@ -215,7 +215,9 @@ def _check(bound: BoundRule, known: _Known, among: Callable[[str], bool] | None)
             one = (kept or {}).get(what)
             if one is None or not bound.fits(mine, one):
                 raise _misfit(what, name, bound, mine, one)
-    return list(dict.fromkeys([*fresh, *(own["found"] if anew else ())]))
+    # What is found of all together lies in one optimizer's part: another's, where this one held no parameter then.
+    began = [name for name in own["found"] if known.params or name in names] if anew else []
+    return list(dict.fromkeys([*fresh, *began]))
 
 
 def _misfit(what: str, name: str, bound: BoundRule, own: Tensor, kept: Tensor | None) -> PolicyError:

@@ -77,5 +77,10 @@ class NormwiseCallback(_pytorch.Callback):    # type: ignore[misc]
 def _policy(rules: Any) -> Policy:
     if isinstance(rules, str | os.PathLike):
         return Policy.load(os.fspath(rules))
-    plain = rules if isinstance(rules, Mapping) else [r for r in rules if isinstance(r, str | Mapping)] if isinstance(rules, list) else []
-    return Policy.from_yaml(json.dumps(rules), "rules") if plain else Policy(rules)
+    if not any(isinstance(one, str | Mapping) for one in (rules if isinstance(rules, list) else [rules])):
+        return Policy(rules)
+    try:
+        text = json.dumps(rules)
+    except TypeError as error:
+        raise PolicyError(f"rules as data are lists, dicts, texts and numbers ({error}): give all as data, or all as rules.") from error
+    return Policy.from_yaml(text, "rules")

@@ -23,12 +23,12 @@ def replaced(policy: Policy, setting: str, off: str, by_norm: bool = True) -> bo
         warnings.warn(
             f"the trainer's own clipping ({setting}) is off, since rule '{clips[0].label()}' takes its place. Write {off}, and this "
             "warning goes.",
-            stacklevel=4,
+            stacklevel=3,
         )
     elif after:
         warnings.warn(
             f"the trainer clips gradients first ({setting}), and rule '{after[0].label()}' acts on what that leaves. To turn the first "
             f"off, write {off}; to clip after penalties, add nw.clip_grad_norm to the rules as well.",
-            stacklevel=4,
+            stacklevel=3,
         )
     return bool(clips) and by_norm

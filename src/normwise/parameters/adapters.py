@@ -46,7 +46,7 @@ def part_of(place: Site) -> tuple[str, str]:
 class LowRank(Way):
     """X of s·B·A, ``(units, min(rank, inputs))``; of an embedding, whose units are tokens, that of s·AᵀBᵀ. In float64, rounded to fp32."""
 
-    how, selective = "LoRA's s·B·A", True
+    how, selective, differentiable = "LoRA's s·B·A", True, False    # by `pulled`, of products that are s·B·A; what is refused is none
 
     @staticmethod
     def together(computed: Sequence[Computed]) -> list[Any]:
@@ -237,9 +237,8 @@ def find_products(places: Iterable[Site]) -> Iterator[Computed]:
         assert layer is not None
         seen.add((id(layer), adapter))
         way = LowRank(layer, adapter, place.steps[at] == "lora_embedding_A")
-        dtype = torch.float64 if place.param.dtype == torch.float64 else torch.float32
         changed, other = way.factors(*way.parts())
-        weight: Any = torch.empty(len(changed), min(other.shape), dtype=dtype, device="meta")
+        weight: Any = torch.empty(len(changed), min(other.shape), dtype=coordinates_dtype(place.param.dtype), device="meta")
         holder = place.name.partition(f"{place.steps[at]}.")[0]
         site = replace(
             place, name=f"{holder}{PRODUCT}.{adapter}", param=weight, module=layer, local_name=PRODUCT, parents=place.parents[:at],

@@ -40,6 +40,8 @@ class Way:
     refusal = ""
     """Why no raw tensors can be found for another weight; empty where they can."""
     differentiable = True
+    """Whether a penalty can act even where ``refusal`` says that a bound cannot."""
+
     selective = False
     """Whether ``inverse`` leaves what did not change as it is, so that nobody must look whether there is anything to do."""
 
@@ -312,6 +314,10 @@ class Computed:
     def refusal(self) -> str:
         """Why no rule can set it; empty where one can."""
         return self.way.refusal or self.failure
+
+    def refused(self, phase: str) -> str:
+        """Why no rule of this phase can act on it; empty where one can. A penalty needs a gradient and no inverse."""
+        return "" if phase == "penalty" and self.way.differentiable and not self.failure else self.refusal
 
     @torch.no_grad()
     def read(self) -> Tensor:

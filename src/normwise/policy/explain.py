@@ -98,7 +98,7 @@ def explain(policy: Policy, model: nn.Module) -> Explanation:
 
 def _blocks_of(rule: Rule, entry: Entry) -> str:
     """``10 of 84``, ``1 of 10x84``: how many blocks of which shape; a part of a global block has no number of its own."""
-    if entry.computed is not None and entry.computed.refusal and rule.phase != "penalty":
+    if entry.computed is not None and entry.computed.refused(rule.phase):
         return f"refused ({entry.computed.way.how})"
     if rule.action == "weight_decay":
         return "all"
