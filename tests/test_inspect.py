@@ -179,6 +179,19 @@ def test_a_tied_tensor_is_measured_once(tmp_path: Path) -> None:
     assert "lm_head.weight is the same tensor as wte.weight" in str(found)
 
 
+def test_a_tensor_tied_within_a_shard_is_measured_once_and_found_under_both_names(tmp_path: Path) -> None:
+    given = {"a.weight": torch.randn(3, 4), "lm_head.weight": (table := torch.randn(9, 4)), "n.weight": torch.randn(3), "wte.weight": table}
+    sharded(tmp_path, given, torch.save, "pytorch_model.bin", "pytorch_model.bin.index.json")    # tables in the second shard
+    save_file({"lm_head.weight": table * 0, "wte.weight": table * 0.5}, tmp_path / "base.safetensors")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    found = nw.inspect(index)
+    assert [record["name"] for record in found.tensors] == ["a.weight", "lm_head.weight", "n.weight"]
+    assert "wte.weight is the same tensor as lm_head.weight" in str(found)
+    save_file({"wte.weight": table * 1.5}, tmp_path / "tuned.safetensors")
+    [record] = nw.inspect(tmp_path / "tuned.safetensors", against=index).tensors
+    assert record["change"]["relative"] == pytest.approx(0.5, rel=1e-6)
+
+
 # -------------------------------------------------------------------------------------------------------- what is wrong
 
 

@@ -101,16 +101,24 @@ def _index(path: Path) -> Checkpoint:
             raise DataError(f"{path}: the shard {shard.name} should stand beside it, where there is {kind}.")
     tensors: dict[str, Stored] = {}
     notes, skipped = list[str](), list[str]()
+    aliases: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         part = _file(shard)
         tensors |= part.tensors
+        notes += [note for note in part.notes if note not in notes]
         skipped += part.skipped
+        aliases |= part.aliases
+        shapes |= part.shapes
         there = {*part.shapes, *(one.partition(":")[0] for one in part.skipped)}
         missing = [name for name, file in where.items() if file == shard.name and clean_name(name) not in there]
         if missing:
             raise DataError(f"{path}: {missing[0]} should be in {shard.name}, which does not have it.")
     kind = "safetensors" if shards[0].suffix == ".safetensors" else "torch file"
-    return _made(path, f"{kind}, {len(shards)} shards", tensors, notes, skipped, shards)
+    whole = _made(path, f"{kind}, {len(shards)} shards", tensors, notes, skipped, shards)
+    whole.aliases |= aliases
+    whole.shapes |= shapes
+    return whole
 
 
 def _made(
@@ -119,7 +127,6 @@ def _made(
     """Cleans names, and sets aside what has no norms: integers, packed or quantised numbers, second names of a tensor."""
     found = Checkpoint(place, kind, {}, notes, list(left), paths=paths)
     lying: dict[tuple[Any, ...], str] = {}
-    integers = 0
     for name, one in raw.items():
         one.name = clean_name(name)
         found.shapes[one.name] = one.shape
@@ -127,7 +134,6 @@ def _made(
         if at in lying:
             found.aliases[one.name] = lying[at]
         elif one.dtype not in REAL + EIGHT_BITS or not one.count:
-            integers += 1
             why = "empty" if not one.count else str(one.dtype).removeprefix("torch.")
             found.skipped.append(f"{one.name}: {why}, which has no norm")
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -67,10 +67,10 @@ def of_model(checkpoint: Checkpoint, model: nn.Module) -> Places:
     lead = fitting_prefix(checkpoint.tensors, known)
     entries, strange = {}, []
     for name, one in checkpoint.tensors.items():
-        entry = known.get(_under(name, lead))
+        entry = known.get(counterpart(name, lead))
         if entry is not None and tuple(entry.shape) == one.shape:
             entries[name] = _renamed(entry, name)
-        elif entry is not None or _under(name, lead) not in buffers:
+        elif entry is not None or counterpart(name, lead) not in buffers:
             strange.append(f"{name} {list(one.shape)}" + (f", where the model has {list(entry.shape)}" if entry is not None else ""))
     if not entries:
         raise DataError(
@@ -78,7 +78,7 @@ def of_model(checkpoint: Checkpoint, model: nn.Module) -> Places:
             f"({', '.join(list(known)[:3])}, ...); give the config or the function of the model that was saved."
         )
     notes = [f"not in the model: {', '.join(strange[:5])}{f' and {len(strange) - 5} more' * (len(strange) > 5)}"] if strange else []
-    held = {id(entry) for name in entries for entry in (known[_under(name, lead)],)}
+    held = {id(entry) for name in entries for entry in (known[counterpart(name, lead)],)}
     absent = [entry.name for entry in inventory if id(entry) not in held]
     notes += [f"not in the checkpoint: {', '.join(absent[:5])}{f' and {len(absent) - 5} more' * (len(absent) > 5)}"] if absent else []
     return Places(entries, False, tuple(notes))
@@ -91,16 +91,12 @@ def fitting_prefix(names: Iterable[str], others: Mapping[str, object]) -> tuple[
     leads = {"", *(f"{name.split('.')[0]}." for name in listed)}
     fronts = {"", *(f"{name.split('.')[0]}." for name in others)}
     ways = [(lead, front) for lead in leads for front in fronts if not (lead and front)]
-    return max(ways, key=lambda way: (sum(_under(name, way) in others for name in listed), -len("".join(way))))
-
-
-def _under(name: str, lead: tuple[str, str]) -> str:
-    return lead[1] + name.removeprefix(lead[0]) if name.startswith(lead[0]) else name
+    return max(ways, key=lambda way: (sum(counterpart(name, way) in others for name in listed), -len("".join(way))))
 
 
 def counterpart(name: str, lead: tuple[str, str]) -> str:
     """The name that :func:`fitting_prefix` gives a tensor in the other checkpoint."""
-    return _under(name, lead)
+    return lead[1] + name.removeprefix(lead[0]) if name.startswith(lead[0]) else name
 
 
 # ------------------------------------------------------------------------------------------------------------- guesses
@@ -159,7 +155,4 @@ def _entry(name: str, shape: tuple[int, ...], dtype: torch.dtype, role: str, axe
 
 
 def _renamed(entry: Entry, name: str) -> Entry:
-    return entry if entry.name == name else Entry(
-        name, entry.param, entry.module, entry.local_name, entry.role, entry.layout, tuple({*entry.names} - {name}), entry.owners,
-        entry.attention, entry.aliases, entry.computed, entry.adapter,
-    )  # fmt: skip
+    return entry if entry.name == name else replace(entry, name=name, tied=tuple({*entry.names} - {name}))
