@@ -1,7 +1,8 @@
 """Writes the tables and the picture of README.md and docs/ from the committed results: ``python docs/make.py``; ``--check`` only compares.
 
 Raw results lie in ``docs/results/``: ``cnn-digits.json`` and ``cnn-mnist.json`` by ``normwise compare cnn --json``, each of their single
-runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``other-TASK.runs.jsonl`` by
+runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl``, of protocol 1, and
+``race-2/TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``other-TASK.runs.jsonl`` by
 ``normwise race TASK --only auto --state``, on bundled data; ``gan.json`` by
 ``normwise gan --json``, ``recipe-NAME.json`` by ``normwise recipe NAME --json``, ``bench-NAME.json`` by ``normwise bench NAME --json``;
 ``lora-rows.jsonl`` by ``docs/lora_rows.py``. A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``.
@@ -41,6 +42,11 @@ def load(name: str) -> dict[str, Any] | None:
     if name == "race":
         found = {task: race for task in race_tables.RACED if (race := load(f"race-{task}")) is not None}
         return found or None
+    if name == "race 2":
+        tasks = (*race_tables.DEVELOPMENT, *race_tables.HELD_OUT)
+        return {task: race for task in tasks if (race := raced(RESULTS / "race-2" / f"{task}.runs.jsonl")) is not None} or None
+    if name.startswith("race 2 "):
+        return raced(RESULTS / "race-2" / f"{name.removeprefix('race 2 ')}.runs.jsonl")
     if name.startswith(("race-", "other-")):
         return raced(RESULTS / f"{name}.runs.jsonl")
     if name == "tried":
@@ -94,6 +100,12 @@ def one_race(results: dict[str, Any], drawn: bool = True) -> str:
     task = results["race"]
     seen = f"![{task}: validation result against horizon](images/race-{task}.svg)\n\n" if drawn and results["contenders"] else ""
     return f"{seen}{race_tables.page(results)} {results['core_hours']:.1f} core-hours of training so far, measured beside other work."
+
+
+def of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
+    """How many core-hours, the table of hits, shares by task."""
+    hours = sum(one["core_hours"] for one in results.values())
+    return f"{race_tables.hits(results)}\n\n{race_tables.by_task(results)} {hours:.1f} core-hours of training so far."
 
 
 def all_races(results: dict[str, dict[str, Any]]) -> str:
@@ -217,6 +229,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "races": ("race", race_tables.summary),
     **{f"race {task}": (f"race-{task}", one_race) for task in race_tables.RACED},
     **{f"other {task}": (f"other-{task}", partial(one_race, drawn=False)) for task in ("cnn", "gpt")},
+    "race 2": ("race 2", of_protocol_2),
+    "race 2 hits": ("race 2", race_tables.hits),
+    **{f"race 2 {task}": (f"race 2 {task}", partial(one_race, drawn=False))
+       for task in (*race_tables.DEVELOPMENT, *race_tables.HELD_OUT)},
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),
     "gan": ("gan", lambda results: markdown(results["rows"])),

@@ -70,6 +70,13 @@ class Metric(torch.optim.Optimizer):
         state = self.state[p]
         if self.act in ("kernel", "frequencies"):
             return by_kernel(d.view_as(p), self.param_groups[0]["damping"], self.act == "frequencies").flatten(1)
+        if self.act == "mixed":
+            slow = state_of(self.state[p], "slow", g).lerp_(g, 1 - 0.97)
+            x = d + 0.5 * slow
+            gram = x @ x.mT
+            return torch.linalg.solve(gram + 0.03 * gram.diagonal().mean() * torch.eye(len(gram)), x)
+        if self.act.startswith("stale"):
+            return self.stale(p, d, int(self.act.removeprefix("stale")))
         if self.act == "power":
             u, s, vh = torch.linalg.svd(d, full_matrices=False)
             return u * (s / s[0] + 0.01).pow(-0.25) @ vh
@@ -87,6 +94,53 @@ class Metric(torch.optim.Optimizer):
         turned = ql.mT @ g @ qr
         square = state.setdefault("square", torch.zeros_like(g)).lerp_(turned.square(), 1 - self.beta) / (1 - self.beta**self.count)
         return ql @ (ql.mT @ d @ qr / square.sqrt().add(1e-12)) @ qr.mT
+
+    def stale(self, p: Tensor, d: Tensor, every: int) -> Tensor:
+        """Ridge's map by the inverse that the momentum had up to ``every`` - 1 steps ago, on the smaller side."""
+        state, x = self.state[p], d if d.shape[0] <= d.shape[1] else d.mT
+        if (self.count - 1) % every == 0:
+            gram = x @ x.mT
+            state["inverse"] = torch.linalg.inv(gram + self.param_groups[0]["damping"] * gram.diagonal().mean() * torch.eye(len(gram)))
+        u: Tensor = state["inverse"] @ x
+        return u if x is d else u.mT
+
+
+def state_of(state: dict[str, Any], key: str, like: Tensor) -> Tensor:
+    found: Tensor = state.setdefault(key, torch.zeros_like(like))
+    return found
+
+
+class Averaged(torch.optim.Optimizer):
+    """Another optimizer whose weights are averaged; ``eval`` puts the average in their place, where the race scores them.
+
+    way: ``"ema"``, a running mean of what the optimizer steps; ``"free"``, the schedule-free average of Defazio et al. (2024): gradients
+    are taken at (1 − β)·z + β·x of the iterates z and their mean x.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, way: str, beta: float) -> None:
+        self.inner, self.way, self.beta, self.count = inner, way, beta, 0
+        super().__init__(inner.param_groups, {})
+        inner.param_groups = self.param_groups
+        self.weights = [p for group in self.param_groups for p in group["params"]]
+        self.iterates, self.means = ([p.detach().clone() for p in self.weights] for _ in range(2))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        if self.way == "free":
+            torch._foreach_copy_(self.weights, self.iterates)
+        self.inner.step()
+        torch._foreach_lerp_(self.means, self.weights, 1 / self.count if self.way == "free" else max(1 - self.beta, 1 / self.count))
+        if self.way == "free":
+            torch._foreach_copy_(self.iterates, self.weights)
+            torch._foreach_lerp_(self.weights, self.means, self.beta)
+
+    def eval(self) -> None:
+        torch._foreach_copy_(self.weights, self.means)
+
+
+def averaged(way: str, beta: float, name: str = "Ridge", **columns: Any) -> Build:
+    return lambda model: (Averaged(preset(name, **columns)(model)[0], way, beta), None)    # type: ignore[arg-type]
 
 
 def by_kernel(d: Tensor, damping: float, frequencies: bool) -> Tensor:
@@ -135,6 +189,16 @@ VARIANTS: dict[str, tuple[str, Build, dict[str, Any]]] = {
     "muon-adam": ("Muon on Adam's direction", muon_on_adam, {}),
     "power": ("U Σ^(−1/4) Vᵀ of the momentum", lambda m: (Metric(m, "power"), None), {}),
     "metric": ("polar factor in the metric of past gradients, R^(1/4)", lambda m: (Metric(m, "metric"), None), {}),
+    **{
+        f"stale-{k}": (f"Ridge, its inverse taken anew every {k} steps" if k > 1 else "Ridge, by this table's own code",
+                       partial(lambda act, m: (Metric(m, act, damping=0.03), None), f"stale{k}"), {}) for k in (1, 2, 4, 8)
+    },
+    "ema": ("Ridge, scored at the mean of about the last 50 weights", averaged("ema", 0.98), {}),
+    "ema-flat": ("the same with a rate that is held", averaged("ema", 0.98), {"schedule": "flat"}),
+    "free": ("Ridge, schedule-free, its rate held", averaged("free", 0.9), {"schedule": "flat"}),
+    "mixed": ("Ridge of a fast momentum and half a slow one, 0.97", lambda m: (Metric(m, "mixed"), None), {}),
+    "concave": ("Ridge, the rate by 1 − t²", preset("Ridge"), {"schedule": "concave"}),
+    "cooldown": ("Ridge, the rate held for four fifths, then 1 − √t", preset("Ridge"), {"schedule": "cooldown"}),
     "history": ("Ridge by the second moment of past gradients", lambda m: (Metric(m, "history"), None), {}),
     "shampoo": ("Shampoo, L^(−1/4) d R^(−1/4)", lambda m: (Metric(m, "shampoo"), None), {}),
     "soap": ("SOAP, Adam in the eigenbasis, β 0.95", lambda m: (Metric(m, "soap", 0.95), None), {}),

@@ -161,7 +161,7 @@ class Killing(Progress):
 
 def lasting(value: Any) -> Any:
     """Results without what a clock says."""
-    timed = {"machine", "data", "step_ms", "ms_a_sample", "seconds_share", "seconds"}
+    timed = {"machine", "data", "step_ms", "ms_a_sample", "seconds_share", "tuning_cost", "within_cost", "seconds"}
     if isinstance(value, dict):
         return {key: lasting(item) for key, item in value.items() if key not in timed}
     return [lasting(item) for item in value] if isinstance(value, list) else value

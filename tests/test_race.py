@@ -43,7 +43,7 @@ from normwise.experiments.race.protocol import (
 )
 from normwise.experiments.race.run import RaceRun, is_spike
 from normwise.experiments.race.study import race, replay
-from normwise.experiments.tasks.rates import warmed_up
+from normwise.optim.schedule import Rate
 from race_cases import STEP_MS, made_up, made_up_times
 
 AXES = (Axis("lr", (0.01,), ratio=2.0), Axis("a", (1.0, 2.0, 3.0, 4.0), 2), Axis("b", ("x", "y")), Axis("c", (0.0, 1.0, 2.0), 1))
@@ -314,14 +314,14 @@ def test_means() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 40, 500])
 def test_schedules_warm_up_peak_and_end_at_zero(steps: int, family: str) -> None:
     warm = max(1, round(0.05 * steps))
-    shares = [warmed_up(step, steps, family) for step in range(steps)]
-    assert shares[0] == 1 / warm and max(shares) == 1.0 and warmed_up(steps, steps, family) == 0.0
+    shares = [Rate(steps, family)(step) for step in range(steps)]
+    assert shares[0] == 1 / warm and max(shares) == 1.0 and Rate(steps, family)(steps) == 0.0
     assert all(0 < share <= 1 for share in shares), "no step is wasted"
     assert shares[warm - 1:] == sorted(shares[warm - 1:], reverse=True)
 
 
 def test_hold_keeps_the_rate_for_half_of_the_run_and_linear_does_not() -> None:
-    hold, linear = ([warmed_up(step, 100, family) for step in range(100)] for family in ("hold", "linear"))
+    hold, linear = ([Rate(100, family)(step) for step in range(100)] for family in ("hold", "linear"))
     assert hold[4:51] == [1.0] * 47 and hold[75] == pytest.approx(0.5)
     assert linear[4:6] == [1.0, 1.0] and linear[6] < 1 and linear[52] == pytest.approx(48 / 95)
 

@@ -18,13 +18,13 @@ from normwise.experiments.catalog import CONTENDERS, EVERYBODY, SCHEDULES
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.framework.progress import Lines
 from normwise.experiments.framework.study import TUNING_SEED, Options
-from normwise.experiments.race import protocol, tables
+from normwise.experiments.race import protocol, study, tables
 from normwise.experiments.race.protocol import PROTOCOL, PROTOCOLS
 from normwise.experiments.race.run import Lane, RaceRun, lane, train
 from normwise.experiments.race.study import race, replay
 from normwise.experiments.tasks.load import TASKS, load_task
-from normwise.experiments.tasks.rates import warmed_up
-from normwise.experiments.tasks.task import Task
+from normwise.experiments.tasks.task import HELD_OUT, Task
+from normwise.optim.schedule import Rate
 
 MICRO = protocol.Budget(trials=1, seeds=1, doublings=0, scale=0.01, contenders=("schedulefree", "torch_muon", "auto"), rounds=1)
 NOW = PROTOCOLS[PROTOCOL]
@@ -98,7 +98,7 @@ def test_a_baseline_is_torchs_own_with_rates_by_role(name: str) -> None:
         task.loss(model, next(batches)).backward()  # type: ignore[no-untyped-call]
         for optimizer, rates in zip(wanted, peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = peak * warmed_up(step, 20, "linear")
+                group["lr"] = peak * Rate(20, "linear")(step)
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(after, model.parameters(), strict=True))
 
@@ -132,10 +132,10 @@ def test_schedules_are_their_formulas_in_the_order_of_how_long_the_rate_stays_hi
     steps = 4000
     for step in range(200, steps, 97):
         t = (step - 200) / (steps - 200) if family in ("sqrt", "linear", "concave") else step / steps
-        assert warmed_up(step, steps, family) == pytest.approx(shapes[family](t), abs=2e-3)
-    means = [sum(warmed_up(step, steps, one) for step in range(steps)) for one in SCHEDULES]
-    assert means == sorted(means) and warmed_up(steps, steps, family) == pytest.approx(0.0, abs=1e-9)
-    assert warmed_up(3999, steps, "flat") == 1.0 and warmed_up(99, steps, "flat") == 0.5
+        assert Rate(steps, family)(step) == pytest.approx(shapes[family](t), abs=2e-3)
+    means = [sum(Rate(steps, one)(step) for step in range(steps)) for one in SCHEDULES]
+    assert means == sorted(means) and Rate(steps, family)(steps) == pytest.approx(0.0, abs=1e-9)
+    assert Rate(steps, "flat")(3999) == 1.0 and Rate(steps, "flat")(99) == 0.5
 
 
 def test_nobody_has_more_trials_than_adamw_and_the_reported_seeds_are_fresh() -> None:
@@ -185,3 +185,49 @@ def test_quick_races_every_task_from_end_to_end(task: str, tmp_path: Path, capsy
     results = json.loads(out.read_text())
     assert results["unfinished"] == [] and {line["name"] for line in results["contenders"]} == {"adamw", "sgd", "muon", "auto"}
     assert results["protocol"]["number"] == 2 and "the target is a validation" in capsys.readouterr().out
+
+
+def told(shares: dict[str, float | None], **more: Any) -> dict[str, Any]:
+    """A race's results as the tables of all tasks read them; who has a share of 1 and no trials beside it sets the target."""
+    lines = [
+        {"name": name, "label": name.upper(), "baseline": name == "adamw", "sets_target": name == "adamw", "share": share,
+         "seconds_share": share and 2 * share, "tuned": {"trials": 1 if "untuned" in name or name == "auto" else 16}}
+        for name, share in shares.items()
+    ]  # fmt: skip
+    return {"contenders": lines, "unfinished": [], **more}
+
+
+def test_a_hit_counts_by_task_and_a_mean_needs_all_of_them() -> None:
+    found = {
+        "cnn": told({"adamw": 1.0, "auto": 0.5, "muon": 0.25, "adamw_untuned": None}),
+        "plain": told({"adamw": 1.0, "auto": 0.2, "muon": 1.0, "adamw_untuned": 1.0}),
+        "gpt": told({"adamw": 1.0, "auto": 0.25, "adamw_untuned": None}, unfinished=["muon"]),
+    }
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.hits(found).splitlines()]
+    assert rows[0][1:] == ["trials", "all", "development", "held out"]
+    assert rows[2:] == [
+        ["AUTO", "1", "3 of 3: 0.29 / 0.58", "2 of 2: 0.35 / 0.71", "1 of 1: 0.20 / 0.40"],    # (0.5 · 0.2 · 0.25)^(1/3)
+        ["ADAMW_UNTUNED", "1", "1 of 3", "0 of 2", "1 of 1: 1.00 / 2.00"],
+        ["MUON", "16", "2 of 2: 0.50 / 1.00", "1 of 1: 0.25 / 0.50", "1 of 1: 1.00 / 2.00"],
+    ]
+    every = tables.by_task(found)
+    assert "| `plain` (held out) | 0.20 / 0.40 | 1.00 / 2.00 | 1.00 / 2.00 | 1.00 / 2.00 |" in every
+    assert "gpt (muon)" in every and "resnet_gn (no runs)" in every and "cnn (" not in every
+    assert set(tables.HELD_OUT) == HELD_OUT and set(tables.DEVELOPMENT) == set(TASKS) - HELD_OUT
+    assert tables.hits({}) == "No task is raced yet."
+
+
+def test_what_tuning_cost_is_told_in_adamws_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice AdamW's time a step, half of its horizon, two trials where it has three: two thirds. At 9 times: 3, so the first trial."""
+    more = protocol.Budget(trials=2, seeds=1, doublings=0, scale=0.01, contenders=("muon",), rounds=1)
+    monkeypatch.setitem(NOW.budgets, "quick", more)
+    for pace, cost in ((2.0, 2 / 3), (9.0, 3.0)):
+        times = {"adamw": 1.0, "sgd": 0.5, "muon": pace}
+        monkeypatch.setattr(study, "step_times", lambda runs, task=None, rounds=0, times=times: [times[run.contender] for run in runs])
+        results = race(Options("tabular", budget="quick", size="tiny", state=tmp_path / f"{pace}.jsonl"))
+        lines = {line["name"]: line for line in results["contenders"]}
+        assert {line["batch"] for line in lines.values()} == {lines["adamw"]["batch"]}
+        assert lines["muon"]["tuning_cost"] == pytest.approx(cost) and lines["adamw"]["tuning_cost"] == pytest.approx(1.0)
+        tried = [trial["result"] for trial in lines["muon"]["tuned"]["tried"]]
+        assert lines["muon"]["within_cost"] == (tried[0] if cost > 1 else lines["muon"]["tuned"]["result"])
+        assert f"| {cost:.2f} |" in tables.page(results)

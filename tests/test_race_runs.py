@@ -27,8 +27,8 @@ from normwise.experiments.race.study import race, replay
 from normwise.experiments.tasks.initial_weights import prepare
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.models.lstm import CharLSTM
-from normwise.experiments.tasks.rates import warmed_up
 from normwise.experiments.tasks.task import Task
+from normwise.optim.schedule import Rate
 
 MICRO = protocol.Budget(trials=2, seeds=2, doublings=0, scale=0.01, contenders=("muon",), rounds=1)
 REST = {"lr": 0.004, "betas": (0.9, 0.99)}
@@ -94,7 +94,7 @@ def test_a_contender_is_its_optimizer_under_the_schedule(gpt: Task, name: str) -
     for step in range(3):
         going.step()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * warmed_up(step, steps, "linear")
+            group["lr"] = peak * Rate(steps, "linear")(step)
         optimizer.zero_grad()
         gpt.loss(model, next(batches)).backward()
         optimizer.step()
@@ -284,7 +284,7 @@ def test_step_times_are_interleaved_and_in_the_order_of_the_runs(cnn: Task, monk
 
 def timeless(results: dict[str, Any]) -> Any:
     """Everything but what a clock says."""
-    timed = {"machine", "data", "step_ms", "ms_a_sample", "seconds_share", "seconds"}
+    timed = {"machine", "data", "step_ms", "ms_a_sample", "seconds_share", "tuning_cost", "within_cost", "seconds"}
 
     def bare(value: Any) -> Any:
         if isinstance(value, dict):

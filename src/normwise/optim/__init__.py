@@ -24,9 +24,10 @@ from normwise.optim.presets import (
     auto,
     role_factors,
 )
+from normwise.optim.schedule import schedule
 
 __all__ = [
     "CHOICES", "DEFAULTS", "LAMB", "LARS", "PRESETS", "SGD", "AdamH", "AdamW", "Lion", "Muon", "MuonH", "NorMuon", "NormOptimizer",
     "NormalizedSGD", "Ridge", "Scion", "Signum", "auto",
-    "role_factors",
+    "role_factors", "schedule",
 ]  # fmt: skip

@@ -497,8 +497,11 @@ class auto(Ridge):    # in lower case as enum.auto: it is called for what it doe
     - Queries and keys, values and output, and the head over gates step as :func:`role_factors` says; the head of a network of
       convolutions, without attention or gates, has ten times the decay.
 
-    ``print(optimizer.routing)`` shows who takes what. The numbers were chosen for short runs of small networks, with warm-up over 5% of the
-    steps, then a rate that falls linearly to zero, and no clipping; docs/results.md says, task by task, what that is worth beside tuning.
+    ``print(optimizer.routing)`` shows who takes what. The numbers were chosen for short runs of small networks, with the rates of
+    :func:`normwise.optim.schedule` and no clipping; docs/results.md says, task by task, what that is worth beside tuning.
+
+    >>> optimizer = normwise.optim.auto(model)
+    >>> schedule = normwise.optim.schedule(optimizer, steps=1000)    # schedule.step() after each optimizer.step()
 
     Args:
         params: a module; or matrices, which all take the main row.

@@ -21,8 +21,8 @@ from normwise.experiments.framework.lattice import Value
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 from normwise.experiments.framework.timing import WARM_UP, in_turn, milliseconds, seconds_each
 from normwise.experiments.tasks.initial_weights import prepare
-from normwise.experiments.tasks.rates import warmed_up
 from normwise.experiments.tasks.task import Batch, Part, Score, Task
+from normwise.optim import schedule
 
 BURST = 4
 RECENT, SPIKE = 32, 5.0
@@ -91,8 +91,8 @@ class Lane:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
-        for schedule in self.schedules:
-            schedule.step()
+        for rates in self.schedules:
+            rates.step()
         return value
 
     def settle(self) -> None:
@@ -113,7 +113,7 @@ def lane(run: RaceRun, task: Task, steps: int) -> Lane:
     built, control = CATALOGUES[run.protocol][run.contender].build(model, numbers)
     optimizers = built if isinstance(built, tuple) else (built,)
     family = str(numbers["schedule"])
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmed_up(step, steps, family)) for optimizer in optimizers]
+    schedules = [schedule(optimizer, steps, family) for optimizer in optimizers]
     return Lane(model, optimizers, control, schedules, task.batches(batch_of(numbers, task.batch), run.seed), float(numbers["clip"]), task)
 
 

@@ -206,7 +206,24 @@ class _Race:
         for line in lines:
             known = line["share"] is not None and line["ms_a_sample"] is not None and pace is not None
             line["seconds_share"] = line["share"] * line["ms_a_sample"] / pace if known else None
+            line |= self._tuning(rules, line, lines)
         return lines
+
+    def _tuning(self, rules: plans.Rules, line: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What a contender's tuning cost as a share of AdamW's, in seconds; where it cost more, the best result among as many of its first
+        trials as AdamW's seconds pay for. None of what is not timed yet, and of what is not tuned."""
+        def seconds(one: Mapping[str, Any]) -> float:
+            return float(one["tuned"]["trials"] * self._tuned_at(rules, one["name"]) * one["ms_a_sample"])
+
+        adamw = next((one for one in lines if one["name"] == "adamw"), None)
+        nothing = {"tuning_cost": None, "within_cost": None}
+        if adamw is None or line["tuned"]["trials"] < 2 or adamw["ms_a_sample"] is None or line["ms_a_sample"] is None:
+            return nothing
+        cost = seconds(line) / seconds(adamw)
+        paid = line["tuned"]["tried"][: max(1, int(line["tuned"]["trials"] / cost))]
+        results = [trial["result"] for trial in paid if trial["result"] is not None]
+        within = (max if self.accuracy else min)(results, default=None) if cost > 1 else line["tuned"]["result"]
+        return {"tuning_cost": cost, "within_cost": within}
 
     # ------------------------------------------------------------------------------------------------ the phases
 

@@ -13,6 +13,9 @@ from normwise.experiments.race.protocol import PROTOCOLS
 
 RACED = ("cnn", "resnet", "lstm", "gpt")
 """The tasks of the published races, in the order of their tables."""
+DEVELOPMENT = ("cnn", "resnet", "vit", "tabular", "lstm", "gpt")
+HELD_OUT = ("plain", "resnet_gn", "mixer", "unet", "gru", "decoder")
+"""The tasks of protocol 2, each with its partner's place."""
 Results = Mapping[str, Any]
 Row = dict[str, str]
 
@@ -96,7 +99,7 @@ def page(results: Results) -> str:
         for line in _ranked(results):
             zeros, broken = _mean([end["sparsity"] for end in line["ends"]]), sum(len(end["breaches"]) for end in line["ends"])
             beside = {"zero weights, %": number(None if zeros is None else 100 * zeros, 1), "bounds broken": str(broken)}
-            full.append(_cells(line, results) | beside)
+            full.append(_cells(line, results) | beside | (_tuning(line) if results["protocol"]["number"] > 1 else {}))
         (_, before), (samples, after) = results["horizon"]["results"][-2:]
         parts += [
             markdown(full),
@@ -122,7 +125,7 @@ def summary(results: Mapping[str, Results]) -> str:
         found = {task: line for task, one in known.items() for line in one["contenders"] if line["name"] == name}
         row = {"contender": next(iter(found.values()))["label"], **dict.fromkeys(RACED, "-")}
         for task, line in found.items():
-            row[task] = "missed" if line["share"] is None else f"{line['share']:.2f} / {number(line['seconds_share'])}"
+            row[task] = _shares(line)
         for of, key in (("samples", "share"), ("seconds", "seconds_share")):
             shares = [line[key] for line in found.values() if line[key] is not None]
             row[f"mean, {of}"] = f"{geometric_mean(shares):.2f}" if len(shares) == len(RACED) else "-"
@@ -136,6 +139,57 @@ def summary(results: Mapping[str, Results]) -> str:
     missing += [f"{task} ({', '.join(one['unfinished'])})" for task, one in known.items() if one["unfinished"]]
     end = f"Not finished: {'; '.join(missing)}." if missing else "All four races are finished."
     return "\n\n".join([said, *([markdown(table)] if table else []), end])
+
+
+def hits(results: Mapping[str, Results]) -> str:
+    """Every contender over the tasks of protocol 2: on how many it reaches the target within the baseline's samples, and its geometric
+    mean shares of samples / of seconds where it does on all. What is not tuned comes first, then the most hits, then the smallest mean.
+    """
+    table: list[tuple[Any, Row]] = []
+    for name in ranked(results):
+        found = {task: line for task, one in results.items() for line in one["contenders"] if line["name"] == name}
+        if all(line["sets_target"] for line in found.values()):
+            continue
+        first, trials = next(iter(found.values())), max(line["tuned"]["trials"] for line in found.values())
+        row = {"contender": first["label"], "trials": str(trials)}
+        for group, tasks in (("all", found), ("development", DEVELOPMENT), ("held out", HELD_OUT)):
+            row[group] = _hits([line for task, line in found.items() if task in tasks])
+        shares = [line["share"] for line in found.values()]
+        missed = sum(share is None for share in shares) / len(shares)
+        table.append(((trials > 1, missed, geometric_mean(shares) if not missed else 0.0), row))
+    return markdown([row for _, row in sorted(table, key=lambda pair: pair[0])]) if table else "No task is raced yet."
+
+
+def _hits(lines: Sequence[Results]) -> str:
+    """``5 of 6``; ``6 of 6: 0.45 / 0.50`` with the means where all are hits."""
+    shares = [line["share"] for line in lines if line["share"] is not None]
+    seconds = [line["seconds_share"] for line in lines if line["seconds_share"] is not None]
+    if not lines:
+        return "-"
+    said = f"{len(shares)} of {len(lines)}"
+    if len(shares) < len(lines):
+        return said
+    return f"{said}: {geometric_mean(shares):.2f} / {number(geometric_mean(seconds) if len(seconds) == len(lines) else None)}"
+
+
+def by_task(results: Mapping[str, Results]) -> str:
+    """Task × contender, shares of samples / of seconds; and what is not finished."""
+    names, table = ranked(results), []
+    labels = {line["name"]: line["label"] for one in results.values() for line in one["contenders"]}
+    for task in (*DEVELOPMENT, *HELD_OUT):
+        lines = {line["name"]: line for line in results[task]["contenders"]} if task in results else {}
+        row = {"task": f"`{task}`" + " (held out)" * (task in HELD_OUT)}
+        row |= {labels[name]: _shares(lines[name]) if name in lines else "-" for name in names}
+        if lines:
+            table.append(row)
+    missing = [f"{task} (no runs)" for task in (*DEVELOPMENT, *HELD_OUT) if task not in results]
+    missing += [f"{task} ({', '.join(one['unfinished'])})" for task, one in results.items() if one["unfinished"]]
+    end = f"Not finished: {'; '.join(missing)}." if missing else "All twelve races are finished."
+    return "\n\n".join([*([markdown(table)] if table else []), end])
+
+
+def _shares(line: Results) -> str:
+    return "missed" if line["share"] is None else f"{line['share']:.2f} / {number(line['seconds_share'])}"
 
 
 def numbers(results: Results) -> list[Row]:
@@ -172,6 +226,11 @@ def _cells(c: Results, results: Results) -> Row:
         "spikes": str(sum(end["spikes"] for end in c["ends"])),
         "result at rate × 0.1, 0.3, 1, 3, 10": " ".join(number(r["result"], 2) for r in c["robustness"]) or "-",
     }  # fmt: skip
+
+
+def _tuning(c: Results) -> Row:
+    """What the tuning cost, and what it came to for the seconds of AdamW's."""
+    return {"tuning, × AdamW's seconds": number(c["tuning_cost"]), "best for AdamW's": number(c["within_cost"], 4)}
 
 
 def _edge(c: Results) -> str:

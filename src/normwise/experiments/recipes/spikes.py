@@ -21,9 +21,9 @@ import normwise as nw
 from normwise.experiments.framework.lattice import Axis
 from normwise.experiments.recipes.recipe import BASELINE, REFERENCE, Arm, Column, Numbers, Recipe, RecipeRun
 from normwise.experiments.tasks.models.gpt import GPT, Attention
-from normwise.experiments.tasks.rates import warmed_up
 from normwise.experiments.tasks.task import Recipe as TaskRecipe
 from normwise.experiments.tasks.text import TextData, TextTask, load_text
+from normwise.optim import schedule
 
 WIDTH, LAYERS, HEADS, CONTEXT, BATCH = 48, 2, 4, 48, 8
 JUDGED = 4096  # characters of the validation and of the test part
@@ -76,7 +76,7 @@ class SpikesRun(RecipeRun):
         control = nw.attach(model, optimizer, arm.rules(self.numbers))
         if arm.variant == LOGITS:
             reports(model, control)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmed_up(step, self.size, "hold"))
+        rates = schedule(optimizer, self.size, "hold")
         chance, skips = torch.Generator().manual_seed(self.seed + _BAD), Skipping(self.numbers) if arm.variant == SKIP else None
         acted, worst = 0, 0.0
         for step, (inputs, answers) in enumerate(itertools.islice(context.batches(BATCH, self.seed), self.size)):
@@ -88,7 +88,7 @@ class SpikesRun(RecipeRun):
             (WEIGHT * loss if bad else loss).backward()  # type: ignore[no-untyped-call]
             if skips is None or skips.takes(model):
                 optimizer.step()
-            schedule.step()
+            rates.step()
             acted += sum(control.violations().values())
             if not bad and step >= FIRST * self.size:
                 worst = max(worst, loss.item())
