@@ -57,11 +57,16 @@ def _capped(x: Tensor, radius: Tensor) -> Tensor:
     outside = torch.linalg.cholesky_ex(left).info
     if not outside.any():
         return x
+    if outside.all():    # as a rule that acts on everything finds them: no copies of what is at hand
+        left.diagonal(dim1=1, dim2=2).sub_(radius.square()[:, None])
+        return cut(x, radius, known=(rows, left.neg_()))
     chosen = outside.nonzero().flatten()
     return x.index_copy(0, chosen, cut(x[chosen], radius[chosen]))
 
 
-def cut(x: Tensor, radius: Radius, vectors_in: torch.dtype = torch.float64) -> Tensor:
+def cut(
+    x: Tensor, radius: Radius, vectors_in: torch.dtype = torch.float64, known: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Takes away what the eigenvectors of the Gram matrix above r² have too much, ``(b, m, n)``, on a CPU.
 
     The exact projection; ``linalg.cap_singular_values`` does the same in fp32, on any device, and aims a hair below the cap.
@@ -70,10 +75,11 @@ def cut(x: Tensor, radius: Radius, vectors_in: torch.dtype = torch.float64) -> T
         x: fp32 or narrower.
         radius: a number or one a matrix, > 0.
         vectors_in: fp32 is twice as fast, and right to its own rounding: for whoever looks afterwards whether the matrices are inside.
+        known: the matrices in float64, their shorter side first, and their Gram matrices, where somebody has them.
     """
-    flat = x if x.shape[1] <= x.shape[2] else x.mT
-    rows, limit = flat.to(torch.float64), radius[:, None] if isinstance(radius, Tensor) else radius
-    gram = torch.bmm(rows, rows.mT)
+    flat, limit = x if x.shape[1] <= x.shape[2] else x.mT, radius[:, None] if isinstance(radius, Tensor) else radius
+    rows = flat.to(torch.float64) if known is None else known[0]
+    gram = torch.bmm(rows, rows.mT) if known is None else known[1]
     try:
         values, vectors = torch.linalg.eigh(gram.to(vectors_in))
     except RuntimeError:    # not finite, or no convergence
