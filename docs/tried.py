@@ -135,6 +135,7 @@ class Averaged(torch.optim.Optimizer):
             torch._foreach_copy_(self.iterates, self.weights)
             torch._foreach_lerp_(self.weights, self.means, self.beta)
 
+    @torch.no_grad()
     def eval(self) -> None:
         torch._foreach_copy_(self.weights, self.means)
 
