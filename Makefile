@@ -2,29 +2,41 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.normwise-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+KEY    := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# A set-up for each purpose: what is tried in the first minutes needs a tenth of what the tests need.
+RUN    := $(VENV)/.run-$(KEY)
+TEST   := $(VENV)/.test-$(KEY)
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # Tests start some fifty processes; without bytecode each would compile the package again, and pytest every test in every run.
 test test-long: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run test check test-long clean
-run: $(STAMP)
+.PHONY: run demo test check test-long clean
+run: demo
 	$(BIN)/normwise compare cnn --json out/cnn/results.json --report out/cnn
 
-test: $(STAMP)
+demo: $(RUN)
+	$(BIN)/normwise demo
+
+test: $(TEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
 
-check: $(STAMP)
+check: $(TEST)
 	$(BIN)/ruff check src tests examples docs
 	$(BIN)/mypy
 
-test-long: $(STAMP)
+test-long: $(TEST)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long"
 
-$(STAMP):
+$(RUN):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	rm -f $(VENV)/.normwise-* && touch $@
+	$(PIP) -e ".[study,report]"
+	rm -f $(VENV)/.run-* && touch $@
+
+$(TEST):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[dev]"
+	rm -f $(VENV)/.run-* $(VENV)/.test-* && touch $@ $(RUN)
 
 clean:
 	rm -rf $(VENV) out build src/*.egg-info
