@@ -226,7 +226,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mnist setting": ("cnn-mnist", setting),
     "mnist in full": ("cnn-mnist", in_full),
     "race": ("race", all_races),
-    "races": ("race", race_tables.summary),
+    "races": ("race", partial(race_tables.summary, only=("auto", "ridge_roles", "normuon", "muon", "adamw", "sgd"))),
     **{f"race {task}": (f"race-{task}", one_race) for task in race_tables.RACED},
     **{f"other {task}": (f"other-{task}", partial(one_race, drawn=False)) for task in ("cnn", "gpt")},
     "race 2": ("race 2", of_protocol_2),

@@ -41,7 +41,8 @@ CASES: dict[str, Callable[[], list[nw.Rule]]] = {
 @dataclass(frozen=True)
 class Shown:
     """name: the case's. lengths: the largest norm of a unit over training. sigma: the largest singular value at the end. zeros: their share
-    of the weights. accuracy: on the test part. share: of the step's time that rules take, None without rules. holds: whether every bound does."""
+    of the weights. accuracy: on the test part. share: of the time that rules take, None without rules. holds: whether every bound does.
+    """
 
     name: str
     lengths: list[float]

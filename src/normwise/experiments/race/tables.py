@@ -117,11 +117,11 @@ def page(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def summary(results: Mapping[str, Results]) -> str:
-    """All tasks: contender × task, shares of samples / of seconds, and their geometric means over the supervised tasks."""
+def summary(results: Mapping[str, Results], only: Sequence[str] | None = None) -> str:
+    """All tasks: contender × task, shares of samples / of seconds, and their geometric means over the supervised tasks. only: contenders."""
     known = {task: results[task] for task in RACED if task in results}
     table = []
-    for name in ranked(known):
+    for name in (name for name in ranked(known) if only is None or name in only):
         found = {task: line for task, one in known.items() for line in one["contenders"] if line["name"] == name}
         row = {"contender": next(iter(found.values()))["label"], **dict.fromkeys(RACED, "-")}
         for task, line in found.items():
@@ -131,9 +131,8 @@ def summary(results: Mapping[str, Results]) -> str:
             row[f"mean, {of}"] = f"{geometric_mean(shares):.2f}" if len(shares) == len(RACED) else "-"
         table.append(row)
     said = (
-        "Share of the baseline's horizon that each contender needs for the baseline's result: of its samples / of its seconds. "
-        "Below 1 is sooner, above 1 later; missed: half of the seeds or more did not get there at all; "
-        "-: not measured, and the means then have no value."
+        "Share of the baseline's training that each method needs for the baseline's result: of its samples / of its seconds. Below 1 is "
+        "sooner; *missed*: most seeds did not get there; -: not measured, or a mean over fewer than all four tasks."
     )
     missing = [f"{task} (no runs)" for task in RACED if task not in results]
     missing += [f"{task} ({', '.join(one['unfinished'])})" for task, one in known.items() if one["unfinished"]]
