@@ -80,14 +80,15 @@ def tried(results: dict[str, Any]) -> str:
     label = {name: what[0] for name, what in [*VARIANTS.items(), *ON_TUNED.items()]}
 
     tables = []
-    for task, share in dict.fromkeys((run["task"], run["share"]) for run in results["runs"]):
+    keys = {(run["task"], run["share"], run["key"].split("-")[-3]): None for run in results["runs"]}    # bf16 and fp32 do not mix
+    for task, share, precision in keys:
         runs: dict[str, dict[int, float | None]] = {}
         for run in results["runs"]:
-            if (run["task"], run["share"]) == (task, share):
+            if (run["task"], run["share"], run["key"].split("-")[-3]) == (task, share, precision):
                 runs.setdefault(run["variant"], {})[run["seed"]] = run["result"]
         sign = -1 if task in ("cnn", "resnet") else 1    # accuracy: higher is better
         mean = {name: sum(sign * (9.0 if v is None else v) for v in of.values()) / len(of) for name, of in runs.items()}
-        lines = [f"| `{task}`, {share:.2f} H | mean | by seed, from 2000 |", "|---|---|---|"]
+        lines = [f"| `{task}`, {share:.2f} H, {precision} | mean | by seed, from 2000 |", "|---|---|---|"]
         for name in sorted(runs, key=lambda name: mean[name]):
             each = " ".join("diverged" if v is None else f"{v:.4f}" for _, v in sorted(runs[name].items()))
             lines.append(f"| {label[name]} | {sign * mean[name]:.4f} | {each} |")

@@ -118,7 +118,7 @@ def page(results: Results) -> str:
 
 
 def summary(results: Mapping[str, Results], only: Sequence[str] | None = None) -> str:
-    """All tasks: contender × task, shares of samples / of seconds, and their geometric means over the supervised tasks. only: contenders."""
+    """All tasks: contender × task, shares of samples / of seconds, and their geometric means over all. only: contenders."""
     known = {task: results[task] for task in RACED if task in results}
     table = []
     for name in (name for name in ranked(known) if only is None or name in only):

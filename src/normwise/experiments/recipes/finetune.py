@@ -32,7 +32,7 @@ from normwise.experiments.tasks.text import TextData, TextTask, load_text
 
 PRETRAINING, RATE = 800, 3e-3    # steps on the first text, and their rate
 LOOKS = 10
-LEVELS = {"at most 0.05 forgotten": 0.05}    # nats a character of the first text
+LEVELS = {"at most 0.05 forgotten": 0.05, "at most 0.1 forgotten": 0.1}    # nats a character of the first text
 LORA = "lora"
 PRODUCT = "peft:product"
 _RADIUS = (Axis("r", (0.1,), ratio=3.0, off=1),)    # relative to the norm of the weight, at the start or of the base
