@@ -191,7 +191,7 @@ def test_a_level_of_forgetting_takes_the_best_point_within_it(both: Texts, monke
     monkeypatch.setattr(finetune, "LOOKS", 3)
     monkeypatch.setattr(finetune, "losses", losses)
     found = FinetuneRun("full", {"lr": 1e-3}, 0, 3, True, both.key).train(both)
-    assert [found[name] for name in FinetuneRun.figures] == pytest.approx([3.5, 0.05])
+    assert [found[name] for name in FinetuneRun.figures] == pytest.approx([3.5, 0.05, 3.0 - 2 * 0.02 / 0.22, 0.1])
     assert asked == ["test"] * 4
     assert finetune.best_within(looks, 2.1) == pytest.approx((2.1, 3.0 - 2 * 0.02 / 0.22))
     assert finetune.best_within([(0.0, 5.0), (0.5, 1.0)], 0.05) == pytest.approx((0.05, 4.6))
