@@ -5,6 +5,7 @@ runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl``, of protocol 1, and
 ``race-2/TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``other-TASK.runs.jsonl`` by
 ``normwise race TASK --only auto --state``, on bundled data; ``gan.json`` by
 ``normwise gan --json``, ``recipe-NAME.json`` by ``normwise recipe NAME --json``, ``bench-NAME.json`` by ``normwise bench NAME --json``;
+``tune-NAME.json`` by ``normwise tune TARGET --json``;
 ``lora-rows.jsonl`` by ``docs/lora_rows.py``. A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``.
 """
 
@@ -27,6 +28,8 @@ from normwise.experiments.prune.tables import networks, trial
 from normwise.experiments.race import tables as race_tables
 from normwise.experiments.race.study import replay
 from normwise.experiments.recipes import tables as recipe_tables
+from normwise.experiments.tune import space as tune_space
+from normwise.experiments.tune import tables as tune_tables
 from normwise.policy import listing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +54,9 @@ def load(name: str) -> dict[str, Any] | None:
         return raced(RESULTS / f"{name}.runs.jsonl")
     if name == "tried":
         return experiments(RESULTS / "tried.runs.jsonl")
+    if name == "tune":
+        found = sorted(RESULTS.glob("tune-*.json"))
+        return {"studies": [json.loads(path.read_text()) for path in found]} if found else None
     if name == "lora-rows":
         return {"runs": lines(RESULTS / "lora-rows.jsonl")}
     path = RESULTS / f"{name}.json"
@@ -209,6 +215,27 @@ def lora(results: dict[str, Any]) -> str:
     return markdown(rows(results["runs"]))
 
 
+def searched(_: Any) -> str:
+    """What ``normwise tune`` searches over, from the code itself."""
+    rows = [
+        {"slot": slot, "rule": f"`{name}`", "what it does": option.about,
+         "numbers": ", ".join(f"{axis} {low:g} to {high:g}" for axis, (low, high) in option.axes.items()),
+         "`on`": "matrices, weights" if option.placed else "-", "rate": "-" if option.lr is None else f"{option.lr:g}"}
+        for slot, options in tune_space.SLOTS.items() for name, option in options.items()
+    ]  # fmt: skip
+    rows += [
+        {"slot": "optimizer", "rule": f"`{name}`", "what it does": tune_space.CHOICES[name].about, "numbers": "-", "`on`": "-",
+         "rate": f"{tune_space.CHOICES[name].lr.values[0]:g}"}
+        for name in tune_space.USUAL
+    ]  # fmt: skip
+    return markdown(rows)
+
+
+def tuned(studies: dict[str, Any]) -> str:
+    """A row for each study that ``normwise tune`` has done."""
+    return markdown([row for one in studies["studies"] for row in tune_tables.summary_rows(one)])
+
+
 def named_rules(_: Any) -> str:
     """From the code itself: the rules, their arguments, the first sentence about each."""
     lines = []
@@ -241,6 +268,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
     **{f"recipe {name}": (f"recipe-{name}", recipe) for name in ("plasticity", "spikes", "finetune")},
     "lora rows": ("lora-rows", lora),
+    "tune space": (None, searched),
+    "tune results": ("tune", tuned),
     "named rules": (None, named_rules),
     "bench bars": (None, bars),
     "bench control": ("bench-control", drawn_bench),

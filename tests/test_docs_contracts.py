@@ -258,6 +258,7 @@ def fixtures(page: str, folder: Path) -> dict[str, Any]:
     copied = copy.deepcopy(model)
     control = nw.attach(copied, torch.optim.SGD(copied.parameters(), 0.1), nw.max_norm(1.0, params="*weight"))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    (folder / "tune-gpt.yaml").write_text("- max_norm: 3.0\n")
     given_too = {"peft": pytest.importorskip("peft"), "base": tiny_gpt2()} if page == "peft.md" else {}
     return {
         **given_too,

@@ -38,7 +38,7 @@ def test_a_broken_bound_is_status_1_and_bad_input_2(tmp_path: Path, capsys: pyte
     assert cli.main(["inspect", str(tmp_path / "nothing.safetensors")]) == 2
     assert cli.main(["inspect", str(tmp_path / "m.safetensors"), "--model", "nowhere.at_all:make"]) == 2
     errors = capsys.readouterr().err
-    assert "found nothing" in errors and "cannot be made" in errors and "Traceback" not in errors
+    assert "found nothing" in errors and "cannot be imported" in errors and "Traceback" not in errors
 
 
 def test_a_function_gives_the_roles(tmp_path: Path) -> None:

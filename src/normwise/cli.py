@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"normwise {__version__}")
     parser.set_defaults(command=lambda args: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_demo, _add_compare, _add_race, _add_gan, _add_prune, _add_recipe, _add_inspect, _add_bench, _add_policies):
+    for add in (_add_demo, _add_compare, _add_race, _add_gan, _add_prune, _add_recipe, _add_tune, _add_inspect, _add_bench,
+                _add_policies):
         add(commands)
     return parser
 
@@ -112,8 +113,9 @@ def _add_study(commands: Any, name: str, summary: str, description: str, **helps
     parser.add_argument("--executor", metavar="URL", help="train on a cluster instead: dask://HOST:PORT, the address of a Dask scheduler")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
-    parser.add_argument("--state", type=Path, metavar="FILE",
-                        help="finished runs, to resume from (default: NAME.runs.jsonl beside --json, else in this folder)")  # fmt: skip
+    if name != "tune":    # whose trials are in a database
+        parser.add_argument("--state", type=Path, metavar="FILE",
+                            help="finished runs, to resume from (default: NAME.runs.jsonl beside --json, else in this folder)")  # fmt: skip
     parser.set_defaults(command=_study, study=name, **({} if "task" in helps else {"task": name}))
     return parser
 
@@ -212,6 +214,55 @@ def _add_recipe(commands: Any) -> None:
         only="only these arms, beside the baselines",
     )  # fmt: skip
     parser.set_defaults(study="recipes")
+
+
+def _add_tune(commands: Any) -> None:
+    parser = _add_study(
+        commands, "tune", "which rules, optimizer and rate help a training, judged on fresh seeds beside nothing",
+        "Searches over rules, the weights they act on, their strength and radius, the optimizer and its rate, and judges the best on fresh "
+        "seeds in pairs with nothing (docs/tune.md is the protocol).",
+        task=f"package.module:function of yours, or a task ({_TASKS})", data=f"for a task: {_ANY_TASK}",
+        budget="quick, standard (default) or long", seeds="pairs of runs to judge with, 6 at least",
+        only="only these rules and optimizers, the first optimizer yours (default: every rule; adam, momentum, muon, auto)",
+    )  # fmt: skip
+    parser.add_argument("--trials", type=_whole, metavar="N", help="of the search, in place of the budget's")
+    parser.add_argument("--steps", type=_whole, metavar="N", help="of every run, in place of the budget's; of a function 1000")
+    parser.add_argument("--seed", type=_counted, default=0, metavar="N", help="of the sampler and the runs (default 0)")
+    parser.add_argument("--maximize", action="store_true", help="a function's metric is better when it is higher")
+    parser.add_argument("--objectives", type=_names, default=["metric"], metavar="A,B", help="metric (default), and step_ms, size or both")
+    parser.add_argument("--lr", type=_range, metavar="LOW,HIGH", help="where to look for the first optimizer's learning rate")
+    parser.add_argument("--storage", metavar="FILE|URL", help="an SQLite file (default: NAME.db beside --json, else in this folder), or a "
+                        "database that machines share, as postgresql+psycopg://USER:PASSWORD@HOST/DATABASE")  # fmt: skip
+    parser.add_argument("--name", help="of the study (default: tune-TARGET)")
+    parser.add_argument("--policy", type=Path, metavar="FILE", help="write the answer here as YAML (default: NAME.yaml)")
+    parser.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
+    parser.set_defaults(command=_tune)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from normwise.experiments.framework.study import Outputs
+    from normwise.experiments.tune import study
+
+    options = study.TuneOptions(
+        args.task, args.data, args.budget, args.only, args.seeds, args.workers, None, args.executor, "tiny" if args.tiny else "standard",
+        storage=args.storage, name=args.name, trials=args.trials, steps=args.steps, seed=args.seed, maximize=args.maximize,
+        objectives=args.objectives, lr=args.lr, policy=args.policy,
+    )  # fmt: skip
+    return 0 if study.run(options, Outputs(args.json, args.report)) else _BROKEN
+
+
+def _counted(text: str) -> int:
+    if not text.isdecimal() or int(text) > 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 1000000")
+    return int(text)
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range: give two numbers, as 1e-4,1e-2") from None
+    return low, high
 
 
 # ------------------------------------------------------------------------------------- demo, inspect, bench and policies

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,9 @@ def from_function(where: str) -> nn.Module:
     Raises:
         DataError: where there is no such function, or it makes no module.
     """
-    module, _, name = where.partition(":")
-    if not module or not name:
-        raise DataError(f"the model {where!r} is no function: give package.module:function, which returns the module.")
     sys.path.insert(0, "")
     try:
-        function: Any = import_module(module)
-        for part in name.split("."):
-            function = getattr(function, part)
+        function = function_of(where, "model")
         with torch.device("meta"):
             model = function()
     except NormwiseError:
@@ -67,3 +63,25 @@ def from_function(where: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise DataError(f"the model {where!r} is a {type(model).__name__}: the function must return a torch.nn.Module.")
     return model
+
+
+def function_of(where: str, what: str) -> Callable[..., Any]:
+    """``package.module:function`` itself. what: it is called in messages. Importing its module runs the user's code.
+
+    Raises:
+        DataError: where there is no such function.
+    """
+    module, _, name = where.partition(":")
+    if not module or not name:
+        raise DataError(f"the {what} {where!r} is no function: give package.module:function.")
+    try:
+        function: Any = import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+    except NormwiseError:
+        raise
+    except Exception as error:    # the user's own code
+        raise DataError(f"the {what} {where!r} cannot be imported: {type(error).__name__}: {str(error)[:200]}.") from error
+    if not callable(function):
+        raise DataError(f"the {what} {where!r} is a {type(function).__name__}: give a function.")
+    return function

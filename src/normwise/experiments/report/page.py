@@ -16,7 +16,7 @@ from markupsafe import Markup
 from normwise.experiments.catalog import BASELINE
 from normwise.experiments.compare import tables
 from normwise.experiments.compare.tables import MISSING, finite_number, stat
-from normwise.experiments.report import charts, checkpoint, studies, table, tidy
+from normwise.experiments.report import charts, checkpoint, studies, table, tidy, tune
 from normwise.experiments.report.scale import fit
 from normwise.experiments.report.tidy import Cell
 from normwise.files import replace
@@ -32,8 +32,8 @@ def write(results: dict[str, Any], folder: str | Path) -> Path:
     Both files appear whole or not at all. Values that are not finite are null in ``results.json``.
 
     Args:
-        results: what a command writes with ``--json``: ``compare``, ``race``, ``gan``, ``prune``, ``recipe``, ``inspect``; by its keys.
-            Of a comparison anything but ``cells`` may be missing; the page then shows a dash.
+        results: what a command writes with ``--json``: ``compare``, ``race``, ``gan``, ``prune``, ``recipe``, ``tune``, ``inspect``; by its
+            keys. Of a comparison anything but ``cells`` may be missing; the page then shows a dash.
         folder: where to write.
 
     Raises:
@@ -52,7 +52,7 @@ def render(results: dict[str, Any]) -> str:
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     style = Markup((HERE / "page.css").read_text(encoding="utf-8"))
-    if (own := checkpoint.page_of(results) or studies.page_of(results)) is not None:
+    if (own := checkpoint.page_of(results) or tune.page_of(results) or studies.page_of(results)) is not None:
         return environment.get_template("page.html").render(**own, **_protocol(results["protocol"]), style=style)
     return environment.get_template("compare.html").render(**context(results), style=style, vega=Markup(_vega()))
 

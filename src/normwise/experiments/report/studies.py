@@ -67,7 +67,7 @@ def svg(spec: dict[str, Any]) -> Any:
     return Markup(render(spec, ".svg").decode())
 
 
-def _about(results: Results, **first: Any) -> list[tuple[str, str]]:
+def about(results: Results, **first: Any) -> list[tuple[str, str]]:
     """The lines under the title: what comes first, then machine and budget."""
     machine, shown = results["machine"], ("cpu", "cores", "torch", "python", "commit", "date")
     told = " · ".join(f"{machine[key]}" if key in ("cpu", "date") else f"{key} {machine[key]}" for key in shown if machine.get(key))
@@ -96,7 +96,7 @@ def race(results: Results) -> Page:
     return {
         "task": f"race {results['race']}", "headline": said or race_tables.title(results),
         "verdicts": [Said(race_tables.title(results))] if said else [],
-        "about": _about(results, Data=results.get("data") or "bundled data"), "sections": sections,
+        "about": about(results, Data=results.get("data") or "bundled data"), "sections": sections,
         "warning": "Bounds were broken." if broken else "Not everything is finished.",
         "warnings": broken + [f"Not finished: {', '.join(results['unfinished'])}."] * bool(results["unfinished"]),
     }  # fmt: skip
@@ -117,7 +117,7 @@ def gan(results: Results) -> Page:
     policies = [(f"{cell['label']}, loss {cell['loss']}", cell["policy_yaml"].strip()) for cell in cells if cell["policy_yaml"]]
     return {
         "task": "gan", "headline": claimed[0] if claimed else none, "verdicts": [Said(one) for one in said if one not in claimed[:1]],
-        "about": _about(results, Setting=results["setting"]), "warning": "Bounds were broken.", "warnings": breaches,
+        "about": about(results, Setting=results["setting"]), "warning": "Bounds were broken.", "warnings": breaches,
         "sections": [
             Section("Distance of the drawn images from real ones",
                     "Fréchet distance at equal time: median over seeds, lowest to highest. Further left is better; grey is the baseline.",
@@ -154,7 +154,7 @@ def prune(results: Results) -> Page:
     tried = [line for line in results["strengths"] if "failed" not in line]
     return {
         "task": f"prune {results['task']}", "headline": prune_tables.verdict(results), "verdicts": [], "warning": "", "warnings": [],
-        "about": [*_about(results, Data=results["data"]),
+        "about": [*about(results, Data=results["data"]),
                   ("Chosen", f"learning rate {results['lr']:.3g}, strength {results['strength']:.3g}")],
         "sections": [
             Section("The networks", "On the test part; mean ± standard deviation over seeds. The last row: the smaller network’s share of "
@@ -195,7 +195,7 @@ def recipe(results: Results) -> Page:
     named = [(f"{cell['label']}, {cell['group']}".rstrip(", "), cell["policy_yaml"].strip()) for cell in results["cells"]]
     return {
         "task": f"recipe {results['recipe']}", "headline": said[0] if said else results["question"],
-        "verdicts": [Said(one) for one in said[1:]], "about": _about(results, Data=results["data"]["name"]), "warning": "", "warnings": [],
+        "verdicts": [Said(one) for one in said[1:]], "about": about(results, Data=results["data"]["name"]), "warning": "", "warnings": [],
         "sections": [
             Section(results["question"], f"{recipe_tables.setting(results)} {' '.join(recipe_tables.remarks(results))}",
                     tables=[table_of(rows, group) for group, rows in recipe_tables.groups(results).items()]),

@@ -1,0 +1,105 @@
+"""One run of ``tune``: a candidate with a seed, to its metric, its step time and its size."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from normwise.errors import NormwiseError
+from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
+from normwise.experiments.tune import space
+from normwise.experiments.tune.storage import halving, loaded
+from normwise.experiments.tune.target import Target, Trial
+
+DONE, GIVEN_UP, REFUSED, FAILED = "done", "given up", "refused", "failed"
+"""``refused``: its rules do not fit the model, or its metric is not finite, which the sampler should know; ``failed``: it raised."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Where a run's reports go: a trial of an Optuna study. url, study: of the storage. id: of the trial. spared: it is never given up."""
+
+    url: str
+    study: str
+    id: int
+    spared: bool
+
+    def __call__(self, steps: int, step: int, value: float) -> bool:
+        """Whether to give up: successive halving asks at a quarter and at half of the steps."""
+        trial = _trial(self.url, self.study, self.id, steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")    # a trial that is done again has reported before
+            trial.report(value, step)
+        return step < steps and bool(trial.should_prune()) and not self.spared
+
+
+@functools.lru_cache(maxsize=1)
+def _trial(url: str, study: str, id: int, steps: int) -> Any:
+    import optuna
+
+    return optuna.trial.Trial(loaded(url, study, halving(steps)), id)
+
+
+@dataclass(frozen=True)
+class TuneRun(Run):
+    """Everything that decides a run. key: of the target. numbers: the candidate. number: of the trial. watched: who is told of reports."""
+
+    key: str
+    numbers: dict[str, Any]
+    seed: int
+    steps: int
+    final: bool
+    number: int
+    watched: Watched | None
+    kind: ClassVar[str] = "tune"
+    unit: ClassVar[str] = "steps"
+
+    @property
+    def amount(self) -> int:
+        return self.steps
+
+    @property
+    def form(self) -> Form:
+        return {"state": str, "value": MAYBE, "reason": str, "seconds": NUMBER}
+
+    def told(self, result: Result) -> str:
+        value = result["value"]
+        return f"{space.label(self.numbers)}: {result['state'] if value is None else f'{value:.4g}'}"
+
+    def train(self, target: Target, /) -> Result:
+        """``state``, ``value`` (None where it is not ``done``), ``reason``, ``step_ms``, ``size``, ``seconds``, ``breaches``."""
+        watch = functools.partial(self.watched, self.steps) if self.watched else lambda step, value: False
+        trial = Trial(self.numbers, self.seed, self.steps, self.final, watch)
+        started = time.perf_counter()
+        state, value, reason = _outcome(target, trial)
+        breaches = trial.control.verify().breaches if trial.control is not None and state == DONE else ()
+        return {
+            "state": state, "value": value, "reason": reason, "step_ms": trial.step_ms(), "size": trial.size(),
+            "seconds": round(time.perf_counter() - started, 2), "breaches": [str(breach) for breach in breaches],
+        }  # fmt: skip
+
+
+def _outcome(target: Target, trial: Trial) -> tuple[str, float | None, str]:
+    try:
+        value = float(target.call(trial))
+    except Exception as error:    # the target's own code
+        # GivenUp, too, is kept in the trial: the target may have turned it into another.
+        if trial.ended is None:
+            refused = isinstance(error, NormwiseError)
+            where = "" if refused else f" ({_line(error)})"
+            return REFUSED if refused else FAILED, None, f"{type(error).__name__}: {str(error)[:300]}{where}"
+    if trial.ended is not None:    # also where the target swallowed it
+        return REFUSED if trial.ended.reason else GIVEN_UP, None, trial.ended.reason
+    return (DONE, value, "") if math.isfinite(value) else (REFUSED, None, f"the metric is {value}")
+
+
+def _line(error: BaseException) -> str:
+    """Where it was raised, in the last file that is not ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if "normwise" not in frame.filename), frames[-1])
+    return f"{last.filename.rsplit('/', 1)[-1]}, line {last.lineno}"

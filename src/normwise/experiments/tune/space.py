@@ -1,0 +1,211 @@
+"""What ``tune`` searches over: a bound, a pull and a clip at a time, on which weights and how strongly, an optimizer and its rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import normwise as nw
+from normwise.errors import StudyError, nearest
+from normwise.experiments.catalog import CONTENDERS, OPTIMIZERS, Optimizer
+from normwise.policy.rule import MATRICES
+
+Numbers = Mapping[str, Any]
+"""A candidate: ``optimizer``, ``lr`` (a multiple of the optimizer's rate), the choice of each slot, and the choice's own numbers."""
+NONE = "none"
+LOWEST, HIGHEST = 1 / 27, 3.0
+"""Of the learning rate, in multiples of the optimizer's rate."""
+GRID = 5
+WHERE: dict[str, dict[str, Any]] = {"matrices": {"params": MATRICES, "optional": True}, "weights": {}}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A rule that a slot may take.
+
+    about: for tables. axes: the strengths, by name with the lowest and the highest; searched on a logarithmic scale. rules: strengths, and
+    the selector as keywords, to rules. placed: whether it is searched on which weights it acts. lr: what stands for the optimizer's rate
+    under rules that say themselves how long a step is.
+    """
+
+    about: str
+    axes: Mapping[str, tuple[float, float]]
+    rules: Callable[..., Any]
+    placed: bool = True
+    lr: float | None = None
+
+
+def _times_init(name: str, **fixed: Any) -> Callable[..., Any]:
+    return lambda radius, **where: getattr(nw, name)(f"{radius:g}*init", **where, **fixed)
+
+
+SLOTS: dict[str, dict[str, Option]] = {
+    "bound": {
+        "max_norm": Option("each unit's norm at most radius × its first", {"radius": (0.5, 8.0)}, _times_init("max_norm")),
+        "spectral_cap": Option(
+            "singular values at most radius × the first largest", {"radius": (0.5, 8.0)}, _times_init("spectral_cap", tolerance=0.01)
+        ),
+        "unit_norm": Option("each unit's norm always radius × its first", {"radius": (0.5, 4.0)}, _times_init("unit_norm")),
+        "hyperball": Option(
+            "matrices on a sphere of radius × their first norm, steps of length rate × radius", {"radius": (0.5, 4.0)},
+            _times_init("hyperball"), placed=False, lr=0.06,
+        ),
+        "radial_brake": Option(
+            "of what a step adds to a matrix's norm only the share keep", {"keep": (0.05, 0.95)},
+            lambda keep, **where: nw.radial_brake(keep, **where), placed=False,
+        ),
+    },
+    "pull": {
+        "weight_decay": Option("decoupled decay", {"strength": (0.003, 3.0)}, lambda strength, **where: nw.weight_decay(strength, **where)),
+        "l2_penalty": Option(
+            "strength/2 · ‖w‖² beside the loss", {"strength": (1e-5, 1e-2)}, lambda strength, **where: nw.l2_penalty(strength, **where)
+        ),
+        "l1_prox": Option("soft threshold: zeros", {"strength": (1e-6, 1e-3)}, lambda strength, **where: nw.l1_prox(strength, **where)),
+    },
+    "clip": {
+        "clip_grad_norm": Option("the norm of all gradients", {"limit": (0.1, 10.0)}, lambda limit: nw.clip_grad_norm(limit), placed=False),
+        "agc": Option(
+            "each unit's gradient, in multiples of its weights' norm", {"clipping": (0.003, 0.3)}, lambda clipping: nw.agc(clipping),
+            placed=False,
+        ),
+        "autoclip": Option(
+            "the gradient at a percentile of its norms so far", {"percentile": (10.0, 99.0)}, lambda percentile: nw.autoclip(percentile),
+            placed=False,
+        ),
+    },
+}  # fmt: skip
+
+
+def _auto(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    built = CONTENDERS["auto"].build(model, {"lr": lr})[0]
+    assert isinstance(built, torch.optim.Optimizer)
+    return built
+
+
+_AUTO = Optimizer("auto", CONTENDERS["auto"].own[0], _auto, "normwise.optim.auto, all its rates multiplied")
+CHOICES: dict[str, Optimizer] = {**OPTIMIZERS, "auto": _AUTO}
+USUAL = ("adam", "momentum", "muon", "auto")
+
+
+@dataclass(frozen=True)
+class Space:
+    """optimizers: the first is the user's. slots: names of rules by slot. low, high: of the rate, in multiples of an optimizer's."""
+
+    optimizers: tuple[str, ...]
+    slots: Mapping[str, tuple[str, ...]]
+    low: float = LOWEST
+    high: float = HIGHEST
+
+    def suggested(self, trial: Any) -> dict[str, Any]:
+        """The numbers of an Optuna trial: what it has fixed, and what its sampler suggests for the rest."""
+        numbers = {"optimizer": trial.suggest_categorical("optimizer", self.optimizers)}
+        numbers["lr"] = trial.suggest_float("lr", self.low, self.high, log=True)
+        for slot, names in self.slots.items():
+            name = numbers[slot] = trial.suggest_categorical(slot, (NONE, *names))
+            if name == NONE:
+                continue
+            option = SLOTS[slot][name]
+            for axis, (low, high) in option.axes.items():
+                numbers[f"{name} {axis}"] = trial.suggest_float(f"{name} {axis}", low, high, log=True)
+            if option.placed:
+                numbers[f"{name} on"] = trial.suggest_categorical(f"{name} on", tuple(WHERE))
+        return numbers
+
+    def nothing(self, lr: float) -> dict[str, Any]:
+        """The user's optimizer without rules, at a multiple of its rate."""
+        return {"optimizer": self.optimizers[0], "lr": lr, **dict.fromkeys(self.slots, NONE)}
+
+    def grid(self) -> list[float]:
+        """The multiples of the rate that nothing is tried at, the middle one first."""
+        ratio = (self.high / self.low) ** (1 / (GRID - 1))
+        return [min(self.high, self.low * ratio**k) for k in (2, 3, 1, 4, 0)]
+
+    def is_nothing(self, numbers: Numbers) -> bool:
+        return combination(numbers) == combination(self.nothing(1.0))
+
+    def plain(self) -> dict[str, Any]:
+        """As data, with the ranges: two studies of equal spaces may share their trials."""
+        axes = {name: dict(SLOTS[slot][name].axes) for slot, names in self.slots.items() for name in names}
+        rates = {name: CHOICES[name].lr.values[0] for name in self.optimizers}
+        return {**asdict(self), "axes": axes, "rates": rates}
+
+
+def space_of(names: Sequence[str] | None, lr: tuple[float, float] | None = None) -> Space:
+    """The space of these rules and optimizers, of all rules and the usual optimizers where none of them is named.
+
+    Args:
+        names: of rules and optimizers; the order of the optimizers counts.
+        lr: lowest and highest rate of the first optimizer.
+
+    Raises:
+        StudyError: for an unknown name, no name, or a range that is none.
+    """
+    rules = {name: slot for slot, options in SLOTS.items() for name in options}
+    if names is not None and not names:
+        raise StudyError(f"No rule or optimizer was given; name one or more of {', '.join([*rules, *CHOICES])}.")
+    for name in names or ():
+        if name not in rules and name not in CHOICES:
+            raise StudyError(f"rule or optimizer {name!r} is not known.{nearest(name, [*rules, *CHOICES])}")
+    optimizers = tuple(dict.fromkeys(name for name in names or () if name in CHOICES)) or USUAL
+    named = [name for name in names or () if name in rules] or list(rules)
+    slots = {slot: tuple(name for name in options if name in named) for slot, options in SLOTS.items()}
+    kept = {slot: chosen for slot, chosen in slots.items() if chosen}
+    if lr is None:
+        return Space(optimizers, kept)
+    rate = float(CHOICES[optimizers[0]].lr.values[0])
+    if not 0 < lr[0] < lr[1] < float("inf"):
+        raise StudyError(f"the range of learning rates is {lr[0]:g} to {lr[1]:g}, but must go from a number above 0 to a larger one.")
+    return Space(optimizers, kept, lr[0] / rate, lr[1] / rate)
+
+
+# ----------------------------------------------------------------------------------------------------------- a candidate
+
+
+def combination(numbers: Numbers) -> tuple[str, ...]:
+    """Optimizer and choices, without their strengths."""
+    return (numbers["optimizer"], *(numbers.get(slot, NONE) for slot in SLOTS))
+
+
+def rate(numbers: Numbers) -> float:
+    """The learning rate, to three digits."""
+    own = float(CHOICES[numbers["optimizer"]].lr.values[0])
+    instead = [option.lr for option in _chosen(numbers).values() if option.lr is not None]
+    return _short((instead[0] if instead else own) * numbers["lr"])
+
+
+def built(numbers: Numbers, model: nn.Module) -> torch.optim.Optimizer:
+    """The candidate's optimizer for a model, which decays nothing by itself."""
+    return CHOICES[numbers["optimizer"]].build(model, rate(numbers))
+
+
+def policy(numbers: Numbers) -> nw.Policy:
+    """The candidate's rules."""
+    where = {name: WHERE.get(numbers.get(f"{name} on", ""), {}) for name in _chosen(numbers)}
+    return nw.Policy([option.rules(**_strengths(numbers, name, option), **where[name]) for name, option in _chosen(numbers).items()])
+
+
+def label(numbers: Numbers) -> str:
+    """In words: ``adam + max_norm (radius 2, matrices)``."""
+    told = []
+    for name, option in _chosen(numbers).items():
+        parts = [f"{axis} {value:g}" for axis, value in _strengths(numbers, name, option).items()]
+        told.append(f"{name} ({', '.join([*parts, *([numbers[f'{name} on']] if option.placed else [])])})")
+    return " + ".join([numbers["optimizer"], *told])
+
+
+def _chosen(numbers: Numbers) -> dict[str, Option]:
+    names = [(slot, numbers.get(slot, NONE)) for slot in SLOTS]
+    return {name: SLOTS[slot][name] for slot, name in names if name != NONE}
+
+
+def _strengths(numbers: Numbers, name: str, option: Option) -> dict[str, float]:
+    return {axis: _short(numbers[f"{name} {axis}"]) for axis in option.axes}
+
+
+def _short(value: float) -> float:
+    """To three digits: what is tried is exactly what is printed."""
+    return float(f"{value:.3g}")

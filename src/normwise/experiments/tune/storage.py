@@ -1,0 +1,241 @@
+"""The trials of a study in an Optuna storage: asked for one by one, kept alive while they run, told when they end."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from normwise.errors import StudyError, need
+from normwise.experiments.framework.driver import Plan
+from normwise.experiments.framework.store import Result, Run
+
+if TYPE_CHECKING:
+    import optuna
+
+BEAT, GRACE = 60, 180
+"""Seconds between two signs of life of a trial, and after which one without them is done again."""
+RETRIES = 2
+STARTUP = 10
+
+
+def url_of(storage: str) -> str:
+    """A file's name as a database; an URL as it is."""
+    return storage if "://" in storage else f"sqlite:///{Path(storage).absolute()}"
+
+
+def shown(url: str) -> str:
+    """Without its password."""
+    from sqlalchemy.engine import make_url
+
+    return url.removeprefix("sqlite:///") if url.startswith("sqlite:///") else make_url(url).render_as_string(hide_password=True)
+
+
+def opened(url: str) -> optuna.storages.RDBStorage:
+    """The storage behind an URL, made if it is empty.
+
+    Raises:
+        MissingExtraError: without optuna.
+        StudyError: a storage out of reach, of another version of Optuna, of a kind whose driver is missing, or no database at all.
+    """
+    need("study", "optuna", what="normwise tune")
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    patience = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")    # heartbeats are called experimental
+            again = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
+            found = optuna.storages.RDBStorage(
+                url, patience, heartbeat_interval=BEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again
+            )
+        if url.startswith("sqlite"):
+            _in_short_order(found.engine)
+        return found
+    except Exception as error:    # SQLAlchemy's, its drivers' and Optuna's own are of no common kind
+        told = " ".join(str(error.__cause__ or error).split())[:300]
+        raise StudyError(
+            f"the storage {_safe(url)} cannot be used ({type(error).__name__}: {told.rstrip('.')}); give another --storage."
+        ) from None
+
+
+def _in_short_order(engine: Any) -> None:
+    """A trial is some twenty commits, each of which would wait for the disk: with a log it waits at its end only. A kill loses nothing."""
+    from sqlalchemy import event
+
+    event.listen(engine, "connect", lambda connection, _: connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"))
+    engine.dispose()
+
+
+def _safe(url: str) -> str:
+    try:
+        return shown(url)
+    except Exception:    # no URL that can be read, so that its password cannot be found either
+        return f"{url.partition('://')[0]}://..."
+
+
+@contextmanager
+def in_reach(url: str) -> Iterator[None]:
+    """What breaks between here and the database within is one StudyError."""
+    import optuna
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        told = " ".join(str(error.__cause__ or error).split())[:200]
+        raise StudyError(
+            f"the storage {_safe(url)} does not answer any more ({told.rstrip('.')}); finished trials are kept, start the same command "
+            "again."
+        ) from None
+
+
+@functools.lru_cache(maxsize=2)
+def _open_once(url: str) -> optuna.storages.RDBStorage:
+    return opened(url)
+
+
+def loaded(url: str, name: str, pruner: Any) -> optuna.Study:
+    """A study in a process that trains; its storage is opened once."""
+    import optuna
+
+    return optuna.load_study(study_name=name, storage=_open_once(url), sampler=optuna.samplers.RandomSampler(), pruner=pruner)
+
+
+def halving(steps: int) -> optuna.pruners.BasePruner:
+    """The better half goes on, at a quarter and at half of the steps."""
+    import optuna
+
+    return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 4), reduction_factor=2)
+
+
+def study_of(storage: optuna.storages.RDBStorage, name: str, asked: Mapping[str, Any], directions: Sequence[Any]) -> optuna.Study:
+    """The study of this name, begun or gone on with. asked: what two commands must agree on to share it.
+
+    Raises:
+        StudyError: where a study of this name was begun with something else.
+    """
+    import optuna
+
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+    begun = study.user_attrs.get("asked")
+    if begun is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr("asked", dict(asked))
+    elif begun != asked:
+        other = [key for key in asked if begun is None or begun.get(key) != asked[key]]
+        raise StudyError(
+            f"the study {name!r} was begun with another {' and another '.join(other)}; give another --name or --storage, or what it was "
+            "begun with."
+        )
+    return study
+
+
+class Trials:
+    """The trials of one Optuna study as work for a driver.
+
+    Args:
+        study: where they are kept.
+        alone: nobody else works on it: a trial that is under way was left by a process that is gone, and is taken up again as it was.
+    """
+
+    def __init__(self, study: optuna.Study, alone: bool) -> None:
+        import optuna
+
+        self.study, self.alone, self.mine = study, alone, set[int]()
+        self.left = study.get_trials(states=(optuna.trial.TrialState.RUNNING,)) if alone else []
+
+    def finished(self) -> list[optuna.trial.FrozenTrial]:
+        """Those with a result, in their order; also those that were given up, refused or failed."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished() and "result" in trial.user_attrs]
+
+    def lane(
+        self, wanted: int, run_of: Callable[[Any], Run], outcome: Callable[[Result], tuple[Any, Any]], sound: Callable[[], None]
+    ) -> Plan:  # fmt: skip
+        """Trials one after the other, until there are ``wanted`` of them and none waits.
+
+        outcome: a result's state and values. sound: is called after each, and raises where it is of no use to go on.
+        """
+        while (trial := self._next(wanted)) is not None:
+            [result] = yield [run_of(trial)]
+            trial.set_user_attr("result", result)
+            state, values = outcome(result)
+            self.study.tell(trial.number, values, state, skip_if_finished=True)
+            self.mine.discard(trial._trial_id)
+            sound()
+
+    def elsewhere(self) -> bool:
+        """Whether somebody else's trials are under way or wait."""
+        import optuna
+
+        states = (optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING)
+        return not self.alone and any(trial._trial_id not in self.mine for trial in self.study.get_trials(deepcopy=False, states=states))
+
+    def _next(self, wanted: int) -> optuna.trial.Trial | None:
+        import optuna
+
+        if self.left:
+            return self._kept(optuna.trial.Trial(self.study, self.left.pop(0)._trial_id))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not self.alone:
+                optuna.storages.fail_stale_trials(self.study)
+            trials = self.study.get_trials(deepcopy=False)
+            waiting = any(trial.state == optuna.trial.TrialState.WAITING for trial in trials)
+            new = sum(not optuna.storages.RetryHeartbeatStaleTrialCallback.retry_history(trial) for trial in trials)
+            if not waiting and new >= wanted:
+                return None
+            return self._kept(self.study.ask())
+
+    def _kept(self, trial: optuna.trial.Trial) -> optuna.trial.Trial:
+        self.mine.add(trial._trial_id)
+        self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+        return trial
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Within, trials that are asked for give signs of life until they end."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(BEAT):
+                for one in list(self.mine):
+                    self.study._storage.record_heartbeat(one)  # type: ignore[attr-defined]
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def sampler(seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's TPE, made anew for each trial from ``seed`` and the trial's number: a study that goes on proposes what it would have
+    proposed without the interruption."""
+    import optuna
+
+    class Anew(optuna.samplers.BaseSampler):
+        def before_trial(self, study: Any, trial: Any) -> None:
+            drawn = np.random.SeedSequence([seed, trial.number]).generate_state(1)[0]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.inner = optuna.samplers.TPESampler(n_startup_trials=STARTUP, multivariate=True, group=True, seed=int(drawn))
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+            return self.inner.infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+            return self.inner.sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            return self.inner.sample_independent(study, trial, param_name, param_distribution)
+
+    return Anew()

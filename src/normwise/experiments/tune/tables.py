@@ -1,0 +1,228 @@
+"""A study as plain data, as rows of tables, in sentences, and as a policy's file."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from normwise.experiments.framework.provenance import where
+from normwise.experiments.tune import space as spaces
+from normwise.experiments.tune.run import DONE, FAILED, GIVEN_UP, REFUSED
+from normwise.experiments.tune.verdict import Tried
+
+Results = Mapping[str, Any]
+EDGE = 1.5
+"""How near to the end of its range a number is at the edge: within this factor."""
+WORTH = 0.01
+"""A gain of 1% that is not significant is worth more seeds."""
+
+
+# ---------------------------------------------------------------------------------------------------------- plain data
+
+
+def candidate_of(numbers: spaces.Numbers) -> dict[str, Any]:
+    rules = spaces.policy(numbers)
+    return {
+        "label": spaces.label(numbers), "optimizer": numbers["optimizer"], "lr": spaces.rate(numbers),
+        "policy_yaml": rules.to_yaml() if rules.rules else "[]\n",
+    }  # fmt: skip
+
+
+def trial_of(trial: Any) -> dict[str, Any]:
+    """An Optuna trial that has ended."""
+    reports = [list(pair) for pair in sorted(trial.intermediate_values.items())]
+    return {
+        "number": trial.number, **candidate_of(trial.params), "numbers": dict(trial.params), "reports": reports,
+        **{key: value for key, value in trial.user_attrs["result"].items() if key != "breaches"},
+    }  # fmt: skip
+
+
+def finalist_of(one: Tried, nothing: bool, choosing: Sequence[Any], judging: Sequence[Any] | None) -> dict[str, Any]:
+    return {
+        "number": one.number, **candidate_of(one.numbers), "nothing": nothing, "search": one.value, "choosing": list(choosing),
+        "judging": None if judging is None else list(judging),
+    }  # fmt: skip
+
+
+def importances(study: Any, maximize: bool) -> dict[str, float]:
+    """Which choices decided whether a trial was among the best, as shares (PED-ANOVA); none where too few trials are done to tell."""
+    import optuna
+
+    sign = -1 if maximize else 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")    # it says that low values count as good, which they are here
+            found = optuna.importance.get_param_importances(study, target=lambda trial: sign * trial.values[0])
+    except (ValueError, RuntimeError):
+        return {}
+    return {name: round(share, 4) for name, share in found.items() if math.isfinite(share) and share >= 0.005}
+
+
+def front(results: Results) -> list[dict[str, Any]]:
+    """The trials that no other one beats in everything: metric, step time and size."""
+    sign = -1 if results["maximize"] else 1
+    done = [t for t in results["trials"] if t["state"] == DONE and t["step_ms"] is not None and t["size"] is not None]
+    cost = {t["number"]: (sign * t["value"], t["step_ms"], t["size"]) for t in done}
+    seen = [OBJECTIVE_AT[one] for one in results["objectives"]] if len(results["objectives"]) > 1 else [0, 1]
+
+    def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+        return all(one[k] <= other[k] for k in seen) and any(one[k] < other[k] for k in seen)
+
+    return [t for t in done if not any(beats(other, cost[t["number"]]) for other in cost.values())]
+
+
+OBJECTIVE_AT = {"metric": 0, "step_ms": 1, "size": 2}
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def headline(results: Results) -> str:
+    """The answer in a sentence."""
+    answer, found = results["answer"], results["answer"]["verdict"]
+    if answer["nothing"] < 0:
+        return f"{results['target']}: no answer, since {results['space']['optimizers'][0]} without rules failed at every rate."
+    if found is None:
+        return f"{results['target']}: no significant gain over nothing: on fresh seeds no leader was better than {answer['label']}."
+    leader = next(one for one in results["finalists"] if one["number"] == answer["leader"])
+    told = f"{leader['label']} at rate {leader['lr']:g}, {gain(results)}"
+    if found["significant"]:
+        return f"{results['target']}: {told}."
+    return f"{results['target']}: no significant gain over nothing; the leader was {told}."
+
+
+def gain(results: Results) -> str:
+    """The judgement in words: the gain, its interval, and over what."""
+    found = results["answer"]["verdict"]
+    low, high = ("-inf" if end is None else f"{end:+.4g}" for end in found["interval"])
+    mean = "a failed run" if found["mean"] is None else f"{found['mean']:+.4g}"
+    share = "" if found["relative"] is None else f" ({100 * found['relative']:+.1f}%)"
+    return f"gain in {results['metric']} {mean}{share}, 95% interval {low} to {high} over {len(found['gains'])} pairs of seeds"
+
+
+def setting(results: Results) -> str:
+    """Protocol, cost and machine in a sentence."""
+    plan, states = results["protocol"], Counter(trial["state"] for trial in results["trials"])
+    told = ", ".join(f"{count} {state}" for state, count in states.items())
+    return (
+        f"{results['data'].get('name', results['target'])}; {len(results['trials'])} trials ({told}) of {plan['steps']} steps with one "
+        f"seed, {plan['choosing']} fresh seeds to choose, {plan['judging']} to judge; sampler's seed {plan['seed']}; "
+        f"{results['seconds'] / 3600:.2f} hours of training, budget {results['budget']}, protocol {plan['number']}; "
+        f"{where(results['machine'])}."
+    )
+
+
+def finalist_rows(results: Results) -> list[dict[str, str]]:
+    """Nothing and the leaders."""
+    return [
+        {
+            "finalist": one["label"] + (", nothing" if one["nothing"] else ""), "rate": f"{one['lr']:g}",
+            f"{results['metric']} in the search": f"{one['search']:.4g}", "on seeds to choose": _mean(one["choosing"]),
+            "on seeds to judge": "-" if one["judging"] is None else _mean(one["judging"]),
+        }
+        for one in results["finalists"]
+    ]  # fmt: skip
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    failed = f", {len(values) - len(known)} failed" if len(known) < len(values) else ""
+    return f"{statistics.fmean(known):.4g}{failed}" if known else "failed"
+
+
+def importance_rows(results: Results) -> list[dict[str, str]]:
+    return [{"what mattered": name, "share": f"{100 * share:.0f}%"} for name, share in list(results["importances"].items())[:8]]
+
+
+def trial_rows(results: Results, most: int | None = None) -> list[dict[str, str]]:
+    """The trials, the best first; those without a metric last, in their order."""
+    sign = -1 if results["maximize"] else 1
+    sizes = len({t["size"] for t in results["trials"] if t["size"] is not None}) > 1    # some rule has made zeros
+    ranked = sorted(results["trials"], key=lambda t: (t["value"] is None, sign * (t["value"] or 0.0), t["number"]))
+    return [
+        {
+            "trial": str(t["number"]), "candidate": t["label"], "rate": f"{t['lr']:g}",
+            results["metric"]: t["state"] if t["value"] is None else f"{t['value']:.4g}",
+            "step, ms": "-" if t["step_ms"] is None else f"{t['step_ms']:.2f}",
+            **({"weights": "-" if t["size"] is None else f"{t['size']:,}"} if sizes else {}),
+        }
+        for t in ranked[:most] if most is None or t["state"] == DONE
+    ]  # fmt: skip
+
+
+def front_rows(results: Results) -> list[dict[str, str]]:
+    """Where more than one objective was asked for: the trials that no other one beats."""
+    if len(results["objectives"]) == 1:
+        return []
+    return [{"on the front": row.pop("trial"), **row} for row in trial_rows({**results, "trials": front(results)})]
+
+
+def remarks(results: Results) -> list[str]:
+    """What failed and why, by reason."""
+    reasons = Counter(t["reason"] for t in results["trials"] if t["state"] in (FAILED, REFUSED))
+    numbers = {reason: [str(t["number"]) for t in results["trials"] if t["reason"] == reason] for reason in reasons}
+    return [f"Failed: trial{'s' * (count > 1)} {', '.join(numbers[reason])}: {reason}." for reason, count in reasons.most_common()]
+
+
+def next_steps(results: Results) -> list[str]:
+    """What to try next, as sentences."""
+    said, answer, space = [], results["answer"], results["space"]
+    found = answer["verdict"]
+    if found is not None and not found["significant"] and (found["relative"] or 0) > WORTH:
+        said.append(f"The leader's gain of {100 * found['relative']:.1f}% may be real: judge it by more pairs with --seeds "
+                    f"{2 * len(found['gains'])}.")  # fmt: skip
+    trials = {trial["number"]: trial for trial in results["trials"]}
+    for number in dict.fromkeys((answer["leader"], answer["nothing"])):
+        said += [f"{trials[number]['label']} is best at the end of its range: {edge}." for edge in _edges(trials.get(number), space)]
+    names = [name for slot in space["slots"].values() for name in slot]
+    silent = [n for n in names if not any(t["state"] in (DONE, GIVEN_UP) and n in t["numbers"].values() for t in trials.values())]
+    if silent:
+        said.append(f"No trial with {', '.join(silent)} got to a metric: name them with --only, or give more --trials.")
+    if len(trials) < 30:
+        said.append("Fewer than 30 trials leave much of the space unseen: the same command with more --trials goes on from here.")
+    return [f"Next: {one}" for one in said]
+
+
+def _edges(trial: Results | None, space: Results) -> list[str]:
+    """Numbers of a trial that lie near an end which it may be good to move."""
+    if trial is None:
+        return []
+    numbers, ends = trial["numbers"], {"lr": (space["low"], space["high"])}
+    for slot in space["slots"]:
+        name = numbers.get(slot, spaces.NONE)
+        ends |= {f"{name} {axis}": tuple(span) for axis, span in space["axes"].get(name, {}).items()}
+    said = []
+    for name, (low, high) in ends.items():
+        side = "low" if numbers[name] < low * EDGE else "high" if numbers[name] > high / EDGE else None
+        if side and name == "lr":
+            said.append(f"rate {trial['lr']:g}, the {side} end; give another --lr")
+        elif side:
+            said.append(f"{name} {numbers[name]:.3g}, of {low:g} to {high:g}")
+    return said
+
+
+def summary_rows(results: Results) -> list[dict[str, str]]:
+    """The study as one row among others."""
+    answer, plan = results["answer"], results["protocol"]
+    leader = next((one for one in results["finalists"] if one["number"] == answer["leader"]), {"label": "-", "lr": 0.0})
+    judged = answer["verdict"] is not None
+    return [{
+        "study": results["tune"], "trials": f"{len(results['trials'])} of {plan['steps']} steps", "leader": leader["label"],
+        "rate": f"{leader['lr']:g}", "gain over nothing": gain(results) if judged else "none on the seeds to choose by",
+        "significant": "yes" if judged and answer["verdict"]["significant"] else "no", "core-hours": f"{results['seconds'] / 3600:.2f}",
+    }]  # fmt: skip
+
+
+def policy_file(results: Results) -> str:
+    """The answer as YAML that ``nw.Policy.load`` reads; what is no policy stands in comments."""
+    answer = results["answer"]
+    if answer["nothing"] < 0:
+        return f"# {headline(results)}\n[]\n"
+    optimizer = spaces.CHOICES[answer["optimizer"]]
+    lines = [headline(results), f"Optimizer: {optimizer.label} ({optimizer.about}), learning rate {answer['lr']:g}, no decay of its own.",
+             f"Trained for {results['protocol']['steps']} steps; {where(results['machine'])}."]  # fmt: skip
+    return "".join(f"# {line}\n" for line in lines) + answer["policy_yaml"]

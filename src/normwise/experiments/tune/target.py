@@ -1,0 +1,157 @@
+"""What is tuned: a built-in task or a user's function, and the trial that it gets."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import normwise as nw
+from normwise.errors import StudyError
+from normwise.experiments.tasks.load import load_task
+from normwise.experiments.tasks.task import STEPS, Task
+from normwise.experiments.tune import space
+from normwise.inspection.architecture import function_of
+
+STEPS_OF_A_FUNCTION = 1000
+LOOKS = 4
+
+
+class GivenUp(Exception):
+    """Ends a run from within ``report``: where others were better, or the metric is not finite (``reason``)."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason or "others were better at this step")
+        self.reason = reason
+
+
+@dataclass
+class Trial:
+    """One run, as a target sees it.
+
+    Args:
+        numbers: the candidate, see ``tune.space``.
+        seed: everything random follows from it.
+        steps: how long to train.
+        final: whether the run judges the winner, and the metric should be that of data which no choice has seen.
+        watch: gets each report, and says whether to give up.
+    """
+
+    numbers: space.Numbers
+    seed: int
+    steps: int
+    final: bool = False
+    watch: Callable[[int, float], bool] = lambda step, value: False
+    model: nn.Module | None = None
+    control: nw.Control | None = None
+    ended: GivenUp | None = None
+    ticks: list[float] = field(default_factory=list)
+
+    def policy(self, model: nn.Module) -> nw.Policy:
+        """The rules for ``model``; none for "nothing"."""
+        return space.policy(self.numbers)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of ``model``'s parameters, without rules: attach :meth:`policy` to it, or use :meth:`attach`."""
+        self.model = model
+        made = space.built(self.numbers, model)
+        made.register_step_post_hook(lambda *_: self.ticks.append(time.perf_counter()))
+        return made
+
+    def attach(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer with the rules attached: step it as any other."""
+        made, rules = self.optimizer(model), self.policy(model)
+        self.control = nw.attach(model, made, rules) if rules.rules else None
+        return made
+
+    def report(self, step: int, value: float) -> None:
+        """Tells the metric after ``step`` steps.
+
+        Raises:
+            GivenUp: where the run is of no more use. Let it pass through.
+        """
+        value = float(value)
+        if not math.isfinite(value):
+            self.ended = GivenUp(f"the metric is {value} at step {step}")
+        elif self.watch(int(step), value):
+            self.ended = GivenUp()
+        if self.ended is not None:
+            raise self.ended
+
+    def step_ms(self) -> float | None:
+        """The median time from one step to the next; None for a run of less than three."""
+        apart = [1e3 * (after - before) for before, after in pairwise(self.ticks)]
+        return statistics.median(apart) if len(apart) > 1 else None
+
+    def size(self) -> int | None:
+        """How many weights are not zero."""
+        return None if self.model is None else sum(int((p != 0).sum()) for p in self.model.parameters())
+
+
+@dataclass(frozen=True)
+class Target:
+    """call: trains a trial and gives its metric. name, key, facts: what it is, and what decides a run of it. steps: the usual ones."""
+
+    call: Callable[[Trial], Any]
+    name: str
+    metric: str
+    key: str
+    facts: dict[str, Any]
+    steps: int
+    maximize: bool = False
+
+
+def load_target(name: str, data: Path | str | None = None, size: str = "standard") -> Target:
+    """A built-in task by its name, or a function as ``package.module:function``, found from the folder where the command was started.
+
+    Raises:
+        StudyError: an unknown task, a function that is not there or cannot be called with a trial alone, ``data`` with a function.
+        DataError: unusable data.
+    """
+    if ":" not in name:
+        task = load_task(name, data, size=size)
+        return Target(partial(_on_task, task), task.name, task.metric, task.key, task.facts, STEPS[task.name], task.metric == "accuracy")
+    if data is not None:
+        raise StudyError(f"--data is for built-in tasks; {name} finds its data by itself.")
+    # For what the function imports when it runs, too, and for the workers, which get this process's path.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    function = function_of(name, "target")
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        taken = inspect.signature(function)
+        raise StudyError(f"the target {name!r} takes {taken}, but must take one argument, the trial: def train(trial).") from None
+    return Target(function, name, "metric", name, {"name": name}, STEPS_OF_A_FUNCTION)
+
+
+def _on_task(task: Task, trial: Trial) -> float:
+    """A run on a built-in task: the rate warms up and falls to zero, the metric is that of the task."""
+    torch.manual_seed(trial.seed)
+    model = task.build()
+    optimizer = trial.attach(model)
+    schedule = nw.optim.schedule(optimizer, trial.steps)
+    looks = set() if trial.final else {math.ceil(trial.steps * (k + 1) / LOOKS) for k in range(LOOKS - 1)}
+    for step, batch in enumerate(islice(task.batches(task.batch, trial.seed), trial.steps), start=1):
+        optimizer.zero_grad()
+        loss = task.loss(model, batch)
+        if not math.isfinite(loss.item()):
+            return math.nan
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if step in looks:
+            trial.report(step, getattr(task.evaluate(model, "validation"), task.metric))
+    return float(getattr(task.evaluate(model, "test" if trial.final else "validation"), task.metric))

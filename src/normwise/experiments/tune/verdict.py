@@ -1,0 +1,80 @@
+"""Who leads after the search, and what may be said of the leader on seeds that had no part in choosing it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from normwise.experiments.framework.figures import finite, paired_interval
+from normwise.experiments.tune.space import Numbers, Space, combination
+
+LEADERS = 3
+Value = float | None
+"""A metric; None of a run that failed, which is worse than every other."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that is done: its number, its candidate and its metric."""
+
+    number: int
+    numbers: Numbers
+    value: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The mean gain of the leader over nothing, in the metric's unit and above zero where it is better, with its 95% interval; per pair of
+    seeds in ``gains``. relative: the gain over the size of nothing's mean."""
+
+    mean: Value
+    interval: tuple[Value, Value]
+    relative: Value
+    gains: list[Value]
+    significant: bool
+
+
+def best(tried: Sequence[Tried], maximize: bool) -> list[Tried]:
+    """The best trial of each combination, the best first; of equal ones the first tried."""
+    ordered = sorted(tried, key=lambda one: (-one.value if maximize else one.value, one.number))
+    found: dict[tuple[str, ...], Tried] = {}
+    for one in ordered:
+        found.setdefault(combination(one.numbers), one)
+    return list(found.values())
+
+
+def finalists(tried: Sequence[Tried], space: Space, maximize: bool) -> tuple[Tried | None, list[Tried]]:
+    """The best "nothing", None where it failed throughout, and the leaders of the other combinations."""
+    ranked = best(tried, maximize)
+    nothing = next((one for one in ranked if space.is_nothing(one.numbers)), None)
+    return nothing, [one for one in ranked if not space.is_nothing(one.numbers)][:LEADERS]
+
+
+def chosen(values: Mapping[int, Sequence[Value]], nothing: int, maximize: bool) -> int:
+    """The finalist with the best mean over the seeds for choosing; nothing where none is better."""
+    means = {number: _mean(found, maximize) for number, found in values.items()}
+    return max(values, key=lambda number: (means[number], number == nothing))
+
+
+def judged(leader: Sequence[Value], nothing: Sequence[Value], maximize: bool) -> Verdict:
+    """The leader against nothing, seed by seed. Where nothing alone failed the pair counts as equal, which claims less than it might."""
+    gains = [_gain(one, other, maximize) for one, other in zip(leader, nothing, strict=True)]
+    low, high = paired_interval(gains)
+    mean = statistics.fmean(gains)
+    known = [value for value in nothing if value is not None]
+    scale = abs(statistics.fmean(known)) if known else 0.0
+    ends = finite(low), finite(high)
+    return Verdict(finite(mean), ends, finite(mean / scale) if scale else None, [finite(gain) for gain in gains], low > 0)
+
+
+def _gain(leader: Value, nothing: Value, maximize: bool) -> float:
+    if leader is None:
+        return -math.inf if nothing is not None else 0.0
+    return 0.0 if nothing is None else (leader - nothing) * (1 if maximize else -1)
+
+
+def _mean(values: Sequence[Value], maximize: bool) -> float:
+    """Higher is better."""
+    return statistics.fmean(-math.inf if value is None else value if maximize else -value for value in values)
