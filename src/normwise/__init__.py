@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 else:
     globals().update(NAMED)    # each named rule, as nw.max_norm: a list of them here would have to follow them by hand
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 if not TYPE_CHECKING:    # for a type checker any name would exist, and the named rules would not be exported
