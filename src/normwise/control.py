@@ -63,8 +63,7 @@ def attach(
     Args:
         model: where names, module types and so roles and block axes come from. Its parameters and state-dict keys are not changed.
         optimizer: any ``torch.optim.Optimizer``, or several (one global norm over all of them, measured once a step). A wrapper that has
-        the
-            real one in ``.optimizer``, as Accelerate's, is opened.
+            the real one in ``.optimizer``, as Accelerate's, is opened.
         policy: a :class:`Policy`, a rule, or a list of rules.
         on_nonfinite: what to do about gradients that are not finite. ``"raise"``: an error that names the parameters, before anything was
             changed. ``"skip"``: the step is skipped. ``"zero"``: such entries become 0. ``"ignore"`` (default): nothing is looked at, which
