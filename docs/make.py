@@ -34,6 +34,8 @@ from normwise.policy import listing
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
+import gallery  # noqa: E402 - beside this file
+
 RESULTS, IMAGES = ROOT / "docs" / "results", ROOT / "docs" / "images"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = {name: one.label for name, one in TORCH.items()}
@@ -318,6 +320,7 @@ def main() -> int:
     for page in stale:
         page.write_text(filled(page.read_text()))
     pictures()
+    gallery.main()    # its pages have figures of these tables
     return 0
 
 

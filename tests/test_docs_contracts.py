@@ -33,7 +33,9 @@ from normwise.policy.named import NAMED
 from normwise.policy.rule import ON, Rule
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+DOCS = ROOT / "docs"
+PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in sorted(DOCS.rglob("*.md"))}
+PAGES["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def table(page: str, heading: str) -> list[list[str]]:
