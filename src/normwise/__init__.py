@@ -39,6 +39,7 @@ from normwise.policy import schedules as schedules
 if TYPE_CHECKING:
     from normwise import integrations as integrations
     from normwise import optim as optim
+    from normwise.advice import advise as advise
     from normwise.inspection import inspect as inspect
     from normwise.policy.named import *  # noqa: F403
     from normwise.policy.published import *  # noqa: F403
@@ -51,15 +52,15 @@ __version__ = "0.2.0"
 if not TYPE_CHECKING:    # for a type checker any name would exist, and the named rules would not be exported
 
     def __getattr__(name: str) -> Any:
-        """``nw.optim``, ``nw.integrations`` and ``nw.inspect`` are imported where they are first used: rules need none of them."""
+        """``nw.optim``, ``nw.integrations``, ``nw.inspect``, ``nw.advise``: imported where they are first used, for rules need none."""
         if name in ("optim", "integrations"):
             return import_module(f"normwise.{name}")
-        if name == "inspect":
-            return import_module("normwise.inspection").inspect
+        if name in ("advise", "inspect"):
+            return getattr(import_module("normwise.advice" if name == "advise" else "normwise.inspection"), name)
         raise AttributeError(f"module 'normwise' has no attribute {name!r}")
 
     __all__ = [
         "Control", "DataError", "Layout", "LayoutError", "MissingExtraError", "NonFiniteError", "NormError", "NormwiseError", "Policy",
-        "PolicyError", "Rule", "StudyError", "attach", "clip_grad_norm_", "inspect", "integrations", "norms", "optim", "radii",
+        "PolicyError", "Rule", "StudyError", "advise", "attach", "clip_grad_norm_", "inspect", "integrations", "norms", "optim", "radii",
         "register_layout", "schedules", *NAMED,
     ]  # fmt: skip

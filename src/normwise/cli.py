@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"normwise {__version__}")
     parser.set_defaults(command=lambda args: _help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_demo, _add_compare, _add_race, _add_gan, _add_prune, _add_recipe, _add_tune, _add_inspect, _add_bench,
+    for add in (_add_demo, _add_compare, _add_race, _add_gan, _add_prune, _add_recipe, _add_tune, _add_advise, _add_inspect, _add_bench,
                 _add_policies):
         add(commands)
     return parser
@@ -265,7 +265,7 @@ def _range(text: str) -> tuple[float, float]:
     return low, high
 
 
-# ------------------------------------------------------------------------------------- demo, inspect, bench and policies
+# ----------------------------------------------------------------------------- demo, advise, inspect, bench and policies
 
 
 def _add_demo(commands: Any) -> None:
@@ -282,6 +282,30 @@ def _demo(args: argparse.Namespace) -> int:
 
     return 0 if run() else _BROKEN
 
+
+
+def _add_advise(commands: Any) -> None:
+    parser = commands.add_parser(
+        "advise", help="which rules and which optimizer to start with, for a model of yours, and why",
+        description="Calls FUNCTION, which returns a model, or (model, batches, loss) for a probe, and advises a policy and an optimizer for "
+        "a goal. Nothing is trained, and the probe puts everything back.",
+    )  # fmt: skip
+    parser.add_argument("function", metavar="PACKAGE.MODULE:FUNCTION", help="a function of yours that takes no arguments")
+    parser.add_argument("--goal", default="speed", metavar="NAME", help="speed (default), generalisation, sparsity, stability, lipschitz, "
+                        "quantisation, finetuning or plasticity")  # fmt: skip
+    parser.add_argument("--steps", type=_whole, default=30, metavar="N", help="batches of the probe (default 30)")
+    parser.add_argument("--copy", action="store_true", help="probe a copy of the model, which takes its memory once more")
+    parser.add_argument("--yaml", type=Path, metavar="FILE", help="write the policy here")
+    parser.add_argument("--python", type=Path, metavar="FILE", help="write code that trains under it here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    parser.set_defaults(command=_advise)
+
+
+def _advise(args: argparse.Namespace) -> int:
+    from normwise.experiments import advice
+
+    advice.command(args.function, args.goal, args.steps, args.copy, advice.Files(args.yaml, args.python, args.json))
+    return 0
 
 
 def _add_inspect(commands: Any) -> None:

@@ -49,20 +49,29 @@ def from_function(where: str) -> nn.Module:
     Raises:
         DataError: where there is no such function, or it makes no module.
     """
-    sys.path.insert(0, "")
-    try:
-        function = function_of(where, "model")
-        with torch.device("meta"):
-            model = function()
-    except NormwiseError:
-        raise
-    except Exception as error:    # the user's own code
-        raise DataError(f"the model {where!r} cannot be made: {type(error).__name__}: {str(error)[:200]}.") from error
-    finally:
-        sys.path.remove("")
+    with torch.device("meta"):
+        model = called(where)
     if not isinstance(model, nn.Module):
         raise DataError(f"the model {where!r} is a {type(model).__name__}: the function must return a torch.nn.Module.")
     return model
+
+
+def called(where: str) -> Any:
+    """What ``package.module:function`` returns, called without arguments.
+
+    Raises:
+        DataError: where there is no such function, or it needs arguments, or raises.
+    """
+    sys.path.insert(0, "")
+    try:
+        return function_of(where, "model")()
+    except NormwiseError:
+        raise
+    except Exception as error:    # the user's own code
+        said = " ".join(str(error).split())[:200].rstrip(".")
+        raise DataError(f"the model {where!r} cannot be made: {type(error).__name__}: {said}. It is called without arguments.") from error
+    finally:
+        sys.path.remove("")
 
 
 def function_of(where: str, what: str) -> Callable[..., Any]:

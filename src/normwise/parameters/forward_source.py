@@ -352,20 +352,30 @@ def splits(cls: type[nn.Module]) -> dict[str, frozenset[Split]]:
     ``.split([a, b, c], -1)``, or a reshape to ``(..., 3, heads, d)`` or ``(..., heads, 3, d)``. A way that is not understood is
     ``Split(0)``: with a second way beside it nothing is known."""
     found: dict[str, set[Split]] = {}
-    function = forward_of(cls)
-    held: dict[str, str] = {}    # what a local name holds at this line: the result of a child
-    statements = [n for n in ast.walk(function) if isinstance(n, ast.Assign | ast.Expr | ast.Return)] if function is not None else []
-    for node in sorted(statements, key=lambda n: n.lineno):
+    for node, held in _statements(cls, SAME):
         targets = node.targets[0] if isinstance(node, ast.Assign) else None
         count = len(targets.elts) if isinstance(targets, ast.Tuple) else 0
         for child, way in filter(None, (_split(call, count, held) for call in ast.walk(node) if isinstance(call, ast.Call))):
             found.setdefault(child, set()).add(way)
+    return {name: frozenset(ways) for name, ways in found.items()}
+
+
+_Statement = ast.Assign | ast.AnnAssign | ast.Expr | ast.Return
+
+
+def _statements(cls: type[nn.Module], kept: Sequence[str]) -> Iterator[tuple[_Statement, dict[str, str]]]:
+    """The statements of the forward pass, with what local names hold there: the result of a child, through methods in ``kept``."""
+    function = forward_of(cls)
+    held: dict[str, str] = {}
+    statements = [n for n in ast.walk(function) if isinstance(n, _Statement)] if function is not None else []
+    for node in sorted(statements, key=lambda n: n.lineno):
+        yield node, held
+        targets = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        child, methods = _chain(node.value, held) if isinstance(targets, ast.Name) and node.value is not None else ("", [])
         for name in (n.id for n in ast.walk(targets) if isinstance(n, ast.Name)) if targets is not None else ():
             held.pop(name, None)
-        child, methods = _chain(node.value, held) if isinstance(targets, ast.Name) and node.value is not None else ("", [])
-        if isinstance(targets, ast.Name) and child and all(method in SAME for method, _ in methods):
+        if isinstance(targets, ast.Name) and child and all(method in kept for method, _ in methods):
             held[targets.id] = child
-    return {name: frozenset(ways) for name, ways in found.items()}
 
 
 # Methods after which the outputs are still where they were.
@@ -420,6 +430,37 @@ def _reshaped(arguments: Sequence[ast.expr]) -> Split:
     if len(after) == 1 and "head" in before and "dim" not in before:
         return Split(3, heads=before, inner=True)
     return Split(0)
+
+
+# ------------------------------------------------------------------------------------------------- what goes where as it is
+
+# Methods that put the outputs elsewhere and leave each number as it is.
+MOVED = (*KEPT, "view", "reshape", "flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze")
+
+
+@_cached
+def handed_on(cls: type[nn.Module]) -> frozenset[tuple[str, str]]:
+    """(a child, the child that gets its result): with nothing between them but methods that move axes."""
+    found: set[tuple[str, str]] = set()
+    for node, held in _statements(cls, MOVED):
+        for call in (n for n in ast.walk(node) if isinstance(n, ast.Call) and _is_self(n.func) and n.args):
+            child, methods = _chain(call.args[0], held)
+            if child and all(method in MOVED for method, _ in methods):
+                found.add((child, ast.unparse(call.func).partition(".")[2]))
+    return frozenset(found)
+
+
+@_cached
+def adds_to_stream(cls: type[nn.Module]) -> bool:
+    """Whether the forward pass adds a child's result to something that goes by it: x + f(x)."""
+    for node, held in _statements(cls, MOVED):
+        for add in (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add)):
+            for one, other in ((add.left, add.right), (add.right, add.left)):
+                if _chain(one, held)[0] and isinstance(other, ast.Name) and ast.unparse(one) != other.id:
+                    return True
+    function = forward_of(cls)
+    added = (n for n in ast.walk(function) if isinstance(n, ast.AugAssign) and isinstance(n.op, ast.Add)) if function else ()
+    return any(_chain(node.value, {})[0] for node in added)
 
 
 def number(text: str, module: nn.Module) -> int:

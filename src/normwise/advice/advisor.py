@@ -1,0 +1,212 @@
+"""``nw.advise``: from a model, and a probe where one is asked for, to a policy, an optimizer and reasons."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from normwise.advice import costs
+from normwise.advice.answer import Advice, Call, Line, Recipe
+from normwise.advice.facts import Facts
+from normwise.advice.goals import ADAMW, GOALS, do, line
+from normwise.advice.probe import Loss, Probe, probe
+from normwise.control import attach
+from normwise.errors import NormwiseError, PolicyError, nearest
+from normwise.parameters.attention_logits import Attention
+from normwise.policy import Policy
+
+TAU = 100.0
+"""The logit from which QK-clip is advised: its authors' (Kimi K2, 2025)."""
+SPREAD = 30.0
+"""How far apart ‖gradient‖ / ‖weight‖ of matrices may be before one plain rate cannot suit them; our own rule of thumb."""
+
+
+def advise(
+    model: nn.Module, goal: str = "speed", *, batches: Iterable[Any] | None = None, loss: Loss | None = None, steps: int = 30,
+    copy: bool = False, made_by: str = "",
+) -> Advice:  # fmt: skip
+    """Where to start with ``model``: a policy, an optimizer, and a reason and a source for each line. Nothing is trained.
+
+    Args:
+        model: any module with trainable parameters. Its code is read; it is run only if there are ``batches``.
+        goal: ``"speed"`` (default), ``"generalisation"``, ``"sparsity"``, ``"stability"``, ``"lipschitz"``, ``"quantisation"``,
+            ``"finetuning"`` or ``"plasticity"``; docs/advise.md says what each means.
+        batches: for a probe: an iterable of at least ``steps`` batches. Weights, buffers, gradients and random generators come back bit for
+            bit; a plain iterator has moved on.
+        loss: for a probe: ``loss(model, batch)``, a scalar tensor, computed by the model that it is given.
+        steps: batches of the probe, 8 or more; 30 are 2% of a run of 1500 steps.
+        copy: True probes a deep copy, which takes the model's memory once more; False (default) the model itself, whose trainable weights
+            are kept in host memory up to 512 MB and in a temporary file beyond.
+        made_by: ``package.module:function`` that makes the model, for ``.python()``.
+
+    Returns:
+        The advice; its policy attaches to ``model``.
+
+    Raises:
+        PolicyError: no module, no trainable parameters, an unknown goal, batches without a loss or a loss without batches.
+        LayoutError: a lazy parameter that has no shape yet.
+        DataError: what the probe cannot use: batches that end early, a loss that raises, is no scalar or not finite.
+
+    >>> advice = nw.advise(model, "stability")
+    >>> optimizer = advice.optimizer.build(model)
+    >>> control = nw.attach(model, optimizer, advice.policy)
+    """
+    if not isinstance(goal, str) or goal not in GOALS:
+        raise PolicyError(f"the goal {goal!r} is unknown.{nearest(str(goal), GOALS)}")
+    facts = Facts.of(model)
+    if (batches is None) != (loss is None):
+        given, absent = ("batches", "loss") if loss is None else ("loss", "batches")
+        raise PolicyError(f"advise was given {given}= without {absent}=: a probe needs both.")
+    seen = probe(model, batches, loss, steps, copy) if batches is not None and loss is not None else None
+    recipe, found = GOALS[goal](facts)
+    lines = [*found, *(_measured(facts, seen, found) if seen is not None else []), *_known(facts, seen, goal)]
+    recipe, lines = _fitting(facts, recipe, lines)
+    order = {"do": 0, "leave": 1, "know": 2}
+    lines.sort(key=lambda one: order[one.verdict])
+    policy = Policy([rule for one in lines if one.verdict == "do" for call in one.rules for rule in call.rules()])
+    skip = "skip" if seen is not None and seen.nonfinite else "ignore"
+    return Advice(goal, facts.name, policy, recipe, tuple(lines), seen, skip, made_by)
+
+
+# ------------------------------------------------------------------------------------------------- whatever the goal is
+
+
+def _known(facts: Facts, seen: Probe | None, goal: str) -> list[Line]:
+    """What somebody who trains this model should know."""
+    lines = []
+    judged = {} if seen is None else seen.scale_free
+    free = {name for name, is_free in judged.items() if is_free} | {name for name in facts.scale_free if name not in judged}
+    entries = [e for e in facts.trainable if e.name in free]
+    if entries:
+        norms = sorted({facts.scale_free[e.name] for e in entries if e.name in facts.scale_free})
+        on = f"before {', '.join(norms)}" if norms else "found by the probe"
+        lines.append(line("know", "scale-free", on, entries, basis="probe" if judged.keys() >= free else "guess"))
+    wrong = [name for name in facts.scale_free if judged.get(name) is False]
+    if wrong:
+        lines.append(line("know", "not scale-free", ", ".join(wrong[:3]), basis="probe"))
+    bounded = [a for a in facts.attentions if a.bounded]
+    growing = [a for a in facts.attentions if not a.bounded and (seen is None or a.path not in seen.logits)]
+    if goal in ("speed", "stability") and bounded:
+        how = ", ".join(sorted({a.bounded for a in bounded}))
+        lines.append(line("leave", "qk_clip, bounded", f"{len(bounded)} attentions with {how}", basis="guess"))
+    if goal in ("speed", "stability") and growing:
+        lines.append(line("know", "watch logits", f"{len(growing)} attentions", basis="guess"))
+    if goal in ("speed", "stability") and facts.stacked:
+        lines.append(line("know", "experts", "stacked tensors", facts.stacked, count=sum(e.layout.size("se") for e in facts.stacked)))
+    if goal in ("lipschitz", "finetuning") and facts.tied_head is not None:
+        lines.append(line("know", "tied", facts.tied_head.name, [facts.tied_head]))
+    if unsure := facts.inventory.unsure:
+        lines.append(line("know", "unsure", ", ".join(e.name for e in unsure[:2]), unsure))
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------- from measurements
+
+
+def _measured(facts: Facts, seen: Probe, found: Sequence[Line]) -> list[Line]:
+    """What follows from the probe."""
+    lines: list[Line] = []
+    if seen.nonfinite:
+        worst = max(seen.nonfinite, key=lambda name: seen.nonfinite[name])
+        on = f"{len(seen.nonfinite)} parameters"
+        lines.append(line("do", "skip", on, basis="probe", worst=worst, times=seen.nonfinite[worst], batches=seen.batches))
+    if seen.idle:
+        lines.append(line("know", "idle", ", ".join(seen.idle[:3]), basis="probe", count=len(seen.idle)))
+    clips = any(call.name == "zclip" for one in found for call in one.rules)
+    if seen.spikes and not clips:
+        lines.append(do("zclip, seen", Call("zclip", {"z": 2.5}), facts.trainable, costs.measured("clip"), "probe",
+                        count=len(seen.spikes), batches=seen.batches))  # fmt: skip
+    elif not seen.spikes:
+        clipping = "tighter clipping" if clips else "clipping"
+        lines.append(line("leave", "no spikes", "gradients", basis="probe", clipping=clipping, batches=seen.batches))
+    if seen.noise is not None:
+        lines.append(_noise(seen.noise))
+    fast = {role: grown for role, grown in seen.growth.items() if grown > seen.walked / 2 and role not in ("bias", "gain")}
+    if fast:
+        shown = ", ".join(f"{role} {grown:+.0%}" for role, grown in fast.items())
+        on = ", ".join(f"role:{role}" for role in fast)
+        lines.append(line("know", "growth", on, basis="probe", walked=f"{seen.walked:.0%}", shown=shown))
+    low = min((lowest for lowest, _, _ in seen.ratios.values()), default=0.0)
+    high = max((highest for _, _, highest in seen.ratios.values()), default=0.0)
+    if low > 0 and high / low >= SPREAD:
+        lines.append(line("know", "spread", "role:matrix", basis="probe", low=low, high=high))
+    return [*lines, *_grown_logits(facts, seen)]
+
+
+def _noise(noise: float) -> Line:
+    says = "Your batch is about as large as pays now."
+    if noise < 0.5:
+        says = "Both halves of a batch agree: a smaller batch would need fewer samples."
+    elif noise > 8:
+        says = "The mean gradient drowns in noise: a larger batch, or a longer average, is not wasted."
+    return line("know", "noise", "all gradients", basis="probe", many="more than 1000" if noise > 1000 else f"{noise:.2g}", says=says)
+
+
+def _grown_logits(facts: Facts, seen: Probe) -> list[Line]:
+    """QK-clip for attentions with logits beyond `TAU`, one rule for those with the same heads."""
+    if not seen.logits:
+        return []
+    largest = max(max(first, last) for first, last, _ in seen.logits.values())
+    if largest <= TAU:
+        return [line("leave", "qk_clip, small", f"{len(seen.logits)} attentions", basis="probe", largest=f"{largest:.3g}")]
+    groups: dict[tuple[Any, ...], list[Attention]] = defaultdict(list)
+    for a in facts.attentions:
+        first, last, heads = seen.logits.get(a.path, (0.0, 0.0, 0))
+        if max(first, last) > TAU and not a.bounded:
+            groups[type(a.module) is nn.MultiheadAttention, bool(a.fused), a.heads or heads, a.key_heads].append(a)
+    lines = []
+    for (torchs, fused, heads, key_heads), members in groups.items():
+        names = {name for a in members for name in (*a.query, *a.key, *a.fused)}
+        scaled = [e for e in facts.trainable if e.name in names]
+        call = Call("qk_clip", {"tau": TAU}) if torchs else _qk_clip(members, fused, heads, key_heads)
+        lines.append(do("qk_clip", call, scaled, basis="probe", largest=f"{largest:.3g}"))
+    return lines
+
+
+def _qk_clip(members: Sequence[Attention], fused: bool, heads: int, key_heads: int) -> Call:
+    def layers(names: Iterable[str]) -> list[str]:
+        return [f"{name.rpartition('.')[0]}.*" for name in names]
+
+    if fused:
+        return Call("qk_clip", {"tau": TAU, "params": layers(n for a in members for n in a.fused), "heads": (3, heads)})
+    shared = {"key_heads": key_heads} if key_heads and key_heads != heads else {"key": layers(n for a in members for n in a.key)}
+    return Call("qk_clip", {"tau": TAU, "query": layers(n for a in members for n in a.query), "heads": heads, **shared})
+
+
+# ------------------------------------------------------------------------------------------------------- does it attach?
+
+
+def _fitting(facts: Facts, recipe: Recipe, lines: Sequence[Line]) -> tuple[Recipe, list[Line]]:
+    """The optimizer and the rules that this model takes, each tried; what is refused becomes a line that says why."""
+    if any(e.param.is_meta for e in facts.inventory):
+        return recipe, list(lines)
+    kept: list[Line] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")    # whoever attaches is told
+        try:
+            recipe.build(facts.model)
+        except NormwiseError as error:
+            kept.append(line("leave", "refused", "everything", rule=recipe, error=str(error)))
+            lines = [one for one in lines if one.what != str(recipe)]
+            recipe = Recipe("torch.optim.AdamW", ADAMW)
+            kept.append(line("do", "adamw, refused", "all trainable", facts.trainable, recipe=recipe))
+        for one in lines:
+            calls = [call for other in kept if other.verdict == "do" for call in other.rules]
+            why = _refused(facts, [*calls, *one.rules]) if one.rules and one.verdict == "do" else ""
+            kept.append(line("leave", "refused", one.on, rule=one.what, error=why) if why else one)
+    return recipe, kept
+
+
+def _refused(facts: Facts, calls: Sequence[Call]) -> str:
+    """Why these rules cannot be attached together; "" if they can."""
+    optimizer = torch.optim.SGD([e.param for e in facts.trainable], lr=0.1)
+    try:
+        attach(facts.model, optimizer, [call.rules() for call in calls]).remove()
+    except NormwiseError as error:
+        return str(error)
+    return ""

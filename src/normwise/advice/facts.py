@@ -1,0 +1,136 @@
+"""What the model alone tells."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from normwise.advice.costs import size_of
+from normwise.errors import PolicyError
+from normwise.optim.presets import MATRICES
+from normwise.parameters import forward_source
+from normwise.parameters.attention_logits import Attention, find_attentions
+from normwise.parameters.inventory import Entry, Inventory
+from normwise.parameters.names import class_of
+from normwise.parameters.roles import normalises
+from normwise.parameters.scale_free import scale_free
+
+WEIGHTS = ("hidden", "conv", "recurrent", "head")
+"""The roles that rules on weights are advised for: an embedding's rows are looked up, not multiplied by."""
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """Of a model with trainable parameters."""
+
+    model: nn.Module
+    inventory: Inventory
+
+    @classmethod
+    def of(cls, model: object) -> Facts:
+        """PolicyError for what is no module and for a model without trainable parameters."""
+        if not isinstance(model, nn.Module):
+            raise PolicyError(f"advise was given a {type(model).__name__}: give the model, a torch.nn.Module.")
+        facts = cls(model, Inventory(model))
+        if not facts.trainable:
+            raise PolicyError("the model has no trainable parameters: unfreeze what you want to train before you ask for advice.")
+        return facts
+
+    @property
+    def trainable(self) -> tuple[Entry, ...]:
+        return self.inventory.trainable
+
+    @property
+    def name(self) -> str:
+        trained = sum(e.param.numel() for e in self.trainable)
+        whole = sum(e.param.numel() for e in self.inventory)
+        part = f", {size_of(trained)} of them trainable" if trained < whole else ""
+        return f"{class_of(self.model).__name__}, {size_of(whole)} parameters in {len(self.inventory)} tensors{part}"
+
+    @cached_property
+    def roles(self) -> set[str]:
+        """Of what is trained."""
+        return {e.role for e in self.trainable}
+
+    @cached_property
+    def adapted(self) -> bool:
+        """Whether LoRA's factors are what is trained."""
+        return any(e.adapter in ("A", "B") for e in self.trainable)
+
+    @cached_property
+    def products(self) -> list[Entry]:
+        return [e for e in self.inventory.weights if e.adapter == "product" and e.trained]
+
+    @cached_property
+    def computed(self) -> list[Entry]:
+        """Raw tensors of weights that are computed from them, matrices alone."""
+        return [e for e in self.trainable if e.aliases and e.role not in ("gain", "bias")]
+
+    @cached_property
+    def complex(self) -> list[Entry]:
+        return [e for e in self.trainable if e.param.is_complex()]
+
+    @cached_property
+    def normalised(self) -> bool:
+        return normalises(self.model)
+
+    @cached_property
+    def scale_free(self) -> dict[str, str]:
+        """Name -> the class of the normalisation; guessed."""
+        return scale_free(self.model, self.trainable)
+
+    @cached_property
+    def attentions(self) -> list[Attention]:
+        return find_attentions(self.model, self.inventory)
+
+    @cached_property
+    def branches(self) -> int:
+        """How many modules add to a stream that goes by them; guessed."""
+        return sum(forward_source.adds_to_stream(class_of(module)) for module in self.model.modules())
+
+    @cached_property
+    def stacked(self) -> list[Entry]:
+        """Stacked experts."""
+        return [e for e in self.trainable if "e" in e.layout.axes and e.role == "hidden"]
+
+    @cached_property
+    def tied_head(self) -> Entry | None:
+        """A trained table that is embedding and head."""
+        owners = ((e, {type(module) for module in e.owners}) for e in self.trainable if e.role == "embedding")
+        return next((e for e, kinds in owners if any(issubclass(k, nn.Linear) for k in kinds)), None)
+
+    @cached_property
+    def new_heads(self) -> list[Entry]:
+        """Heads that are no language model's: a new task brings them, with fresh weights."""
+        tables = {e.shape[0] for e in self.inventory if e.role == "embedding" and len(e.shape) == 2}
+        return [e for e in self.trainable if e.role == "head" and e.shape[0] not in tables and e.param.ndim >= 2]
+
+    @cached_property
+    def empty(self) -> list[Entry]:
+        """Weights that are zero as a whole."""
+        return [e for e in self.weights(WEIGHTS) if not e.param.is_meta and not bool(e.param.any())]
+
+    def weights(self, roles: Collection[str]) -> list[Entry]:
+        """What rules on weights act on, of these roles: computed weights in the place of their raw tensors, without LoRA's parts."""
+        return [e for e in self.inventory.weights if e.role in roles and not e.adapter and e.trained]
+
+    @cached_property
+    def matrix_share(self) -> float:
+        """Of the trainable weights of two or more dimensions the share that `auto` steps as matrices."""
+        sized = [(e.role in MATRICES and e.layout.certain and not e.aliases, e.param.numel()) for e in self.trainable if e.param.ndim >= 2]
+        return sum(n for takes, n in sized if takes) / max(sum(n for _, n in sized), 1)
+
+    @property
+    def kind(self) -> str:
+        """The network of our races that it resembles most."""
+        if self.attentions:
+            return "attention"
+        if "recurrent" in self.roles:
+            return "gates"
+        sizes = {role: sum(e.param.numel() for e in self.trainable if e.role == role) for role in ("conv", "hidden")}
+        if sizes["conv"] > sizes["hidden"]:
+            return "normalised convolutions" if self.normalised else "convolutions"
+        return "linear layers" if not self.roles & {"conv", "embedding"} else "mixed"

@@ -1,0 +1,218 @@
+"""What is advised for each goal from the model alone: an optimizer, and lines whose words are in ``sentences``."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from normwise.advice import costs
+from normwise.advice.answer import Basis, Call, Line, Recipe, Verdict
+from normwise.advice.facts import WEIGHTS, Facts
+from normwise.advice.sentences import SAID
+from normwise.optim.presets import MATRICES
+from normwise.parameters.inventory import Entry
+
+RACES = {
+    "attention": ("gpt", 0.33, 0.37), "gates": ("lstm", 0.50, 0.64), "normalised convolutions": ("resnet", 0.38, 0.39),
+    "convolutions": ("cnn", 0.66, 0.89),
+}  # fmt: skip
+"""Kind of network -> our task of that kind, and the shares of samples and of seconds that `auto` needed there: the README's."""
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.0}
+Answer = tuple[Recipe, list[Line]]
+
+
+def line(
+    verdict: Verdict, key: str, on: str, entries: Sequence[Entry] = (), *, cost: str = "", basis: Basis = "model",
+    rules: tuple[Call, ...] = (), **values: Any,
+) -> Line:  # fmt: skip
+    """The sentence ``key`` with its words filled in. on: how to select ``entries``, which are counted; alone what the line is about."""
+    said = SAID[key]
+    numbers = sum(e.shape.numel() for e in entries)
+    where = f"{on}: {len(entries)} tensor{'s' * (len(entries) != 1)}, {costs.size_of(numbers)}" if entries else on
+    what, why = said.what.format(**values), said.why.format(**values)
+    return Line(verdict, what, where, why, said.source, cost or said.cost, basis, rules, len(entries), numbers)
+
+
+def do(key: str, call: Call, entries: Sequence[Entry], cost: str = "", basis: Basis = "model", **values: Any) -> Line:
+    """A rule of the policy. Complex parameters, which rules do not take, are left out of it."""
+    mixed = [e.name for e in entries if e.param.is_complex()]
+    if mixed:
+        call = Call(call.name, {**call.arguments, "exclude": [*call.arguments.get("exclude", ()), *mixed]})
+        entries = [e for e in entries if e.name not in mixed]
+        if not entries:
+            return line("leave", "complex", ", ".join(mixed[:2]), rule=call.name)
+    params = call.arguments.get("params", "all")
+    on = params if isinstance(params, str) else ", ".join(params[:2]) + (" ..." if len(params) > 2 else "")
+    return line("do", key, on, entries, cost=cost, basis=basis, rules=(call,), rule=str(call), **values)
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+
+
+def fast_step(facts: Facts) -> Answer:
+    """`auto`, where its matrix step has something to do."""
+    dense = facts.kind == "linear layers"
+    if facts.complex or facts.adapted or facts.matrix_share < 0.5 or dense:
+        key = "complex" if facts.complex else "lora" if facts.adapted else "few matrices" if facts.matrix_share < 0.5 else "linear"
+        return adamw(facts, f"adamw, {key}", share=f"{facts.matrix_share:.0%}")
+    raw = {e.name: "adamw" for e in facts.computed}
+    recipe = Recipe("auto", {"override": raw} if raw else {})
+    race = RACES.get(facts.kind)
+    raced = "It was raced on networks with convolutions, gates or attention, and yours is mostly linear layers: less is known of it."
+    if race is not None:
+        task, samples, seconds = race
+        raced = f"On {task}, our nearest task, it needed {samples:.2f} of the samples and {seconds:.2f} of the seconds of the baseline."
+    stepped = [e for e in facts.trainable if e.role in MATRICES and e.layout.certain and e.name not in raw]
+    roles = ", ".join(dict.fromkeys(e.role for e in stepped))
+    lines = [line("do", "auto", f"role:{roles}", stepped, cost=costs.ridge(stepped), recipe=recipe, raced=raced)]
+    if facts.attentions:
+        lines.append(line("know", "auto, circuits", "attention:all", [e for e in facts.trainable if e.attention]))
+    if raw:
+        lines.append(line("know", "auto, raw tensors", ", ".join([*raw][:2]), facts.computed))
+    return recipe, lines
+
+
+def adamw(facts: Facts, key: str, lr: float = 1e-3, **values: Any) -> Answer:
+    """AdamW; torch's where parameters are complex, which a norm-based optimizer refuses."""
+    arguments = {"lr": lr, "weight_decay": 0.0} if facts.complex else {**ADAMW, "lr": lr}
+    recipe = Recipe("torch.optim.AdamW" if facts.complex else "AdamW", arguments)
+    return recipe, [line("do", key, "all trainable", facts.trainable, recipe=recipe, **values)]
+
+
+# ------------------------------------------------------------------------------------------------------------ the goals
+
+
+def speed(facts: Facts) -> Answer:
+    recipe, lines = fast_step(facts)
+    return recipe, [*lines, *([line("leave", "no clipping", "everything")] if recipe.name == "auto" else [])]
+
+
+def generalisation(facts: Facts) -> Answer:
+    recipe, lines = fast_step(facts)
+    lines.append(line("leave", "no penalties", "everything"))
+    return recipe, [*lines, *([line("know", "stop early", "the run")] if recipe.name == "auto" else [])]
+
+
+def sparsity(facts: Facts) -> Answer:
+    """The group lasso where it was seen to work: convolutions and MLPs that nothing normalises."""
+    shrinkable = [e for e in facts.weights(("conv", "hidden")) if e.layout.certain and e.param.ndim >= 2 and e.computed is None]
+    blocks = facts.adapted or facts.attentions or facts.complex or "recurrent" in facts.roles
+    why = "blocks" if blocks else "normalised" if facts.normalised else "" if shrinkable else "nothing"
+    if why:
+        recipe, lines = fast_step(facts)
+        return recipe, [line("leave", f"not sparse, {why}", "everything"), *lines]
+    recipe = Recipe("SGD", {"lr": 0.03, "momentum": 0.9})
+    lines = [line("do", "sgd", "all trainable", facts.trainable, recipe=recipe)]
+    by_size: dict[int, list[Entry]] = defaultdict(list)
+    for e in shrinkable:
+        by_size[e.layout.size("Hik")].append(e)
+    for size, entries in by_size.items():
+        strength = round(0.01 * math.sqrt(size), 4)
+        lines.append(do("lasso", Call("group_lasso", {"strength": strength, "params": _names(entries), "start": 250}), entries))
+    return recipe, [*lines, line("know", "smaller shape", "the smaller network")]
+
+
+def stability(facts: Facts) -> Answer:
+    recipe, lines = adamw(facts, "adamw, complex" if facts.complex else "adamw, usual")
+    lines.append(do("zclip", Call("zclip", {"z": 2.5}), facts.trainable, costs.measured("clip")))
+    decayed = facts.weights((*WEIGHTS, "embedding"))
+    if decayed and not facts.adapted:
+        lines.append(do("decay", Call("weight_decay", {"strength": 0.1, "params": _roles(decayed)}), decayed, costs.measured("clamp")))
+    return recipe, lines
+
+
+def lipschitz(facts: Facts) -> Answer:
+    recipe, lines = adamw(facts, "adamw, complex" if facts.complex else "adamw, usual")
+    if facts.adapted:
+        call = Call("spectral_cap", {"radius": "0.1*base", "params": "peft:product"})
+        return recipe, [*lines, do("cap, lora", call, facts.products, costs.measured("cap"))]
+    capped = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e.name not in facts.scale_free]
+    if not capped:
+        return recipe, [*lines, line("leave", "no caps", "everything")]
+    free = {"exclude": sorted(facts.scale_free)} if facts.scale_free else {}
+    call = Call("spectral_cap", {"radius": 2.0, "params": _roles(capped), "tolerance": 0.01, **free})
+    product = f"2.02^{len(capped)}" + (f" = {2.02 ** len(capped):.2g}" if len(capped) < 1000 else "")
+    lines.append(do("cap", call, capped, costs.measured("cap"), product=product))
+    if facts.scale_free:
+        left = [e for e in facts.trainable if e.name in facts.scale_free]
+        lines.append(line("leave", "no caps", "scale-free weights", left, basis="guess"))
+    if facts.attentions:
+        lines.append(line("know", "no Lipschitz", f"{len(facts.attentions)} attentions"))
+    if facts.branches:
+        lines.append(line("know", "branches", f"{facts.branches} modules", basis="guess"))
+    if facts.normalised:
+        lines.append(line("know", "normalisations", "the normalisation layers"))
+    if "conv" in facts.roles and not facts.normalised:
+        lines.append(line("know", "critic", "role:all"))
+    return recipe, lines
+
+
+def quantisation(facts: Facts) -> Answer:
+    recipe, lines = fast_step(facts)
+    roles = ("hidden", "conv", "recurrent")
+    empty = [e for e in facts.empty if e.role in roles]
+    clamped = [e for e in facts.weights(roles) if e not in empty and e.computed is None]
+    if facts.adapted:
+        lines.append(line("leave", "no clamps on factors", "peft:A, peft:B"))
+    elif clamped:
+        call = Call("clip_weight_value", {"value": "3*init", "params": _roles(clamped), **_excluding(empty, clamped)})
+        lines.append(do("clamp", call, clamped, costs.measured("clamp")))
+    return recipe, [*lines, line("know", "outliers", "the checkpoint")]
+
+
+def finetuning(facts: Facts) -> Answer:
+    if facts.adapted:
+        recipe, lines = adamw(facts, "adamw, lora", lr=5e-4)
+        return recipe, [*lines, line("leave", "no product bounds", "peft:product", facts.products)]
+    recipe, lines = adamw(facts, "adamw, finetuning", lr=1e-4)
+    left = [*facts.new_heads, *(e for e in facts.empty if e not in facts.new_heads)]
+    held = [e for e in facts.weights((*WEIGHTS, "embedding")) if e not in left]
+    if held:
+        # A unit of zeros, such as a padding token, has no length of its own: a thousandth of √n is about 1/20 of a fresh unit's.
+        floor = round(1e-3 * math.sqrt(min(e.layout.size("Hik") for e in held)), 6)
+        arguments = {"radius": 0.0333, "params": _roles(held), "center": "init", "relative": True, "floor": floor}
+        call = Call("max_norm", {**arguments, **_excluding(left, held)})
+        lines.append(do("ball", call, held, f"{costs.measured('bound')} A copy of these weights.", floor=floor))
+    if facts.new_heads:
+        lines.append(line("know", "new heads", ", ".join(_names(facts.new_heads)[:2]), facts.new_heads))
+    return recipe, lines
+
+
+def plasticity(facts: Facts) -> Answer:
+    recipe, lines = adamw(facts, "adamw, complex" if facts.complex else "adamw, usual")
+    held = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e not in facts.empty]
+    if facts.adapted or not held:
+        return recipe, [*lines, line("leave", "nothing to keep", "everything")]
+    free = [e for e in held if e.name in facts.scale_free]
+    others = [e for e in held if e not in free]
+    if others:
+        left = _excluding([*free, *facts.empty], others)
+        call = Call("spectral_cap", {"radius": "2.25*init", "params": _roles(others), "every": 8, **left})
+        lines.append(do("cap, plasticity", call, others, "an exact decomposition every 8th step."))
+    if free:
+        call = Call("unit_norm", {"radius": "init", "params": _names(free), "per": "tensor"})
+        lines.append(do("sphere", call, free, costs.measured("bound")))
+    return recipe, lines
+
+
+GOALS: dict[str, Callable[[Facts], Answer]] = {
+    goal.__name__: goal for goal in (speed, generalisation, sparsity, stability, lipschitz, quantisation, finetuning, plasticity)
+}
+"""Goal -> what is advised for it from the model alone."""
+
+
+def _names(entries: Sequence[Entry]) -> list[str]:
+    return [e.name for e in entries]
+
+
+def _roles(entries: Sequence[Entry]) -> list[str]:
+    """Selectors of their roles."""
+    return [f"role:{role}" for role in dict.fromkeys(e.role for e in entries)]
+
+
+def _excluding(left: Sequence[Entry], held: Sequence[Entry]) -> dict[str, list[str]]:
+    """``exclude=`` for those of ``left`` that the roles of ``held`` would select."""
+    names = [e.name for e in left if e.role in {h.role for h in held}]
+    return {"exclude": names} if names else {}

@@ -1,0 +1,356 @@
+"""What some tens of batches tell that the model alone does not. Afterwards everything is as it was (``kept``).
+
+A step moves each tensor by `RATE` of its length against its gradient. It has no state, so that nothing beside the weights need be kept.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import compress
+from statistics import median
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from normwise.advice.kept import Kept
+from normwise.advice.logits import LogitWatch, watched
+from normwise.errors import DataError, NormwiseError
+from normwise.parameters.attention_logits import find_attentions
+from normwise.parameters.inventory import Entry, Inventory
+from normwise.reports import Loggable, table
+
+RATE = 0.01
+SPIKE = 4.0
+"""Times the median of the neighbours' gradient norms."""
+LEAST = 8
+"""Batches below which medians and halves say nothing."""
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Probe(Loggable):
+    """What was measured; ``print`` it, or log ``flat()``."""
+
+    prefix: ClassVar[str] = "probe/"
+    batches: int
+    seconds: float
+    copied: bool
+    kept_bytes: int
+    """Of weights and buffers that were kept aside, or of the copy."""
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    """Gradient norm of every batch that had a finite one."""
+    spikes: tuple[int, ...]
+    """Batches, from 0 on, whose gradient stood out."""
+    noise: float | None
+    """tr Σ / ‖G‖² in batches, inf where the mean gradient drowns in it; None where no batch could be halved."""
+    nonfinite: Mapping[str, int]
+    """Parameter -> in how many batches its gradient was not finite."""
+    idle: tuple[str, ...]
+    """Trainable parameters that never had a gradient."""
+    scale_free: Mapping[str, bool]
+    """Matrix -> whether its length never reached the loss; only those that could be judged."""
+    growth: Mapping[str, float]
+    """Role -> by how much the length of all its weights grew, relative."""
+    walked: float
+    """How far the steps have gone together, relative: what growth is to be read against."""
+    ratios: Mapping[str, tuple[float, float, float]]
+    """Role -> ‖gradient‖ / ‖weight‖ of its matrices: lowest, median, highest."""
+    logits: Mapping[str, tuple[float, float, int]]
+    """Attention -> its largest logit in the first and the last batch, and how many heads were seen (0: not told apart)."""
+
+    def numbers(self) -> dict[str, float]:
+        """Scalars by name."""
+        found: dict[str, float] = {
+            "batches": self.batches, "seconds": self.seconds, "loss/first": self.losses[0], "loss/last": self.losses[-1],
+            "norm/median": median(self.norms) if self.norms else math.nan, "spikes": len(self.spikes),
+            "not_finite": sum(self.nonfinite.values()), "without_gradient": len(self.idle), "kept_mb": self.kept_bytes / 2**20,
+        }  # fmt: skip
+        found |= {} if self.noise is None else {"noise": self.noise}
+        found |= {f"growth/{role}": value for role, value in self.growth.items()}
+        found |= {f"ratio/{role}": value[1] for role, value in self.ratios.items()}
+        return found | {f"logit/{path}": last for path, (_, last, _) in self.logits.items()}
+
+    def __str__(self) -> str:
+        free = [name for name, is_free in self.scale_free.items() if is_free]
+        rows = [
+            ("batches, seconds", f"{self.batches} in {self.seconds:.2f} s"),
+            ("kept aside", f"{self.kept_bytes / 2**20:.1f} MB{', a copy of the model' if self.copied else ''}"),
+            ("loss, first and last", f"{self.losses[0]:.4g}, {self.losses[-1]:.4g}"),
+            ("gradient norm, median and highest", f"{median(self.norms):.3g}, {max(self.norms):.3g}" if self.norms else "never finite"),
+            ("spikes", f"{len(self.spikes)} of {self.batches} batches"),
+            ("gradient noise, in batches", "not measured: no batch could be halved" if self.noise is None else f"{self.noise:.3g}"),
+            ("gradients that are not finite", ", ".join(f"{name} ({n})" for name, n in list(self.nonfinite.items())[:3]) or "none"),
+            ("parameters without a gradient", f"{len(self.idle)}{': ' + ', '.join(self.idle[:3]) if self.idle else ''}"),
+            ("scale-free weights", f"{len(free)} of {len(self.scale_free)} judged"),
+            ("growth of norms", f"{', '.join(f'{r} {g:+.1%}' for r, g in self.growth.items())}; walked {self.walked:.0%}"),
+            ("gradient / weight, median", ", ".join(f"{role} {mid:.2g}" for role, (_, mid, _) in self.ratios.items()) or "-"),
+            ("attention logits, highest", f"{max(last for _, last, _ in self.logits.values()):.3g}" if self.logits else "none seen"),
+        ]
+        return table(("measured", "value"), rows)
+
+
+def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, steps: int = 30, copy: bool = False) -> Probe:
+    """Trains for ``steps`` batches and puts everything back.
+
+    Args:
+        model: in the mode, ``train()`` or ``eval()``, that you train it in.
+        batches: at least ``steps`` of them.
+        loss: ``loss(model, batch)``, a scalar; it must use the model that it gets.
+        copy: trains a deep copy instead of ``model``.
+
+    Raises:
+        DataError: a loss that raises, is no scalar, depends on no parameter or is not finite at once; batches that end early.
+    """
+    if type(steps) is not int or steps < LEAST:
+        raise DataError(f"the probe was given steps={steps!r}: it takes a whole number of at least {LEAST}, 30 by default.")
+    if not callable(loss):
+        raise DataError(f"the loss is a {type(loss).__name__}: give a function of (model, batch) that returns a scalar.")
+    if not hasattr(batches, "__iter__"):
+        raise DataError(f"the batches are a {type(batches).__name__}: give a list, a DataLoader or another iterable.")
+    begun = time.perf_counter()
+    with Kept(model, not copy, batches) as kept, torch.enable_grad():
+        source = iter(batches)    # a DataLoader draws a seed here
+        trained = _copied(model) if copy else model
+        seen = _Probing(trained, loss, steps)
+        for k in range(steps):
+            seen.look(k, _next(source, k, steps))
+        size = sum(t.numel() * t.element_size() for t in (*trained.parameters(), *trained.buffers()))
+        return seen.result(time.perf_counter() - begun, copy, size if copy else kept.bytes)
+
+
+def _next(source: Iterator[Any], k: int, steps: int) -> Any:
+    try:
+        return next(source)
+    except StopIteration:
+        raise DataError(f"the batches ended after {k}, and the probe asks for {steps}: give more, or steps={max(k, LEAST)}.") from None
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copying.deepcopy(model)
+    except Exception as error:    # whatever the user's modules hold
+        raise DataError(f"the model cannot be copied ({type(error).__name__}: {error}): probe it with copy=False.") from error
+
+
+@dataclass
+class _Probing:
+    """The measurements of a probe under way."""
+
+    model: nn.Module
+    loss: Loss
+    steps: int
+    losses: list[float] = field(default_factory=list)
+    norms: dict[int, float] = field(default_factory=dict)
+    likeness: list[float] = field(default_factory=list)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    judged: dict[str, list[bool]] = field(default_factory=dict)
+    logits: list[dict[str, Tensor]] = field(default_factory=list)
+    splits: bool = True
+
+    def __post_init__(self) -> None:
+        inventory = Inventory(self.model)
+        self.entries = inventory.trainable
+        self.attentions = find_attentions(self.model, inventory)
+        self.reached: set[str] = set()
+        self.start = self._lengths()
+        self.ratios: dict[str, list[float]] = {}
+
+    def look(self, k: int, batch: Any) -> None:
+        """One batch: its gradient, what can be seen of it, and a step."""
+        for e in self.entries:
+            e.param.grad = None
+        # Two batches tell whether logits grow; in fused attention each look computes them again.
+        watching = self.attentions and k in (0, self.steps - 1)
+        with watched(self.attentions) if watching else nullcontext() as watch:
+            parts = self._backward(k, batch)
+        if isinstance(watch, LogitWatch):
+            self.logits.append(watch.largest)
+        alive = [e for e in self.entries if e.param.grad is not None]
+        if not alive:
+            raise DataError("the loss depends on no trainable parameter: loss(model, batch) must use the model that it is given.")
+        self.reached |= {e.name for e in alive}
+        lengths = _norms([_dense(e) for e in alive])
+        bad = [e.name for e, size in zip(alive, lengths, strict=True) if not math.isfinite(size)]
+        self.nonfinite |= {name: self.nonfinite.get(name, 0) + 1 for name in bad}
+        if bad:
+            return
+        total = math.hypot(*lengths)
+        self.norms[k] = total if parts is None else total / 2    # the sum of two halves' means
+        if parts is not None and (squares := parts[0] ** 2 + parts[1] ** 2):
+            self.likeness.append((total**2 - squares) / squares)    # 2⟨g₁, g₂⟩ / (‖g₁‖² + ‖g₂‖²)
+        if k % 3 == 2 and k < 9:    # whether length matters, in three batches
+            for e in alive:
+                self._judge(e)
+        self._step(alive, lengths, last=k == self.steps - 1)
+
+    def _backward(self, k: int, batch: Any) -> list[float] | None:
+        """The gradient of a batch; of every third one in two halves, whose norms are returned."""
+        halves = _halves(batch) if self.splits and k % 3 == 1 else None
+        if halves is not None:
+            try:
+                values = [self.loss(self.model, half) for half in halves]
+                sizes = [self._size_of_backward(value) for value in values]
+            except Exception:    # a batch that is more than its tensors: it is taken whole from now on
+                self.splits = False
+                for e in self.entries:
+                    e.param.grad = None
+            else:
+                self.losses.append(float(values[0].detach() + values[1].detach()) / 2)
+                return sizes
+        torch.autograd.backward(self._value(k, batch))
+        return None
+
+    def _size_of_backward(self, value: Tensor) -> float:
+        """The norm of what this backward pass adds to the gradients, seen before it is added: no copy of the others is needed."""
+        sizes: list[Tensor] = []
+        handles: list[Any] = []
+        for e in self.entries:
+            handles.append(e.param.register_hook(lambda grad: sizes.append(_norm(grad))))    # type: ignore[no-untyped-call]
+        try:
+            torch.autograd.backward(value)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return math.hypot(*(float(size) for size in sizes))
+
+    def _value(self, k: int, batch: Any) -> Tensor:
+        try:
+            value = self.loss(self.model, batch)
+        except NormwiseError:
+            raise
+        except Exception as error:    # the user's own code
+            raise DataError(f"the loss raised on batch {k + 1}: {type(error).__name__}: {str(error)[:200]}") from error
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise DataError(f"the loss is {what}: loss(model, batch) must return a tensor of one number.")
+        if not value.requires_grad:
+            raise DataError("the loss depends on no trainable parameter: loss(model, batch) must use the model that it is given.")
+        number = float(value.detach())
+        if not self.losses and not math.isfinite(number):
+            raise DataError(f"the loss of the first batch is {number}: look at the data and the model before you ask for advice.")
+        self.losses.append(number)
+        return value.reshape(())
+
+    @torch.no_grad()
+    def _judge(self, e: Entry) -> None:
+        """Whether ⟨w, ∇w⟩ is zero: for each row apart (a BatchNorm), or in their sum (a normalisation over all of them)."""
+        if e.param.ndim < 2 or e.role not in ("hidden", "conv", "head", "recurrent") or e.param.is_complex() or e.param.numel() == 0:
+            return
+        w, g = e.param.flatten(1).float(), _dense(e).flatten(1).float()
+        rows = (w * g).sum(1).double()
+        most = (w.norm(dim=1) * g.norm(dim=1)).double().sum()
+        if most > 0:
+            apart, summed = rows.abs().sum() < 1e-3 * most, rows.sum().abs() < 1e-2 * rows.norm()
+            self.judged.setdefault(e.name, []).append(bool(apart | (summed & (len(rows) > 1))))
+
+    @torch.no_grad()
+    def _step(self, alive: list[Entry], lengths: list[float], last: bool) -> None:
+        moving = [size > 0 for size in lengths]
+        params: Any = [e.param for e in compress(alive, moving)]
+        grads: Any = [_dense(e) for e in compress(alive, moving)]
+        weights = _norms(params)
+        # Tensors that are zero move as if they had a thousandth of a usual length.
+        rates = [RATE * max(w, 1e-3 * p.numel() ** 0.5) / g for w, p, g in zip(weights, params, compress(lengths, moving), strict=True)]
+        if last:
+            for e, w, g in zip(compress(alive, moving), weights, compress(lengths, moving), strict=True):
+                if w and e.role in ("hidden", "conv", "recurrent", "embedding", "head"):
+                    self.ratios.setdefault(e.role, []).append(g / w)
+        torch._foreach_mul_(grads, rates)
+        torch._foreach_sub_(params, grads)
+
+    def _lengths(self) -> dict[str, float]:
+        """Role -> the length of all its weights as one vector."""
+        roles: dict[str, list[float]] = {}
+        for e, size in zip(self.entries, _norms([e.param.detach() for e in self.entries]), strict=True):
+            roles.setdefault(e.role, []).append(size)
+        return {role: math.hypot(*sizes) for role, sizes in roles.items()}
+
+    def result(self, seconds: float, copied: bool, kept_bytes: int) -> Probe:
+        end = self._lengths()
+        logits = {}
+        if len(self.logits) == 2:
+            for path in self.logits[0].keys() & self.logits[1].keys():
+                first, last = (found[path] for found in self.logits)
+                logits[path] = (float(first.max()), float(last.max()), len(last) if len(last) > 1 else 0)
+        return Probe(
+            self.steps, seconds, copied, kept_bytes, tuple(self.losses), tuple(self.norms.values()), _spikes(self.norms),
+            _noise(self.likeness), self.nonfinite, tuple(e.name for e in self.entries if e.name not in self.reached),
+            {name: all(found) for name, found in self.judged.items()},
+            {role: end[role] / size - 1 for role, size in self.start.items() if size and math.isfinite(size)},
+            RATE * len(self.norms), {role: (min(r), median(r), max(r)) for role, r in self.ratios.items()}, logits,
+        )  # fmt: skip
+
+
+def _dense(e: Entry) -> Tensor:
+    grad = e.param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        grad = e.param.grad = grad.to_dense()
+    return grad
+
+
+def _norm(grad: Tensor) -> Tensor:
+    numbers = grad.detach() if grad.layout == torch.strided else grad.detach().coalesce().values()
+    low = numbers.dtype in (torch.float16, torch.bfloat16)
+    return torch.linalg.vector_norm(numbers, dtype=torch.float32 if low else None)
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[float]:
+    """Of each, read once."""
+    found: list[float] = torch.stack([n.double().cpu() for n in torch._foreach_norm(list(tensors))]).tolist() if tensors else []
+    return found
+
+
+def _spikes(norms: Mapping[int, float]) -> tuple[int, ...]:
+    """Batches whose gradient is over `SPIKE` times the median of the four before and the four after."""
+    order = list(norms)
+    found = []
+    for i, k in enumerate(order):
+        near = [norms[j] for j in order[max(i - 4, 0) : i] + order[i + 1 : i + 5]]
+        if near and norms[k] > SPIKE * median(near):
+            found.append(k)
+    return tuple(found)
+
+
+def _noise(likeness: list[float]) -> float | None:
+    """tr Σ / ‖G‖² in batches. Of the gradients g₁, g₂ of a batch's halves ⟨g₁, g₂⟩ is ‖G‖² on average, and (‖g₁‖² + ‖g₂‖²)/2 is
+    ‖G‖² + 2 tr Σ of a whole batch (McCandlish et al., 2018). Each pair is divided by its own size: gradients shrink in training, and a
+    few large ones would decide alone."""
+    if not likeness:
+        return None
+    alike = sum(likeness) / len(likeness)
+    return (1 - alike) / (2 * alike) if alike > 0 else math.inf
+
+
+def _halves(batch: Any) -> tuple[Any, Any] | None:
+    """Both halves of a batch along its first axis; None where it has none, or one sample."""
+    sizes = [t.shape[0] for t in _tensors(batch) if t.ndim]
+    if not sizes or sizes[0] < 2:
+        return None
+    middle = sizes[0] // 2
+    return _cut(batch, sizes[0], 0, middle), _cut(batch, sizes[0], middle, 2 * middle)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    for part in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ():
+        yield from _tensors(part)
+
+
+def _cut(batch: Any, size: int, low: int, high: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[low:high] if batch.ndim and batch.shape[0] == size else batch
+    if isinstance(batch, Mapping):
+        return type(batch)({key: _cut(part, size, low, high) for key, part in batch.items()})    # type: ignore[call-arg]
+    if isinstance(batch, tuple | list):
+        parts = [_cut(part, size, low, high) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch

@@ -1,0 +1,266 @@
+"""What advice says: for each piece what to do, why, where that is from and what it costs. Words in braces are filled in.
+
+A figure that stands here comes from the page that ``source`` names; where nobody has measured, the sentence says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Said:
+    """One piece of advice without the model that it is for."""
+
+    what: str
+    why: str
+    source: str
+    cost: str = ""
+
+
+TUNE = "Tune its rate first: no rule makes up for a wrong one."
+STATE = "8 bytes of state a parameter."
+
+SAID: dict[str, Said] = {
+    # ------------------------------------------------------------------------------------------------------- the step
+    "auto": Said(
+        "{recipe}",
+        "{raced} Nothing is left to tune. nw.optim.schedule(optimizer, steps) warms up and lets the rate fall to zero, as it was measured.",
+        "docs/results.md, small networks and short runs",
+    ),
+    "auto, circuits": Said(
+        "auto: queries and keys step 3 times as far, values half",
+        "An attention's two circuits bear different steps. Where q, k and v are one tensor whose parts nobody states, it keeps one step.",
+        "docs/results.md, found on small GPTs",
+    ),
+    "auto, raw tensors": Said(
+        "auto: AdamW for the raw tensors of computed weights",
+        "The layer's weight is computed from these, and a matrix step would act on the raw tensor.", "docs/optimizers.md#routing",
+    ),
+    "adamw, complex": Said(
+        "{recipe}", f"Some parameters are complex, which steps under a norm do not take. {TUNE}", "docs/optimizers.md#routing", STATE,
+    ),
+    "adamw, lora": Said(
+        "{recipe}",
+        f"LoRA's factors are what trains. All four ways to give A and B to Muon or AdamW ended within the spread of our seeds. {TUNE}",
+        "docs/peft.md", STATE,
+    ),
+    "adamw, few matrices": Said(
+        "{recipe}",
+        "Only {share} of the weights are matrices that a matrix step would take; the others are tables, heads or tensors whose axes nobody "
+        f"states. {TUNE}", "docs/optimizers.md#routing", STATE,
+    ),
+    "adamw, linear": Said(
+        "{recipe}",
+        "In our race on a small table, where every method fits the training data, AdamW with a small rate was best and auto did not reach "
+        f"it. If your data are many and images or text, try nw.optim.auto(model) beside it. {TUNE}", "README.md, docs/race.md", STATE,
+    ),
+    "adamw, usual": Said(
+        "{recipe}", f"What is advised below acts beside any optimizer; this one is usual. {TUNE}", "docs/optimizers.md", STATE,
+    ),
+    "adamw, finetuning": Said(
+        "{recipe}", f"From pretrained weights, at a tenth of a usual rate. {TUNE}", "docs/recipes.md#fine-tuning", STATE,
+    ),
+    "sgd": Said(
+        "{recipe}",
+        "The lasso shortens each unit by rate times strength. It was measured with SGD; under Adam the same strength means something else.",
+        "docs/pruning.md", "4 bytes of state a parameter.",
+    ),
+    "adamw, refused": Said("{recipe}", "It takes any parameter.", "tried on your model", STATE),
+    # ------------------------------------------------------------------------------------------------------ leave alone
+    "no clipping": Said(
+        "gradient clipping and bounds on weights",
+        "auto was measured without either. In our comparison no bound, penalty or decay gained more than chance over a tuned rate.",
+        "docs/results.md, docs/compare.md",
+    ),
+    "no penalties": Said(
+        "penalties, bounds and caps on weights",
+        "Of the article's eleven strategies, each tuned like the baseline, none was better than nothing by more than chance: on digits and "
+        "MNIST, with gradient descent, momentum and Adam. Spend your trials on the rate.", "docs/compare.md",
+    ),
+    "not sparse, blocks": Said(
+        "group lasso and L1",
+        "shrink() removes no units of attentions, gates, adapters and complex layers, and single zeros save nothing in a dense product. A "
+        "narrower network, trained from the start, is the better way to a smaller one.", "docs/pruning.md",
+    ),
+    "not sparse, normalised": Said(
+        "group lasso and L1",
+        "On a residual network with BatchNorm the lasso removed nothing in 600 steps before it cost 2.6 points, and behind other "
+        "normalisations shrink() keeps the units. A narrower network, trained from the start, is the better way.", "docs/pruning.md",
+    ),
+    "not sparse, nothing": Said(
+        "group lasso and L1", "There are no hidden units: all weights are heads or tables.", "docs/pruning.md",
+    ),
+    "no product bounds": Said(
+        "bounds on the product s·B·A",
+        "At equal forgetting a cap was level with plain LoRA; ball and sphere were not ahead. If you need a guarantee that no unit moves "
+        "further than a tenth: nw.max_norm('0.1*base', 'peft:product').", "docs/recipes.md#fine-tuning",
+    ),
+    "no clamps on factors": Said(
+        "clamps on LoRA's factors", "What is quantised is the base, which is frozen, or the merged product.", "docs/peft.md",
+    ),
+    "no caps": Said(
+        "spectral caps on what a normalisation divides out",
+        "A cap would change nothing of what the network computes, and the normalisation itself has no bound. If you need one, take a network "
+        "without normalisation.", "docs/advise.md#what-it-looks-at; Gouk et al., 2021",
+    ),
+    "nothing to keep": Said(
+        "bounds on weights", "The base is frozen, or there are no matrices: nothing here can lose its plasticity.",
+        "docs/recipes.md#plasticity",
+    ),
+    "complex": Said("nw.{rule}", "These are complex, and the rule needs real numbers.", "docs/optimizers.md#routing"),
+    "qk_clip, bounded": Said(
+        "nw.qk_clip",
+        "The model itself bounds their logits: under QK-norm the scale of the queries is divided out, so that the rule would do nothing.",
+        "docs/published-methods.md#attention-logits",
+    ),
+    "qk_clip, small": Said(
+        "nw.qk_clip", "Their largest logit was {largest}, and it begins to act at 100. Look again later in training.",
+        "the probe; Kimi K2, 2025",
+    ),
+    "no spikes": Said("{clipping}", "None of {batches} batches stood out.", "the probe"),
+    "refused": Said("{rule}", "{error}", "tried on your model"),
+    # ------------------------------------------------------------------------------------------------------- rules to use
+    "lasso": Said(
+        "{rule}",
+        "Whole units become exactly zero, and normwise.prune.shrink() removes them. The strength is 0.01·√n for units of n numbers; set "
+        "start to a quarter of your steps. On MNIST 0.015·√n left 17% of the parameters for 0.6 points of accuracy, once fine-tuned.",
+        "docs/pruning.md; Yuan and Lin, 2006", "5% of a step on MNIST.",
+    ),
+    "zclip": Said(
+        "{rule}",
+        "It cuts only gradients that stand out from their history. After bad batches it undid 98% of the harm. A constant, AutoClip and "
+        "skipping do as well, but a constant has to be chosen. Clip gradients, not updates: that undid a quarter.",
+        "docs/recipes.md#bad-batches; Kumar et al., 2025",
+    ),
+    "zclip, seen": Said(
+        "{rule}", "{count} of {batches} batches had a gradient over four times that of their neighbours. It cuts only those.",
+        "the probe; docs/recipes.md#bad-batches",
+    ),
+    "decay": Said(
+        "{rule}",
+        "Norms cannot grow without end. Biases and gains are left out: their size is meant. The strength is usual, not measured by us.",
+        "Loshchilov and Hutter, 2019",
+    ),
+    "cap": Said(
+        "{rule}",
+        "Each of these matrices then amplifies by at most 2.02. Searches of ours chose radii of 1 to 4; smaller is tighter, learns less. "
+        "A chain of them is bounded by the product, here {product}; a convolution up to the overlap of its patches.",
+        "Yoshida and Miyato, 2017; Gouk et al., 2021; docs/compare.md",
+    ),
+    "cap, lora": Said(
+        "{rule}",
+        "The base is frozen, so the adapter's product is what can amplify more: σ₁ of W + s·BA is at most 1.1 times that of W.",
+        "docs/peft.md; Weyl's inequality",
+    ),
+    "clamp": Said(
+        "{rule}",
+        "No entry of a tensor becomes larger than 3 times its largest one now, so the grid of its numbers stays fine. The factor is ours "
+        "and not measured; raise it if learning slows down.", "the idea: Stutz et al., 2021 (arXiv 2006.13977)",
+    ),
+    "ball": Said(
+        "{rule}",
+        "No unit moves further than a thirtieth of its length, which bounds what can be forgotten. Our ball was ahead of plain fine-tuning "
+        "with every seed and level with a strong decay to the start, the best baseline; a gain is not proven. Units of zeros count as "
+        "{floor:g} long.", "docs/recipes.md#fine-tuning",
+    ),
+    "cap, plasticity": Said(
+        "{rule}",
+        "Singular values stay within 2.25 times the largest one at the start. An MLP whose labels changed sixty times then reached 0.333 "
+        "where Adam alone had 0.169 and the best baseline 0.251. Once an epoch is enough: set every.", "docs/recipes.md#plasticity",
+    ),
+    "sphere": Said(
+        "{rule}",
+        "A normalisation divides their length out: if it grows, steps only get smaller. On the sphere 0.277, with nothing 0.169.",
+        "docs/recipes.md#plasticity; Lyle et al., 2024",
+    ),
+    "qk_clip": Said(
+        "{rule}",
+        "The largest logit was {largest}. Report each attention's maxima before the step, or it never acts: "
+        "control.report_max_logits(attention, maxima).", "the probe; docs/published-methods.md#attention-logits",
+        "only heads beyond 100 are scaled.",
+    ),
+    "skip": Said(
+        'nw.attach(..., on_nonfinite="skip")',
+        "Gradients were not finite, most often of {worst} ({times} of {batches} batches). Skip such steps, and look for the cause there.",
+        "the probe; docs/checks.md", "one synchronisation a step.",
+    ),
+    # ------------------------------------------------------------------------------------------------------- good to know
+    "stop early": Said(
+        "stop where validation is best",
+        "auto reaches the baseline's validation result with about the same test result, earlier. What it does afterwards was not measured, "
+        "and on 1079 digits seen 47 times it missed the target.", "docs/results.md",
+    ),
+    "smaller shape": Said(
+        "then train the smaller shape from fresh weights",
+        "It did as well as the shrunk network or better: the lasso finds a shape.", "docs/pruning.md",
+    ),
+    "no Lipschitz": Said(
+        "no bound on the network: dot-product attention has none", "Its output is not Lipschitz in its input, whatever the weights.",
+        "Kim, Papamakarios and Mnih, 2021",
+    ),
+    "branches": Said(
+        "residual branches add up",
+        "x + f(x) is bounded by 1 + the bound on f, so the product of the caps alone is too small.",
+        "Gouk et al., 2021",
+    ),
+    "normalisations": Said(
+        "normalisations have no bound of their own", "They divide by what they see, which may be small.", "Gouk et al., 2021",
+    ),
+    "critic": Said(
+        "for a GAN's critic: nw.clip_weight_value(0.15, params=\"role:all\")",
+        "With the hinge loss it drew better images than nothing (0.053 against 0.071); the cap was level with nothing.", "docs/gan.md",
+    ),
+    "outliers": Said(
+        "look at outliers afterwards: normwise inspect",
+        "In large models large activations matter more than weights, and a bound on weights is not shown to remove them.",
+        "Dettmers et al., 2022 (LLM.int8()); docs/inspect.md",
+    ),
+    "new heads": Said(
+        "heads are not held", "A new task's head starts from fresh weights. If yours is pretrained too, drop it from exclude.",
+        "docs/advise.md",
+    ),
+    "scale-free": Said(
+        "decay of scale-free weights sets their step, not their size",
+        "A normalisation divides their length out. Keep a decay, but do not tune it as a regulariser: it sets how far a step turns them.",
+        "van Laarhoven, 2017; Zhang et al., 2019",
+    ),
+    "not scale-free": Said(
+        "not scale-free after all", "The code suggested a normalisation right behind them, but the loss does change with their length.",
+        "the probe",
+    ),
+    "watch logits": Said(
+        "watch the attention's logits",
+        "Nothing bounds them. If they pass 100, add nw.qk_clip(100), to which your attention reports its largest logits. While they do not "
+        "grow it gains nothing: after bad batches it undid 7% of the harm.", "Kimi K2, 2025; docs/recipes.md#bad-batches",
+    ),
+    "experts": Said(
+        "experts are {count} matrices",
+        'Rules per="matrix" and matrix steps take each by itself; per="tensor" would let one expert spend the bound of all.',
+        "docs/policies.md#axes",
+    ),
+    "tied": Said(
+        "embedding and head are one table", "It has the role embedding, so role:head does not reach it.", "docs/policies.md#roles",
+    ),
+    "unsure": Said(
+        "nobody states the axes of these",
+        "They may be matrices, and are stepped as none. If they are matrices, state it: layouts={{name: nw.Layout(...)}}.",
+        "docs/policies.md#axes",
+    ),
+    "idle": Said(
+        "nothing trains these", "{count} trainable parameters had no gradient in any batch. Freeze them, or use them.", "the probe",
+    ),
+    "noise": Said(
+        "the gradient's noise is that of {many} batches", "{says} It grows as the loss falls.", "the probe; McCandlish et al., 2018",
+    ),
+    "growth": Said(
+        "the loss itself makes weights longer",
+        "In steps of {walked} of their length together they grew: {shown}. Harmless at the start of a run; a decay or nw.max_norm ends it.",
+        "the probe",
+    ),
+    "spread": Said(
+        "plain SGD has no rate that suits all matrices",
+        "‖gradient‖ / ‖weight‖ lies between {low:.1g} and {high:.1g}. Adam, auto and relative steps even that out.",
+        "the probe; You et al., 2017 (LARS)",
+    ),
+}

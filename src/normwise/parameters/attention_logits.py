@@ -1,0 +1,70 @@
+"""The attentions of a model, how many heads each has, and what keeps its logits from growing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from normwise.parameters.inventory import Entry
+from normwise.parameters.names import sites
+from normwise.parameters.roles import is_normalisation
+
+_QK_NORM = re.compile(r"(q|k|qk|query|key)_?(layer)?_?(norm|ln)|(layer)?_?(norm|ln)_(q|k|qk|query|key)|attn_(q|k)_norm")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_query_heads")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+_CAPS = ("attn_logit_softcapping", "logit_softcap", "softcap")
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """``path`` is the clean name of ``module``, which holds the layers. ``query`` and ``key`` are names of parameters, biases too, or both
+    are empty and ``fused`` names the tensor of q, k and v. ``heads`` and ``key_heads`` are 0 where the module does not say.
+    ``bounded`` says what bounds the logits (``"QK-norm"``, ``"soft cap"``, ``"cosine"``), "" for nothing that was seen.
+    """
+
+    path: str
+    module: nn.Module
+    query: tuple[str, ...]
+    key: tuple[str, ...]
+    fused: tuple[str, ...]
+    heads: int
+    key_heads: int
+    bounded: str
+
+
+def find_attentions(model: nn.Module, entries: Iterable[Entry]) -> list[Attention]:
+    """Every attention whose queries are known, in the model's order."""
+    known = {id(e.param): e for e in entries if e.attention in ("q", "k", "qkv")}
+    held: dict[str, tuple[nn.Module, dict[str, list[str]]]] = {}
+    for site in sites(model) if known else ():
+        if (e := known.get(id(site.param))) is None:
+            continue
+        above = [(parent, path) for parent, path in site.above() if path]
+        module, inside = (site.home[0], "") if site.local_name.endswith("_proj_weight") else above[0] if above else (site.module, "")
+        path = site.name.removesuffix(f".{site.local_name}").removesuffix(inside).rstrip(".")
+        held.setdefault(path, (module, {}))[1].setdefault(e.attention, []).append(e.name)
+    return [_attention(path, module, parts) for path, (module, parts) in held.items() if {"q", "qkv"} & parts.keys()]
+
+
+def _attention(path: str, module: nn.Module, parts: dict[str, list[str]]) -> Attention:
+    heads = _whole(module, _HEADS)
+    query, key, fused = (tuple(parts.get(part, ())) for part in ("q", "k", "qkv"))
+    return Attention(path, module, query, key, fused, heads, _whole(module, _KEY_HEADS) or heads, _bounded(module))
+
+
+def _whole(module: nn.Module, names: tuple[str, ...]) -> int:
+    """The first of these attributes that is a whole number, of the module or of the configuration that it holds."""
+    places = (module, getattr(module, "config", None))
+    return next((n for place in places for name in names if type(n := getattr(place, name, None)) is int), 0)
+
+
+def _bounded(module: nn.Module) -> str:
+    norms = [name for name, child in module.named_children() if is_normalisation(child) and _QK_NORM.fullmatch(name.lower())]
+    if norms:
+        return "QK-norm"
+    if any(isinstance(getattr(module, name, None), int | float) for name in _CAPS):
+        return "soft cap"
+    return "cosine" if hasattr(module, "logit_scale") else ""

@@ -1,0 +1,207 @@
+"""Advice attaches to the model that it is for and acts there; its figures are those of the committed results; its guesses are measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import normwise as nw
+from advise_cases import CASES, batches, loss, made
+from normwise.advice import GOALS, Advice, costs, goals
+from normwise.errors import PolicyError
+from normwise.parameters.attention_logits import find_attentions
+from normwise.parameters.inventory import Inventory
+from normwise.parameters.scale_free import scale_free
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def advised(request: pytest.FixtureRequest) -> tuple[str, dict[str, Advice]]:
+    """A case and the answer to every goal."""
+    model = made(request.param)
+    return request.param, {goal: nw.advise(model, goal) for goal in GOALS}
+
+
+def test_the_policy_attaches_steps_and_holds(advised: tuple[str, dict[str, Advice]]) -> None:
+    """Every goal on every kind of model: no rule is refused, every bound holds after steps, every rule acts on something."""
+    case, answers = advised
+    for goal, advice in answers.items():
+        assert not [one for one in advice.lines if one.source == "tried on your model"], (goal, [str(one) for one in advice.lines])
+        model = made(case)
+        optimizer = advice.optimizer.build(model)
+        control = nw.attach(model, optimizer, advice.policy)
+        for batch in batches(case, 2):
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            optimizer.step()
+        found = control.verify()
+        assert found.breaches == [] and found.never_ran == [], (goal, str(found))
+        assert all(rule.tensors for rule in control.receipt().rules), (goal, str(control.receipt()))
+        control.remove()
+
+
+def test_what_is_written_is_the_same_policy(advised: tuple[str, dict[str, Advice]]) -> None:
+    case, answers = advised
+    for advice in answers.values():
+        assert nw.Policy.from_yaml(advice.yaml()) == advice.policy
+        space: dict[str, Any] = {"model": made(case)}
+        exec(advice.python(), space)
+        assert space["policy"] == advice.policy
+        assert type(space["optimizer"]) is type(advice.optimizer.build(made(case)))
+        data = json.loads(advice.to_json())
+        assert [line["what"] for line in data["lines"]] == [line.what for line in advice.lines]
+
+
+def test_it_is_legible_at_a_hundred_columns(advised: tuple[str, dict[str, Advice]]) -> None:
+    for advice in advised[1].values():
+        assert max(map(len, str(advice).splitlines())) <= 100
+        for line in advice.lines:
+            assert line.why and line.source and line.on
+
+
+def test_every_goal_says_something_to_do_and_names_a_source_that_there_is() -> None:
+    pages = {name for advice in (nw.advise(made(case), goal) for case in ("mlp", "decoder", "residual", "lora") for goal in GOALS)
+             for line in advice.lines for name in re.findall(r"docs/[\w-]+\.md", line.source)}  # fmt: skip
+    assert len(pages) > 5
+    assert [page for page in pages if not (ROOT / page).is_file()] == []
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_shares_are_those_of_the_benchmarks() -> None:
+    control = json.loads((ROOT / "docs" / "results" / "bench-control.json").read_text())["rows"]
+    large = [row for row in control if re.search(r"0\.70M|4\.8M", row["case"]) and "share" in row and "zero" not in row["state"]]
+    for kind, rules in (("clip", "clip_grad_norm"), ("bound", "max_norm"), ("clamp", "clip_weight_value")):
+        shares = [100 * row["share"] for row in large if row["rules"] == rules]
+        assert len(shares) >= 5, sorted({row["rules"] for row in large})
+        assert costs.SHARES[kind] == (round(min(shares), 1), round(max(shares), 1)), kind
+    cap = [100 * row["share"] for row in json.loads((ROOT / "docs" / "results" / "bench-cap.json").read_text())["rows"]]
+    assert costs.SHARES["cap"] == (round(min(cap), 1), round(max(cap), 1))
+
+
+def test_the_races_figures_are_the_readmes() -> None:
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| auto |"))
+    said = dict(zip(("cnn", "resnet", "lstm", "gpt"), re.findall(r"(\d\.\d+) / (\d\.\d+)", line), strict=True))
+    for task, samples, seconds in goals.RACES.values():
+        assert said[task] == (f"{samples:.2f}", f"{seconds:.2f}")
+
+
+def test_a_matrix_steps_cost_is_counted_from_shapes() -> None:
+    """Two linear layers by hand: 4m²n + m³ each, against 6 operations a weight and position."""
+    entries = [e for e in Inventory(made("mlp")).trainable if e.role == "hidden"]
+    operations = sum(4 * m * m * n + m**3 for m, n in ((6, 12), (12, 12)))
+    said = costs.ridge(entries)
+    assert said.startswith(f"{operations / 1e3:.3g} kFLOP") and f"on {operations / (6 * (72 + 144)):,.0f} more" in said
+
+
+# -------------------------------------------------------------------------------------------------------------- guesses
+
+
+def doubled(case: str) -> set[str]:
+    """The matrices that can be doubled without a change of the loss: tried, one by one."""
+    model, batch, found = made(case), batches(case, 1)[0], set()
+    with torch.no_grad():
+        before = loss(model, batch)
+        for e in Inventory(model).trainable:
+            if e.param.ndim >= 2 and e.role in ("hidden", "conv", "head"):
+                e.param.mul_(2)
+                if abs(loss(model, batch) - before) < 1e-4:
+                    found.add(e.name)
+                e.param.div_(2)
+    return found
+
+
+@pytest.mark.parametrize("case", ["residual", "decoder", "mlp"])
+def test_the_guess_of_scale_free_weights_is_what_doubling_shows(case: str) -> None:
+    model = made(case)
+    assert set(scale_free(model, Inventory(model).trainable)) == doubled(case)
+    assert (case == "residual") == bool(doubled(case))
+
+
+class PostNorms(nn.Module):
+    """Norms behind a sum, behind a bent line, behind a layer with a bias, behind a reshaped layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summed, self.bent, self.shifted = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+        self.moved, self.named = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.norm1, self.norm2, self.norm3, self.norm4, self.norm5 = (nn.LayerNorm(8 if i != 3 else 4) for i in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(x + self.summed(x))
+        x = self.norm2(torch.tanh(self.bent(x)))
+        x = self.norm3(self.shifted(x))
+        x = self.norm4(self.moved(x).view(-1, 2, 4)).flatten(1)
+        y = self.named(x)
+        return self.norm5(y)
+
+
+def test_only_a_norm_right_behind_counts() -> None:
+    model = PostNorms()
+    assert set(scale_free(model, Inventory(model).trainable)) == {"moved.weight", "named.weight"}
+
+
+def test_what_bounds_logits_is_seen() -> None:
+    found = {case: find_attentions(model := made(case), Inventory(model)) for case in ("decoder", "qk-norm", "multihead", "mlp")}
+    assert [(a.path, a.heads, a.bounded) for a in found["decoder"]] == [("attention", 4, "")]
+    assert [a.bounded for a in found["qk-norm"]] == ["QK-norm"]
+    assert [(a.path, a.heads, a.fused) for a in found["multihead"]] == [("attention", 4, ("attention.in_proj_weight",))]
+    assert found["mlp"] == []
+
+
+def test_qk_norm_is_told_apart_in_what_is_said() -> None:
+    assert any("watch" in line.what for line in nw.advise(made("decoder"), "stability").lines)
+    assert not any("watch" in line.what for line in nw.advise(made("qk-norm"), "stability").lines)
+
+
+def test_a_new_head_and_empty_weights_are_not_held() -> None:
+    """A ball of a thirtieth around fresh or empty weights would keep them from learning."""
+    advice = nw.advise(made("zeros"), "finetuning")
+    [rule] = advice.policy
+    assert rule.exclude == ("2.weight",)    # the head has its own role, which is not selected
+    assert rule.params == ("role:hidden",)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(("model", "goal", "more", "says"), [
+    ([1], "speed", {}, "given a list"),
+    ("mlp", "fast", {}, "Allowed: finetuning, generalisation, lipschitz, plasticity, quantisation, sparsity, speed, stability"),
+    ("mlp", 3, {}, "is unknown"),
+    ("mlp", "speed", {"batches": []}, "without loss="),
+    ("mlp", "speed", {"loss": loss}, "without batches="),
+])  # fmt: skip
+def test_bad_input_is_one_sentence(model: Any, goal: Any, more: dict[str, Any], says: str) -> None:
+    with pytest.raises(PolicyError, match=re.escape(says)) as error:
+        nw.advise(made(model) if isinstance(model, str) else model, goal, **more)
+    assert "\n" not in str(error.value)
+
+
+def test_a_frozen_model_is_refused() -> None:
+    with pytest.raises(PolicyError, match="no trainable parameters"):
+        nw.advise(made("mlp").requires_grad_(False))
+
+
+def test_a_rule_that_the_model_refuses_becomes_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from normwise.advice.answer import Call
+
+    real = goals.GOALS["stability"]
+
+    def with_a_bad_rule(facts: Any) -> Any:
+        recipe, lines = real(facts)
+        return recipe, [*lines, goals.do("decay", Call("max_norm", {"radius": 1.0, "params": "role:conv"}), [])]
+
+    monkeypatch.setitem(goals.GOALS, "stability", with_a_bad_rule)
+    advice = nw.advise(made("mlp"), "stability")
+    [line] = [line for line in advice.lines if line.source == "tried on your model"]
+    assert line.verdict == "leave" and "matches no parameter" in line.why
+    assert len(advice.policy) == 2

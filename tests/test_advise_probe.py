@@ -1,0 +1,322 @@
+"""A probe measures what it says, against figures from elsewhere, and leaves everything bit for bit as it was."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import normwise as nw
+from advise_cases import Attention, batches, loss, made, states
+from normwise.advice import kept
+from normwise.advice import probe as probing
+from normwise.advice.logits import watched
+from normwise.advice.probe import probe
+from normwise.errors import DataError
+from normwise.parameters.attention_logits import find_attentions
+from normwise.parameters.inventory import Inventory
+
+
+def everything(model: nn.Module, loader: Any) -> list[Any]:
+    """Bits of weights, buffers, gradients and generators, and what hangs on the modules."""
+    bits = [tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in states(model)]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training, sorted(m._buffers)) for m in model.modules()]
+    on_tensors = [len(p._backward_hooks or ()) for p in model.parameters()]
+    numbers = np.random.get_state()
+    generators = [random.getstate(), numbers[1].tobytes(), numbers[2:], torch.get_rng_state().numpy().tobytes()]
+    return [bits, hooks, on_tensors, generators, loader.generator.get_state().numpy().tobytes()]
+
+
+class Raises(Exception):
+    pass
+
+
+def noisy(fail_at: int, error: type[BaseException] = Raises) -> Any:
+    """A loss that uses every generator, and raises in the middle."""
+    calls: list[int] = []
+
+    def of(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(0)
+        value = loss(model, batch) * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand()) + 0.1 * float(torch.rand(())))
+        if len(calls) > fail_at:
+            raise error("in the middle")
+        return value
+
+    return of
+
+
+@pytest.mark.parametrize("case", ["residual", "decoder", "lora"])
+@pytest.mark.parametrize("how", ["in place", "from files", "a copy", "raises", "interrupted"])
+def test_everything_comes_back_bit_for_bit(case: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(case)
+    loader = torch.utils.data.DataLoader(batches(case, 30), batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(5))
+    loss(model, batches(case, 1)[0]).backward()    # gradients that are there, and buffers that have moved
+    if how == "from files":
+        monkeypatch.setattr(kept, "IN_MEMORY", 0)
+    before = everything(model, loader)
+    if how == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            probe(model, loader, noisy(17, KeyboardInterrupt))
+    elif how == "raises":
+        with pytest.raises(DataError, match="Raises: in the middle"):
+            probe(model, loader, noisy(20))
+    else:
+        found = probe(model, loader, noisy(1000), copy=how == "a copy")
+        assert found.losses[0] != found.losses[-1]
+    assert everything(model, loader) == before
+
+
+def test_it_would_see_a_change() -> None:
+    model = made("residual")
+    loader = torch.utils.data.DataLoader(batches("residual"), batch_size=None, generator=torch.Generator())
+    before = everything(model, loader)
+    with torch.no_grad():
+        model.bn1.running_mean[0] += 1e-6
+    assert everything(model, loader) != before
+
+
+def test_a_buffer_that_the_forward_pass_makes_is_gone_afterwards() -> None:
+    class Caches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.register_buffer("cache", x.detach())
+            self.seen = self.seen + 1    # in another tensor
+            out: Tensor = self.layer(x)
+            return out
+
+    model = Caches()
+    buffer = model.seen
+    probe(model, batches("mlp"), loss)
+    assert dict(model._buffers) == {"seen": buffer} and float(buffer) == 0
+
+
+def test_frozen_weights_are_not_kept_and_the_limit_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA's base needs no memory; beyond the limit nothing is kept in memory."""
+    model = made("lora")
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    assert probe(model, batches("lora", 8), loss, steps=8).kept_bytes == trained
+    asked: list[int] = []
+    real = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *given, **more: (asked.append(more["size"]), real(*given, **more))[1])
+    monkeypatch.setattr(kept, "IN_MEMORY", trained // 2)
+    probe(model, batches("lora", 8), loss, steps=8)
+    assert trained // 2 <= 4 * sum(asked) < trained
+
+
+# ------------------------------------------------------------------------------------------------------ what it measures
+
+
+class Slope(nn.Module):
+    """A weight whose gradient is the mean of the rows of a batch."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return (rows @ self.weight).mean()
+
+
+def test_noise_is_the_ratio_that_the_data_were_drawn_with() -> None:
+    """Rows of mean μ and covariance Σ: tr Σ / (batch · ‖μ‖²), whatever the weights are."""
+    size, batch, ratio = 400, 16, 1.7
+    mean = torch.full((size,), 0.05)
+    sigma = math.sqrt(ratio * batch * float(mean.square().sum()) / size)
+    rows = torch.randn(90, batch, size, generator=torch.Generator().manual_seed(0)) * sigma + mean
+    found = probe(Slope(size), list(rows), lambda model, batch: model(batch), steps=90)
+    assert found.noise == pytest.approx(ratio, rel=0.15)
+
+
+def test_a_spike_is_found_where_it_was_put_and_zclip_follows() -> None:
+    data = batches("mlp")
+    data[13] = (data[13][0] * 60, data[13][1])
+    advice = nw.advise(made("mlp"), "speed", batches=data, loss=loss)
+    assert advice.probe is not None and advice.probe.spikes == (13,)
+    assert [call.name for call in advice.calls] == ["zclip"] and len(advice.policy) == 1
+    calm = nw.advise(made("mlp"), "speed", batches=batches("mlp"), loss=loss)
+    assert calm.probe is not None and calm.probe.spikes == () and len(calm.policy) == 0
+
+
+def test_gradients_that_are_not_finite_are_named() -> None:
+    def sometimes(model: nn.Module, batch: Any) -> Tensor:
+        value = loss(model, batch)
+        return value + (model[2].weight.sum() * math.inf * 0 if batch is data[9] else 0)
+
+    data = batches("mlp")
+    advice = nw.advise(made("mlp"), "speed", batches=data, loss=sometimes)
+    assert advice.probe is not None and dict(advice.probe.nonfinite) == {"2.weight": 1}
+    assert advice.on_nonfinite == "skip" and "on_nonfinite='skip'" in advice.python()
+    assert any("2.weight" in line.why for line in advice.lines)
+
+
+def test_a_parameter_that_nothing_trains_is_named() -> None:
+    model = made("mlp")
+    model.unused = nn.Linear(3, 3)
+    found = probe(nn.ModuleDict({"net": model, "left": nn.Linear(2, 2)}), batches("mlp"), lambda m, b: loss(m["net"][:5], b))
+    assert found.idle == ("net.unused.weight", "net.unused.bias", "left.weight", "left.bias")
+
+
+class Normalised(nn.Module):
+    """Scale-free through a BatchNorm (each row), through a LayerNorm (all rows together), and not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.batch = nn.Linear(6, 24), nn.BatchNorm1d(24)
+        self.whole, self.layer = nn.Linear(24, 24, bias=False), nn.LayerNorm(24)
+        self.free, self.head = nn.Linear(24, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.batch(self.rows(x)))
+        y = 3 * self.whole(x)    # no source that says so
+        logits: Tensor = self.head(F.relu(self.free(self.layer(y))))
+        return logits
+
+
+def test_scale_free_weights_are_told_by_their_gradients() -> None:
+    """Against what doubling a weight does to the loss."""
+    model, batch, doubled = Normalised(), batches("mlp", 1)[0], {}
+    for name in ("rows", "whole", "free", "head"):
+        weight = model.get_submodule(name).weight
+        with torch.no_grad():
+            before = loss(model, batch)
+            weight.mul_(2)
+            doubled[f"{name}.weight"] = bool(abs(loss(model, batch) - before) < 1e-3)
+            weight.div_(2)
+    found = probe(model, batches("mlp"), loss)
+    assert found.scale_free == doubled == {"rows.weight": True, "whole.weight": True, "free.weight": False, "head.weight": False}
+    lines = nw.advise(model, batches=batches("mlp"), loss=loss).lines
+    [line] = [line for line in lines if "scale-free" in line.what]
+    assert line.basis == "probe" and line.tensors == 2
+
+
+def test_a_wrong_guess_is_corrected() -> None:
+    class Second(nn.Module):
+        """The layer's result goes past its norm, too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm, self.head = nn.Linear(6, 6, bias=False), nn.LayerNorm(6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            logits: Tensor = self.head(self.norm(y) + y)
+            return logits
+
+    lines = nw.advise(Second(), batches=batches("mlp"), loss=loss).lines
+    assert [line.on for line in lines if line.what == "not scale-free after all"] == ["layer.weight"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_logits_are_those_of_the_formula(fused: bool) -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(fused), torch.randn(3, 7, 16)
+    q, k = (layer(x).unflatten(2, (4, 4)).transpose(1, 2) for layer in (attention.q_proj, attention.k_proj))
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(4)
+    expected = logits.masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), -math.inf).amax((0, 2, 3))
+    holder = nn.ModuleDict({"inner": attention})
+    with watched(find_attentions(holder, Inventory(holder))) as watch:
+        attention(x)
+    torch.testing.assert_close(watch.largest["inner"], expected.detach())
+
+
+def test_torchs_own_attention_is_seen() -> None:
+    model = made("multihead")
+    ids = batches("multihead", 1)[0][0]
+    with watched(find_attentions(model, Inventory(model))) as watch:
+        model(ids)
+    x = model.tokens(ids)
+    q, k, _ = F.linear(x, model.attention.in_proj_weight, model.attention.in_proj_bias).chunk(3, -1)
+    q, k = (part.unflatten(2, (4, 4)).transpose(1, 2) for part in (q, k))
+    assert float(watch.largest["attention"].max()) == pytest.approx(float((q @ k.mT / 2).detach().max()), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["decoder", "multihead"])
+def test_large_logits_bring_qk_clip_that_acts(case: str) -> None:
+    model = made(case)
+    with torch.no_grad():
+        for e in Inventory(model):
+            if e.attention in ("q", "k"):
+                e.param.mul_(40)
+            elif e.attention == "qkv":
+                e.param[:32].mul_(40)
+    advice = nw.advise(model, "speed", batches=batches(case), loss=loss)
+    assert [call.name for call in advice.calls][-1] == "qk_clip"    # saturated softmaxes may spike as well
+    optimizer = advice.optimizer.build(model)
+    control = nw.attach(model, optimizer, advice.policy)
+    loss(model, batches(case, 1)[0]).backward()
+    control.report_max_logits("attention", torch.full((4,), 400.0))
+    optimizer.step()
+    assert sum(rule.changed or 0 for rule in control.receipt().rules) > 0
+
+
+def test_growth_is_that_of_a_loss_that_wants_length() -> None:
+    """Steps of 1% against a gradient of −w: 1.01³⁰."""
+    found = probe(nn.Sequential(nn.Linear(4, 4, bias=False)), [0] * 30, lambda model, _: -model[0].weight.square().sum())
+    assert found.growth["head"] == pytest.approx(1.01**30 - 1, rel=1e-4) and found.walked == pytest.approx(0.3)
+    assert found.noise is None
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+
+
+def endless() -> Iterator[Any]:
+    while True:
+        yield from batches("mlp", 1)
+
+
+def nothing_trained(model: nn.Module, batch: Any) -> Tensor:
+    return torch.ones((), requires_grad=True)
+
+
+@pytest.mark.parametrize(("data", "of", "steps", "says"), [
+    (batches("mlp", 12), loss, 30, "ended after 12, and the probe asks for 30"),
+    (7, loss, 30, "the batches are a int"),
+    (endless(), 3, 30, "the loss is a int"),
+    (endless(), loss, 3, "steps=3"),
+    (endless(), lambda m, b: loss(m, b) * math.nan, 30, "of the first batch is nan"),
+    (endless(), lambda m, b: m(b[0]), 30, "of shape (8, 5)"),
+    (endless(), lambda m, b: 3.0, 30, "is a float"),
+    (endless(), lambda m, b: loss(m, b).detach(), 30, "depends on no trainable parameter"),
+    (endless(), nothing_trained, 30, "depends on no trainable parameter"),
+    (endless(), lambda m, b: 1 / 0, 30, "ZeroDivisionError"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence_and_changes_nothing(data: Any, of: Any, steps: int, says: str) -> None:
+    model = made("mlp")
+    before = [t.clone() for t in states(model)]
+    with pytest.raises(DataError, match=re.escape(says)) as error:
+        nw.advise(model, batches=data, loss=of, steps=steps)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, states(model), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_batch_that_cannot_be_halved_is_taken_whole() -> None:
+    class Odd:
+        def __init__(self, pair: tuple[Tensor, Tensor]) -> None:
+            self.pair = pair
+
+    found = probe(made("mlp"), [Odd(pair) for pair in batches("mlp")], lambda m, b: loss(m, b.pair))
+    assert found.noise is None and len(found.norms) == 30
+    named = probe(made("mlp"), [{"x": x, "y": y, "extra": "text"} for x, y in batches("mlp")], lambda m, b: loss(m, (b["x"], b["y"])))
+    assert named.noise is not None
+
+
+def test_halves_are_the_batch() -> None:
+    batch = {"x": torch.arange(6).view(6, 1), "more": (torch.arange(6), torch.ones(3), "name")}
+    halves = probing._halves(batch)
+    assert halves is not None
+    assert torch.equal(torch.cat([half["x"] for half in halves]), batch["x"])
+    assert torch.equal(halves[1]["more"][0], torch.arange(3, 6)) and torch.equal(halves[0]["more"][1], torch.ones(3))
+    assert probing._halves({"x": torch.ones(1, 3)}) is None and probing._halves("text") is None
