@@ -21,8 +21,9 @@ from normwise.advice.facts import Facts
 PAGE = census_page.ROOT / "docs" / "advise-census.md"
 NAMES = (
     "gpt2", "llama", "qwen3", "gemma2", "mixtral", "gpt_oss", "deepseek_v3", "bert", "modernbert", "deberta-v2", "t5", "bart", "vit",
-    "swin", "swinv2", "convnext", "resnet", "mobilenet_v2", "detr", "clip", "wav2vec2", "whisper", "mamba", "rwkv", "recurrent_gemma",
-    "nanoGPT", "LSTM of letters", "segmentation", "MLP", "two towers and a temperature", "weight_norm", "LoRA on Llama, the head trained too",
+    "swin", "swinv2", "convnext", "resnet", "mobilenet_v2", "detr", "clip", "wav2vec2", "whisper", "mamba", "rwkv",
+    "recurrent_gemma", "nanoGPT", "LSTM of letters", "segmentation", "MLP", "two towers and a temperature", "weight_norm",
+    "LoRA on Llama, the head trained too",
 )  # fmt: skip
 """Of every group of the census, and every kind of attention, normalisation and adapter that advice tells apart."""
 COLUMNS = ("model", "steps", "scale-free", "attention logits", "stability", "lipschitz", "sparsity", "quantisation", "finetuning",

@@ -101,8 +101,8 @@ SAID: dict[str, Said] = {
     ),
     "no caps": Said(
         "spectral caps on what a normalisation divides out",
-        "A cap would change nothing of what the network computes, and the normalisation itself has no bound. If you need one, take a network "
-        "without normalisation.", "docs/advise.md#what-it-looks-at; Gouk et al., 2021",
+        "A cap would change nothing of what the network computes, and the normalisation itself has no bound. If you need one, take a "
+        "network without normalisation.", "docs/advise.md#what-it-looks-at; Gouk et al., 2021",
     ),
     "nothing to keep": Said(
         "bounds on weights", "The base is frozen, or there are no matrices: nothing here can lose its plasticity.",
