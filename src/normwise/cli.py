@@ -287,8 +287,8 @@ def _demo(args: argparse.Namespace) -> int:
 def _add_advise(commands: Any) -> None:
     parser = commands.add_parser(
         "advise", help="which rules and which optimizer to start with, for a model of yours, and why",
-        description="Calls FUNCTION, which returns a model, or (model, batches, loss) for a probe, and advises a policy and an optimizer for "
-        "a goal. Nothing is trained, and the probe puts everything back.",
+        description="Calls FUNCTION, which returns a model, or (model, batches, loss) for a probe, and advises a policy and an optimizer "
+        "for a goal. Nothing is trained, and the probe puts everything back.",
     )  # fmt: skip
     parser.add_argument("function", metavar="PACKAGE.MODULE:FUNCTION", help="a function of yours that takes no arguments")
     parser.add_argument("--goal", default="speed", metavar="NAME", help="speed (default), generalisation, sparsity, stability, lipschitz, "
