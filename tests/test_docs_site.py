@@ -18,7 +18,9 @@ from normwise.policy.named import NAMED
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 REFERENCE = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "reference").glob("*.md")))
-MODULES = ("normwise", "normwise.optim", "normwise.norms", "normwise.norms.linalg", "normwise.prune", "normwise.inspection")
+MODULES = (
+    "normwise", "normwise.optim", "normwise.norms", "normwise.norms.linalg", "normwise.prune", "normwise.inspection", "normwise.advice",
+)  # fmt: skip
 PUBLIC = [f"{module}.{name}" for module in MODULES for name in importlib.import_module(module).__all__]
 
 
@@ -104,6 +106,6 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) 
     reference = "".join(text for page, text in pages.items() if page.parent.name == "reference")
     shown = set(re.findall(r'id="normwise[\w.]*\.(\w+)"', reference))
     elsewhere = {*NAMED, *nw.optim.PRESETS, "auto"}    # the gallery has them
-    plain = {"PRESETS", "FORMS", "METHODS", "schedules", "radii", "norms", "optim", "integrations"}    # tables and rooms, in sentences
+    plain = {"PRESETS", "GOALS", "FORMS", "METHODS", "schedules", "radii", "norms", "optim", "integrations"}    # tables and rooms, in sentences
     assert {name.rpartition(".")[2] for name in PUBLIC} - shown - elsewhere - plain == set()
     assert (tmp_path / "llms.txt").read_text(encoding="utf-8").count("\n- [") > 80
