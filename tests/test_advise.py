@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import normwise as nw
 from advise_cases import CASES, batches, loss, made
+from normwise import cli
 from normwise.advice import GOALS, Advice, costs, goals
 from normwise.errors import PolicyError
 from normwise.parameters.attention_logits import find_attentions
@@ -205,3 +207,56 @@ def test_a_rule_that_the_model_refuses_becomes_a_reason(monkeypatch: pytest.Monk
     [line] = [line for line in advice.lines if line.source == "tried on your model"]
     assert line.verdict == "leave" and "matches no parameter" in line.why
     assert len(advice.policy) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- the command
+
+MINE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+def plain(): return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+def loss(model, batch): return F.cross_entropy(model(batch), torch.zeros(len(batch), dtype=torch.long))
+def probed(): return plain(), [torch.randn(8, 6) for _ in range(30)], loss
+def few(): return plain(), [torch.randn(8, 6)] * 3, loss
+def asks(width): return plain()
+def three(): return 3
+def pair(): return plain(), []
+def raises(): raise ValueError("no\\nway")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine_to_advise.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine_to_advise", raising=False)
+    return tmp_path
+
+
+def test_the_command_writes_what_it_says(mine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["--json", "a.json", "--yaml", "a.yaml", "--python", "a.py"]
+    status = cli.main(["advise", "mine_to_advise:probed", "--goal", "stability", *files])
+    said = capsys.readouterr()
+    assert status == 0 and "nw.zclip(2.5)" in said.out and "gradient noise" in said.out
+    monkeypatch.syspath_prepend(str(mine))
+    space: dict[str, Any] = {}
+    exec((mine / "a.py").read_text(), space)    # as pasted: it makes the model, too
+    assert space["policy"] == nw.Policy.load(mine / "a.yaml") == space["control"].policy
+    assert json.loads((mine / "a.json").read_text())["probe"]["batches"] == 30
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ("mine_to_advise:plain --goal fast", "Allowed: finetuning"), ("mine_to_advise:few", "ended after 3"),
+    ("mine_to_advise:asks", "missing 1 required positional argument"), ("mine_to_advise:three", "returned a int"),
+    ("mine_to_advise:pair", "returned a tuple of 2"), ("mine_to_advise:raises", "ValueError: no way"),
+    ("mine_to_advise:none", "no attribute"),
+    ("nowhere_at_all:plain", "No module named"), ("mine_to_advise", "is no function"), ("mine_to_advise:plain --yaml .", "to a folder"),
+    ("mine_to_advise:plain --steps 0", "whole number"), ("", "required"),
+])  # fmt: skip
+def test_a_wrong_argument_is_one_sentence_and_status_2(arguments: str, says: str, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["advise", *arguments.split()]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1 and says in said.err
+    assert [path.name for path in mine.iterdir() if path.suffix not in (".py", "")] == []
