@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import normwise as nw
@@ -193,7 +194,8 @@ def signature(call: str, made: Any) -> str:
     """As it is called, without types."""
     found = inspect.signature(made)
     shown = [p.replace(annotation=p.empty) for p in found.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    return f"{call}{found.replace(parameters=shown, return_annotation=found.empty)}"
+    whole = f"{call}{found.replace(parameters=shown, return_annotation=found.empty)}"
+    return "\n".join(wrap(whole, 88, subsequent_indent="    ", break_long_words=False))
 
 
 def rule_page(name: str) -> str:
@@ -255,8 +257,13 @@ def index() -> str:
     parts = ["# Gallery", about]
     kinds = {**{family: {name: NAMED[name] for name in names} for family, names in FAMILIES.items()}, "Optimizers": PRESETS}
     for family, members in kinds.items():
-        lines = [(f"[`{name}`]({name.lower()}.md)", sections(inspect.getdoc(made) or "", name)[0]) for name, made in members.items()]
-        parts += [f"## {family}", table([{"name": link, "what it does": first.replace("|", "\\|")} for link, first in lines])]
+        lines = []
+        for name, made in members.items():
+            first = sections(inspect.getdoc(made) or "", name)[0]
+            picture = f'<img src="images/{name.lower()}.png" width="140" loading="lazy" alt="">'
+            about = first.replace("|", "\\|")
+            lines.append({"name": f"[`{name}`]({name.lower()}.md)", "what it does": about, "": f"[{picture}]({name.lower()}.md)"})
+        parts += [f"## {family}", table(lines)]
     return "\n\n".join(parts) + "\n"
 
 

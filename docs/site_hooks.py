@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,22 @@ from mkdocs.structure.pages import Page
 import normwise as nw
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+import gallery  # noqa: E402 - beside this file
+
 FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md")
 SOURCE = re.compile(r"\]\((?:\.\./)+((?:examples|src|tests)/[\w/.-]+)\.py\)")
 
 
 # ---------------------------------------------------------------------------------------------------------- pages
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The pages of the gallery, in its order, under its tab."""
+    [tab] = [entry["Gallery"] for entry in config.nav if "Gallery" in entry]
+    families = {**gallery.FAMILIES, "Optimizers": tuple(map(str.lower, gallery.PRESETS))}
+    tab += [{family: [f"gallery/{name}.md" for name in names]} for family, names in families.items()]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -54,10 +66,11 @@ BEGINS = re.compile(r"(?:[-*]|\d+\.) |\||<!--")
 
 
 def spaced(text: str) -> str:
-    """A blank line before each list and table and around each comment: a code host needs none."""
+    """A blank line before each list and table and around each comment, and no escapes in code of tables: a code host wants it otherwise."""
     found: list[str] = []
     fenced = False
-    for line in text.splitlines():
+    for given in text.splitlines():
+        line = re.sub(r"`[^`]*`", lambda m: m[0].replace("\\|", "|"), given) if given.startswith("|") else given    # else the \\ is shown
         above = found[-1] if found else ""
         kind, kind_above = (m[0][:1] if (m := BEGINS.match(one)) else "" for one in (line, above))
         if not fenced and above and ((kind and kind != kind_above and not above.startswith("  ")) or above.endswith("-->")):
@@ -74,7 +87,7 @@ def for_models(pages: list[tuple[Path, str]]) -> str:
         title, _, rest = text.partition("\n")
         prose = re.sub(r"<!--.*?-->|```.*?```", "", rest, flags=re.DOTALL)
         first = next((part for part in prose.split("\n\n") if part.strip() and part.strip()[0] not in "|#!:"), "")
-        sentence = " ".join(re.split(r"(?<=[.:?])\s", first.strip(), maxsplit=1)[0].split())
+        sentence = " ".join(re.split(r"(?<=[.?])\s", first.strip(), maxsplit=1)[0].split())
         name = path.relative_to(ROOT / "docs" if path.is_relative_to(ROOT / "docs") else ROOT).with_suffix(".html")
         lines.append(f"- [{title.lstrip('# ').replace('`', '')}]({name}): {sentence}")
     return "\n".join([*lines[:6], *sorted(lines[6:])]) + "\n"

@@ -86,6 +86,7 @@ def test_a_page_reads_alike_on_a_code_host_and_on_the_site(monkeypatch: pytest.M
     assert hooks.spaced(text) == (
         "words:\n\n- one\n  more\n- two\n\n<!-- races -->\n\n| a |\n|---|\n| 1 |\n\n<!-- end races -->\n\nafter\n```\nx\n- kept\n```"
     )
+    assert hooks.spaced("| `a\\|b` | \\|c\\| |") == "| `a|b` | \\|c\\| |"
     assert hooks.relinked("[a](docs/race.md) [b](README.md)", "CHANGELOG.md") == "[a](race.md) [b](index.md)"
     assert hooks.relinked("[a](../examples/gpt.py) [b](../CONTRIBUTING.md)", "peft.md") == "[a](examples/gpt.md) [b](CONTRIBUTING.md)"
     assert hooks.relinked("[a](../../examples/gpt.py)", "zh/start.md") == "[a](../examples/gpt.md)"
