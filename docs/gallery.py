@@ -262,7 +262,7 @@ def index() -> str:
             first = sections(inspect.getdoc(made) or "", name)[0]
             picture = f'<img src="images/{name.lower()}.png" width="140" loading="lazy" alt="">'
             about = first.replace("|", "\\|")
-            lines.append({"name": f"[`{name}`]({name.lower()}.md)", "what it does": about, "": f"[{picture}]({name.lower()}.md)"})
+            lines.append({"name": f"[`{name}`]({name.lower()}.md)<br>[{picture}]({name.lower()}.md)", "what it does": about})
         parts += [f"## {family}", table(lines)]
     return "\n\n".join(parts) + "\n"
 
