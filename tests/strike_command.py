@@ -22,10 +22,11 @@ COMMANDS = {
 }
 
 
-def shorten(put: Callable[[Any, str, Any], None] = setattr) -> None:
+def shorten(put: Callable[[Any, str, Any], None] = setattr, put_item: Callable[[Any, str, Any], None] = dict.__setitem__) -> None:
     """Every budget called quick."""
     put(compare, "BUDGETS", {"quick": compare.Budget(9, 0.04, 2, 1)})
-    put(protocol, "BUDGETS", {"quick": protocol.Budget(trials=2, seeds=2, doublings=0, scale=0.01, contenders=("muon",), rounds=1)})
+    micro = protocol.Budget(trials=2, seeds=2, doublings=0, scale=0.01, contenders=("muon",), rounds=1)
+    put_item(protocol.PROTOCOLS[protocol.PROTOCOL].budgets, "quick", micro)
     put(protocol, "RATIO", 0.5)
     put(gan, "BUDGETS", {"quick": gan.Budget(9, 2, 4, 16, 4, 2, 40, 1, None, ("hinge",))})
     put(gan, "train_judge", partial(train_judge, epochs=2))

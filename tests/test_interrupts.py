@@ -354,7 +354,7 @@ SHORT_RUNS: dict[str, Callable[[], dict[str, Any]]] = {
 def result_of(name: str) -> dict[str, Any]:
     """Results of a study, trained in seconds."""
     with pytest.MonkeyPatch.context() as patch, pool_module.one_thread():
-        strike_command.shorten(patch.setattr)
+        strike_command.shorten(patch.setattr, patch.setitem)
         return SHORT_RUNS[name]()
 
 

@@ -171,7 +171,7 @@ def lasting(value: Any) -> Any:
 def test_a_cluster_that_loses_a_worker_in_the_middle_ends_with_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A race on two worker processes, of which one is killed: the runs that it had are done by the other."""
     pytest.importorskip("distributed", reason="the extra 'dask'")
-    monkeypatch.setitem(protocol.BUDGETS, "quick", protocol.Budget(3, 2, 0, 0.02, ("muon",), 1))
+    monkeypatch.setitem(protocol.BUDGETS_2, "quick", protocol.Budget(3, 2, 0, 0.02, ("muon",), 1))
     monkeypatch.setattr(protocol, "RATIO", 0.5)
     options = {"task": "lstm", "budget": "quick", "size": "tiny", "only": []}
     alone = lasting(json.loads(json.dumps(race(Options(**options)))))
@@ -309,7 +309,7 @@ def test_a_study_without_outputs_resumes_from_this_folder(tmp_path: Path, monkey
     from normwise import cli
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(protocol.BUDGETS, "quick", protocol.Budget(1, 1, 0, 0.005, (), 1))
+    monkeypatch.setitem(protocol.BUDGETS_2, "quick", protocol.Budget(1, 1, 0, 0.005, (), 1))
     command = ["race", "lstm", "--tiny", "--budget", "quick", "--workers", "1"]
     assert cli.main(command) == 0 and cli.main(command) == 0
     kept = Store(tmp_path / "race-lstm.runs.jsonl")
