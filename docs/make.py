@@ -268,7 +268,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gan": ("gan", lambda results: markdown(results["rows"])),
     **{f"prune {name}": (f"prune-{name.replace(' ', '-')}", smaller)
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
-    **{f"recipe {name}": (f"recipe-{name}", recipe) for name in ("plasticity", "spikes", "finetune")},
+    **{f"recipe {name}": (f"recipe-{name}", recipe) for name in ("plasticity", "spikes", "finetune", "quantise")},
     "lora rows": ("lora-rows", lora),
     "tune space": (None, searched),
     "tune results": ("tune", tuned),

@@ -19,9 +19,10 @@ from normwise import cli
 from normwise.experiments.cells import Cell
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.framework.study import TUNING_SEED, Options
-from normwise.experiments.recipes import finetune, plasticity, spikes, study, tables
+from normwise.experiments.recipes import finetune, plasticity, quantise, spikes, study, tables
 from normwise.experiments.recipes.finetune import FinetuneRun, Texts, texts
 from normwise.experiments.recipes.plasticity import PlasticityRun, Shuffled, shuffled
+from normwise.experiments.recipes.quantise import Pictures, QuantiseRun, pictures, quantised
 from normwise.experiments.recipes.recipe import BASELINE, CONTENDER
 from normwise.experiments.recipes.spikes import SpikesRun
 from normwise.experiments.recipes.study import RECIPES, Budget
@@ -170,6 +171,46 @@ def test_every_arm_against_spikes_acts(text: TextTask, arm: str) -> None:
 def test_every_arm_for_plasticity_acts(digits: Shuffled, arm: str) -> None:
     found = PlasticityRun(arm, numbers(plasticity.ARMS, arm, 0.03), 1, 1, False, digits.key).train(digits)
     assert found["acted"] > 0
+
+
+@pytest.fixture(scope="module")
+def parts() -> Pictures:
+    return pictures(None)
+
+
+@pytest.mark.parametrize("arm", quantise.ARMS)
+def test_quantisation_is_the_loop_written_out(parts: Pictures, arm: str) -> None:
+    """An arm's accuracies are those of a network that is trained by hand under the same rules, its entries rounded one by one."""
+    given = {"lr": 0.02, "k": 1.0, "strength": 1.0}
+    given = {"lr": 0.02} | {axis.name: given[axis.name] for axis in quantise.ARMS[arm].axes}
+    found = QuantiseRun(arm, given, 5, 20, True, parts.key).train(parts)
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    images, labels = parts.parts.tensors("train")
+    adam = torch.optim.Adam(model.parameters(), 0.02)
+    if rules := quantise.ARMS[arm].rules(given):
+        nw.attach(model, adam, rules)
+    for _ in range(20):
+        rows = torch.randint(len(images), (32,))
+        model.zero_grad()
+        nn.functional.cross_entropy(model(images[rows].flatten(1)), labels[rows]).backward()
+        adam.step()
+    tests, true = parts.parts.tensors("test")
+    assert found["before"] == pytest.approx(float((model(tests.flatten(1)).argmax(1) == true).double().mean()), abs=0.006)
+    kept = [m.weight.detach().double() for m in model if isinstance(m, nn.Linear)]
+    if arm != "scale":
+        levels = [torch.arange(-7, 8).double() * w.abs().max() / 7 for w in kept]
+        near = [(w.unsqueeze(-1) - level).abs().amin(-1).norm() for w, level in zip(kept, levels, strict=True)]
+        assert found["error"] == pytest.approx(float(torch.stack(near).norm() / torch.stack([w.norm() for w in kept]).norm()), rel=1e-3)
+    assert (found["acted"] > 0) == (quantise.ARMS[arm].role == CONTENDER)
+
+
+def test_a_searched_scale_rounds_no_worse_and_levels_are_as_many_as_bits_allow() -> None:
+    w = torch.randn(40, 30) * torch.randn(40, 1).exp()
+    for bits in (3, 4):
+        plain, searched = quantised(w, bits), quantised(w, bits, searched=True)
+        assert len(plain.unique()) <= 2**bits - 1 and len(searched.unique()) <= 2**bits - 1
+        assert (searched - w).norm() < (plain - w).norm()
 
 
 @pytest.mark.parametrize("arm", [name for name in finetune.ARMS if name != "full"])

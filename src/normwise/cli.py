@@ -208,8 +208,9 @@ def _add_recipe(commands: Any) -> None:
         commands, "recipe", "norms in fine-tuning and long training: every way to hold them, tuned equally, on fresh seeds",
         "Trains a small network under every arm of a recipe, each tuned with the same number of trials, and reports on seeds that no "
         "choice has seen (docs/recipes.md is the protocol).",
-        task="plasticity (labels that are reshuffled), spikes (bad batches) or finetune (a second text at equal forgetting of the first)",
-        data="images (plasticity) or text (spikes; finetune: the first), or hf:NAME; default: bundled data",
+        task="plasticity (labels that are reshuffled), spikes (bad batches), finetune (a second text at equal forgetting of the first) or "
+             "quantise (weights of four bits)",
+        data="images (plasticity, quantise) or text (spikes; finetune: the first), or hf:NAME; default: bundled data",
         budget="quick, standard (default) or long", seeds="reported seeds of each arm (default 5)",
         only="only these arms, beside the baselines",
     )  # fmt: skip

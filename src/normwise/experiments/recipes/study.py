@@ -21,12 +21,13 @@ from normwise.experiments.framework.study import TUNING_SEED, Options, Outputs, 
 from normwise.experiments.recipes import tables
 from normwise.experiments.recipes.finetune import FINETUNE
 from normwise.experiments.recipes.plasticity import PLASTICITY
+from normwise.experiments.recipes.quantise import QUANTISE
 from normwise.experiments.recipes.recipe import CONTENDER, Recipe, RecipeRun
 from normwise.experiments.recipes.spikes import SPIKES
 
 # Raised by hand whenever a run's outcome changes for another reason than its settings: kept runs are then done again.
 PROTOCOL = 1
-RECIPES: dict[str, Recipe] = {"plasticity": PLASTICITY, "spikes": SPIKES, "finetune": FINETUNE}
+RECIPES: dict[str, Recipe] = {"plasticity": PLASTICITY, "spikes": SPIKES, "finetune": FINETUNE, "quantise": QUANTISE}
 
 
 @dataclass(frozen=True)
