@@ -54,12 +54,15 @@ IN_RECIPES = {
     "plasticity": {"l2_penalty": "L2-init", "weight_decay": "shrink", "clip_weight_value": "weight clipping",
                    "unit_norm": "normalise and project", "spectral_cap": "spectral cap"},
     "spikes": {"clip_grad_norm": "clipping", "autoclip": "AutoClip", "zclip": "ZClip", "qk_clip": "QK-clip"},
+    "quantise": {"weight_decay": "weight decay", "clip_weight_value": "clip by value", "max_norm": "max-norm",
+                 "spectral_cap": "spectral cap"},
     "finetune": {"l2_penalty": "L2-SP", "decay_to_init": "decay to init", "max_norm": "ball", "relative_update": "relative steps"},
 }  # fmt: skip
 """and of the recipes in recipes.md."""
 QUESTIONS = {
     "plasticity": ("Labels that change, accuracy in the last ten of sixty shuffles", "nothing", "without", "plasticity"),
     "spikes": ("One batch in twenty is bad, test loss", "nothing", "without", "bad-batches"),
+    "quantise": ("MNIST with weights of four bits, test accuracy", "nothing", "without", "four-bits"),
     "finetune": ("Fine-tuning with at most 0.05 forgotten, loss on the second text", "full", "plain", "fine-tuning"),
 }
 MEASURED = {"clip_weight_value": "value", "max_norm": "max_norm", "clip_grad_norm": "clip", "spectral_cap": "cap"}
