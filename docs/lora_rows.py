@@ -24,11 +24,14 @@ RUNS = Path(__file__).parent / "results" / "lora-rows.jsonl"
 PRETRAINING, STEPS, SEEDS = 300, 60, (2000, 2001)    # seeds for development
 RATES = (0.005, 0.02, 0.08)    # of the matrix method
 ADAMW = (0.002, 0.008)    # of what takes AdamW
+OWN_RATE = "both by AdamW, B at a rate of its own (LoRA+)"
+"""Hayou et al. (2024, arXiv 2402.12354): the rates that are the matrix method's elsewhere are B's."""
 WAYS: dict[str, dict[str, str]] = {
     "B by Muon, A by AdamW (the default)": {},
     "both by Muon": {"peft:A": "muon"},
     "A by Muon, B by AdamW": {"peft:A": "muon", "peft:B": "adamw"},
     "both by AdamW": {"peft:B": "adamw"},
+    OWN_RATE: {"peft:B": "adamw"},
 }
 
 
@@ -66,6 +69,7 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         differ = len({*map(tuple, of.values())})
         loss = f"{mean(best):.3f}" + (f" ± {stdev(best):.3f}" if len(best) > 1 else "")
         row = {"way": way, "loss": loss, "rates tried that differ": str(differ)}
+        muon, adamw = ("-", f"{adamw}; of B {muon}") if way == OWN_RATE else (muon, adamw)
         table.append((mean(best), row | {"best, of Muon": muon, "best, of AdamW": adamw}))
     return [row for _, row in sorted(table, key=lambda pair: pair[0])]
 
@@ -76,6 +80,11 @@ def loss(texts: finetune.Texts, way: str, lr: float, adamw: float, seed: int) ->
     torch.manual_seed(seed)
     model = finetune.adapted(model)
     optimizer = nw.optim.Muon(model, lr, weight_decay=0.0, adamw={"lr": adamw, "weight_decay": 0.0}, override=WAYS[way])
+    if way == OWN_RATE:
+        optimizer = torch.optim.AdamW(
+            [{"params": [p for name, p in model.named_parameters() if p.requires_grad and part in name], "lr": rate}
+             for part, rate in (("lora_A", adamw), ("lora_B", lr))], betas=(0.9, 0.95), weight_decay=0.0,
+        )    # fmt: skip
     for _ in finetune.steps(texts.second, model, optimizer, STEPS, seed):
         pass
     return texts.second.evaluate(model, "validation").loss
