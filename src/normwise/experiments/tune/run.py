@@ -72,7 +72,8 @@ class TuneRun(Run):
         return f"{space.label(self.numbers)}: {result['state'] if value is None else f'{value:.4g}'}"
 
     def train(self, target: Target, /) -> Result:
-        """``state``, ``value`` (None where it is not ``done``), ``reason``, ``step_ms``, ``size``, ``seconds``, ``breaches``."""
+        """``state``, ``value`` (None where it is not ``done``), ``reason``, ``step_ms``, ``size``, ``seconds``, ``breaches``, ``rules`` as
+        YAML, and ``stepper``, the advised optimizer."""
         watch = functools.partial(self.watched, self.steps) if self.watched else lambda step, value: False
         trial = Trial(self.numbers, self.seed, self.steps, self.final, watch)
         started = time.perf_counter()
@@ -81,6 +82,7 @@ class TuneRun(Run):
         return {
             "state": state, "value": value, "reason": reason, "step_ms": trial.step_ms(), "size": trial.size(),
             "seconds": round(time.perf_counter() - started, 2), "breaches": [str(breach) for breach in breaches],
+            "rules": trial.rules, "stepper": trial.stepper,
         }  # fmt: skip
 
 
@@ -92,7 +94,7 @@ def _outcome(target: Target, trial: Trial) -> tuple[str, float | None, str]:
         if trial.ended is None:
             refused = isinstance(error, NormwiseError)
             where = "" if refused else f" ({_line(error)})"
-            return REFUSED if refused else FAILED, None, f"{type(error).__name__}: {str(error)[:300]}{where}"
+            return REFUSED if refused else FAILED, None, f"{type(error).__name__}: {str(error)[:300].rstrip('.')}{where}"
     if trial.ended is not None:    # also where the target swallowed it
         return REFUSED if trial.ended.reason else GIVEN_UP, None, trial.ended.reason
     return (DONE, value, "") if math.isfinite(value) else (REFUSED, None, f"the metric is {value}")

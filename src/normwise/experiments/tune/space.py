@@ -12,6 +12,7 @@ from torch import nn
 import normwise as nw
 from normwise.errors import StudyError, nearest
 from normwise.experiments.catalog import CONTENDERS, OPTIMIZERS, Optimizer
+from normwise.experiments.framework.lattice import Axis
 from normwise.policy.rule import MATRICES
 
 Numbers = Mapping[str, Any]
@@ -86,9 +87,21 @@ def _auto(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return built
 
 
-_AUTO = Optimizer("auto", CONTENDERS["auto"].own[0], _auto, "normwise.optim.auto, all its rates multiplied")
-CHOICES: dict[str, Optimizer] = {**OPTIMIZERS, "auto": _AUTO}
-USUAL = ("adam", "momentum", "muon", "auto")
+def _advised(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    made = nw.advise(model).optimizer.build(model)
+    for group in made.param_groups:
+        group["lr"] *= lr
+    return made
+
+
+ADVISED = "advised"
+CHOICES: dict[str, Optimizer] = {
+    **OPTIMIZERS, "auto": Optimizer("auto", CONTENDERS["auto"].own[0], _auto, "normwise.optim.auto, all its rates multiplied"),
+    ADVISED: Optimizer(ADVISED, Axis("lr", (3.0,)), _advised, "nw.advise's optimizer and rules; the rate multiplies its own"),
+}  # fmt: skip
+USUAL = ("adam", "momentum", "muon", "auto", ADVISED)
+START = 1 / 3
+"""Where the advised rates are as they are advised."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class Space:
         """The numbers of an Optuna trial: what it has fixed, and what its sampler suggests for the rest."""
         numbers = {"optimizer": trial.suggest_categorical("optimizer", self.optimizers)}
         numbers["lr"] = trial.suggest_float("lr", self.low, self.high, log=True)
-        for slot, names in self.slots.items():
+        for slot, names in self.slots.items() if numbers["optimizer"] != ADVISED else ():
             name = numbers[slot] = trial.suggest_categorical(slot, (NONE, *names))
             if name == NONE:
                 continue
@@ -115,14 +128,16 @@ class Space:
                 numbers[f"{name} on"] = trial.suggest_categorical(f"{name} on", tuple(WHERE))
         return numbers
 
-    def nothing(self, lr: float) -> dict[str, Any]:
-        """The user's optimizer without rules, at a multiple of its rate."""
-        return {"optimizer": self.optimizers[0], "lr": lr, **dict.fromkeys(self.slots, NONE)}
+    def nothing(self, lr: float, optimizer: str = "") -> dict[str, Any]:
+        """The user's optimizer, or another one, without rules, at a multiple of its rate."""
+        return {"optimizer": optimizer or self.optimizers[0], "lr": lr, **dict.fromkeys(self.slots, NONE)}
 
-    def grid(self) -> list[float]:
-        """The multiples of the rate that nothing is tried at, the middle one first."""
+    def first(self) -> list[dict[str, Any]]:
+        """What is tried before the sampler is asked: nothing over the range of rates, the middle one first, and what is advised."""
         ratio = (self.high / self.low) ** (1 / (GRID - 1))
-        return [min(self.high, self.low * ratio**k) for k in (2, 3, 1, 4, 0)]
+        found = [self.nothing(min(self.high, self.low * ratio**k)) for k in (2, 3, 1, 4, 0)]
+        advised = {"optimizer": ADVISED, "lr": min(max(START, self.low), self.high)}
+        return [*found, *([advised] if ADVISED in self.optimizers else [])]
 
     def is_nothing(self, numbers: Numbers) -> bool:
         return combination(numbers) == combination(self.nothing(1.0))
@@ -151,6 +166,8 @@ def space_of(names: Sequence[str] | None, lr: tuple[float, float] | None = None)
         if name not in rules and name not in CHOICES:
             raise StudyError(f"rule or optimizer {name!r} is not known.{nearest(name, [*rules, *CHOICES])}")
     optimizers = tuple(dict.fromkeys(name for name in names or () if name in CHOICES)) or USUAL
+    if optimizers[0] == ADVISED:
+        raise StudyError(f"{ADVISED} cannot be your own optimizer: name yours before it, as --only adam,{ADVISED}.")
     named = [name for name in names or () if name in rules] or list(rules)
     slots = {slot: tuple(name for name in options if name in named) for slot, options in SLOTS.items()}
     kept = {slot: chosen for slot, chosen in slots.items() if chosen}
@@ -182,8 +199,10 @@ def built(numbers: Numbers, model: nn.Module) -> torch.optim.Optimizer:
     return CHOICES[numbers["optimizer"]].build(model, rate(numbers))
 
 
-def policy(numbers: Numbers) -> nw.Policy:
-    """The candidate's rules."""
+def policy(numbers: Numbers, model: nn.Module) -> nw.Policy:
+    """The candidate's rules, for a model."""
+    if numbers["optimizer"] == ADVISED:
+        return nw.advise(model).policy
     where = {name: WHERE.get(numbers.get(f"{name} on", ""), {}) for name in _chosen(numbers)}
     return nw.Policy([option.rules(**_strengths(numbers, name, option), **where[name]) for name, option in _chosen(numbers).items()])
 

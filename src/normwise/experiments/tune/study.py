@@ -218,12 +218,12 @@ class _Search:
         study = self.first.study
         trials = study.get_trials(deepcopy=False)
         if all(trial.state.is_finished() for trial in trials) and not self._tried():
-            self._enqueue_nothing(self.space.grid(), again=True)
+            self._enqueue(self.space.first(), again=True)
         self._work(self.first, self.plan.trials, self._run_of, self._outcome)
         self._sound(over=True)
-        leaders = self._finalists()[1]
-        rates = {spaces.rate(one.numbers): one.numbers["lr"] for one in leaders if one.numbers["optimizer"] == self.space.optimizers[0]}
-        self._enqueue_nothing(list(rates.values()))
+        # A leader's gain may be its rate's, or its optimizer's alone: both are tried without its rules.
+        leaders = [one.numbers for one in self._finalists()[1] if one.numbers["optimizer"] != spaces.ADVISED]
+        self._enqueue([self.space.nothing(numbers["lr"], numbers["optimizer"]) for numbers in leaders])
         self._work(self.first, 0, self._run_of, self._outcome)
         return self._finalists()
 
@@ -236,9 +236,9 @@ class _Search:
             if (result := trial.user_attrs["result"])["state"] == DONE
         ]  # fmt: skip
 
-    def _enqueue_nothing(self, rates: Sequence[float], again: bool = False) -> None:
-        for lr in rates:
-            self.first.study.enqueue_trial(self.space.nothing(lr), {"spared": True}, skip_if_exists=not again)
+    def _enqueue(self, candidates: Sequence[dict[str, Any]], again: bool = False) -> None:
+        for numbers in candidates:
+            self.first.study.enqueue_trial(numbers, {"spared": True}, skip_if_exists=not again)
 
     def _run_of(self, trial: Any) -> TuneRun:
         numbers = self.space.suggested(trial)
@@ -316,6 +316,7 @@ class _Search:
         found = verdict.judged(judging[number], judging[base], self.target.maximize) if judging else None
         winner = number if found is not None and found.significant else base
         finals = self.second.finished()
+        what = {t.number: tables.candidate_of(t.params, t.user_attrs["result"]) for t in self.first.finished() if t.number in every}
         breaches = {b for t in finals if t.params["finalist"] == winner for b in t.user_attrs["result"]["breaches"]}
         results: dict[str, Any] = {
             "tune": self.options.called, "target": self.target.name, "metric": self.target.metric, "maximize": self.target.maximize,
@@ -326,14 +327,15 @@ class _Search:
             "objectives": list(self.options.objectives), "space": self.space.plain(),
             "trials": [tables.trial_of(trial) for trial in self.first.finished()],
             "finalists": [
-                tables.finalist_of(one, one.number == base, choosing[one.number], judging.get(one.number)) for one in every.values()
+                {"number": n, **what[n], "nothing": n == base, "search": one.value, "choosing": choosing[n], "judging": judging.get(n)}
+                for n, one in every.items()
             ],
             "answer": {
                 "number": winner, "leader": number, "nothing": base, "breaches": sorted(breaches),
                 "verdict": None if found is None else asdict(found),
-                **(tables.candidate_of(every[winner].numbers) if winner in every else {}),
+                **what.get(winner, {}),
             },
-            "importances": tables.importances(self.first.study, self.target.maximize),
+            "importances": tables.importances(self.first.study, list(self.space.slots), self.target.maximize),
             "seconds": sum(t.user_attrs["result"]["seconds"] for t in [*self.first.finished(), *finals]),
         }  # fmt: skip
         return json.loads(json.dumps(results | {"next": tables.next_steps(results)}))

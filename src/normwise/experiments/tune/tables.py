@@ -12,7 +12,6 @@ from typing import Any
 from normwise.experiments.framework.provenance import where
 from normwise.experiments.tune import space as spaces
 from normwise.experiments.tune.run import DONE, FAILED, GIVEN_UP, REFUSED
-from normwise.experiments.tune.verdict import Tried
 
 Results = Mapping[str, Any]
 EDGE = 1.5
@@ -24,11 +23,12 @@ WORTH = 0.01
 # ---------------------------------------------------------------------------------------------------------- plain data
 
 
-def candidate_of(numbers: spaces.Numbers) -> dict[str, Any]:
-    rules = spaces.policy(numbers)
+def candidate_of(numbers: spaces.Numbers, result: Results) -> dict[str, Any]:
+    """What was tried. result: of one of its runs, which knows the model."""
+    optimizer = spaces.CHOICES[numbers["optimizer"]]
+    told = result["stepper"] or f"{optimizer.label} ({optimizer.about})"
     return {
-        "label": spaces.label(numbers), "optimizer": numbers["optimizer"], "lr": spaces.rate(numbers),
-        "policy_yaml": rules.to_yaml() if rules.rules else "[]\n",
+        "label": spaces.label(numbers), "optimizer": told, "lr": spaces.rate(numbers), "policy_yaml": result["rules"] or "[]\n"
     }  # fmt: skip
 
 
@@ -36,27 +36,24 @@ def trial_of(trial: Any) -> dict[str, Any]:
     """An Optuna trial that has ended."""
     reports = [list(pair) for pair in sorted(trial.intermediate_values.items())]
     return {
-        "number": trial.number, **candidate_of(trial.params), "numbers": dict(trial.params), "reports": reports,
-        **{key: value for key, value in trial.user_attrs["result"].items() if key != "breaches"},
+        "number": trial.number, **candidate_of(trial.params, trial.user_attrs["result"]), "numbers": dict(trial.params),
+        "reports": reports, **{key: trial.user_attrs["result"][key] for key in SHOWN},
     }  # fmt: skip
 
 
-def finalist_of(one: Tried, nothing: bool, choosing: Sequence[Any], judging: Sequence[Any] | None) -> dict[str, Any]:
-    return {
-        "number": one.number, **candidate_of(one.numbers), "nothing": nothing, "search": one.value, "choosing": list(choosing),
-        "judging": None if judging is None else list(judging),
-    }  # fmt: skip
+SHOWN = ("state", "value", "reason", "step_ms", "size", "seconds")
 
 
-def importances(study: Any, maximize: bool) -> dict[str, float]:
-    """Which choices decided whether a trial was among the best, as shares (PED-ANOVA); none where too few trials are done to tell."""
+def importances(study: Any, slots: Sequence[str], maximize: bool) -> dict[str, float]:
+    """Which choices, and the rate, decided whether a trial was among the best, as shares (PED-ANOVA); none where there are too few trials."""
     import optuna
 
     sign = -1 if maximize else 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")    # it says that low values count as good, which they are here
-            found = optuna.importance.get_param_importances(study, target=lambda trial: sign * trial.values[0])
+            names = ["optimizer", "lr", *slots]
+            found = optuna.importance.get_param_importances(study, params=names, target=lambda trial: sign * trial.values[0])
     except (ValueError, RuntimeError):
         return {}
     return {name: round(share, 4) for name, share in found.items() if math.isfinite(share) and share >= 0.005}
@@ -135,7 +132,7 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def importance_rows(results: Results) -> list[dict[str, str]]:
-    return [{"what mattered": name, "share": f"{100 * share:.0f}%"} for name, share in list(results["importances"].items())[:8]]
+    return [{"mattered": name, "share": f"{100 * share:.0f}%"} for name, share in list(results["importances"].items())[:8]]
 
 
 def trial_rows(results: Results, most: int | None = None) -> list[dict[str, str]]:
@@ -222,7 +219,7 @@ def policy_file(results: Results) -> str:
     answer = results["answer"]
     if answer["nothing"] < 0:
         return f"# {headline(results)}\n[]\n"
-    optimizer = spaces.CHOICES[answer["optimizer"]]
-    lines = [headline(results), f"Optimizer: {optimizer.label} ({optimizer.about}), learning rate {answer['lr']:g}, no decay of its own.",
+    rate = f"{answer['lr']:g}" + (" times the advised one" if answer["label"] == spaces.ADVISED else ", no decay of its own")
+    lines = [headline(results), f"Optimizer: {answer['optimizer']}, learning rate {rate}.",
              f"Trained for {results['protocol']['steps']} steps; {where(results['machine'])}."]  # fmt: skip
     return "".join(f"# {line}\n" for line in lines) + answer["policy_yaml"]

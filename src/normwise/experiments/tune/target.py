@@ -20,6 +20,7 @@ from torch import nn
 
 import normwise as nw
 from normwise.errors import StudyError
+from normwise.experiments.framework.provenance import data_name
 from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.task import STEPS, Task
 from normwise.experiments.tune import space
@@ -57,16 +58,21 @@ class Trial:
     model: nn.Module | None = None
     control: nw.Control | None = None
     ended: GivenUp | None = None
+    rules: str = ""
+    stepper: str = ""
     ticks: list[float] = field(default_factory=list)
 
     def policy(self, model: nn.Module) -> nw.Policy:
         """The rules for ``model``; none for "nothing"."""
-        return space.policy(self.numbers)
+        found = space.policy(self.numbers, model)
+        self.rules = found.to_yaml() if found.rules else "[]\n"
+        return found
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of ``model``'s parameters, without rules: attach :meth:`policy` to it, or use :meth:`attach`."""
         self.model = model
         made = space.built(self.numbers, model)
+        self.stepper = str(nw.advise(model).optimizer) if self.numbers["optimizer"] == space.ADVISED else ""
         made.register_step_post_hook(lambda *_: self.ticks.append(time.perf_counter()))
         return made
 
@@ -122,7 +128,8 @@ def load_target(name: str, data: Path | str | None = None, size: str = "standard
     """
     if ":" not in name:
         task = load_task(name, data, size=size)
-        return Target(partial(_on_task, task), task.name, task.metric, task.key, task.facts, STEPS[task.name], task.metric == "accuracy")
+        facts = {**task.facts, "name": data_name(data)}    # never where a folder lies
+        return Target(partial(_on_task, task), task.name, task.metric, task.key, facts, STEPS[task.name], task.metric == "accuracy")
     if data is not None:
         raise StudyError(f"--data is for built-in tasks; {name} finds its data by itself.")
     # For what the function imports when it runs, too, and for the workers, which get this process's path.
