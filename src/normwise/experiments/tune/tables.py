@@ -45,7 +45,7 @@ SHOWN = ("state", "value", "reason", "step_ms", "size", "seconds")
 
 
 def importances(study: Any, slots: Sequence[str], maximize: bool) -> dict[str, float]:
-    """Which choices, and the rate, decided whether a trial was among the best, as shares (PED-ANOVA); none where there are too few trials."""
+    """Which choices, and the rate, decided whether a trial was among the best, as shares (PED-ANOVA); none of too few trials."""
     import optuna
 
     sign = -1 if maximize else 1
