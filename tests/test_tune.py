@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
+import re
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -442,6 +445,61 @@ def test_no_gain_is_said_and_the_policy_is_empty(capsys: pytest.CaptureFixture[s
     model = nn.Linear(2, 2)
     nw.attach(model, torch.optim.SGD(model.parameters(), 0.1), policy)
     assert "Optimizer: Adam" in Path("n.yaml").read_text()
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "tune.md").read_text(), re.DOTALL)
+
+
+def trials() -> list[Trial]:
+    """Nothing, and a bound that is felt at once."""
+    space = space_of(["max_norm", "adam"])
+    bound = space.suggested(Fixed(**{"bound": "max_norm", "max_norm radius": 0.5, "max_norm on": "weights"}))
+    return [Trial(numbers, 0, 4) for numbers in (space.nothing(1 / 3), bound)]
+
+
+def test_the_function_of_the_page_trains() -> None:
+    space: dict[str, Any] = {}
+    exec(BLOCKS[0], space)
+    losses = [space["train"](trial) for trial in trials()]
+    assert losses[0] != losses[1] and all(map(math.isfinite, losses))
+    assert len(BLOCKS[0].splitlines()) <= 21, "an example of fifteen lines, and its imports"
+
+
+@pytest.mark.long
+def test_the_trainers_of_the_page_train(tmp_path: Path) -> None:
+    """As they stand there, with a small model and quiet trainers: the rules act, and the metric is another one."""
+    transformers, lightning = pytest.importorskip("transformers"), pytest.importorskip("lightning")
+    import trainer_cases
+
+    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "per_device_train_batch_size": 2}
+    rows = trainer_cases.rows()
+    hugging: dict[str, Any] = {
+        "nw": nw, "Trainer": transformers.Trainer, "TrainingArguments": functools.partial(transformers.TrainingArguments, **quiet),
+        "make_model": trainer_cases.gpt2, "data": rows, "held_out": rows[:4],
+    }  # fmt: skip
+
+    class MyModule(lightning.LightningModule):    # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = (self.layers(batch) - 1).square().mean()
+            self.log("val_loss", loss)
+            return loss
+
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    seed = functools.partial(lightning.seed_everything, verbose=False)
+    fabric = SimpleNamespace(Trainer=lambda **given: lightning.Trainer(**given, **off, accelerator="cpu"), seed_everything=seed)
+    data = torch.utils.data.DataLoader(torch.randn(8, 3), batch_size=2)
+    for block, space in ((BLOCKS[1], hugging), (BLOCKS[2], {"nw": nw, "lightning": fabric, "MyModule": MyModule, "data": data})):
+        exec(block, space)
+        tried = trials()
+        losses = [space["train"](trial) for trial in tried]
+        assert losses[0] != losses[1] and all(map(math.isfinite, losses))
+        assert all(len(trial.ticks) == 4 for trial in tried)
+        norms = [[w.norm(dim=1).max().item() for w in trial.model.parameters() if w.ndim == 2] for trial in tried if trial.model]
+        assert all(bounded < free for free, bounded in zip(*norms, strict=True))
 
 
 @pytest.mark.long

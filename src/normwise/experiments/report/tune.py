@@ -64,8 +64,9 @@ def _history(results: Results) -> dict[str, Any]:
     best = accumulate((row["value"] for row in rows), max if results["maximize"] else min)
     rows = [{**row, "best": so_far} for row, so_far in zip(rows, best, strict=True)]
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=alt.X("number:Q", title="Trial", axis=alt.Axis(tickMinStep=1, format="d")))
-    line = base.mark_line(interpolate="step-after", color=tidy.COLOURS[1]).encode(y=alt.Y("best:Q", title=None))
-    y = alt.Y("value:Q", title=results["metric"].capitalize(), scale=alt.Scale(zero=False))
+    title, scale = results["metric"].capitalize(), alt.Scale(zero=False)
+    line = base.mark_line(interpolate="step-after", color=tidy.COLOURS[1]).encode(y=alt.Y("best:Q", title=title, scale=scale))
+    y = alt.Y("value:Q", title=title, scale=scale)
     return _drawn(alt.layer(line, base.mark_circle(size=60, opacity=1).encode(y=y, color=_grey("nothing"))))
 
 
