@@ -183,7 +183,7 @@ def drawn_bench(measured: dict[str, Any]) -> str:
 def bars(_: Any) -> str:
     """Of the benchmarks that have results: how many rows keep to each bar, and what misses most."""
     rows = []
-    for name in ("control", "trainer", "cap", "inspect", "peft"):
+    for name in ("control", "trainer", "cap", "inspect", "peft", "probe"):
         measured = load(f"bench-{name}")
         rows += [{"bench": name, **row} for row in runner.kept(runner.named(name), measured)] if measured else []
     return markdown(rows)
@@ -280,6 +280,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench step": ("bench-step", bench),
     "bench inspect": ("bench-inspect", bench),
     "bench cap": ("bench-cap", bench),
+    "bench probe": ("bench-probe", bench),
     "bench peft": ("bench-peft", bench),
 }
 

@@ -193,6 +193,15 @@ def test_a_frozen_model_is_refused() -> None:
         nw.advise(made("mlp").requires_grad_(False))
 
 
+def test_a_model_without_values_gets_advice_too() -> None:
+    """From shapes and code alone, and the same as with values."""
+    with torch.device("meta"):
+        model = made("decoder")
+    for goal in GOALS:
+        advice, real = nw.advise(model, goal), nw.advise(made("decoder"), goal)
+        assert advice.policy == real.policy and advice.lines == real.lines
+
+
 def test_a_rule_that_the_model_refuses_becomes_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     from normwise.advice.answer import Call
 
@@ -244,7 +253,7 @@ def test_the_command_writes_what_it_says(mine: Path, capsys: pytest.CaptureFixtu
     space: dict[str, Any] = {}
     exec((mine / "a.py").read_text(), space)    # as pasted: it makes the model, too
     assert space["policy"] == nw.Policy.load(mine / "a.yaml") == space["control"].policy
-    assert json.loads((mine / "a.json").read_text())["probe"]["batches"] == 30
+    assert json.loads((mine / "a.json").read_text())["probe"]["batches"] == 25
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

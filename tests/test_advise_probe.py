@@ -102,6 +102,18 @@ def test_a_buffer_that_the_forward_pass_makes_is_gone_afterwards() -> None:
     assert dict(model._buffers) == {"seen": buffer} and float(buffer) == 0
 
 
+def test_an_optimizer_within_the_backward_pass_does_not_step() -> None:
+    """Its state could not be put back."""
+    model = made("mlp")
+    steps: list[int] = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: steps.append(0))
+    probe(model, batches("mlp"), loss)
+    assert steps == []
+    loss(model, batches("mlp", 1)[0]).backward()
+    assert len(steps) == 6
+
+
 def test_frozen_weights_are_not_kept_and_the_limit_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """LoRA's base needs no memory; beyond the limit nothing is kept in memory."""
     model = made("lora")
@@ -262,9 +274,9 @@ def test_large_logits_bring_qk_clip_that_acts(case: str) -> None:
 
 
 def test_growth_is_that_of_a_loss_that_wants_length() -> None:
-    """Steps of 1% against a gradient of −w: 1.01³⁰."""
-    found = probe(nn.Sequential(nn.Linear(4, 4, bias=False)), [0] * 30, lambda model, _: -model[0].weight.square().sum())
-    assert found.growth["head"] == pytest.approx(1.01**30 - 1, rel=1e-4) and found.walked == pytest.approx(0.3)
+    """Steps of 1% against a gradient of −w: 1.01²⁵."""
+    found = probe(nn.Sequential(nn.Linear(4, 4, bias=False)), [0] * 25, lambda model, _: -model[0].weight.square().sum())
+    assert found.growth["head"] == pytest.approx(1.01**25 - 1, rel=1e-4) and found.walked == pytest.approx(0.25)
     assert found.noise is None
 
 
@@ -308,7 +320,7 @@ def test_a_batch_that_cannot_be_halved_is_taken_whole() -> None:
             self.pair = pair
 
     found = probe(made("mlp"), [Odd(pair) for pair in batches("mlp")], lambda m, b: loss(m, b.pair))
-    assert found.noise is None and len(found.norms) == 30
+    assert found.noise is None and len(found.norms) == 25
     named = probe(made("mlp"), [{"x": x, "y": y, "extra": "text"} for x, y in batches("mlp")], lambda m, b: loss(m, (b["x"], b["y"])))
     assert named.noise is not None
 
@@ -320,3 +332,12 @@ def test_halves_are_the_batch() -> None:
     assert torch.equal(torch.cat([half["x"] for half in halves]), batch["x"])
     assert torch.equal(halves[1]["more"][0], torch.arange(3, 6)) and torch.equal(halves[0]["more"][1], torch.ones(3))
     assert probing._halves({"x": torch.ones(1, 3)}) is None and probing._halves("text") is None
+
+
+def test_the_benchmark_has_the_columns_of_its_bars() -> None:
+    from normwise.experiments.bench import probe as bench
+
+    timed, remembered = bench._time("gpt", "tiny", 1), bench._memory(2, 64)
+    for bar in bench.BARS:
+        assert any(bar.value in row and bar.bar in row for row in (timed, remembered))
+    assert 0 < timed["share"] < 1 and remembered["over_mb"] >= 0

@@ -294,7 +294,7 @@ def test_bench_lists_its_benchmarks_a_line_each_and_a_new_file_is_one_more(
 
     assert cli.main(["bench"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["cap", "control", "inspect", "peft", "polar", "step", "trainer"]
+    assert [line.split()[0] for line in lines] == ["cap", "control", "inspect", "peft", "polar", "probe", "step", "trainer"]
     assert all(20 < len(line) <= 80 for line in lines)
     (tmp_path / "newone.py").write_text('"""``normwise bench newone``: what a new one costs."""\n')
     monkeypatch.setattr(runner, "__file__", str(tmp_path / "runner.py"))

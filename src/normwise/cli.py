@@ -294,7 +294,7 @@ def _add_advise(commands: Any) -> None:
     parser.add_argument("function", metavar="PACKAGE.MODULE:FUNCTION", help="a function of yours that takes no arguments")
     parser.add_argument("--goal", default="speed", metavar="NAME", help="speed (default), generalisation, sparsity, stability, lipschitz, "
                         "quantisation, finetuning or plasticity")  # fmt: skip
-    parser.add_argument("--steps", type=_whole, default=30, metavar="N", help="batches of the probe (default 30)")
+    parser.add_argument("--steps", type=_whole, default=25, metavar="N", help="batches of the probe (default 25)")
     parser.add_argument("--copy", action="store_true", help="probe a copy of the model, which takes its memory once more")
     parser.add_argument("--yaml", type=Path, metavar="FILE", help="write the policy here")
     parser.add_argument("--python", type=Path, metavar="FILE", help="write code that trains under it here")

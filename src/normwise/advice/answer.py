@@ -156,7 +156,7 @@ def _shown(number: int, line: Line) -> list[str]:
     left = zip_longest([f"{number:<3}{verdict:9}"], what, on, fillvalue="")
     rows = [f"{start:12}{text:58}{where}".rstrip() for start, text, where in left]
     guessed = " Guessed from the model's code." if line.basis == "guess" else ""
-    notes = [line.why + guessed, f"Source: {line.source}" + (f" Cost: {line.cost}" if line.cost else "")]
+    notes = [line.why + guessed, f"Source: {line.source}." + (f" Cost: {line.cost}" if line.cost else "")]
     return rows + [wrapped for note in notes for wrapped in textwrap.wrap(note, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12)]
 
 

@@ -47,6 +47,11 @@ class Kept:
         except BaseException:
             self._stack.close()
             raise
+        # Hooks after accumulation are how an optimizer steps within the backward pass: its state could not be put back.
+        found = (getattr(p, "_post_accumulate_grad_hooks", None) for p in self.model.parameters())
+        self._hooks = [(hooks, dict(hooks)) for hooks in found if hooks]
+        for hooks, _ in self._hooks:
+            hooks.clear()
         for p, _ in self._grads:
             p.grad = None    # a gradient that is there would be added to
         return self
@@ -69,6 +74,8 @@ class Kept:
                 tensor.copy_(kept)
             for p, grad in self._grads:
                 p.grad = grad
+            for hooks, own in self._hooks:
+                hooks.update(own)
             self._saved.clear()
             random.setstate(self._random[0])
             np.random.set_state(self._random[1])

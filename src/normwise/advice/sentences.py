@@ -93,8 +93,8 @@ SAID: dict[str, Said] = {
     ),
     "no product bounds": Said(
         "bounds on the product s·B·A",
-        "At equal forgetting a cap was level with plain LoRA; ball and sphere were not ahead. If you need a guarantee that no unit moves "
-        "further than a tenth: nw.max_norm('0.1*base', 'peft:product').", "docs/recipes.md#fine-tuning",
+        "At equal forgetting no bound was ahead of plain LoRA by more than chance; a cap came nearest. If you need a guarantee that no "
+        "unit moves further than a tenth: nw.max_norm('0.1*base', 'peft:product').", "docs/recipes.md#fine-tuning",
     ),
     "no clamps on factors": Said(
         "clamps on LoRA's factors", "What is quantised is the base, which is frozen, or the merged product.", "docs/peft.md",
@@ -160,9 +160,9 @@ SAID: dict[str, Said] = {
     ),
     "ball": Said(
         "{rule}",
-        "No unit moves further than a thirtieth of its length, which bounds what can be forgotten. Our ball was ahead of plain fine-tuning "
-        "with every seed and level with a strong decay to the start, the best baseline; a gain is not proven. Units of zeros count as "
-        "{floor:g} long.", "docs/recipes.md#fine-tuning",
+        "No unit moves further than a thirtieth of its length, which bounds what can be forgotten. Where little may be forgotten, our ball "
+        "was ahead of plain fine-tuning with every seed, and level with a strong decay to the start; a gain over that is not shown. "
+        "Units of zeros count as {floor:g} long.", "docs/recipes.md#fine-tuning",
     ),
     "cap, plasticity": Said(
         "{rule}",
