@@ -39,6 +39,9 @@ weights by transformers {version}. `python docs/advise_page.py` writes this page
 - **attention logits**: how many attentions may let them grow, and what bounds the others.
 - The goals' columns have the rules of the policy with the number of tensors; *leave* means that the advice is to leave it alone.
 - **besides**: tensors whose axes nobody states, raw tensors of computed weights, weights that are zero at the start.
+
+Reading these answers changed them: a cap on what a BatchNorm divides out is no longer advised, nor a ball around the fresh head of a new
+task or around weights of zeros; a network of linear layers alone gets AdamW; and clamps for quantisation went when they were measured.
 """
 
 

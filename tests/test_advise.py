@@ -16,6 +16,7 @@ import normwise as nw
 from advise_cases import CASES, batches, loss, made
 from normwise import cli
 from normwise.advice import GOALS, Advice, costs, goals
+from normwise.advice.facts import Facts
 from normwise.errors import PolicyError
 from normwise.parameters.attention_logits import find_attentions
 from normwise.parameters.inventory import Inventory
@@ -81,7 +82,7 @@ def test_every_goal_says_something_to_do_and_names_a_source_that_there_is() -> N
 def test_shares_are_those_of_the_benchmarks() -> None:
     control = json.loads((ROOT / "docs" / "results" / "bench-control.json").read_text())["rows"]
     large = [row for row in control if re.search(r"0\.70M|4\.8M", row["case"]) and "share" in row and "zero" not in row["state"]]
-    for kind, rules in (("clip", "clip_grad_norm"), ("bound", "max_norm"), ("clamp", "clip_weight_value")):
+    for kind, rules in (("clip", "clip_grad_norm"), ("bound", "max_norm")):
         shares = [100 * row["share"] for row in large if row["rules"] == rules]
         assert len(shares) >= 5, sorted({row["rules"] for row in large})
         assert costs.SHARES[kind] == (round(min(shares), 1), round(max(shares), 1)), kind
@@ -149,6 +150,12 @@ class PostNorms(nn.Module):
 def test_only_a_norm_right_behind_counts() -> None:
     model = PostNorms()
     assert set(scale_free(model, Inventory(model).trainable)) == {"moved.weight", "named.weight"}
+
+
+@pytest.mark.parametrize(("case", "branches"), [("decoder", 1), ("residual", 1), ("mlp", 0), ("gates", 0), ("convolutions", 0)])
+def test_residual_branches_are_counted(case: str, branches: int) -> None:
+    """A decoder of one module adds twice; tokens and positions that are added are no branch."""
+    assert Facts.of(made(case)).branches == branches
 
 
 def test_what_bounds_logits_is_seen() -> None:

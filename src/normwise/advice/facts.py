@@ -89,7 +89,9 @@ class Facts:
     @cached_property
     def branches(self) -> int:
         """How many modules add to a stream that goes by them; guessed."""
-        return sum(forward_source.adds_to_stream(class_of(module)) for module in self.model.modules())
+        # Where a module has tokens and positions, these are what it adds.
+        inner = (m for m in self.model.modules() if sum(isinstance(child, nn.Embedding) for child in m.children()) < 2)
+        return sum(forward_source.adds_to_stream(class_of(module)) for module in inner)
 
     @cached_property
     def stacked(self) -> list[Entry]:

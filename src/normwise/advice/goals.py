@@ -119,7 +119,7 @@ def stability(facts: Facts) -> Answer:
     lines.append(do("zclip", Call("zclip", {"z": 2.5}), facts.trainable, costs.measured("clip")))
     decayed = facts.weights((*WEIGHTS, "embedding"))
     if decayed and not facts.adapted:
-        lines.append(do("decay", Call("weight_decay", {"strength": 0.1, "params": _roles(decayed)}), decayed, costs.measured("clamp")))
+        lines.append(do("decay", Call("weight_decay", {"strength": 0.1, "params": _roles(decayed)}), decayed, "one pass over these weights."))
     return recipe, lines
 
 
@@ -131,6 +131,11 @@ def lipschitz(facts: Facts) -> Answer:
     capped = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e.name not in facts.scale_free]
     if not capped:
         return recipe, [*lines, line("leave", "no caps", "everything")]
+    chained = facts.kind == "linear layers" and not facts.normalised and not facts.branches
+    if chained:
+        call = Call("spectral_cap", {"radius": 1.0, "params": _roles(capped)})
+        lines.append(do("cap, chain", call, capped, "up to a training step; a small part of it with tolerance=0.01."))
+        return recipe, [*lines, line("know", "scaled logits", "the loss")]
     free = {"exclude": sorted(facts.scale_free)} if facts.scale_free else {}
     call = Call("spectral_cap", {"radius": 2.0, "params": _roles(capped), "tolerance": 0.01, **free})
     product = f"2.02^{len(capped)}" + (f" = {2.02 ** len(capped):.2g}" if len(capped) < 1000 else "")
@@ -151,15 +156,8 @@ def lipschitz(facts: Facts) -> Answer:
 
 def quantisation(facts: Facts) -> Answer:
     recipe, lines = fast_step(facts)
-    roles = ("hidden", "conv", "recurrent")
-    empty = [e for e in facts.empty if e.role in roles]
-    clamped = [e for e in facts.weights(roles) if e not in empty and e.computed is None]
-    if facts.adapted:
-        lines.append(line("leave", "no clamps on factors", "peft:A, peft:B"))
-    elif clamped:
-        call = Call("clip_weight_value", {"value": "3*init", "params": _roles(clamped), **_excluding(empty, clamped)})
-        lines.append(do("clamp", call, clamped, costs.measured("clamp")))
-    return recipe, [*lines, line("know", "outliers", "the checkpoint")]
+    lines.append(line("leave", "no clamps on factors" if facts.adapted else "no clamps", "everything"))
+    return recipe, [*lines, line("know", "searched scale", "the rounding"), line("know", "outliers", "the checkpoint")]
 
 
 def finetuning(facts: Facts) -> Answer:

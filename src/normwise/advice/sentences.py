@@ -42,7 +42,7 @@ SAID: dict[str, Said] = {
     ),
     "adamw, lora": Said(
         "{recipe}",
-        f"LoRA's factors are what trains. All four ways to give A and B to Muon or AdamW ended within the spread of our seeds. {TUNE}",
+        f"LoRA's factors are what trains. Muon for A, B or both, and a rate of its own for B, ended within the spread of our seeds. {TUNE}",
         "docs/peft.md", STATE,
     ),
     "adamw, few matrices": Said(
@@ -99,6 +99,11 @@ SAID: dict[str, Said] = {
     "no clamps on factors": Said(
         "clamps on LoRA's factors", "What is quantised is the base, which is frozen, or the merged product.", "docs/peft.md",
     ),
+    "no clamps": Said(
+        "bounds on entries, units and singular values",
+        "At four bits no rule was better than nothing. Clipping by value made the rounding error a third of what it was, and accuracy was "
+        "lower before any rounding.", "docs/recipes.md#four-bits, a small network without outliers",
+    ),
     "no caps": Said(
         "spectral caps on what a normalisation divides out",
         "A cap would change nothing of what the network computes, and the normalisation itself has no bound. If you need one, take a "
@@ -153,10 +158,11 @@ SAID: dict[str, Said] = {
         "The base is frozen, so the adapter's product is what can amplify more: σ₁ of W + s·BA is at most 1.1 times that of W.",
         "docs/peft.md; Weyl's inequality",
     ),
-    "clamp": Said(
+    "cap, chain": Said(
         "{rule}",
-        "No entry of a tensor becomes larger than 3 times its largest one now, so the grid of its numbers stays fine. The factor is ours "
-        "and not measured; raise it if learning slows down.", "the idea: Stutz et al., 2021 (arXiv 2006.13977)",
+        "The chain of these layers is then 1-Lipschitz, if what stands between them is (ReLU, tanh). On digits as many images were right "
+        "as with nothing, and 59% of all instead of 3% stayed right whatever changed by less than 0.25.",
+        "docs/lipschitz.md; Tsuzuku et al., 2018",
     ),
     "ball": Said(
         "{rule}",
@@ -210,6 +216,16 @@ SAID: dict[str, Said] = {
     "critic": Said(
         "for a GAN's critic: nw.clip_weight_value(0.15, params=\"role:all\")",
         "With the hinge loss it drew better images than nothing (0.053 against 0.071); the cap was level with nothing.", "docs/gan.md",
+    ),
+    "searched scale": Said(
+        "search the scale when you round",
+        "The scale with the least squared error instead of the largest entry took the error to a little over half, at no cost in training.",
+        "docs/recipes.md#four-bits; Banner et al., 2019",
+    ),
+    "scaled logits": Said(
+        "multiply the logits by 10 or so in the loss",
+        "Those of a 1-Lipschitz network are close together: without a scale it learns little.",
+        "docs/lipschitz.md",
     ),
     "outliers": Said(
         "look at outliers afterwards: normwise inspect",

@@ -452,11 +452,12 @@ def handed_on(cls: type[nn.Module]) -> frozenset[tuple[str, str]]:
 
 @_cached
 def adds_to_stream(cls: type[nn.Module]) -> bool:
-    """Whether the forward pass adds a child's result to something that goes by it: x + f(x)."""
+    """Whether the forward pass adds a child's result to something that goes by it: x + f(x), or another child's: s(x) + f(x)."""
     for node, held in _statements(cls, MOVED):
         for add in (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add)):
             for one, other in ((add.left, add.right), (add.right, add.left)):
-                if _chain(one, held)[0] and isinstance(other, ast.Name) and ast.unparse(one) != other.id:
+                beside = isinstance(other, ast.Name) or (isinstance(other, ast.Call) and _chain(other, held)[0])
+                if _chain(one, held)[0] and beside and ast.unparse(one) != ast.unparse(other):
                     return True
     function = forward_of(cls)
     added = (n for n in ast.walk(function) if isinstance(n, ast.AugAssign) and isinstance(n.op, ast.Add)) if function else ()
