@@ -119,7 +119,7 @@ def stability(facts: Facts) -> Answer:
     lines.append(do("zclip", Call("zclip", {"z": 2.5}), facts.trainable, costs.measured("clip")))
     decayed = facts.weights((*WEIGHTS, "embedding"))
     if decayed and not facts.adapted:
-        lines.append(do("decay", Call("weight_decay", {"strength": 0.1, "params": _roles(decayed)}), decayed, "one pass over these weights."))
+        lines.append(do("decay", Call("weight_decay", {"strength": 0.1, "params": _roles(decayed)}), decayed, "one pass over them."))
     return recipe, lines
 
 
