@@ -109,5 +109,5 @@ class Docstrings(griffe.Extension):
 def as_markdown(text: str) -> str:
     """A docstring without roles and double backticks, its examples as blocks of code."""
     plain = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
-    code = re.compile(r"(?:^ *>>> .*\n?)+", re.MULTILINE)
+    code = re.compile(r"(?:^ *>>> .*\n?(?:^ *(?!>>>)\S.*\n?)*)+", re.MULTILINE)    # with what is printed
     return code.sub(lambda m: "\n```python\n" + re.sub(r"(?m)^ *>>> ", "", m[0]).rstrip() + "\n```\n", plain)
