@@ -171,6 +171,25 @@ def test_qk_norm_is_told_apart_in_what_is_said() -> None:
     assert not any("watch" in line.what for line in nw.advise(made("qk-norm"), "stability").lines)
 
 
+def test_a_rate_that_is_large_for_small_weights_is_told() -> None:
+    """Each entry of AdamW's first step is the rate: measured on a step, against what is said."""
+    model = made("mlp")
+    with torch.no_grad():
+        model[2].weight.mul_(0.01)
+        model[0].weight.mul_(0.01)
+    advice = nw.advise(model)
+    [line] = [line for line in advice.lines if "rate is large" in line.what]
+    assert line.on == "role:hidden"
+    before = [model[i].weight.detach().clone() for i in (0, 2)]
+    optimizer = advice.optimizer.build(model)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    moved = sum((model[i].weight - w).square().sum() for i, w in zip((0, 2), before, strict=True)) / sum(w.square().sum() for w in before)
+    assert f"hidden {moved.sqrt():.0%}" in line.why
+    assert not any("rate is large" in line.what for line in nw.advise(made("mlp")).lines)
+
+
 def test_a_new_head_and_empty_weights_are_not_held() -> None:
     """A ball of a thirtieth around fresh or empty weights would keep them from learning."""
     advice = nw.advise(made("zeros"), "finetuning")

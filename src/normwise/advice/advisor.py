@@ -22,6 +22,8 @@ from normwise.policy import Policy
 
 TAU = 100.0
 """The logit from which QK-clip is advised: its authors' (Kimi K2, 2025)."""
+PACE = 0.1
+"""Of a weight's length, moved in a step of AdamW: more than this is told; our own rule of thumb."""
 SPREAD = 30.0
 """How far apart ‖gradient‖ / ‖weight‖ of matrices may be before one plain rate cannot suit them; our own rule of thumb."""
 
@@ -64,6 +66,10 @@ def advise(
         raise PolicyError(f"advise was given {given}= without {absent}=: a probe needs both.")
     seen = probe(model, batches, loss, steps, copy) if batches is not None and loss is not None else None
     recipe, found = GOALS[goal](facts)
+    pace = facts.pace(recipe.arguments["lr"]) if recipe.name.endswith("AdamW") else {}
+    fast = [role for role, share in pace.items() if share > PACE]
+    if fast:
+        found.append(line("know", "pace", ", ".join(f"role:{role}" for role in fast), shown=", ".join(f"{r} {pace[r]:.0%}" for r in fast)))
     lines = [*found, *(_measured(facts, seen, found) if seen is not None else []), *_known(facts, seen, goal)]
     recipe, lines = _fitting(facts, recipe, lines)
     order = {"do": 0, "leave": 1, "know": 2}

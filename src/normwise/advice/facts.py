@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from normwise.advice.costs import size_of
@@ -124,6 +126,16 @@ class Facts:
         """Of the trainable weights of two or more dimensions the share that `auto` steps as matrices."""
         sized = [(e.role in MATRICES and e.layout.certain and not e.aliases, e.param.numel()) for e in self.trainable if e.param.ndim >= 2]
         return sum(n for takes, n in sized if takes) / max(sum(n for _, n in sized), 1)
+
+    def pace(self, rate: float) -> dict[str, float]:
+        """Role -> by what share of their length AdamW's first steps at this rate move its weights: each entry moves by about the rate."""
+        found: dict[str, float] = {}
+        for role in (*WEIGHTS, "embedding"):
+            known = [e.param.detach() for e in self.weights((role,)) if not e.param.is_meta and e.computed is None]
+            length = math.hypot(*(float(torch.linalg.vector_norm(p)) for p in known))
+            if length:
+                found[role] = rate * math.sqrt(sum(p.numel() for p in known)) / length
+        return found
 
     @property
     def kind(self) -> str:

@@ -279,7 +279,7 @@ class _Probing:
         end = self._lengths()
         logits = {}
         if len(self.logits) == 2:
-            for path in self.logits[0].keys() & self.logits[1].keys():
+            for path in (path for path in self.logits[0] if path in self.logits[1]):
                 first, last = (found[path] for found in self.logits)
                 logits[path] = (float(first.max()), float(last.max()), len(last) if len(last) > 1 else 0)
         return Probe(

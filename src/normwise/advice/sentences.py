@@ -255,6 +255,11 @@ SAID: dict[str, Said] = {
         'Rules per="matrix" and matrix steps take each by itself; per="tensor" would let one expert spend the bound of all.',
         "docs/policies.md#axes",
     ),
+    "pace": Said(
+        "this rate is large for these weights",
+        "AdamW moves each entry by up to the rate, which is a large share of them: {shown} a step at first. Warm up, or start lower.",
+        "counted from the weights; Kingma and Ba, 2015",
+    ),
     "tied": Said(
         "embedding and head are one table", "It has the role embedding, so role:head does not reach it.", "docs/policies.md#roles",
     ),
