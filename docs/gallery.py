@@ -134,8 +134,16 @@ def helped(name: str) -> list[str]:
 
 def cost(name: str) -> str:
     """What a rule adds to a step."""
+    if name == "group_lasso":
+        times = re.findall(r"A step under the lasso takes ([\d.]+) times", (DOCS / "pruning.md").read_text(encoding="utf-8"))
+        return f"A step takes {min(times)} to {max(times)} times one without it, on [five networks](../pruning.md); most on the smallest."
+    if name == "hyperball":
+        [row] = [row for row in rows("benchmarks.md", "bench trainer") if row["rules"] == name]
+        share = f"{float(row['share']):.0%} of a step of a GPT-2 of 4.8M in a Trainer ([measured](../benchmarks.md))"
+        return f"{share}. Within `nw.optim` it needs no copy of the weights."
     if name not in MEASURED:
-        return "Not measured by itself. `normwise bench control` measures bounds and clips, [the figures](../benchmarks.md)."
+        other = "Not measured by itself. `normwise bench control` measures bounds and clips, [the figures](../benchmarks.md)."
+        return "Its share of a step of the article's CNN is in the table above." if name in COMPARED else other
     text = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
     found = []
     for network in BENCHED:

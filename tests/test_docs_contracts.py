@@ -329,6 +329,17 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     assert blocks
 
 
+@pytest.mark.parametrize("page", ["coming-from.md", "zh/article.md", "article.md", "concepts.md"])
+def test_the_calls_in_a_page_s_tables_can_be_made(page: str, tmp_path: Path) -> None:
+    """``nw.max_norm(3.0)`` in a cell: with numbers for the letters that stand for some."""
+    space = {**fixtures(page, tmp_path), "lam": 0.1, "m": 10, "v": 0.5, "r": 1.0}
+    cells = "\n".join(line for line in PAGES[page].splitlines() if line.startswith("|"))
+    calls = [call for call in re.findall(r"`(nw\.[\w.]+\([^`]*\))`", cells) if "..." not in call]
+    assert len(calls) >= 4
+    for call in calls:
+        assert eval(call, space) is not None, call
+
+
 def test_the_yaml_of_a_page_loads() -> None:
     blocks = [(page, block) for page, text in PAGES.items() for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     assert len(blocks) >= 2
