@@ -60,6 +60,16 @@ def test_a_table_that_a_page_of_the_gallery_takes_figures_from_is_there(gallery:
     assert rows == {"max_norm": 6, "clip_weight_value": 6, "clip_grad_norm": 6, "spectral_cap": 4}    # no cap of GPT-2 has been measured
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    """Those of the gallery are put there by docs/site_hooks.py."""
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    named = {line.rpartition(" ")[2] for line in nav.splitlines() if line.endswith(".md")}
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if page.parent.name != "gallery" or page.stem == "index"}
+    examples = {f"examples/{path.stem}.md" for path in (ROOT / "examples").glob("*.py")}
+    assert pages - named == set(), "a page that mkdocs.yml does not name cannot be found on the site"
+    assert named - pages == {"CONTRIBUTING.md", "CHANGELOG.md"} | examples
+
+
 def documented(name: str) -> bool:
     """Whether a page of the reference has the object, by itself, with its whole module, or by name in a sentence."""
     module, _, short = name.rpartition(".")
