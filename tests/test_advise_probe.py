@@ -213,6 +213,19 @@ def test_scale_free_weights_are_told_by_their_gradients() -> None:
     assert line.basis == "probe" and line.tensors == 2
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_as_it_comes_is_probed_as_it_is_trained(frozen: bool) -> None:
+    """In eval() a BatchNorm would divide nothing out; a layer that was put there on purpose stays there."""
+    model = Normalised().eval()
+    if frozen:
+        model.train()
+        model.batch.eval()
+    modes = [m.training for m in model.modules()]
+    found = probe(model, batches("mlp"), loss)
+    assert found.scale_free["rows.weight"] is not frozen
+    assert [m.training for m in model.modules()] == modes
+
+
 def test_a_wrong_guess_is_corrected() -> None:
     class Second(nn.Module):
         """The layer's result goes past its norm, too."""

@@ -40,6 +40,7 @@ class Kept:
         self._states = [g.get_state() for g in self._generators]
         self._grads = [(p, p.grad) for p in self.model.parameters()]
         self._buffers = [(module, dict(module._buffers)) for module in self.model.modules()]
+        self._modes = [(module, module.training) for module in self.model.modules()]
         changing = [p for p in self.model.parameters() if self.weights and p.requires_grad] + list(self.model.buffers())
         try:
             for tensor in changing:
@@ -70,6 +71,8 @@ class Kept:
             for module, buffers in self._buffers:
                 module._buffers.clear()
                 module._buffers.update(buffers)
+            for module, mode in self._modes:
+                module.training = mode
             for tensor, kept in self._saved:
                 tensor.copy_(kept)
             for p, grad in self._grads:

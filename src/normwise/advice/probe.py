@@ -102,7 +102,8 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, steps: int = STE
     """Trains for ``steps`` batches and puts everything back.
 
     Args:
-        model: in the mode, ``train()`` or ``eval()``, that you train it in.
+        model: if it is in ``eval()`` as a whole, as pretrained ones come, it is probed in ``train()``; layers that you have put into
+            ``eval()`` within a model in ``train()`` stay there.
         batches: at least ``steps`` of them.
         loss: ``loss(model, batch)``, a scalar; it must use the model that it gets.
         copy: trains a deep copy instead of ``model``.
@@ -120,6 +121,8 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, steps: int = STE
     with Kept(model, not copy, batches) as kept, torch.enable_grad():
         source = iter(batches)    # a DataLoader draws a seed here
         trained = _copied(model) if copy else model
+        if not trained.training:    # in eval() a BatchNorm divides nothing out
+            trained.train()
         seen = _Probing(trained, loss, steps)
         for k in range(steps):
             seen.look(k, _next(source, k, steps))

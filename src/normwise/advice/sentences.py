@@ -242,8 +242,9 @@ SAID: dict[str, Said] = {
         "van Laarhoven, 2017; Zhang et al., 2019",
     ),
     "not scale-free": Said(
-        "not scale-free after all", "The code suggested a normalisation right behind them, but the loss does change with their length.",
-        "the probe",
+        "not scale-free after all",
+        "The code suggested a normalisation right behind them, but the loss does change with their length: through another path, or because "
+        "their outputs are small beside the normalisation's eps.", "the probe",
     ),
     "watch logits": Said(
         "watch the attention's logits",
