@@ -243,7 +243,7 @@ SAID: dict[str, Said] = {
     ),
     "not scale-free": Said(
         "not scale-free after all",
-        "The code suggested a normalisation right behind them, but the loss does change with their length: through another path, or because "
+        "The code suggested a normalisation right behind them, but the loss does change with their length: on another path, or because "
         "their outputs are small beside the normalisation's eps.", "the probe",
     ),
     "watch logits": Said(
