@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from normwise.errors import StudyError
 from normwise.experiments.tune import storage
 from test_laboratory import cluster, wait_for
 from test_tune import SMALL, alone, ask, lasting, stops, tuned
@@ -38,6 +39,30 @@ def test_a_trial_whose_machine_is_gone_is_done_again(monkeypatch: pytest.MonkeyP
     rates = {t["number"]: t["numbers"]["lr"] for t in results["trials"]}
     assert sorted(rates) == [0, 1, 3, 4, 5] and sorted(rates.values()) == pytest.approx([1 / 27, 1 / 9, 1 / 3, 1, 3])
     assert rates[5] == pytest.approx(1 / 9)
+
+
+def test_a_waiting_trial_that_another_machine_takes_leaves_no_other_in_its_place(tmp_path: Path) -> None:
+    import optuna
+
+    url = f"sqlite:///{tmp_path}/shared.db"
+    study = storage.study_of(storage.opened(url), "s", {}, ["minimize"])
+    study.enqueue_trial({"seed": 1})
+    trials = storage.Trials(study, alone=False)
+    ask = study.ask
+
+    def slowly(**given: Any) -> Any:
+        other = optuna.load_study(study_name="s", storage=storage.opened(url)).ask()
+        assert other.suggest_int("seed", 0, 9) == 1
+        return ask(**given)
+
+    study.ask = slowly    # type: ignore[method-assign]
+    assert list(trials.lane(0, lambda trial: pytest.fail("a trial that nobody wants"), lambda result: (None, None), lambda: None)) == []
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "FAIL"] and trials.elsewhere()
+
+
+def test_a_worker_that_does_not_reach_the_study_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"a worker finds no study 's' in .*give a --storage that all workers reach"):
+        storage.loaded(f"sqlite:///{tmp_path}/elsewhere.db", "s", storage.halving(8))
 
 
 def command(arguments: list[str]) -> subprocess.Popen[str]:

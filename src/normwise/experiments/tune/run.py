@@ -75,6 +75,8 @@ class TuneRun(Run):
         """``state``, ``value`` (None where it is not ``done``), ``reason``, ``step_ms``, ``size``, ``seconds``, ``breaches``, ``rules`` as
         YAML, and ``stepper``, the advised optimizer."""
         watch = functools.partial(self.watched, self.steps) if self.watched else lambda step, value: False
+        if self.watched:    # a storage out of reach is the study's failure, not the target's
+            _trial(self.watched.url, self.watched.study, self.watched.id, self.steps)
         trial = Trial(self.numbers, self.seed, self.steps, self.final, watch)
         started = time.perf_counter()
         state, value, reason = _outcome(target, trial)

@@ -6,7 +6,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,10 @@ def loaded(url: str, name: str, pruner: Any) -> optuna.Study:
     """A study in a process that trains; its storage is opened once."""
     import optuna
 
-    return optuna.load_study(study_name=name, storage=_open_once(url), sampler=optuna.samplers.RandomSampler(), pruner=pruner)
+    try:
+        return optuna.load_study(study_name=name, storage=_open_once(url), sampler=optuna.samplers.RandomSampler(), pruner=pruner)
+    except KeyError:    # a file of another machine, which is empty here
+        raise StudyError(f"a worker finds no study {name!r} in {_safe(url)}; give a --storage that all workers reach.") from None
 
 
 def halving(steps: int) -> optuna.pruners.BasePruner:
@@ -162,10 +165,13 @@ class Trials:
 
         outcome: a result's state and values. sound: is called after each, and raises where it is of no use to go on.
         """
+        from optuna.exceptions import UpdateFinishedTrialError
+
         while (trial := self._next(wanted)) is not None:
             [result] = yield [run_of(trial)]
-            trial.set_user_attr("result", result)
             state, values = outcome(result)
+            with suppress(UpdateFinishedTrialError):    # a machine that slept for a while: its trial is somebody else's by now
+                trial.set_user_attr("result", result)
             self.study.tell(trial.number, values, state, skip_if_finished=True)
             self.mine.discard(trial._trial_id)
             sound()
@@ -191,22 +197,33 @@ class Trials:
             new = sum(not optuna.storages.RetryHeartbeatStaleTrialCallback.retry_history(trial) for trial in trials)
             if not waiting and new >= wanted:
                 return None
-            return self._kept(self.study.ask())
+            asked = self.study.ask()
+            given = self.study._storage.get_trial(asked._trial_id)
+        if new >= wanted and not given.params and "fixed_params" not in given.system_attrs:
+            # Somebody else took the one that waited, so that this is a new one, which nobody wants.
+            self.study.tell(asked.number, state=optuna.trial.TrialState.FAIL)
+            return None
+        return self._kept(asked)
 
     def _kept(self, trial: optuna.trial.Trial) -> optuna.trial.Trial:
         self.mine.add(trial._trial_id)
-        self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+        if not self.alone:
+            self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
         return trial
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Within, trials that are asked for give signs of life until they end."""
+        """Within, trials that are asked for give signs of life until they end, where there are others who look for them."""
+        if self.alone:
+            yield
+            return
         over = threading.Event()
 
         def beat() -> None:
             while not over.wait(BEAT):
                 for one in list(self.mine):
-                    self.study._storage.record_heartbeat(one)  # type: ignore[attr-defined]
+                    with suppress(Exception):    # the study itself says what is wrong with the storage
+                        self.study._storage.record_heartbeat(one)  # type: ignore[attr-defined]
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
