@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 FEW = ["--steps", "8", "--trials", "12", "--seeds", "6", "--only", "max_norm,weight_decay,adam", "--workers", "2"]
 
 
+@pytest.mark.long
 def test_a_trial_whose_machine_is_gone_is_done_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also on an URL, where others may be at work: it is noticed by its missing signs of life, and once only."""
     monkeypatch.setattr(storage, "BEAT", 1)

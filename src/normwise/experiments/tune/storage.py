@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import sqlite3
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,16 @@ def _in_short_order(engine: Any) -> None:
     engine.dispose()
 
 
+def in_one_file(path: Path) -> None:
+    """What is still in the log beside a database goes into it, so that the one file is all there is to copy."""
+    for storage in _here.values():
+        storage.remove_session()
+        storage.engine.dispose()
+    _here.clear()
+    with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+
+
 def _safe(url: str) -> str:
     try:
         return shown(url)
@@ -97,17 +107,17 @@ def in_reach(url: str) -> Iterator[None]:
         ) from None
 
 
-@functools.lru_cache(maxsize=2)
-def _open_once(url: str) -> optuna.storages.RDBStorage:
-    return opened(url)
+_here: dict[str, optuna.storages.RDBStorage] = {}
 
 
 def loaded(url: str, name: str, pruner: Any) -> optuna.Study:
     """A study in a process that trains; its storage is opened once."""
     import optuna
 
+    if url not in _here:
+        _here[url] = opened(url)
     try:
-        return optuna.load_study(study_name=name, storage=_open_once(url), sampler=optuna.samplers.RandomSampler(), pruner=pruner)
+        return optuna.load_study(study_name=name, storage=_here[url], sampler=optuna.samplers.RandomSampler(), pruner=pruner)
     except KeyError:    # a file of another machine, which is empty here
         raise StudyError(f"a worker finds no study {name!r} in {_safe(url)}; give a --storage that all workers reach.") from None
 

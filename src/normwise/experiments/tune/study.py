@@ -163,7 +163,10 @@ def _opened(options: TuneOptions, progress: Progress | None) -> Iterator[tuple[D
         storage = kept.opened(options.url)
         with kept.in_reach(options.url):
             yield driver, storage
-            storage.remove_session()
+        storage.remove_session()
+        storage.engine.dispose()
+    if options.file is not None:
+        kept.in_one_file(options.file)
 
 
 @dataclass
