@@ -86,10 +86,15 @@ def headline(results: Results) -> str:
     if found is None:
         return f"{results['target']}: no significant gain over nothing: on fresh seeds no leader was better than {answer['label']}."
     leader = next(one for one in results["finalists"] if one["number"] == answer["leader"])
-    told = f"{leader['label']} at rate {leader['lr']:g}, {gain(results)}"
+    told = f"{named(leader)} at rate {leader['lr']:g}, {gain(results)}"
     if found["significant"]:
         return f"{results['target']}: {told}."
     return f"{results['target']}: no significant gain over nothing; the leader was {told}."
+
+
+def named(one: Results) -> str:
+    """A finalist; of an advised one the optimizer, too."""
+    return f"{one['label']} ({one['optimizer']})" if one["label"] == spaces.ADVISED else str(one["label"])
 
 
 def gain(results: Results) -> str:
@@ -117,7 +122,7 @@ def finalist_rows(results: Results) -> list[dict[str, str]]:
     """Nothing and the leaders."""
     return [
         {
-            "finalist": one["label"] + (", nothing" if one["nothing"] else ""), "rate": f"{one['lr']:g}",
+            "finalist": named(one) + (", nothing" if one["nothing"] else ""), "rate": f"{one['lr']:g}",
             f"{results['metric']} in the search": f"{one['search']:.4g}", "on seeds to choose": _mean(one["choosing"]),
             "on seeds to judge": "-" if one["judging"] is None else _mean(one["judging"]),
         }
@@ -208,7 +213,7 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
     leader = next((one for one in results["finalists"] if one["number"] == answer["leader"]), {"label": "-", "lr": 0.0})
     judged = answer["verdict"] is not None
     return [{
-        "study": results["tune"], "trials": f"{len(results['trials'])} of {plan['steps']} steps", "leader": leader["label"],
+        "study": results["tune"], "trials": f"{len(results['trials'])} of {plan['steps']} steps", "leader": named(leader),
         "rate": f"{leader['lr']:g}", "gain over nothing": gain(results) if judged else "none on the seeds to choose by",
         "significant": "yes" if judged and answer["verdict"]["significant"] else "no", "core-hours": f"{results['seconds'] / 3600:.2f}",
     }]  # fmt: skip
