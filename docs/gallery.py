@@ -169,7 +169,8 @@ def raced(label: str) -> str:
                       "AdamW's step, ms": of["AdamW"]["step, ms"]})  # fmt: skip
     return (
         "How much of the training of the tuned baseline it needs for the baseline's result ([the races](../results.md); below 1 is sooner; "
-        f"the baseline is AdamW, on `resnet` SGD). Steps are of the batch that each chose:\n\n{table(found)}"
+        f"the baseline is AdamW, on `resnet` SGD). Steps are of the batch that each chose:\n\n{table(found)}\n\n"
+        "[The second race](../race-results.md) has stronger baselines and more tasks."
     )
 
 
