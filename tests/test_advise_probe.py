@@ -213,6 +213,24 @@ def test_scale_free_weights_are_told_by_their_gradients() -> None:
     assert line.basis == "probe" and line.tensors == 2
 
 
+@pytest.mark.parametrize("steps", [8, 9])    # the last batch of 8 is taken in halves
+def test_ratios_are_those_of_the_last_batch_without_scale_free_weights(steps: int) -> None:
+    """Against torch.autograd, after the same steps written out."""
+    model, data = Normalised(), batches("mlp", steps)
+    found = probe(model, data, loss, steps=steps)
+    for k, (x, y) in enumerate(data):
+        value = (loss(model, (x[:4], y[:4])) + loss(model, (x[4:], y[4:]))) / 2 if k % 3 == 1 else loss(model, (x, y))
+        grads = dict(zip(dict(model.named_parameters()), torch.autograd.grad(value, list(model.parameters())), strict=True))
+        expected = {role: float(grads[name].norm() / model.get_parameter(name).detach().norm())
+                    for role, name in (("hidden", "free.weight"), ("head", "head.weight"))}    # fmt: skip
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if grads[name].norm() > 0:
+                    p.sub_(grads[name] * 0.01 * max(float(p.norm()), 1e-3 * p.numel() ** 0.5) / grads[name].norm())
+    assert {role: ratio[1] for role, ratio in found.ratios.items()} == pytest.approx(expected, rel=1e-3)
+    assert all(low == middle == high for low, middle, high in found.ratios.values())
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_model_as_it_comes_is_probed_as_it_is_trained(frozen: bool) -> None:
     """In eval() a BatchNorm would divide nothing out; a layer that was put there on purpose stays there."""

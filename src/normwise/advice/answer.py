@@ -129,7 +129,9 @@ class Advice:
             lines += [f"from {module} import {top}", "", f"model = {function}()", "model = model[0] if isinstance(model, tuple) else model"]
         lines += ["", f"policy = nw.Policy([{''.join(f'{chr(10)}    {call},' for call in self.calls)}{chr(10) if self.calls else ''}])"]
         extra = "" if self.on_nonfinite == "ignore" else f", on_nonfinite={self.on_nonfinite!r}"
-        lines += [f"optimizer = {self.optimizer}", f"control = nw.attach(model, optimizer, policy{extra})"]
+        bare = not self.calls and not extra
+        attached = "# no rule is advised: nothing to attach" if bare else f"control = nw.attach(model, optimizer, policy{extra})"
+        lines += [f"optimizer = {self.optimizer}", attached]
         lines += ["# schedule = nw.optim.schedule(optimizer, steps=1000)    # your steps; schedule.step() after each optimizer.step()"]
         return "\n".join(lines) + "\n"
 

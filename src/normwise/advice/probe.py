@@ -63,7 +63,7 @@ class Probe(Loggable):
     walked: float
     """How far the steps have gone together, relative: what growth is to be read against."""
     ratios: Mapping[str, tuple[float, float, float]]
-    """Role -> ‖gradient‖ / ‖weight‖ of its matrices: lowest, median, highest."""
+    """Role -> ‖gradient‖ / ‖weight‖ of its matrices that are not scale-free: lowest, median, highest."""
     logits: Mapping[str, tuple[float, float, int]]
     """Attention -> its largest logit in the first and the last batch, and how many heads were seen (0: not told apart)."""
 
@@ -188,13 +188,14 @@ class _Probing:
         if bad:
             return
         total = math.hypot(*lengths)
-        self.norms[k] = total if parts is None else total / 2    # the sum of two halves' means
         if parts is not None and (squares := parts[0] ** 2 + parts[1] ** 2):
             self.likeness.append((total**2 - squares) / squares)    # 2⟨g₁, g₂⟩ / (‖g₁‖² + ‖g₂‖²)
+        share = 1.0 if parts is None else 0.5    # of two halves the gradients have been added
+        self.norms[k] = share * total
         if k % 3 == 2 and k < 9:    # whether length matters, in three batches
             for e in alive:
                 self._judge(e)
-        self._step(alive, lengths, last=k == self.steps - 1)
+        self._step(alive, lengths, share if k == self.steps - 1 else 0.0)
 
     def _backward(self, k: int, batch: Any) -> list[float] | None:
         """The gradient of a batch; of every third one in two halves, whose norms are returned."""
@@ -257,17 +258,19 @@ class _Probing:
             self.judged.setdefault(e.name, []).append(bool(apart | (summed & (len(rows) > 1))))
 
     @torch.no_grad()
-    def _step(self, alive: list[Entry], lengths: list[float], last: bool) -> None:
+    def _step(self, alive: list[Entry], lengths: list[float], share: float) -> None:
+        """share: above 0 in the last step, where ratios are kept: what the gradients are to be multiplied by."""
         moving = [size > 0 for size in lengths]
         params: Any = [e.param for e in compress(alive, moving)]
         grads: Any = [_dense(e) for e in compress(alive, moving)]
         weights = _norms(params)
         # Tensors that are zero move as if they had a thousandth of a usual length.
         rates = [RATE * max(w, 1e-3 * p.numel() ** 0.5) / g for w, p, g in zip(weights, params, compress(lengths, moving), strict=True)]
-        if last:
+        if share:
             for e, w, g in zip(compress(alive, moving), weights, compress(lengths, moving), strict=True):
-                if w and e.role in ("hidden", "conv", "recurrent", "embedding", "head"):
-                    self.ratios.setdefault(e.role, []).append(g / w)
+                # Scale-free weights find their own balance of length and step (Li, Lyu and Arora, 2020): their ratio asks for nothing.
+                if w and not all(self.judged.get(e.name, [False])) and e.role in ("hidden", "conv", "recurrent", "embedding", "head"):
+                    self.ratios.setdefault(e.role, []).append(share * g / w)
         torch._foreach_mul_(grads, rates)
         torch._foreach_sub_(params, grads)
 
