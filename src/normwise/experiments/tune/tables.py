@@ -212,9 +212,10 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
     answer, plan = results["answer"], results["protocol"]
     leader = next((one for one in results["finalists"] if one["number"] == answer["leader"]), {"label": "-", "lr": 0.0})
     judged = answer["verdict"] is not None
+    said = gain(results).removeprefix("gain in ") if judged else "none on the seeds to choose by"
     return [{
         "study": results["tune"], "trials": f"{len(results['trials'])} of {plan['steps']} steps", "leader": named(leader),
-        "rate": f"{leader['lr']:g}", "gain over nothing": gain(results) if judged else "none on the seeds to choose by",
+        "rate": f"{leader['lr']:g}", "gain over nothing": said,
         "significant": "yes" if judged and answer["verdict"]["significant"] else "no", "core-hours": f"{results['seconds'] / 3600:.2f}",
     }]  # fmt: skip
 
