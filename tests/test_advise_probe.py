@@ -345,6 +345,13 @@ def test_bad_input_is_one_sentence_and_changes_nothing(data: Any, of: Any, steps
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_weights_that_are_not_here_are_refused() -> None:
+    with torch.device("meta"):
+        model = made("mlp")
+    with pytest.raises(DataError, match="before you shard the model, and not on the meta device"):
+        probe(model, batches("mlp"), loss)
+
+
 def test_a_batch_that_cannot_be_halved_is_taken_whole() -> None:
     class Odd:
         def __init__(self, pair: tuple[Tensor, Tensor]) -> None:

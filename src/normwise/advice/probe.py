@@ -109,7 +109,7 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, steps: int = STE
         copy: trains a deep copy instead of ``model``.
 
     Raises:
-        DataError: a loss that raises, is no scalar, depends on no parameter or is not finite at once; batches that end early.
+        DataError: a sharded model, or one without values; a loss that raises, is no scalar, depends on no parameter or is not finite at once; batches that end early.
     """
     if type(steps) is not int or steps < LEAST:
         raise DataError(f"the probe was given steps={steps!r}: it takes a whole number of at least {LEAST}, {STEPS} by default.")
@@ -117,6 +117,8 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, steps: int = STE
         raise DataError(f"the loss is a {type(loss).__name__}: give a function of (model, batch) that returns a scalar.")
     if not hasattr(batches, "__iter__"):
         raise DataError(f"the batches are a {type(batches).__name__}: give a list, a DataLoader or another iterable.")
+    if any(p.is_meta or hasattr(p, "device_mesh") for p in model.parameters()):
+        raise DataError("the probe needs the weights here and whole: run it before you shard the model, and not on the meta device.")
     begun = time.perf_counter()
     with Kept(model, not copy, batches) as kept, torch.enable_grad():
         source = iter(batches)    # a DataLoader draws a seed here
