@@ -109,7 +109,8 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, steps: int = STE
         copy: trains a deep copy instead of ``model``.
 
     Raises:
-        DataError: a sharded model, or one without values; a loss that raises, is no scalar, depends on no parameter or is not finite at once; batches that end early.
+        DataError: a sharded model, or one without values; a loss that raises, is no scalar, depends on no parameter or is not finite at
+            once; batches that end early.
     """
     if type(steps) is not int or steps < LEAST:
         raise DataError(f"the probe was given steps={steps!r}: it takes a whole number of at least {LEAST}, {STEPS} by default.")
