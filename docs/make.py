@@ -48,10 +48,7 @@ def load(name: str) -> dict[str, Any] | None:
         found = {task: race for task in race_tables.RACED if (race := load(f"race-{task}")) is not None}
         return found or None
     if name == "race 2":
-        tasks = (*race_tables.DEVELOPMENT, *race_tables.HELD_OUT)
-        return {task: race for task in tasks if (race := raced(RESULTS / "race-2" / f"{task}.runs.jsonl")) is not None} or None
-    if name.startswith("race 2 "):
-        return raced(RESULTS / "race-2" / f"{name.removeprefix('race 2 ')}.runs.jsonl")
+        return {task: race for task in race_tables.TWELVE if (race := raced(RESULTS / "race-2" / f"{task}.runs.jsonl")) is not None} or None
     if name.startswith(("race-", "other-")):
         return raced(RESULTS / f"{name}.runs.jsonl")
     if name == "tried":
@@ -115,6 +112,11 @@ def of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     """How many core-hours, the table of hits, shares by task."""
     hours = sum(one["core_hours"] for one in results.values())
     return f"{race_tables.hits(results)}\n\n{race_tables.by_task(results)} {hours:.1f} core-hours of training so far."
+
+
+def task_by_task(results: dict[str, dict[str, Any]]) -> str:
+    """The tables of every task whose baselines are tuned."""
+    return "\n\n".join(f"### `{task}`\n{one_race(one, drawn=False)}" for task, one in results.items() if one["contenders"])
 
 
 def all_races(results: dict[str, dict[str, Any]]) -> str:
@@ -260,9 +262,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     **{f"race {task}": (f"race-{task}", one_race) for task in race_tables.RACED},
     **{f"other {task}": (f"other-{task}", partial(one_race, drawn=False)) for task in ("cnn", "gpt")},
     "race 2": ("race 2", of_protocol_2),
-    "race 2 hits": ("race 2", race_tables.hits),
-    **{f"race 2 {task}": (f"race 2 {task}", partial(one_race, drawn=False))
-       for task in (*race_tables.DEVELOPMENT, *race_tables.HELD_OUT)},
+    "race 2 tasks": ("race 2", task_by_task),
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),
     "gan": ("gan", lambda results: markdown(results["rows"])),

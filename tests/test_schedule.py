@@ -91,7 +91,8 @@ def test_a_step_beyond_the_end_says_so_once() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"steps": 0}, "steps is 0"), ({"steps": 10.0}, "steps is 10.0"), ({"steps": True}, "steps is True"),
-     ({"steps": 9, "shape": "liner"}, "linear"), ({"steps": 9, "warm_up": 1.0}, "warm_up is 1.0"), ({"steps": 9, "warm_up": -0.1}, "-0.1")],
+     ({"steps": 9, "shape": "liner"}, "linear"), ({"steps": 9, "warm_up": 1.0}, "warm_up is 1.0"), ({"steps": 9, "warm_up": -0.1}, "-0.1"),
+     ({"steps": 9, "warm_up": "short"}, "warm_up is 'short'"), ({"steps": 9, "warm_up": math.nan}, "warm_up is nan")],
 )  # fmt: skip
 def test_what_is_no_schedule_is_one_error(options: dict[str, object], said: str) -> None:
     with pytest.raises(nw.PolicyError, match=said):

@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from torch import nn
 
 import normwise as nw
+from normwise.experiments.compare.run import norms_of
 from normwise.experiments.framework.printing import for_stream, show_table
 from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.tasks.load import load_task
@@ -27,15 +28,22 @@ One seed and nothing tuned: accuracies that differ by a point or two say nothing
 In your own loop: control = nw.attach(model, optimizer, nw.max_norm(1.0))
 """
 BARS = "▁▂▃▄▅▆▇█"
-CASES: dict[str, Callable[[], list[nw.Rule]]] = {
-    "AdamW alone": list,
-    "+ max_norm(1.0)": lambda: [nw.max_norm(1.0)],
-    "+ spectral_cap(1.5)": lambda: [nw.spectral_cap(1.5)],
-    "+ l1_prox(0.2)": lambda: [nw.l1_prox(0.2)],
-    "+ max_norm, clip": lambda: [nw.max_norm(1.0), nw.clip_grad_norm(1.0)],
-    "optim.auto(model)": list,
+Build = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0, fused=True)
+
+
+CASES: dict[str, tuple[Build, Callable[[], list[nw.Rule]]]] = {
+    "AdamW alone": (_adamw, list),
+    "+ max_norm(1.0)": (_adamw, lambda: [nw.max_norm(1.0)]),
+    "+ spectral_cap(1.5)": (_adamw, lambda: [nw.spectral_cap(1.5)]),
+    "+ l1_prox(0.2)": (_adamw, lambda: [nw.l1_prox(0.2)]),
+    "+ max_norm, clip": (_adamw, lambda: [nw.max_norm(1.0), nw.clip_grad_norm(1.0)]),
+    "optim.auto(model)": (nw.optim.auto, list),
 }
-"""What is written beside AdamW to the rules that it stands for; the last is another optimizer."""
+"""What is written to an optimizer and the rules beside it."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ def run(stream: TextIO | None = None, progress: Progress | None = None) -> bool:
     task = load_task("cnn")
     progress.start(len(CASES))
     shown = []
-    for name, rules in CASES.items():
-        shown.append(_case(name, rules(), task, STEPS))
+    for name, (build, rules) in CASES.items():
+        shown.append(_case(name, build, rules(), task))
         progress.advance(name)
     progress.stop()
     print(f"A CNN of two convolutions learns {task.facts['train']} of scikit-learn's digits in {STEPS} steps.\n", file=out)
@@ -69,38 +77,36 @@ def run(stream: TextIO | None = None, progress: Progress | None = None) -> bool:
     return all(one.holds is not False for one in shown)
 
 
-def _case(name: str, rules: list[nw.Rule], task: Task, steps: int) -> Shown:
+def _case(name: str, build: Build, rules: list[nw.Rule], task: Task) -> Shown:
     torch.manual_seed(0)
     model = task.build()
-    alone = name.startswith("optim")
-    optimizer: Any = nw.optim.auto(model) if alone else torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0, fused=True)
+    optimizer = build(model)
     control = nw.attach(model, optimizer, rules, timed=True) if rules else None
-    rates, lengths = nw.optim.schedule(optimizer, steps), [_longest(model)]
-    started = time.perf_counter()
-    for step, batch in enumerate(itertools.islice(task.batches(task.batch, 0), steps), start=1):
+    rates, lengths, seconds = nw.optim.schedule(optimizer, STEPS), [_longest(model)], 0.0
+    for step, batch in enumerate(itertools.islice(task.batches(task.batch, 0), STEPS), start=1):
+        started = time.perf_counter()
         optimizer.zero_grad()
         task.loss(model, batch).backward()    # type: ignore[no-untyped-call]
         optimizer.step()
         rates.step()
-        if step % math.ceil(steps / LOOKS) == 0:
+        seconds += time.perf_counter() - started
+        if step % math.ceil(STEPS / LOOKS) == 0:
             lengths.append(_longest(model))
-    seconds = time.perf_counter() - started
-    weights = _matrices(model)
+    weights = _weights(model)
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-    sigma = max(float(torch.linalg.matrix_norm(w.double(), 2)) for w in weights)
+    sigma = max(norms_of(w)["spectral"] or 0.0 for w in weights)
     measured = control.verify() if control is not None else None
     holds = measured.ok if measured is not None and measured.blocks else None    # a prox and a clip of gradients bound no weight
     share = control.seconds / seconds if control is not None else None
     return Shown(name, lengths, sigma, zeros, task.evaluate(model, "test").accuracy, share, holds)
 
 
-def _matrices(model: nn.Module) -> list[torch.Tensor]:
-    """Weights with one row for each output unit, which convolutions and linear layers have along their first axis."""
-    return [p.detach().flatten(1) for p in model.parameters() if p.ndim > 1]
+def _weights(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach() for p in model.parameters() if p.ndim > 1]
 
 
 def _longest(model: nn.Module) -> float:
-    return max(float(w.norm(dim=1).max()) for w in _matrices(model))
+    return max(norms_of(w)["max_unit"] or 0.0 for w in _weights(model))
 
 
 def _rows(shown: Sequence[Shown], out: TextIO) -> list[dict[str, str]]:

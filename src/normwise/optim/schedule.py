@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from normwise.errors import PolicyError, nearest
+from normwise.policy.schedules import count, is_number
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t, "hold": lambda t: t, "sqrt": lambda t: 1 - math.sqrt(1 - t), "cooldown": lambda t: 1 - math.sqrt(1 - t),
@@ -36,7 +37,8 @@ def schedule(optimizer: Optimizer, steps: int, shape: str = "linear", warm_up: f
         warm_up: the share of the steps in which the rate rises in equal parts, at least one step; 0.05, as in every race of docs/race.md.
 
     Raises:
-        PolicyError: fewer than one step, an unknown shape, a warm-up outside [0, 1).
+        PolicyError: no whole number of steps >= 1, an unknown shape, a warm-up outside [0, 1).
+        TypeError: torch's, for what is no optimizer.
     """
     return LambdaLR(optimizer, Rate(steps, shape, warm_up))
 
@@ -45,11 +47,10 @@ class Rate:
     """The rate at a step, counted from 0, as a share of the highest. A class, since torch saves those and no lambdas."""
 
     def __init__(self, steps: int, shape: str = "linear", warm_up: float = 0.05) -> None:
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise PolicyError(f"steps is {steps!r}, but a schedule needs the whole number of steps that the run takes, 1 or more.")
+        count(steps, "steps", least=1)
         if shape not in SHAPES:
             raise PolicyError(f"shape is {shape!r}.{nearest(str(shape), SHAPES)}")
-        if not 0 <= warm_up < 1:
+        if not is_number(warm_up) or not 0 <= warm_up < 1:
             raise PolicyError(f"warm_up is {warm_up!r}, but it is the share of the steps that warm up: 0 or more, and less than 1.")
         self.steps, self.shape, self.warm_up, self.told = steps, shape, float(warm_up), False
 

@@ -141,12 +141,12 @@ def _reported(lane: Lane) -> Result:
     return {
         "test": plain(lane.task.evaluate(lane.model, "test")), "train": plain(lane.task.evaluate(lane.model, "train")),
         "sparsity": zeros / sum(parameter.numel() for parameter in parameters.values()),
-        "norms": {name: _norms(parameter.detach()) for name, parameter in parameters.items()},
+        "norms": {name: norms_of(parameter.detach()) for name, parameter in parameters.items()},
         "breaches": [] if lane.control is None else [str(breach) for breach in lane.control.verify().breaches],
     }  # fmt: skip
 
 
-def _norms(parameter: Tensor) -> dict[str, float | None]:
+def norms_of(parameter: Tensor) -> dict[str, float | None]:
     """L2 norm of all entries; spectral norm of, and largest row of, the matrix whose rows lie along the first axis, which are the output
     units of convolutions and linear layers. A vector has no singular values."""
     exact = parameter.double()

@@ -26,8 +26,8 @@ from normwise.experiments.race import plan as plans
 from normwise.experiments.race import tables
 from normwise.experiments.race.protocol import PROTOCOL, PROTOCOLS, Protocol, first_horizon, rung
 from normwise.experiments.race.run import RaceRun, batch_of, step_times
-from normwise.experiments.tasks.load import TASKS, load_task
-from normwise.experiments.tasks.task import HELD_OUT, Task
+from normwise.experiments.tasks.load import HELD_OUT, TASKS, load_task
+from normwise.experiments.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,8 @@ class _Race:
             return float(one["tuned"]["trials"] * self._tuned_at(rules, one["name"]) * one["ms_a_sample"])
 
         adamw = next((one for one in lines if one["name"] == "adamw"), None)
-        nothing = {"tuning_cost": None, "within_cost": None}
-        if adamw is None or line["tuned"]["trials"] < 2 or adamw["ms_a_sample"] is None or line["ms_a_sample"] is None:
-            return nothing
+        if adamw is None or line["tuned"]["trials"] < 2 or None in (adamw["ms_a_sample"], line["ms_a_sample"]):
+            return {"tuning_cost": None, "within_cost": None}
         cost = seconds(line) / seconds(adamw)
         paid = line["tuned"]["tried"][: max(1, int(line["tuned"]["trials"] / cost))]
         results = [trial["result"] for trial in paid if trial["result"] is not None]

@@ -10,12 +10,12 @@ from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, geomet
 from normwise.experiments.framework.printing import markdown
 from normwise.experiments.framework.provenance import where
 from normwise.experiments.race.protocol import PROTOCOLS
+from normwise.experiments.tasks.load import HELD_OUT
 
 RACED = ("cnn", "resnet", "lstm", "gpt")
 """The tasks of the published races, in the order of their tables."""
-DEVELOPMENT = ("cnn", "resnet", "vit", "tabular", "lstm", "gpt")
-HELD_OUT = ("plain", "resnet_gn", "mixer", "unet", "gru", "decoder")
-"""The tasks of protocol 2, each with its partner's place."""
+TWELVE = ("cnn", "resnet", "vit", "tabular", "lstm", "gpt", "plain", "resnet_gn", "mixer", "unet", "gru", "decoder")
+"""The tasks of protocol 2: six for development, then the partner of each, which is held out."""
 Results = Mapping[str, Any]
 Row = dict[str, str]
 
@@ -151,8 +151,8 @@ def hits(results: Mapping[str, Results]) -> str:
             continue
         first, trials = next(iter(found.values())), max(line["tuned"]["trials"] for line in found.values())
         row = {"contender": first["label"], "trials": str(trials)}
-        for group, tasks in (("all", found), ("development", DEVELOPMENT), ("held out", HELD_OUT)):
-            row[group] = _hits([line for task, line in found.items() if task in tasks])
+        for group, held_out in (("all", (False, True)), ("development", (False,)), ("held out", (True,))):
+            row[group] = _hits([line for task, line in found.items() if (task in HELD_OUT) in held_out])
         shares = [line["share"] for line in found.values()]
         missed = sum(share is None for share in shares) / len(shares)
         table.append(((trials > 1, missed, geometric_mean(shares) if not missed else 0.0), row))
@@ -175,13 +175,11 @@ def by_task(results: Mapping[str, Results]) -> str:
     """Task × contender, shares of samples / of seconds; and what is not finished."""
     names, table = ranked(results), []
     labels = {line["name"]: line["label"] for one in results.values() for line in one["contenders"]}
-    for task in (*DEVELOPMENT, *HELD_OUT):
+    for task in TWELVE:
         lines = {line["name"]: line for line in results[task]["contenders"]} if task in results else {}
-        row = {"task": f"`{task}`" + " (held out)" * (task in HELD_OUT)}
-        row |= {labels[name]: _shares(lines[name]) if name in lines else "-" for name in names}
-        if lines:
-            table.append(row)
-    missing = [f"{task} (no runs)" for task in (*DEVELOPMENT, *HELD_OUT) if task not in results]
+        shares = {labels[name]: _shares(lines[name]) if name in lines else "-" for name in names}
+        table += [{"task": f"`{task}`{' (held out)' * (task in HELD_OUT)}", **shares}] if lines else []
+    missing = [f"{task} (no runs)" for task in TWELVE if task not in results]
     missing += [f"{task} ({', '.join(one['unfinished'])})" for task, one in results.items() if one["unfinished"]]
     end = f"Not finished: {'; '.join(missing)}." if missing else "All twelve races are finished."
     return "\n\n".join([*([markdown(table)] if table else []), end])

@@ -9,9 +9,9 @@ from typing import Any
 
 from normwise.errors import StudyError, nearest
 from normwise.experiments.tasks import models
-from normwise.experiments.tasks.task import TASKS, Source, Task
+from normwise.experiments.tasks.task import HELD_OUT, TASKS, Source, Task
 
-__all__ = ["SIZES", "TASKS", "load_task"]
+__all__ = ["HELD_OUT", "SIZES", "TASKS", "load_task"]
 
 SIZES = ("standard", "half", "tiny")
 
