@@ -7,12 +7,13 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
+from gallery_pictures import BLUE, GREY, ORANGE  # beside this file
 from matplotlib.figure import Figure
 
 import normwise as nw
 
 IMAGES = Path(__file__).resolve().parent / "images"
-BLUE, ORANGE, GREEN, GREY = "#3f51b5", "#e65100", "#2e7d32", "#9e9e9e"
+GREEN = "#2e7d32"
 SHADES = ["#c5cae9", "#7986cb", "#3949ab", "#1a237e"]
 
 
@@ -55,9 +56,9 @@ def order(figure: Any) -> None:
               "rules on\nweights")  # fmt: skip
     axes = figure.subplots()
     for place, phase in enumerate(phases):
-        mine = phase in ("backward", "optimizer's\nstep")
-        axes.text(place, 0, phase, ha="center", va="center", color="black" if mine else "white", fontsize=8,
-                  bbox={"boxstyle": "round,pad=0.5", "facecolor": "#e0e0e0" if mine else BLUE, "edgecolor": "none"})  # fmt: skip
+        yours = phase in ("backward", "optimizer's\nstep")
+        axes.text(place, 0, phase, ha="center", va="center", color="black" if yours else "white", fontsize=8,
+                  bbox={"boxstyle": "round,pad=0.5", "facecolor": "#e0e0e0" if yours else BLUE, "edgecolor": "none"})  # fmt: skip
         if place:
             axes.annotate("", (place - 0.42, 0), (place - 0.58, 0), arrowprops={"arrowstyle": "->", "color": GREY})
     axes.set(xlim=(-0.6, len(phases) - 0.4), ylim=(-0.5, 0.5))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -177,7 +178,14 @@ def raced(label: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- pages
 
 
-def as_markdown(text: str, own: str = "") -> str:
+def as_markdown(text: str, named: Callable[[re.Match[str]], str] = lambda m: f"`{m[1]}`") -> str:
+    """A docstring without roles (``named`` writes what they point at) and double backticks, its examples as blocks of code."""
+    plain = re.sub(r":\w+:`~?([^`]+)`", named, text).replace("``", "`")
+    code = re.compile(r"(?:^ *>>> .*\n?(?:^ *(?!>>>)\S.*\n?)*)+", re.MULTILINE)    # with what is printed
+    return code.sub(lambda m: "\n```python\n" + re.sub(r"(?m)^ *>>> ", "", m[0]).rstrip() + "\n```\n", plain)
+
+
+def with_links(text: str, own: str) -> str:
     """A docstring as Markdown, its references as links to pages of the gallery."""
 
     def linked(match: re.Match[str]) -> str:
@@ -185,21 +193,20 @@ def as_markdown(text: str, own: str = "") -> str:
         page = name if name in NAMED else name.lower() if name in PRESETS else ""
         return f"[`{name}`]({page}.md)" if page and name != own else f"`{match[1].removeprefix('normwise.')}`"
 
-    plain = re.sub(r":\w+:`~?([^`]+)`", linked, text).replace("``", "`")
-    return re.sub(r"(?<![\w/`])docs/([\w-]+)\.md", r"[\1](../\1.md)", plain)
+    return re.sub(r"(?<![\w/`])docs/([\w-]+)\.md", r"[\1](../\1.md)", as_markdown(text, linked))
 
 
 def sections(text: str, own: str) -> tuple[str, str, dict[str, str]]:
     """The first sentence of a docstring, the rest, and its arguments."""
-    head, _, given = text.partition("\nArgs:\n")
+    head, _, about = text.partition("\nArgs:\n")
     first, _, body = head.strip().partition("\n\n")
-    listed = re.finditer(r"^    ([\w, ]+): (.+(?:\n {8}.+)*)", given.partition("\nRaises:")[0], re.MULTILINE)
-    arguments = {m[1]: " ".join(m[2].split()) for m in listed}
-    return as_markdown(" ".join(first.split()), own), as_markdown(body.partition("\nRaises:")[0].strip(), own), arguments
+    given = re.finditer(r"^    ([\w, ]+): (.+(?:\n {8}.+)*)", about.partition("\nRaises:")[0], re.MULTILINE)
+    arguments = {m[1]: " ".join(m[2].split()) for m in given}
+    return with_links(" ".join(first.split()), own), with_links(body.partition("\nRaises:")[0].strip(), own).strip(), arguments
 
 
 def listed(arguments: dict[str, str], own: str) -> str:
-    return "\n".join(f"- `{name}`: {as_markdown(about, own)}" for name, about in arguments.items())
+    return "\n".join(f"- `{name}`: {with_links(about, own)}" for name, about in arguments.items())
 
 
 def signature(call: str, made: Any) -> str:

@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, str]] = {
     "both by Muon": {"peft:A": "muon"},
     "A by Muon, B by AdamW": {"peft:A": "muon", "peft:B": "adamw"},
     "both by AdamW": {"peft:B": "adamw"},
-    OWN_RATE: {"peft:B": "adamw"},
+    OWN_RATE: {},    # by torch's AdamW
 }
 
 
@@ -65,12 +65,12 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             of.setdefault((r["lr"], r["adamw"]), []).append(r["loss"])
         best = min(of.values(), key=mean)
         alike = [{rates[i] for rates, losses in of.items() if losses == best} for i in range(2)]
-        muon, adamw = (f"{min(values):g}" if len(values) == 1 else "-" for values in alike)
-        differ = len({*map(tuple, of.values())})
+        first, second = (f"{min(values):g}" if len(values) == 1 else "-" for values in alike)
+        muon, adamw = ("-", f"{second}; of B {first}") if way == OWN_RATE else (first, second)
         loss = f"{mean(best):.3f}" + (f" ± {stdev(best):.3f}" if len(best) > 1 else "")
-        row = {"way": way, "loss": loss, "rates tried that differ": str(differ)}
-        muon, adamw = ("-", f"{adamw}; of B {muon}") if way == OWN_RATE else (muon, adamw)
-        table.append((mean(best), row | {"best, of Muon": muon, "best, of AdamW": adamw}))
+        differ = len({*map(tuple, of.values())})
+        row = {"way": way, "loss": loss, "rates tried that differ": str(differ), "best, of Muon": muon, "best, of AdamW": adamw}
+        table.append((mean(best), row))
     return [row for _, row in sorted(table, key=lambda pair: pair[0])]
 
 
@@ -79,12 +79,14 @@ def loss(texts: finetune.Texts, way: str, lr: float, adamw: float, seed: int) ->
     model = texts.start(seed)
     torch.manual_seed(seed)
     model = finetune.adapted(model)
-    optimizer = nw.optim.Muon(model, lr, weight_decay=0.0, adamw={"lr": adamw, "weight_decay": 0.0}, override=WAYS[way])
+    optimizer: torch.optim.Optimizer
     if way == OWN_RATE:
         optimizer = torch.optim.AdamW(
             [{"params": [p for name, p in model.named_parameters() if p.requires_grad and part in name], "lr": rate}
              for part, rate in (("lora_A", adamw), ("lora_B", lr))], betas=(0.9, 0.95), weight_decay=0.0,
         )    # fmt: skip
+    else:
+        optimizer = nw.optim.Muon(model, lr, weight_decay=0.0, adamw={"lr": adamw, "weight_decay": 0.0}, override=WAYS[way])
     for _ in finetune.steps(texts.second, model, optimizer, STEPS, seed):
         pass
     return texts.second.evaluate(model, "validation").loss

@@ -79,18 +79,17 @@ def experiments(runs: Path) -> dict[str, Any] | None:
 
 
 def tried(results: dict[str, Any]) -> str:
-    """One table a task and share of its horizon, best first, with every seed's result."""
+    """One table a task, share of its horizon and precision, best first, with every seed's result."""
     from tried import ON_TUNED, VARIANTS  # beside this file
 
     label = {name: what[0] for name, what in [*VARIANTS.items(), *ON_TUNED.items()]}
 
     tables = []
-    keys = {(run["task"], run["share"], run["key"].split("-")[-3]): None for run in results["runs"]}    # bf16 and fp32 do not mix
-    for task, share, precision in keys:
-        runs: dict[str, dict[int, float | None]] = {}
-        for run in results["runs"]:
-            if (run["task"], run["share"], run["key"].split("-")[-3]) == (task, share, precision):
-                runs.setdefault(run["variant"], {})[run["seed"]] = run["result"]
+    found: dict[tuple[str, float, str], dict[str, dict[int, float | None]]] = {}
+    for run in results["runs"]:
+        key = run["task"], run["share"], run["key"].split("-")[-3]    # bf16 and fp32 do not mix
+        found.setdefault(key, {}).setdefault(run["variant"], {})[run["seed"]] = run["result"]
+    for (task, share, precision), runs in found.items():
         sign = -1 if task in ("cnn", "resnet") else 1    # accuracy: higher is better
         mean = {name: sum(sign * (9.0 if v is None else v) for v in of.values()) / len(of) for name, of in runs.items()}
         lines = [f"| `{task}`, {share:.2f} H, {precision} | mean | by seed, from 2000 |", "|---|---|---|"]
@@ -109,7 +108,7 @@ def one_race(results: dict[str, Any], drawn: bool = True) -> str:
 
 
 def of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
-    """How many core-hours, the table of hits, shares by task."""
+    """The table of hits, shares by task, how many core-hours."""
     hours = sum(one["core_hours"] for one in results.values())
     return f"{race_tables.hits(results)}\n\n{race_tables.by_task(results)} {hours:.1f} core-hours of training so far."
 
@@ -245,8 +244,7 @@ def named_rules(_: Any) -> str:
     lines = []
     for line in listing.named_rules().splitlines():
         head, about = line.split(")  ", 1)
-        plain = re.sub(r":func:`(\w+)`", r"`\1`", about.strip().replace("``", "`"))
-        lines.append(f"| `{head})` | {plain.replace('|', chr(92) + '|')} |")
+        lines.append(f"| `{head})` | {gallery.as_markdown(about.strip()).replace('|', chr(92) + '|')} |")
     return "\n".join(["| rule | what it does |", "|---|---|", *lines])
 
 

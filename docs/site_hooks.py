@@ -103,11 +103,4 @@ class Docstrings(griffe.Extension):
         if obj.docstring is not None:
             preset = nw.optim.PRESETS.get(obj.name) if obj.is_class else None
             text = inspect.getdoc(preset) if preset is not None and preset.__module__ == obj.parent.path else None  # type: ignore[union-attr]
-            obj.docstring.value = as_markdown(text or obj.docstring.value)
-
-
-def as_markdown(text: str) -> str:
-    """A docstring without roles and double backticks, its examples as blocks of code."""
-    plain = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
-    code = re.compile(r"(?:^ *>>> .*\n?(?:^ *(?!>>>)\S.*\n?)*)+", re.MULTILINE)    # with what is printed
-    return code.sub(lambda m: "\n```python\n" + re.sub(r"(?m)^ *>>> ", "", m[0]).rstrip() + "\n```\n", plain)
+            obj.docstring.value = gallery.as_markdown(text or obj.docstring.value)

@@ -71,7 +71,7 @@ class Metric(torch.optim.Optimizer):
         if self.act in ("kernel", "frequencies"):
             return by_kernel(d.view_as(p), self.param_groups[0]["damping"], self.act == "frequencies").flatten(1)
         if self.act == "mixed":
-            slow = state_of(self.state[p], "slow", g).lerp_(g, 1 - 0.97)
+            slow: Tensor = state.setdefault("slow", torch.zeros_like(g)).lerp_(g, 1 - 0.97)
             x = d + 0.5 * slow
             gram = x @ x.mT
             return torch.linalg.solve(gram + 0.03 * gram.diagonal().mean() * torch.eye(len(gram)), x)
@@ -103,11 +103,6 @@ class Metric(torch.optim.Optimizer):
             state["inverse"] = torch.linalg.inv(gram + self.param_groups[0]["damping"] * gram.diagonal().mean() * torch.eye(len(gram)))
         u: Tensor = state["inverse"] @ x
         return u if x is d else u.mT
-
-
-def state_of(state: dict[str, Any], key: str, like: Tensor) -> Tensor:
-    found: Tensor = state.setdefault(key, torch.zeros_like(like))
-    return found
 
 
 class Averaged(torch.optim.Optimizer):

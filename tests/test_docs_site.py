@@ -100,7 +100,7 @@ def test_a_page_reads_alike_on_a_code_host_and_on_the_site(monkeypatch: pytest.M
     assert hooks.relinked("[a](docs/race.md) [b](README.md)", "CHANGELOG.md") == "[a](race.md) [b](index.md)"
     assert hooks.relinked("[a](../examples/gpt.py) [b](../CONTRIBUTING.md)", "peft.md") == "[a](examples/gpt.md) [b](CONTRIBUTING.md)"
     assert hooks.relinked("[a](../../examples/gpt.py)", "zh/start.md") == "[a](../examples/gpt.md)"
-    assert hooks.as_markdown("See :func:`~nw.x`, ``y``.\n\n>>> f(1)") == "See `nw.x`, `y`.\n\n\n```python\nf(1)\n```\n"
+    assert hooks.gallery.as_markdown("See :func:`~nw.x`, ``y``.\n\n>>> f(1)") == "See `nw.x`, `y`.\n\n\n```python\nf(1)\n```\n"
 
 
 @pytest.mark.long

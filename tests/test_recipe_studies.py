@@ -197,11 +197,16 @@ def test_quantisation_is_the_loop_written_out(parts: Pictures, arm: str) -> None
         adam.step()
     tests, true = parts.parts.tensors("test")
     assert found["before"] == pytest.approx(float((model(tests.flatten(1)).argmax(1) == true).double().mean()), abs=0.006)
-    kept = [m.weight.detach().double() for m in model if isinstance(m, nn.Linear)]
+    weights = [m.weight for m in model if isinstance(m, nn.Linear)]
+    kept = [w.detach().clone().double() for w in weights]
+    for most, figure in ((3, "three"), (7, "four")) if arm != "scale" else ():
+        for p, w in zip(weights, kept, strict=True):
+            levels = torch.arange(-most, most + 1).double() * w.abs().max() / most
+            p.data = levels[(w.unsqueeze(-1) - levels).abs().argmin(-1)].float()
+        assert found[figure] == pytest.approx(float((model(tests.flatten(1)).argmax(1) == true).double().mean()), abs=0.006)
     if arm != "scale":
-        levels = [torch.arange(-7, 8).double() * w.abs().max() / 7 for w in kept]
-        near = [(w.unsqueeze(-1) - level).abs().amin(-1).norm() for w, level in zip(kept, levels, strict=True)]
-        assert found["error"] == pytest.approx(float(torch.stack(near).norm() / torch.stack([w.norm() for w in kept]).norm()), rel=1e-3)
+        off = torch.cat([(p.detach().double() - w).flatten() for p, w in zip(weights, kept, strict=True)]).norm()
+        assert found["error"] == pytest.approx(float(off / torch.cat([w.flatten() for w in kept]).norm()), rel=1e-3)
     assert (found["acted"] > 0) == (quantise.ARMS[arm].role == CONTENDER)
 
 

@@ -63,14 +63,14 @@ class QuantiseRun(RecipeRun):
         images, labels = context.parts.tensors("train")
         model = mlp(images[0].numel(), normalised=False)
         optimizer = torch.optim.Adam(model.parameters(), self.numbers["lr"], fused=True)
-        rules = arm.rules(self.numbers)
-        control = nw.attach(model, optimizer, rules) if rules else None
+        control = nw.attach(model, optimizer, arm.rules(self.numbers))
         acted = 0
-        for rows in (torch.randint(len(images), (BATCH,)) for _ in range(self.size)):
+        for _ in range(self.size):
+            rows = torch.randint(len(images), (BATCH,))
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images[rows].flatten(1)), labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            acted += sum(control.violations().values()) if control else 0
+            acted += sum(control.violations().values())
         return acted, rounded(model, context, self.full, arm.variant == SEARCHED)
 
 
