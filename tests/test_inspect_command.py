@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from normwise import cli
+from normwise.inspection.architecture import from_function
 
 
 def test_the_command_writes_tables_json_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +51,13 @@ def test_a_function_gives_the_roles(tmp_path: Path) -> None:
 
 def linear() -> torch.nn.Module:
     return torch.nn.Linear(4, 3)
+
+
+def test_only_the_model_is_on_the_meta_device_not_what_its_module_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_here.py").write_text("import torch\nSCALE = torch.ones(3)\ndef make():\n    return torch.nn.Linear(4, 3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert from_function("made_here:make").weight.is_meta    # type: ignore[union-attr]
+    assert not sys.modules["made_here"].SCALE.is_meta
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")

@@ -63,7 +63,7 @@ def test_a_waiting_trial_that_another_machine_takes_leaves_no_other_in_its_place
 
 def test_a_worker_that_does_not_reach_the_study_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"a worker finds no study 's' in .*give a --storage that all workers reach"):
-        storage.loaded(f"sqlite:///{tmp_path}/elsewhere.db", "s", storage.halving(8))
+        storage.trial_of(f"sqlite:///{tmp_path}/elsewhere.db", "s", 0, 8)
 
 
 def command(arguments: list[str]) -> subprocess.Popen[str]:

@@ -224,7 +224,7 @@ def _add_tune(commands: Any) -> None:
         "seeds in pairs with nothing (docs/tune.md is the protocol).",
         task=f"package.module:function of yours, or a task ({_TASKS})", data=f"for a task: {_ANY_TASK}",
         budget="quick, standard (default) or long", seeds="pairs of runs to judge with, 6 at least",
-        only="only these rules and optimizers, the first optimizer yours (default: every rule; adam, momentum, muon, auto)",
+        only="only these rules and optimizers, the first optimizer yours (default: every rule; adam, momentum, muon, auto, advised)",
     )  # fmt: skip
     parser.add_argument("--trials", type=_whole, metavar="N", help="of the search, in place of the budget's")
     parser.add_argument("--steps", type=_whole, metavar="N", help="of every run, in place of the budget's; of a function 1000")

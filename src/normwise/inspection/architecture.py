@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,22 +50,23 @@ def from_function(where: str) -> nn.Module:
     Raises:
         DataError: where there is no such function, or it makes no module.
     """
-    with torch.device("meta"):
-        model = called(where)
+    model = called(where, "meta")
     if not isinstance(model, nn.Module):
         raise DataError(f"the model {where!r} is a {type(model).__name__}: the function must return a torch.nn.Module.")
     return model
 
 
-def called(where: str) -> Any:
-    """What ``package.module:function`` returns, called without arguments.
+def called(where: str, device: str | None = None) -> Any:
+    """What ``package.module:function`` returns, called without arguments. device: torch's default within the call, not in its module.
 
     Raises:
         DataError: where there is no such function, or it needs arguments, or raises.
     """
     sys.path.insert(0, "")
     try:
-        return function_of(where, "model")()
+        function = function_of(where, "model")
+        with nullcontext() if device is None else torch.device(device):
+            return function()
     except NormwiseError:
         raise
     except Exception as error:    # the user's own code

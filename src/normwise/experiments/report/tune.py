@@ -20,10 +20,8 @@ WIDTH, HEIGHT = 620, 240
 
 def page_of(results: Results) -> Page | None:
     """None for the results of something else."""
-    return _page(results) if results.keys() >= {"tune", "finalists", "answer"} else None
-
-
-def _page(results: Results) -> Page:
+    if not results.keys() >= {"tune", "finalists", "answer"}:
+        return None
     found, answer = results["answer"]["verdict"], results["answer"]
     gained = found is not None and found["significant"]
     fronts = tables.front_rows(results)

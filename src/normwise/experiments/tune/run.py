@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from normwise.errors import NormwiseError
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 from normwise.experiments.tune import space
-from normwise.experiments.tune.storage import halving, loaded
+from normwise.experiments.tune.storage import trial_of
 from normwise.experiments.tune.target import Target, Trial
 
 DONE, GIVEN_UP, REFUSED, FAILED = "done", "given up", "refused", "failed"
@@ -31,18 +31,11 @@ class Watched:
 
     def __call__(self, steps: int, step: int, value: float) -> bool:
         """Whether to give up: successive halving asks at a quarter and at half of the steps."""
-        trial = _trial(self.url, self.study, self.id, steps)
+        trial = trial_of(self.url, self.study, self.id, steps)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")    # a trial that is done again has reported before
             trial.report(value, step)
         return step < steps and bool(trial.should_prune()) and not self.spared
-
-
-@functools.lru_cache(maxsize=1)
-def _trial(url: str, study: str, id: int, steps: int) -> Any:
-    import optuna
-
-    return optuna.trial.Trial(loaded(url, study, halving(steps)), id)
 
 
 @dataclass(frozen=True)
@@ -74,9 +67,9 @@ class TuneRun(Run):
     def train(self, target: Target, /) -> Result:
         """``state``, ``value`` (None where it is not ``done``), ``reason``, ``step_ms``, ``size``, ``seconds``, ``breaches``, ``rules`` as
         YAML, and ``stepper``, the advised optimizer."""
-        watch = functools.partial(self.watched, self.steps) if self.watched else lambda step, value: False
+        watch = functools.partial(self.watched, self.steps) if self.watched else None
         if self.watched:    # a storage out of reach is the study's failure, not the target's
-            _trial(self.watched.url, self.watched.study, self.watched.id, self.steps)
+            trial_of(self.watched.url, self.watched.study, self.watched.id, self.steps)
         trial = Trial(self.numbers, self.seed, self.steps, self.final, watch)
         started = time.perf_counter()
         state, value, reason = _outcome(target, trial)

@@ -57,25 +57,21 @@ SLOTS: dict[str, dict[str, Option]] = {
         ),
         "radial_brake": Option(
             "of what a step adds to a matrix's norm only the share keep", {"keep": (0.05, 0.95)},
-            lambda keep, **where: nw.radial_brake(keep, **where), placed=False,
+            nw.radial_brake, placed=False,
         ),
     },
     "pull": {
-        "weight_decay": Option("decoupled decay", {"strength": (0.003, 3.0)}, lambda strength, **where: nw.weight_decay(strength, **where)),
-        "l2_penalty": Option(
-            "strength/2 · ‖w‖² beside the loss", {"strength": (1e-5, 1e-2)}, lambda strength, **where: nw.l2_penalty(strength, **where)
-        ),
-        "l1_prox": Option("soft threshold: zeros", {"strength": (1e-6, 1e-3)}, lambda strength, **where: nw.l1_prox(strength, **where)),
+        "weight_decay": Option("decoupled decay", {"strength": (0.003, 3.0)}, nw.weight_decay),
+        "l2_penalty": Option("strength/2 · ‖w‖² beside the loss", {"strength": (1e-5, 1e-2)}, nw.l2_penalty),
+        "l1_prox": Option("soft threshold: zeros", {"strength": (1e-6, 1e-3)}, nw.l1_prox),
     },
     "clip": {
         "clip_grad_norm": Option("the norm of all gradients", {"limit": (0.1, 10.0)}, lambda limit: nw.clip_grad_norm(limit), placed=False),
         "agc": Option(
-            "each unit's gradient, in multiples of its weights' norm", {"clipping": (0.003, 0.3)}, lambda clipping: nw.agc(clipping),
-            placed=False,
+            "each unit's gradient, in multiples of its weights' norm", {"clipping": (0.003, 0.3)}, nw.agc, placed=False,
         ),
         "autoclip": Option(
-            "the gradient at a percentile of its norms so far", {"percentile": (10.0, 99.0)}, lambda percentile: nw.autoclip(percentile),
-            placed=False,
+            "the gradient at a percentile of its norms so far", {"percentile": (10.0, 99.0)}, nw.autoclip, placed=False,
         ),
     },
 }  # fmt: skip

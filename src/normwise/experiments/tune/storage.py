@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 import threading
 import warnings
@@ -31,10 +32,14 @@ def url_of(storage: str) -> str:
 
 
 def shown(url: str) -> str:
-    """Without its password."""
+    """Without its password; only its kind where it is no URL, so that its password cannot be found."""
     from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
 
-    return url.removeprefix("sqlite:///") if url.startswith("sqlite:///") else make_url(url).render_as_string(hide_password=True)
+    try:
+        return url.removeprefix("sqlite:///") if url.startswith("sqlite:///") else make_url(url).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
+        return f"{url.partition('://')[0]}://..."
 
 
 def opened(url: str) -> optuna.storages.RDBStorage:
@@ -62,7 +67,7 @@ def opened(url: str) -> optuna.storages.RDBStorage:
     except Exception as error:    # SQLAlchemy's, its drivers' and Optuna's own are of no common kind
         told = " ".join(str(error.__cause__ or error).split())[:300]
         raise StudyError(
-            f"the storage {_safe(url)} cannot be used ({type(error).__name__}: {told.rstrip('.')}); give another --storage."
+            f"the storage {shown(url)} cannot be used ({type(error).__name__}: {told.rstrip('.')}); give another --storage."
         ) from None
 
 
@@ -74,59 +79,57 @@ def _in_short_order(engine: Any) -> None:
     engine.dispose()
 
 
-def in_one_file(path: Path) -> None:
+def _in_one_file(path: Path) -> None:
     """What is still in the log beside a database goes into it, so that the one file is all there is to copy."""
-    for storage in _here.values():
-        storage.remove_session()
-        storage.engine.dispose()
-    _here.clear()
     with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode=DELETE")
 
 
-def _safe(url: str) -> str:
-    try:
-        return shown(url)
-    except Exception:    # no URL that can be read, so that its password cannot be found either
-        return f"{url.partition('://')[0]}://..."
+_here: dict[str, optuna.storages.RDBStorage] = {}
+"""By their URLs those that this process has opened."""
 
 
 @contextmanager
-def in_reach(url: str) -> Iterator[None]:
-    """What breaks between here and the database within is one StudyError."""
+def in_reach(url: str, file: Path | None) -> Iterator[optuna.storages.RDBStorage]:
+    """The storage behind an URL, open within: what breaks between here and there is one StudyError. file: where nobody else works on it."""
+    storage = _here[url] = opened(url)
     import optuna
     import sqlalchemy.exc
 
     try:
-        yield
+        yield storage
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         told = " ".join(str(error.__cause__ or error).split())[:200]
         raise StudyError(
-            f"the storage {_safe(url)} does not answer any more ({told.rstrip('.')}); finished trials are kept, start the same command "
+            f"the storage {shown(url)} does not answer any more ({told.rstrip('.')}); finished trials are kept, start the same command "
             "again."
         ) from None
+    finally:
+        trial_of.cache_clear()
+        del _here[url]
+        storage.remove_session()
+        storage.engine.dispose()
+        if file is not None:
+            _in_one_file(file)
 
 
-_here: dict[str, optuna.storages.RDBStorage] = {}
+@functools.lru_cache(maxsize=1)
+def trial_of(url: str, name: str, id: int, steps: int) -> optuna.trial.Trial:
+    """A trial of the study ``name`` in a process that trains it. The better half goes on, at a quarter and at half of the steps.
 
-
-def loaded(url: str, name: str, pruner: Any) -> optuna.Study:
-    """A study in a process that trains; its storage is opened once."""
+    Raises:
+        StudyError: where there is no such study.
+    """
     import optuna
 
     if url not in _here:
         _here[url] = opened(url)
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 4), reduction_factor=2)
     try:
-        return optuna.load_study(study_name=name, storage=_here[url], sampler=optuna.samplers.RandomSampler(), pruner=pruner)
+        study = optuna.load_study(study_name=name, storage=_here[url], sampler=optuna.samplers.RandomSampler(), pruner=halving)
     except KeyError:    # a file of another machine, which is empty here
-        raise StudyError(f"a worker finds no study {name!r} in {_safe(url)}; give a --storage that all workers reach.") from None
-
-
-def halving(steps: int) -> optuna.pruners.BasePruner:
-    """The better half goes on, at a quarter and at half of the steps."""
-    import optuna
-
-    return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 4), reduction_factor=2)
+        raise StudyError(f"a worker finds no study {name!r} in {shown(url)}; give a --storage that all workers reach.") from None
+    return optuna.trial.Trial(study, id)
 
 
 def study_of(storage: optuna.storages.RDBStorage, name: str, asked: Mapping[str, Any], directions: Sequence[Any]) -> optuna.Study:
@@ -249,20 +252,11 @@ def sampler(seed: int) -> optuna.samplers.BaseSampler:
     proposed without the interruption."""
     import optuna
 
-    class Anew(optuna.samplers.BaseSampler):
+    class Anew(optuna.samplers.TPESampler):
         def before_trial(self, study: Any, trial: Any) -> None:
             drawn = np.random.SeedSequence([seed, trial.number]).generate_state(1)[0]
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.inner = optuna.samplers.TPESampler(n_startup_trials=STARTUP, multivariate=True, group=True, seed=int(drawn))
-
-        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
-            return self.inner.infer_relative_search_space(study, trial)
-
-        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
-            return self.inner.sample_relative(study, trial, search_space)
-
-        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
-            return self.inner.sample_independent(study, trial, param_name, param_distribution)
+                warnings.simplefilter("ignore")    # both options are called experimental
+                super().__init__(n_startup_trials=STARTUP, multivariate=True, group=True, seed=int(drawn))
 
     return Anew()

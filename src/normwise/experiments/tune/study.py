@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -107,17 +107,15 @@ class TuneOptions(Options):
 def run(options: TuneOptions, outputs: Outputs) -> bool:
     """The command: tunes, prints, writes the outputs and the policy. False where a bound is broken."""
     beside = Path(str(outputs.default_state(options.called)).removesuffix(".runs.jsonl"))
-    options = replace(
-        options, storage=options.storage or f"{beside}.db", policy=options.policy or Path(f"{beside}.yaml")
-    )  # fmt: skip
-    files.check_file(options.policy)
+    policy = options.policy or Path(f"{beside}.yaml")
+    options = replace(options, storage=options.storage or f"{beside}.db")
+    files.check_file(policy)
 
     def work() -> Mapping[str, Any]:
         interrupts.say(lambda: f"Interrupted: finished trials are in {kept.shown(options.url)}; the same command resumes there.")
         results = tune(options, on_stderr("trials"))
-        assert options.policy is not None
-        files.replace(options.policy, tables.policy_file(results).encode())
-        return results | {"policy_file": str(options.policy)}
+        files.replace(policy, tables.policy_file(results).encode())
+        return results | {"policy_file": str(policy)}
 
     return deliver(work, show, outputs, options.file, complaints=lambda results: results["answer"]["breaches"], units="trials")
 
@@ -159,14 +157,12 @@ def tune(options: TuneOptions, progress: Progress | None = None, budget: Budget 
 @contextmanager
 def _opened(options: TuneOptions, progress: Progress | None) -> Iterator[tuple[Driver, Any]]:
     note = (progress or Progress()).note
-    with locked(options.file, note), opened_driver(replace(options, state=None), progress) as driver:
-        storage = kept.opened(options.url)
-        with kept.in_reach(options.url):
-            yield driver, storage
-        storage.remove_session()
-        storage.engine.dispose()
-    if options.file is not None:
-        kept.in_one_file(options.file)
+    # The driver is inside: its workers, which have the storage open, end first.
+    with (
+        locked(options.file, note), kept.in_reach(options.url, options.file) as storage,
+        opened_driver(replace(options, state=None), progress) as driver,
+    ):  # fmt: skip
+        yield driver, storage
 
 
 @dataclass
@@ -183,14 +179,12 @@ class _Search:
 
     def __post_init__(self) -> None:
         name, self.alone = self.options.called, self.options.file is not None
-        maximize = self.target.maximize
+        first = "maximize" if self.target.maximize else "minimize"
         asked = {
             "target": self.target.key, "space": self.space.plain(), "seed": self.options.seed, "steps": self.steps,
-            "objectives": list(self.options.objectives), "direction": "maximize" if maximize else "minimize",
-            "version": list(versions(str(PROTOCOL))),
+            "objectives": self.options.objectives, "direction": first, "version": versions(str(PROTOCOL)),
         }  # fmt: skip
         asked = json.loads(json.dumps(asked))    # as it is read again
-        first = "maximize" if maximize else "minimize"
         directions = [first, *["minimize"] * (len(self.options.objectives) - 1)]
         self.first = Trials(kept.study_of(self.storage, name, asked, directions), self.alone)
         self.second = Trials(kept.study_of(self.storage, f"{name}, fresh seeds", asked, [first]), self.alone)
@@ -222,12 +216,12 @@ class _Search:
         trials = study.get_trials(deepcopy=False)
         if all(trial.state.is_finished() for trial in trials) and not self._tried():
             self._enqueue(self.space.first(), again=True)
-        self._work(self.first, self.plan.trials, self._run_of, self._outcome)
+        self._work(self.first, self.plan.trials, self._run_of)
         self._sound(over=True)
         # A leader's gain may be its rate's, or its optimizer's alone: both are tried without its rules.
         leaders = [one.numbers for one in self._finalists()[1] if one.numbers["optimizer"] != spaces.ADVISED]
         self._enqueue([self.space.nothing(numbers["lr"], numbers["optimizer"]) for numbers in leaders])
-        self._work(self.first, 0, self._run_of, self._outcome)
+        self._work(self.first, 0, self._run_of)
         return self._finalists()
 
     def _finalists(self) -> tuple[Tried | None, list[Tried]]:
@@ -251,18 +245,19 @@ class _Search:
         seed = TUNING_SEED + APART * self.options.seed
         return TuneRun(self.target.key, numbers, seed, self.steps, False, trial.number, watched)
 
-    def _outcome(self, result: Result) -> tuple[Any, Any]:
+    def _outcome(self, objectives: Sequence[str], result: Result) -> tuple[Any, Any]:
         """For Optuna: its state and values. What the sampler should keep away from is pruned, which it learns from; it forgets failures."""
         from optuna.trial import TrialState
 
-        values = [result[OBJECTIVES[one]] for one in self.options.objectives]
+        values = [result[OBJECTIVES[one]] for one in objectives]
         if result["state"] == DONE and None not in values:
             return TrialState.COMPLETE, values
         pruned = result["state"] in (GIVEN_UP, REFUSED) and len(values) == 1
         return TrialState.PRUNED if pruned else TrialState.FAIL, None
 
-    def _work(self, trials: Trials, wanted: int, run_of: Any, outcome: Any) -> None:
+    def _work(self, trials: Trials, wanted: int, run_of: Callable[[Any], TuneRun]) -> None:
         """Until enough are finished, also those that run elsewhere."""
+        outcome = partial(self._outcome, self.options.objectives if trials is self.first else ("metric",))
         sound = self._sound if trials is self.first else lambda: None
         with trials.alive():
             while True:
@@ -302,14 +297,9 @@ class _Search:
             judges = seed % APART < TUNING_SEED
             return TuneRun(self.target.key, numbers, seed, self.steps, judges, trial.number, None)
 
-        self._work(self.second, 0, run_of, self._outcome_of_final)
+        self._work(self.second, 0, run_of)
         found = {(t.params["finalist"], t.params["seed"]): t.user_attrs["result"] for t in self.second.finished()}
         return {number: [found.get((number, seed), {}).get("value") for seed in seeds] for number in finalists}
-
-    def _outcome_of_final(self, result: Result) -> tuple[Any, Any]:
-        from optuna.trial import TrialState
-
-        return (TrialState.COMPLETE, result["value"]) if result["state"] == DONE else (TrialState.FAIL, None)
 
     # ------------------------------------------------------------------------------------------------------- as plain data
 

@@ -28,7 +28,7 @@ def candidate_of(numbers: spaces.Numbers, result: Results) -> dict[str, Any]:
     optimizer = spaces.CHOICES[numbers["optimizer"]]
     told = result["stepper"] or f"{optimizer.label} ({optimizer.about})"
     return {
-        "label": spaces.label(numbers), "optimizer": told, "lr": spaces.rate(numbers), "policy_yaml": result["rules"] or "[]\n"
+        "label": spaces.label(numbers), "optimizer": told, "lr": spaces.rate(numbers), "policy_yaml": result["rules"]
     }  # fmt: skip
 
 
@@ -60,19 +60,16 @@ def importances(study: Any, slots: Sequence[str], maximize: bool) -> dict[str, f
 
 
 def front(results: Results) -> list[dict[str, Any]]:
-    """The trials that no other one beats in everything: metric, step time and size."""
+    """The trials that no other one beats in all objectives; where there is one, in metric and step time."""
     sign = -1 if results["maximize"] else 1
-    done = [t for t in results["trials"] if t["state"] == DONE and t["step_ms"] is not None and t["size"] is not None]
-    cost = {t["number"]: (sign * t["value"], t["step_ms"], t["size"]) for t in done}
-    seen = [OBJECTIVE_AT[one] for one in results["objectives"]] if len(results["objectives"]) > 1 else [0, 1]
+    _, *others = results["objectives"] if len(results["objectives"]) > 1 else ("metric", "step_ms")
+    done = [t for t in results["trials"] if t["state"] == DONE and None not in (t[one] for one in others)]
+    costs = [(sign * t["value"], *(t[one] for one in others)) for t in done]
 
-    def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-        return all(one[k] <= other[k] for k in seen) and any(one[k] < other[k] for k in seen)
+    def beaten(cost: tuple[float, ...]) -> bool:
+        return any(other != cost and all(a <= b for a, b in zip(other, cost, strict=True)) for other in costs)
 
-    return [t for t in done if not any(beats(other, cost[t["number"]]) for other in cost.values())]
-
-
-OBJECTIVE_AT = {"metric": 0, "step_ms": 1, "size": 2}
+    return [t for t, cost in zip(done, costs, strict=True) if not beaten(cost)]
 
 
 # --------------------------------------------------------------------------------------------------------------- words

@@ -27,7 +27,8 @@ from normwise.experiments.tune import space
 from normwise.inspection.architecture import function_of
 
 STEPS_OF_A_FUNCTION = 1000
-LOOKS = 4
+LOOKS = (0.25, 0.5)
+"""Shares of the steps at which successive halving asks."""
 
 
 class GivenUp(Exception):
@@ -47,25 +48,25 @@ class Trial:
         seed: everything random follows from it.
         steps: how long to train.
         final: whether the run judges the winner, and the metric should be that of data which no choice has seen.
-        watch: gets each report, and says whether to give up.
+        watch: gets each report, and says whether to give up; None where nobody asks.
     """
 
     numbers: space.Numbers
     seed: int
     steps: int
     final: bool = False
-    watch: Callable[[int, float], bool] = lambda step, value: False
+    watch: Callable[[int, float], bool] | None = None
     model: nn.Module | None = None
     control: nw.Control | None = None
     ended: GivenUp | None = None
-    rules: str = ""
+    rules: str = "[]\n"
     stepper: str = ""
     ticks: list[float] = field(default_factory=list)
 
     def policy(self, model: nn.Module) -> nw.Policy:
         """The rules for ``model``; none for "nothing"."""
         found = space.policy(self.numbers, model)
-        self.rules = found.to_yaml() if found.rules else "[]\n"
+        self.rules = found.to_yaml()
         return found
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -91,7 +92,7 @@ class Trial:
         value = float(value)
         if not math.isfinite(value):
             self.ended = GivenUp(f"the metric is {value} at step {step}")
-        elif self.watch(int(step), value):
+        elif self.watch is not None and self.watch(int(step), value):
             self.ended = GivenUp()
         if self.ended is not None:
             raise self.ended
@@ -150,7 +151,7 @@ def _on_task(task: Task, trial: Trial) -> float:
     model = task.build()
     optimizer = trial.attach(model)
     schedule = nw.optim.schedule(optimizer, trial.steps)
-    looks = set() if trial.final else {math.ceil(trial.steps * (k + 1) / LOOKS) for k in range(LOOKS - 1)}
+    looks = {math.ceil(trial.steps * share) for share in LOOKS} if trial.watch is not None else set()
     for step, batch in enumerate(islice(task.batches(task.batch, trial.seed), trial.steps), start=1):
         optimizer.zero_grad()
         loss = task.loss(model, batch)

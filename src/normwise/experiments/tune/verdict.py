@@ -36,20 +36,14 @@ class Verdict:
     significant: bool
 
 
-def best(tried: Sequence[Tried], maximize: bool) -> list[Tried]:
-    """The best trial of each combination, the best first; of equal ones the first tried."""
-    ordered = sorted(tried, key=lambda one: (-one.value if maximize else one.value, one.number))
-    found: dict[tuple[str, ...], Tried] = {}
-    for one in ordered:
-        found.setdefault(combination(one.numbers), one)
-    return list(found.values())
-
-
 def finalists(tried: Sequence[Tried], space: Space, maximize: bool) -> tuple[Tried | None, list[Tried]]:
-    """The best "nothing", None where it failed throughout, and the leaders of the other combinations."""
-    ranked = best(tried, maximize)
-    nothing = next((one for one in ranked if space.is_nothing(one.numbers)), None)
-    return nothing, [one for one in ranked if not space.is_nothing(one.numbers)][:LEADERS]
+    """The best "nothing", None where it failed throughout, and the leaders of the other combinations, by the best trial of each, the best
+    first; of equal ones the first tried."""
+    found: dict[tuple[str, ...], Tried] = {}
+    for one in sorted(tried, key=lambda one: (-one.value if maximize else one.value, one.number)):
+        found.setdefault(combination(one.numbers), one)
+    nothing = next((one for one in found.values() if space.is_nothing(one.numbers)), None)
+    return nothing, [one for one in found.values() if one is not nothing][:LEADERS]
 
 
 def chosen(values: Mapping[int, Sequence[Value]], nothing: int, maximize: bool) -> int:
