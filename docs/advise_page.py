@@ -68,7 +68,7 @@ def cells(model: nn.Module) -> list[str]:
 def _rules(advice: Advice) -> str:
     tensors: dict[str, int] = {}
     for line in advice.lines:
-        for call in line.rules if line.verdict == "do" else ():
+        for call in line.rules:
             tensors[call.name] = tensors.get(call.name, 0) + line.tensors
     return ", ".join(f"{name} {count}" for name, count in tensors.items()) or "leave"
 
@@ -86,15 +86,5 @@ def text() -> str:
     return "\n".join([INTRO.format(models=len(rows), version=version("transformers")), *head, *rows, *missing]) + "\n"
 
 
-def main() -> int:
-    now = text()
-    if "--check" in sys.argv:
-        stale = not PAGE.exists() or PAGE.read_text() != now
-        print("docs/advise-census.md is not what docs/advise_page.py writes" if stale else "docs/advise-census.md is up to date")
-        return int(stale)
-    PAGE.write_text(now)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(census_page.write(PAGE, text()))

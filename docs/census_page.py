@@ -128,15 +128,15 @@ def text() -> str:
     return "\n".join(parts)
 
 
-def main() -> int:
-    now = text()
-    if "--check" in sys.argv:
-        stale = not PAGE.exists() or PAGE.read_text() != now
-        print("docs/census.md is not what docs/census_page.py writes" if stale else "docs/census.md is up to date")
-        return int(stale)
-    PAGE.write_text(now)
-    return 0
+def write(page: Path, now: str) -> int:
+    """Writes a page; with ``--check`` it only compares. The exit status: 1 where the page is another."""
+    if "--check" not in sys.argv:
+        page.write_text(now)
+        return 0
+    stale = not page.exists() or page.read_text() != now
+    print(f"docs/{page.name} is not what docs/{Path(sys.argv[0]).name} writes" if stale else f"docs/{page.name} is up to date")
+    return int(stale)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write(PAGE, text()))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import random
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from normwise.advice import probe as probing
 from normwise.advice.logits import watched
 from normwise.advice.probe import probe
 from normwise.errors import DataError
+from normwise.parameters.attention_logits import Attention as Found
 from normwise.parameters.attention_logits import find_attentions
 from normwise.parameters.inventory import Inventory
 
@@ -274,6 +278,17 @@ def test_logits_are_those_of_the_formula(fused: bool) -> None:
     torch.testing.assert_close(watch.largest["inner"], expected.detach())
 
 
+def test_logits_are_seen_where_softmax_gets_them_by_name() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(input=x, dim=-1)
+
+    module, x = Named(), torch.randn(2, 4, 3, 3)
+    with watched([Found("", module, (), (), (), 4, 4, "")]) as watch:
+        module(x)
+    torch.testing.assert_close(watch.largest[""], x.amax((0, 2, 3)))
+
+
 def test_torchs_own_attention_is_seen() -> None:
     model = made("multihead")
     ids = batches("multihead", 1)[0][0]
@@ -372,9 +387,16 @@ def test_halves_are_the_batch() -> None:
     assert probing._halves({"x": torch.ones(1, 3)}) is None and probing._halves("text") is None
 
 
-def test_the_benchmark_has_the_columns_of_its_bars() -> None:
+def test_the_benchmark_has_the_columns_of_its_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     from normwise.experiments.bench import probe as bench
 
+    def run(command: list[str], **how: Any) -> SimpleNamespace:    # in this process: another one takes seconds to import torch
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(command[2], {})
+        return SimpleNamespace(stdout=out.getvalue())
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "BATCHES", 8)
     timed, remembered = bench._time("gpt", "tiny", 1), bench._memory(2, 64)
     for bar in bench.BARS:
         assert any(bar.value in row and bar.bar in row for row in (timed, remembered))

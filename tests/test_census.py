@@ -24,6 +24,7 @@ from census.plain import Causal, Patches
 from census.seen import Seen, look
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+import advise_page
 import census_page
 
 KINDS = {f.group for f in FAMILIES}
@@ -224,6 +225,7 @@ def test_the_page_says_what_the_code_says() -> None:
 
 
 @pytest.mark.long
-def test_all_of_the_page() -> None:
+@pytest.mark.parametrize("page", [census_page, advise_page])
+def test_all_of_the_page(page: Any) -> None:
     pytest.importorskip("transformers")
-    assert census_page.PAGE.read_text() == census_page.text(), "run docs/census_page.py"
+    assert page.PAGE.read_text() == page.text(), f"run docs/{page.__name__}.py"

@@ -97,11 +97,18 @@ _TASKS = "images: cnn, plain, resnet, resnet_gn, vit, mixer, unet; text: lstm, g
 _ANY_TASK = "images, a text or a CSV file, as the task wants, or hf:NAME; default: bundled data"
 
 
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str | None = None
+) -> argparse.ArgumentParser:
+    """A command that calls ``run``, whose result is the exit status."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
+    parser.set_defaults(command=run)
+    return parser
+
+
 def _add_study(commands: Any, name: str, summary: str, description: str, **helps: str) -> argparse.ArgumentParser:
     """A study with the options that all have. helps: of ``task``, where it takes one, and of those that differ between studies."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=f"{description} If you start it again, it resumes where it stopped."
-    )
+    parser = _add_command(commands, name, _study, summary, f"{description} If you start it again, it resumes where it stopped.")
     if "task" in helps:
         parser.add_argument("task", metavar="TASK", nargs="?" if name == "race" else None, help=helps["task"])
     parser.add_argument("--data", metavar="DIR", help=helps["data"])
@@ -116,7 +123,7 @@ def _add_study(commands: Any, name: str, summary: str, description: str, **helps
     if name != "tune":    # whose trials are in a database
         parser.add_argument("--state", type=Path, metavar="FILE",
                             help="finished runs, to resume from (default: NAME.runs.jsonl beside --json, else in this folder)")  # fmt: skip
-    parser.set_defaults(command=_study, study=name, **({} if "task" in helps else {"task": name}))
+    parser.set_defaults(study=name, **({} if "task" in helps else {"task": name}))
     return parser
 
 
@@ -270,12 +277,11 @@ def _range(text: str) -> tuple[float, float]:
 
 
 def _add_demo(commands: Any) -> None:
-    parser = commands.add_parser(
-        "demo", help="what a few rules do to a small network, in half a minute",
-        description="Trains the article's CNN on scikit-learn's digits with a few rules and prints what became of its norms. "
+    _add_command(
+        commands, "demo", _demo, "what a few rules do to a small network, in half a minute",
+        "Trains the article's CNN on scikit-learn's digits with a few rules and prints what became of its norms. "
         "Exits 1 where a bound does not hold.",
     )  # fmt: skip
-    parser.set_defaults(command=_demo)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -284,11 +290,10 @@ def _demo(args: argparse.Namespace) -> int:
     return 0 if run() else _BROKEN
 
 
-
 def _add_advise(commands: Any) -> None:
-    parser = commands.add_parser(
-        "advise", help="which rules and which optimizer to start with, for a model of yours, and why",
-        description="Calls FUNCTION, which returns a model, or (model, batches, loss) for a probe, and advises a policy and an optimizer "
+    parser = _add_command(
+        commands, "advise", _advise, "which rules and which optimizer to start with, for a model of yours, and why",
+        "Calls FUNCTION, which returns a model, or (model, batches, loss) for a probe, and advises a policy and an optimizer "
         "for a goal. Nothing is trained, and the probe puts everything back.",
     )  # fmt: skip
     parser.add_argument("function", metavar="PACKAGE.MODULE:FUNCTION", help="a function of yours that takes no arguments")
@@ -299,7 +304,6 @@ def _add_advise(commands: Any) -> None:
     parser.add_argument("--yaml", type=Path, metavar="FILE", help="write the policy here")
     parser.add_argument("--python", type=Path, metavar="FILE", help="write code that trains under it here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
-    parser.set_defaults(command=_advise)
 
 
 def _advise(args: argparse.Namespace) -> int:
@@ -310,9 +314,9 @@ def _advise(args: argparse.Namespace) -> int:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = commands.add_parser(
-        "inspect", help="which norms a checkpoint has, how far it moved, and whether it keeps to a policy",
-        description="Measures every tensor of CHECKPOINT without loading it: norms, units, singular values, outliers, what is not finite. "
+    parser = _add_command(
+        commands, "inspect", _inspect, "which norms a checkpoint has, how far it moved, and whether it keeps to a policy",
+        "Measures every tensor of CHECKPOINT without loading it: norms, units, singular values, outliers, what is not finite. "
         "Exits 1 where a bound of --policy is broken. With --json it resumes where it was interrupted.",
     )  # fmt: skip
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a safetensors or torch file, an index.json, a folder")
@@ -324,7 +328,6 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
     parser.add_argument("--state", type=Path, metavar="FILE", help="finished tensors (default: NAME.tensors.jsonl beside --json)")
-    parser.set_defaults(command=_inspect)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -336,13 +339,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench", help="measure what control costs, interleaved with what it is compared to",
-        description="Measures NAME, and exits 1 where it misses a bar. Without NAME it lists what there is.",
+    parser = _add_command(
+        commands, "bench", _bench, "measure what control costs, interleaved with what it is compared to",
+        "Measures NAME, and exits 1 where it misses a bar. Without NAME it lists what there is.",
     )  # fmt: skip
     parser.add_argument("name", nargs="?", metavar="NAME", help="which one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here")
-    parser.set_defaults(command=_bench)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -358,10 +360,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_policies(commands: Any) -> None:
-    parser = commands.add_parser("policies", help="list the named rules, explain one of them, or check a policy's YAML file")
+    parser = _add_command(commands, "policies", _policies, "list the named rules, explain one of them, or check a policy's YAML file")
     parser.add_argument("what", nargs="?", metavar="RULE|FILE.yaml",
                         help="a named rule to explain, or a policy to check; without it the list of all named rules")  # fmt: skip
-    parser.set_defaults(command=_policies)
 
 
 def _policies(args: argparse.Namespace) -> int:

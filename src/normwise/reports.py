@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class Loggable(ABC):
@@ -30,6 +31,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[
         "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in lines
     )
+
+
+def finite(value: Any) -> Any:
+    """Plain data without what JSON does not know: a number that is not finite is None."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def unique(labels: Iterable[str]) -> list[str]:

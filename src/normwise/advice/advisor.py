@@ -72,9 +72,8 @@ def advise(
         found.append(line("know", "pace", ", ".join(f"role:{role}" for role in fast), shown=", ".join(f"{r} {pace[r]:.0%}" for r in fast)))
     lines = [*found, *(_measured(facts, seen, found) if seen is not None else []), *_known(facts, seen, goal)]
     recipe, lines = _fitting(facts, recipe, lines)
-    order = {"do": 0, "leave": 1, "know": 2}
-    lines.sort(key=lambda one: order[one.verdict])
-    policy = Policy([rule for one in lines if one.verdict == "do" for call in one.rules for rule in call.rules()])
+    lines.sort(key=lambda one: ("do", "leave", "know").index(one.verdict))
+    policy = Policy([rule for one in lines for call in one.rules for rule in call.rules()])
     skip = "skip" if seen is not None and seen.nonfinite else "ignore"
     return Advice(goal, facts.name, policy, recipe, tuple(lines), seen, skip, made_by)
 
@@ -201,9 +200,11 @@ def _fitting(facts: Facts, recipe: Recipe, lines: Sequence[Line]) -> tuple[Recip
             lines = [one for one in lines if one.what != str(recipe)]
             recipe = Recipe("torch.optim.AdamW", ADAMW)
             kept.append(line("do", "adamw, refused", "all trainable", facts.trainable, recipe=recipe))
-        for one in lines:
-            calls = [call for other in kept if other.verdict == "do" for call in other.rules]
-            why = _refused(facts, [*calls, *one.rules]) if one.rules and one.verdict == "do" else ""
+        whole = [call for one in lines for call in one.rules]
+        refused = whole and _refused(facts, whole)
+        for one in lines:    # which one, is asked only where there is one: to attach may decompose every matrix
+            calls = [call for other in kept for call in other.rules]
+            why = _refused(facts, [*calls, *one.rules]) if refused and one.rules else ""
             kept.append(line("leave", "refused", one.on, rule=one.what, error=why) if why else one)
     return recipe, kept
 

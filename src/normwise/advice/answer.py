@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 from normwise import optim
 from normwise.advice.probe import Probe
 from normwise.policy import NAMED, Policy, Rule
+from normwise.reports import finite
 
 Verdict = Literal["do", "leave", "know"]
 Basis = Literal["model", "guess", "probe"]
@@ -111,12 +111,12 @@ class Advice:
     @property
     def calls(self) -> list[Call]:
         """The named rules that the policy is made of."""
-        return [call for line in self.lines if line.verdict == "do" for call in line.rules]
+        return [call for line in self.lines for call in line.rules]
 
     def yaml(self) -> str:
         """The policy as a YAML file, with the reasons as comments; ``nw.Policy.from_yaml`` reads it."""
         lines = [f"Advice for {self.goal}: {self.model}.", f"Optimizer: {self.optimizer}"]
-        lines += [f"{line.what}: {line.why} ({line.source})" for line in self.lines if line.rules and line.verdict == "do"]
+        lines += [f"{line.what}: {line.why} ({line.source})" for line in self.lines if line.rules]
         comments = [wrapped for text in lines for wrapped in textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="#   ")]
         return "\n".join(comments) + f"\n{self.policy.to_yaml()}"
 
@@ -142,7 +142,7 @@ class Advice:
             "policy": [rule.to_data() for rule in self.policy], "python": self.python(), "on_nonfinite": self.on_nonfinite,
             "lines": [line.data() for line in self.lines], "probe": None if self.probe is None else dataclasses.asdict(self.probe),
         }  # fmt: skip
-        return json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False)
+        return json.dumps(finite(data), indent=1, ensure_ascii=False, allow_nan=False)
 
     def __str__(self) -> str:
         how = f"and a probe of {self.probe.batches} batches" if self.probe is not None else "nothing was run"
@@ -160,12 +160,3 @@ def _shown(number: int, line: Line) -> list[str]:
     guessed = " Guessed from the model's code." if line.basis == "guess" else ""
     notes = [line.why + guessed, f"Source: {line.source}." + (f" Cost: {line.cost}" if line.cost else "")]
     return rows + [wrapped for note in notes for wrapped in textwrap.wrap(note, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12)]
-
-
-def _finite(value: Any) -> Any:
-    """Without what JSON does not know."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

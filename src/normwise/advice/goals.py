@@ -53,10 +53,9 @@ def do(key: str, call: Call, entries: Sequence[Entry], cost: str = "", basis: Ba
 
 def fast_step(facts: Facts) -> Answer:
     """`auto`, where its matrix step has something to do."""
-    dense = facts.kind == "linear layers"
-    if facts.complex or facts.adapted or facts.matrix_share < 0.5 or dense:
-        key = "complex" if facts.complex else "lora" if facts.adapted else "few matrices" if facts.matrix_share < 0.5 else "linear"
-        return adamw(facts, f"adamw, {key}", share=f"{facts.matrix_share:.0%}")
+    why = "complex" if facts.complex else "lora" if facts.adapted else "few matrices" if facts.matrix_share < 0.5 else ""
+    if why or facts.kind == "linear layers":
+        return adamw(facts, f"adamw, {why or 'linear'}", share=f"{facts.matrix_share:.0%}")
     raw = {e.name: "adamw" for e in facts.computed}
     recipe = Recipe("auto", {"override": raw} if raw else {})
     race = RACES.get(facts.kind)
@@ -74,8 +73,9 @@ def fast_step(facts: Facts) -> Answer:
     return recipe, lines
 
 
-def adamw(facts: Facts, key: str, lr: float = 1e-3, **values: Any) -> Answer:
+def adamw(facts: Facts, key: str = "", lr: float = 1e-3, **values: Any) -> Answer:
     """AdamW; torch's where parameters are complex, which a norm-based optimizer refuses."""
+    key = key or ("adamw, complex" if facts.complex else "adamw, usual")
     arguments = {"lr": lr, "weight_decay": 0.0} if facts.complex else {**ADAMW, "lr": lr}
     recipe = Recipe("torch.optim.AdamW" if facts.complex else "AdamW", arguments)
     return recipe, [line("do", key, "all trainable", facts.trainable, recipe=recipe, **values)]
@@ -115,7 +115,7 @@ def sparsity(facts: Facts) -> Answer:
 
 
 def stability(facts: Facts) -> Answer:
-    recipe, lines = adamw(facts, "adamw, complex" if facts.complex else "adamw, usual")
+    recipe, lines = adamw(facts)
     lines.append(do("zclip", Call("zclip", {"z": 2.5}), facts.trainable, costs.measured("clip")))
     decayed = facts.weights((*WEIGHTS, "embedding"))
     if decayed and not facts.adapted:
@@ -124,25 +124,25 @@ def stability(facts: Facts) -> Answer:
 
 
 def lipschitz(facts: Facts) -> Answer:
-    recipe, lines = adamw(facts, "adamw, complex" if facts.complex else "adamw, usual")
+    recipe, lines = adamw(facts)
     if facts.adapted:
         call = Call("spectral_cap", {"radius": "0.1*base", "params": "peft:product"})
         return recipe, [*lines, do("cap, lora", call, facts.products, costs.measured("cap"))]
     capped = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e.name not in facts.scale_free]
+    left = [e for e in facts.trainable if e.name in facts.scale_free]
+    uncapped = [line("leave", "no caps", "scale-free weights", left, basis="guess")] if left else []
     if not capped:
-        return recipe, [*lines, line("leave", "no caps", "everything")]
+        return recipe, [*lines, *(uncapped or [line("leave", "nothing to cap", "everything")])]
     chained = facts.kind == "linear layers" and not facts.normalised and not facts.branches
     if chained:
         call = Call("spectral_cap", {"radius": 1.0, "params": _roles(capped)})
-        lines.append(do("cap, chain", call, capped, "up to a training step; a small part of it with tolerance=0.01."))
+        lines.append(do("cap, chain", call, capped, f"{costs.measured('exact cap')} Less with tolerance=0.01."))
         return recipe, [*lines, line("know", "scaled logits", "the loss")]
     free = {"exclude": sorted(facts.scale_free)} if facts.scale_free else {}
     call = Call("spectral_cap", {"radius": 2.0, "params": _roles(capped), "tolerance": 0.01, **free})
     product = f"2.02^{len(capped)}" + (f" = {2.02 ** len(capped):.2g}" if len(capped) < 1000 else "")
     lines.append(do("cap", call, capped, costs.measured("cap"), product=product))
-    if facts.scale_free:
-        left = [e for e in facts.trainable if e.name in facts.scale_free]
-        lines.append(line("leave", "no caps", "scale-free weights", left, basis="guess"))
+    lines += uncapped
     if facts.attentions:
         lines.append(line("know", "no Lipschitz", f"{len(facts.attentions)} attentions"))
     if facts.branches:
@@ -179,7 +179,7 @@ def finetuning(facts: Facts) -> Answer:
 
 
 def plasticity(facts: Facts) -> Answer:
-    recipe, lines = adamw(facts, "adamw, complex" if facts.complex else "adamw, usual")
+    recipe, lines = adamw(facts)
     held = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e not in facts.empty]
     if facts.adapted or not held:
         return recipe, [*lines, line("leave", "nothing to keep", "everything")]

@@ -70,8 +70,8 @@ def _scores_of_torchs(
     return _scores(q, k, k, None if attn_mask is None or attn_mask.ndim == 3 else attn_mask)
 
 
-def _before_softmax(scores: Any, *rest: Any, **more: Any) -> Any:
-    return scores
+def _before_softmax(input: Any, *rest: Any, **more: Any) -> Any:
+    return input    # torch's name, by which it may be given
 
 
 _LOGITS: dict[str, Callable[..., Any]] = {

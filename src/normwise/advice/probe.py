@@ -228,7 +228,7 @@ class _Probing:
         finally:
             for handle in handles:
                 handle.remove()
-        return math.hypot(*(float(size) for size in sizes))
+        return math.hypot(*_read(sizes))
 
     def _value(self, k: int, batch: Any) -> Tensor:
         try:
@@ -308,15 +308,19 @@ def _dense(e: Entry) -> Tensor:
     return grad
 
 
-def _norm(grad: Tensor) -> Tensor:
-    numbers = grad.detach() if grad.layout == torch.strided else grad.detach().coalesce().values()
-    low = numbers.dtype in (torch.float16, torch.bfloat16)
+def _norm(t: Tensor) -> Tensor:
+    numbers = t.detach() if t.layout == torch.strided else t.detach().coalesce().values()
+    low = numbers.dtype in (torch.float16, torch.bfloat16)    # whose range the norm may leave
     return torch.linalg.vector_norm(numbers, dtype=torch.float32 if low else None)
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Of each, read once."""
-    found: list[float] = torch.stack([n.double().cpu() for n in torch._foreach_norm(list(tensors))]).tolist() if tensors else []
+    return _read([_norm(t) for t in tensors])
+
+
+def _read(sizes: Sequence[Tensor]) -> list[float]:
+    """Numbers on any devices, with one synchronisation where they are on one."""
+    found: list[float] = torch.stack([size.to(sizes[0].device) for size in sizes]).tolist() if sizes else []
     return found
 
 

@@ -25,7 +25,8 @@ SAID: dict[str, Said] = {
     # ------------------------------------------------------------------------------------------------------- the step
     "auto": Said(
         "{recipe}",
-        "{raced} Nothing is left to tune. nw.optim.schedule(optimizer, steps) warms up and lets the rate fall to zero, as it was measured.",
+        "{raced} It was raced with nothing tuned. nw.optim.schedule(optimizer, steps) warms up and lets the rate fall to zero, as it was "
+        "measured.",
         "docs/results.md, small networks and short runs",
     ),
     "auto, circuits": Said(
@@ -53,7 +54,7 @@ SAID: dict[str, Said] = {
     "adamw, linear": Said(
         "{recipe}",
         "In our race on a small table, where every method fits the training data, AdamW with a small rate was best and auto did not reach "
-        f"it. If your data are many and images or text, try nw.optim.auto(model) beside it. {TUNE}", "README.md, docs/race.md", STATE,
+        f"it. If your data are many and images or text, try nw.optim.auto(model) beside it. {TUNE}", "docs/race-results.md", STATE,
     ),
     "adamw, usual": Said(
         "{recipe}", f"What is advised below acts beside any optimizer; this one is usual. {TUNE}", "docs/optimizers.md", STATE,
@@ -101,13 +102,16 @@ SAID: dict[str, Said] = {
     ),
     "no clamps": Said(
         "bounds on entries, units and singular values",
-        "At four bits no rule was better than nothing. Clipping by value made the rounding error a third of what it was, and accuracy was "
-        "lower before any rounding.", "docs/recipes.md#four-bits, a small network without outliers",
+        "At four bits no rule was better than nothing. Clipping by value made the rounding error a third of what it was, and the median "
+        "accuracy was lower before any rounding.", "docs/recipes.md#four-bits, a small network without outliers",
     ),
     "no caps": Said(
         "spectral caps on what a normalisation divides out",
         "A cap would change nothing of what the network computes, and the normalisation itself has no bound. If you need one, take a "
         "network without normalisation.", "docs/advise.md#what-it-looks-at; Gouk et al., 2021",
+    ),
+    "nothing to cap": Said(
+        "spectral caps", "Nothing that trains here is a matrix whose axes are known, tables aside.", "docs/policies.md#axes",
     ),
     "nothing to keep": Said(
         "bounds on weights", "The base is frozen, or there are no matrices: nothing here can lose its plasticity.",
@@ -129,7 +133,7 @@ SAID: dict[str, Said] = {
     "lasso": Said(
         "{rule}",
         "Whole units become exactly zero, and normwise.prune.shrink() removes them. The strength is 0.01·√n for units of n numbers; set "
-        "start to a quarter of your steps. On MNIST 0.015·√n left 17% of the parameters for 0.6 points of accuracy, once fine-tuned.",
+        "start to a quarter of your steps. On MNIST 0.015·√n left a sixth of the parameters for 0.6 points of accuracy, once fine-tuned.",
         "docs/pruning.md; Yuan and Lin, 2006", "5% of a step on MNIST.",
     ),
     "zclip": Said(
@@ -177,7 +181,8 @@ SAID: dict[str, Said] = {
     ),
     "sphere": Said(
         "{rule}",
-        "A normalisation divides their length out: if it grows, steps only get smaller. On the sphere 0.277, with nothing 0.169.",
+        "A normalisation divides their length out: if it grows, steps only get smaller. Under a LayerNorm 0.277 on the sphere, "
+        "0.216 without.",
         "docs/recipes.md#plasticity; Lyle et al., 2024",
     ),
     "qk_clip": Said(
@@ -189,13 +194,13 @@ SAID: dict[str, Said] = {
     "skip": Said(
         'nw.attach(..., on_nonfinite="skip")',
         "Gradients were not finite, most often of {worst} ({times} of {batches} batches). Skip such steps, and look for the cause there.",
-        "the probe; docs/checks.md", "one synchronisation a step.",
+        "the probe; docs/cookbook.md#survive-bad-batches", "one synchronisation a step.",
     ),
     # ------------------------------------------------------------------------------------------------------- good to know
     "stop early": Said(
         "stop where validation is best",
         "auto reaches the baseline's validation result with about the same test result, earlier. What it does afterwards was not measured, "
-        "and on 1079 digits seen 47 times it missed the target.", "docs/results.md",
+        "and on a thousand digits seen 47 times it missed the target.", "docs/results.md",
     ),
     "smaller shape": Said(
         "then train the smaller shape from fresh weights",
@@ -215,7 +220,8 @@ SAID: dict[str, Said] = {
     ),
     "critic": Said(
         "for a GAN's critic: nw.clip_weight_value(0.15, params=\"role:all\")",
-        "With the hinge loss it drew better images than nothing (0.053 against 0.071); the cap was level with nothing.", "docs/gan.md",
+        "With the hinge loss its images were the nearest to real ones (0.053, nothing 0.071; their seeds overlap); the cap was level with "
+        "nothing.", "docs/gan.md",
     ),
     "searched scale": Said(
         "search the scale when you round",
@@ -249,7 +255,8 @@ SAID: dict[str, Said] = {
     "watch logits": Said(
         "watch the attention's logits",
         "Nothing bounds them. If they pass 100, add nw.qk_clip(100), to which your attention reports its largest logits. While they do not "
-        "grow it gains nothing: after bad batches it undid 7% of the harm.", "Kimi K2, 2025; docs/recipes.md#bad-batches",
+        "grow it gains nothing: after bad batches it undid 7% of the harm.",
+        "Kimi K2, 2025; docs/published-methods.md#attention-logits; docs/recipes.md#bad-batches",
     ),
     "experts": Said(
         "experts are {count} matrices",

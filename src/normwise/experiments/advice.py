@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,6 @@ def _parts(made: Any, where: str) -> tuple[nn.Module, Any, Any]:
 
 
 def _show(advice: Advice) -> None:
-    import sys
-
     print(for_stream(str(advice), sys.stdout))
     if advice.probe is not None:
         print("", for_stream(str(advice.probe), sys.stdout), sep="\n")

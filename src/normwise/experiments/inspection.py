@@ -18,6 +18,7 @@ from normwise.experiments.framework.store import Store
 from normwise.experiments.framework.study import Outputs, Results, deliver
 from normwise.inspection import Inspection, architecture, inspect, tables
 from normwise.policy import Policy
+from normwise.reports import finite
 
 MEGABYTE = 1 << 20
 NOTES = (
@@ -57,7 +58,8 @@ def command(asked: Asked, outputs: Outputs) -> bool:
 
     def work() -> Results:
         found.append(_inspected(asked, state, on_stderr("MB")))
-        return _plain({**found[0].results, "machine": machine(), "protocol": {"notes": list(NOTES)}})
+        results: Results = finite({**found[0].results, "machine": machine(), "protocol": {"notes": list(NOTES)}})
+        return results
 
     deliver(work, show, outputs, state, units="tensors")
     return bool(found[0])
@@ -98,12 +100,3 @@ def show(results: Results) -> None:
     show_table(tables.kind_rows(told), out)
     if told["policy"] is not None:
         print(for_stream(told["policy"]["says"], out), file=out)
-
-
-def _plain(value: Any) -> Any:
-    """Without what JSON does not know: what is not finite is None."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value - value != 0 else value

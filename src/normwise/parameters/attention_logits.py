@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from normwise.parameters.inventory import Entry
+from normwise.parameters.layout_registry import HEADS, KEY_HEADS, whole_number
 from normwise.parameters.names import sites
 from normwise.parameters.roles import is_normalisation
 
 _QK_NORM = re.compile(r"(q|k|qk|query|key)_?(layer)?_?(norm|ln)|(layer)?_?(norm|ln)_(q|k|qk|query|key)|attn_(q|k)_norm")
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_query_heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 _CAPS = ("attn_logit_softcapping", "logit_softcap", "softcap")
 
 
@@ -50,15 +49,9 @@ def find_attentions(model: nn.Module, entries: Iterable[Entry]) -> list[Attentio
 
 
 def _attention(path: str, module: nn.Module, parts: dict[str, list[str]]) -> Attention:
-    heads = _whole(module, _HEADS)
+    heads = whole_number(module, HEADS)
     query, key, fused = (tuple(parts.get(part, ())) for part in ("q", "k", "qkv"))
-    return Attention(path, module, query, key, fused, heads, _whole(module, _KEY_HEADS) or heads, _bounded(module))
-
-
-def _whole(module: nn.Module, names: tuple[str, ...]) -> int:
-    """The first of these attributes that is a whole number, of the module or of the configuration that it holds."""
-    places = (module, getattr(module, "config", None))
-    return next((n for place in places for name in names if type(n := getattr(place, name, None)) is int), 0)
+    return Attention(path, module, query, key, fused, heads, whole_number(module, KEY_HEADS) or heads, _bounded(module))
 
 
 def _bounded(module: nn.Module) -> str:

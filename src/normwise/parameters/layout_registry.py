@@ -21,8 +21,8 @@ from normwise.parameters.layouts import QKV, Describe, Layout, register_layout
 from normwise.parameters.names import class_of
 
 GATE_UP = ("gate", "up")
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "kv_n_heads")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_query_heads")
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "kv_n_heads")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def pieces(queries: int, keys: int) -> tuple[str, ...]:
     return ("q",) * (queries // keys) + ("k", "v") if keys and queries % keys == 0 else ()
 
 
-def _attribute(module: nn.Module, names: Sequence[str]) -> int:
+def whole_number(module: nn.Module, names: Sequence[str]) -> int:
     """The first of these attributes that is a whole number, of the module or of its ``config``; 0 without one."""
     held = [getattr(of, name, None) for of in (module, getattr(module, "config", None)) for name in names]
     return next((n for n in held if type(n) is int and n > 0), 0)
@@ -75,7 +75,7 @@ def stacked(child: str, parts: tuple[str, ...] = QKV) -> Describe:
         present = parts
         if getattr(module, "is_cross_attention", False) and len(parts) == 3:
             present = parts[1:]
-        heads = _attribute(module, HEADS)
+        heads = whole_number(module, HEADS)
         width = tensor.shape[int(transposed and tensor.ndim == 2)]
         if heads and width % (len(present) * heads) == 0:
             return outputs_split(tensor, "sh", (len(present), heads), present, transposed)
@@ -86,12 +86,12 @@ def stacked(child: str, parts: tuple[str, ...] = QKV) -> Describe:
 
 def interleaved(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
     """(head, part, d): each head's q, k and v beside each other."""
-    return outputs_split(tensor, "hs", (_attribute(module, HEADS), 3), QKV)
+    return outputs_split(tensor, "hs", (whole_number(module, HEADS), 3), QKV)
 
 
 def shared_keys(module: nn.Module, name: str, tensor: Tensor) -> Layout | None:
     """(q heads, k heads, v heads): all of q, then the fewer heads of k and of v."""
-    queries, keys = _attribute(module, HEADS), _attribute(module, KEY_HEADS)
+    queries, keys = whole_number(module, HEADS), whole_number(module, KEY_HEADS)
     parts = pieces(queries, keys)
     return outputs_split(tensor, "sh", (len(parts), keys), parts) if parts else None
 
@@ -163,7 +163,7 @@ def split_by_source(module: nn.Module, child: str, tensor: Tensor) -> Layout | N
     if way is None or way.count != 3:
         return None
     transposed = _is_transposed(module, child)
-    heads = forward_source.number(way.heads, module) or (_attribute(module, HEADS) if not way.inner else 0)
+    heads = forward_source.number(way.heads, module) or (whole_number(module, HEADS) if not way.inner else 0)
     if way.sizes is not None:
         sizes = [forward_source.number(size, module) for size in way.sizes]
         keys = sizes[1]

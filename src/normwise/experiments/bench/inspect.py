@@ -89,16 +89,16 @@ def _spectra(folder: Path, layers: int, tokens: int) -> dict[str, Any]:
 def measure(path: str) -> None:
     """In a process of its own: prints seconds, peak memory over that after the imports, σ₁ and ranks."""
     native.library()
-    before, started, processor = _peak(), time.perf_counter(), time.process_time()
+    before, started, processor = peak_resident(), time.perf_counter(), time.process_time()
     found = inspect(path)
     spent, used = time.perf_counter() - started, time.process_time() - processor
-    peak = (_peak() - before) / 1e6
+    peak = (peak_resident() - before) / 1e6
     told = {key: {r["name"]: r[key] for r in found.tensors if key in r} for key in ("sigma", "rank")}
     print(json.dumps({"seconds": spent, "processor": used, "mb": peak, **told}))
 
 
-def _peak() -> int:
-    """Bytes. Not what getrusage says, which a process takes over from the one that started it."""
+def peak_resident() -> int:
+    """Of memory. Not what getrusage says, which a process takes over from the one that started it."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.advice.probe import STEPS, probe
-from normwise.experiments.bench.inspect import _peak as peak
+from normwise.experiments.bench.inspect import peak_resident
 from normwise.experiments.bench.runner import Bar
 from normwise.experiments.framework.provenance import machine
 from normwise.experiments.framework.timing import in_turn, seconds
@@ -76,7 +76,7 @@ def measure(layers: int, width: int, copy: bool) -> None:
         return out
 
     torch.autograd.backward(loss(model, batches[0]))
-    before = peak()
+    before = peak_resident()
     model.zero_grad()
     probe(model, batches, loss, steps=len(batches), copy=copy)
-    print(json.dumps(peak() - before))
+    print(json.dumps(peak_resident() - before))
