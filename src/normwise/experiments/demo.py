@@ -21,9 +21,11 @@ from normwise.experiments.tasks.load import load_task
 from normwise.experiments.tasks.task import Task
 
 STEPS, LOOKS, RATE = 300, 12, 5e-3
-NOTES = """longest unit: the largest norm of a unit's weights, through training. σ₁: the largest singular value. zeros: of the weights.
-holds: the bound, measured again in float64. cost: the rules' share of the training time; a large network's is far smaller.
-One seed and nothing tuned: accuracies that differ by a point or two say nothing.
+NOTES = """longest unit: the largest norm of a unit's weights, through training.
+σ₁: the largest singular value. zeros: of the weights. holds: the bound,
+measured again in float64. cost: the rules' share of the training time; a large
+network's is far smaller. One seed and nothing tuned: accuracies that differ by
+a point or two say nothing.
 
 In your own loop: control = nw.attach(model, optimizer, nw.max_norm(1.0))
 """
