@@ -242,6 +242,54 @@ def test_what_is_advised_is_tried_as_it_is_and_its_rates_are_multiplied() -> Non
     assert as_it_is.policy(model) == advice.policy and as_it_is.stepper == str(advice.optimizer)
 
 
+def counselled(trial: Trial) -> float:
+    """Better under the advised optimizer, the more so the larger its rates; what is its own comes from the seed alone."""
+    model = nn.Linear(2, 2)
+    trial.optimizer(model)
+    gain = 1.0 + trial.numbers["lr"] if trial.stepper else 0.0
+    trial.report(trial.steps // 2, 3 - gain)
+    return 3 - gain + 1e-6 * trial.seed * (1 + trial.numbers["lr"])
+
+
+def test_the_advice_is_judged_as_it_stands_beside_the_leader(capsys: pytest.CaptureFixture[str]) -> None:
+    options = TuneOptions("test_tune:counselled", only=(*FEW, "advised"), steps=8)
+    results = tuned(options, Budget(trials=30, scale=1.0, choosing=1, judging=6))
+    advice, answer = results["advice"], results["answer"]
+    search = {t["number"]: t["numbers"] for t in results["trials"]}
+    assert advice["number"] != answer["leader"] and search[advice["number"]]["lr"] == spaces.START
+    assert search[answer["leader"]]["optimizer"] == "advised" and search[answer["leader"]]["lr"] > spaces.START
+    # The gains, by calling the target again.
+    seeds = range(6)
+    nothing, own, leader = (
+        [counselled(Trial(search[number], seed, 8, final=True)) for seed in seeds]
+        for number in (answer["nothing"], advice["number"], answer["leader"])
+    )
+    gains = [base - value for base, value in zip(nothing, own, strict=True)]
+    assert advice["judging"] == pytest.approx(own) and advice["verdict"]["gains"] == pytest.approx(gains)
+    assert advice["verdict"]["interval"] == pytest.approx(paired_interval(gains)) and advice["verdict"]["significant"]
+    kept = np.mean(gains) / np.mean([base - value for base, value in zip(nothing, leader, strict=True)])
+    assert tables.share_kept(results) == pytest.approx(kept) and 0.3 < kept < 0.9
+    study.show(results)
+    assert f"nw.advise as it stands, {advice['optimizer']}: gain" in (said := capsys.readouterr().out) and f"; {100 * kept:.0f}% of" in said
+    assert f"{100 * kept:.0f}% of the gain" in tables.summary_rows(results)[0]["advice as it stands"]
+
+
+def test_the_advice_is_judged_where_nothing_wins_and_is_told_to_be_worse() -> None:
+    options = TuneOptions("test_tune:ill_advised", only=(*FEW, "advised"), steps=8)
+    results = tuned(options, Budget(trials=8, scale=1.0, choosing=1, judging=6))
+    answer = results["answer"]
+    assert answer["number"] == answer["leader"] == answer["nothing"] and answer["verdict"] is None
+    assert results["advice"]["verdict"]["mean"] == pytest.approx(-1.0) and not results["advice"]["verdict"]["significant"]
+    assert "worse than nothing" in tables.summary_rows(results)[0]["advice as it stands"] and "of the leader" not in tables.advice(results)
+
+
+def ill_advised(trial: Trial) -> float:
+    """Worse by one under whatever is not plain Adam."""
+    model = nn.Linear(2, 2)
+    trial.optimizer(model)
+    return 3.0 + bool(trial.stepper or trial.policy(model).rules) + 0.01 * trial.seed
+
+
 def test_the_range_of_rates_is_that_of_the_first_optimizer_and_the_others_move_along() -> None:
     space = space_of(["muon", "adam"], (1e-3, 1e-1))
     assert space.optimizers == ("muon", "adam") and space.is_nothing(space.nothing(3.0))

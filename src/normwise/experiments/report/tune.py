@@ -39,9 +39,11 @@ def page_of(results: Results) -> Page | None:
         Section("Every trial", " ".join(tables.remarks(results)), tables=[table_of(tables.trial_rows(results))]),
         Section("What to try next", " ".join(line.removeprefix("Next: ") for line in results["next"]) or "Nothing stands out."),
     ]  # fmt: skip
+    judged = [Said(tables.gain(results), "better" if gained else "none", "Judged")] if found is not None else []
+    advice = [Said(told, "none", "Advice")] if (told := tables.advice(results)) else []
     return {
         "task": f"tune {results['target']}", "headline": tables.headline(results),
-        "verdicts": [Said(tables.gain(results), "better" if gained else "none", "Judged")] if found is not None else [],
+        "verdicts": [*judged, *advice],
         "about": about(results, Setting=tables.setting(results)), "sections": sections,
         "warning": "Bounds were broken.", "warnings": answer["breaches"],
     }  # fmt: skip

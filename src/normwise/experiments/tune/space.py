@@ -132,8 +132,12 @@ class Space:
         """What is tried before the sampler is asked: nothing over the range of rates, the middle one first, and what is advised."""
         ratio = (self.high / self.low) ** (1 / (GRID - 1))
         found = [self.nothing(min(self.high, self.low * ratio**k)) for k in (2, 3, 1, 4, 0)]
-        advised = {"optimizer": ADVISED, "lr": min(max(START, self.low), self.high)}
-        return [*found, *([advised] if ADVISED in self.optimizers else [])]
+        advised = self.advised()
+        return [*found, *([advised] if advised is not None else [])]
+
+    def advised(self) -> dict[str, Any] | None:
+        """What ``nw.advise`` says, at its own rates as far as they lie in the range; None where it is left out."""
+        return {"optimizer": ADVISED, "lr": min(max(START, self.low), self.high)} if ADVISED in self.optimizers else None
 
     def is_nothing(self, numbers: Numbers) -> bool:
         return combination(numbers) == combination(self.nothing(1.0))

@@ -127,7 +127,7 @@ def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
     best = tables.trial_rows(results, 10)
     for rows in (tables.finalist_rows(results), tables.importance_rows(results), best, tables.front_rows(results)):
         show_table(rows, out)
-    print(*tables.remarks(results), *results["next"], sep="\n", file=out)
+    print(*filter(None, [tables.advice(results)]), *tables.remarks(results), *results["next"], sep="\n", file=out)
     if "policy_file" in results:
         print(f"Policy: {results['policy_file']}", file=out)
 
@@ -192,7 +192,8 @@ class _Search:
 
     def results(self) -> dict[str, Any]:
         """All of it, one part after the other."""
-        finals = verdict.LEADERS + (verdict.LEADERS + 1) * self.plan.choosing + 2 * self.plan.judging
+        judged = 2 + (spaces.ADVISED in self.space.optimizers)
+        finals = verdict.LEADERS + (verdict.LEADERS + 1) * self.plan.choosing + judged * self.plan.judging
         self.driver.start(self.plan.trials + finals)
         if done := len(self.first.finished()) + len(self.second.finished()):
             self.driver.progress.advance("kept from before", done)
@@ -203,10 +204,12 @@ class _Search:
         base = nothing.number if nothing else -1
         number = verdict.chosen(choosing, base, self.target.maximize)
         judging: dict[int, list[Any]] = {}
-        if nothing is not None and number != base:
+        advice = self._advice()
+        compared = {one.number: one for one in (nothing, every.get(number), advice) if one is not None}
+        if nothing is not None and len(compared) > 1:
             seeds = range(APART * self.options.seed, APART * self.options.seed + self.plan.judging)
-            judging = self._fresh({n: every[n] for n in (base, number)}, seeds, True)
-        return self._told(every, base, number, choosing, judging)
+            judging = self._fresh(compared, seeds, True)
+        return self._told(every, base, number, choosing, judging, advice)
 
     # ------------------------------------------------------------------------------------------------------- the search
 
@@ -226,6 +229,11 @@ class _Search:
 
     def _finalists(self) -> tuple[Tried | None, list[Tried]]:
         return verdict.finalists(self._tried(), self.space, self.target.maximize)
+
+    def _advice(self) -> Tried | None:
+        """What was advised, as it was advised; None where it was not tried or failed."""
+        asked = self.space.advised()
+        return next((one for one in self._tried() if asked is not None and one.numbers == asked), None)
 
     def _tried(self) -> list[Tried]:
         return [
@@ -304,12 +312,15 @@ class _Search:
     # ------------------------------------------------------------------------------------------------------- as plain data
 
     def _told(
-        self, every: Mapping[int, Tried], base: int, number: int, choosing: Mapping[int, list[Any]], judging: Mapping[int, list[Any]]
+        self, every: Mapping[int, Tried], base: int, number: int, choosing: Mapping[int, list[Any]], judging: Mapping[int, list[Any]],
+        advice: Tried | None,
     ) -> dict[str, Any]:  # fmt: skip
-        found = verdict.judged(judging[number], judging[base], self.target.maximize) if judging else None
+        gains = {n: verdict.judged(judging[n], judging[base], self.target.maximize) for n in judging if n != base}
+        found = gains.get(number)
         winner = number if found is not None and found.significant else base
         finals = self.second.finished()
-        what = {t.number: tables.candidate_of(t.params, t.user_attrs["result"]) for t in self.first.finished() if t.number in every}
+        what = {t.number: tables.candidate_of(t.params, t.user_attrs["result"]) for t in self.first.finished()
+                if t.number in every or t.number in gains}  # fmt: skip
         breaches = {b for t in finals if t.params["finalist"] == winner for b in t.user_attrs["result"]["breaches"]}
         results: dict[str, Any] = {
             "tune": self.options.called, "target": self.target.name, "metric": self.target.metric, "maximize": self.target.maximize,
@@ -328,6 +339,10 @@ class _Search:
                 "verdict": None if found is None else asdict(found),
                 **what.get(winner, {}),
             },
+            "advice": None if advice is None or advice.number not in gains else {
+                "number": advice.number, **what[advice.number], "judging": judging[advice.number],
+                "verdict": asdict(gains[advice.number]),
+            },
             "importances": tables.importances(self.first.study, list(self.space.slots), self.target.maximize),
             "seconds": sum(t.user_attrs["result"]["seconds"] for t in [*self.first.finished(), *finals]),
         }  # fmt: skip
@@ -337,6 +352,6 @@ class _Search:
 NOTES = (
     "All trials have one seed; of each combination of optimizer and rules the best trial counts.",
     "The leader has the best mean over nothing's and the leaders' fresh seeds; nothing wins ties.",
-    "Leader and nothing are judged on further seeds that had no part in the choice, a built-in task on its test part.",
+    "Leader and nothing are judged on further seeds that had no part in the choice, a built-in task on its test part; so is the advice.",
     "The interval is that of typical values (Hartigan, 1969): the means of all subsets of the paired differences.",
 )

@@ -94,9 +94,9 @@ def named(one: Results) -> str:
     return f"{one['label']} ({one['optimizer']})" if one["label"] == spaces.ADVISED else str(one["label"])
 
 
-def gain(results: Results) -> str:
-    """The judgement in words: the gain, its interval, and over what."""
-    found = results["answer"]["verdict"]
+def gain(results: Results, of: str = "answer") -> str:
+    """The judgement in words: the gain, its interval, and over what. of: ``"answer"`` for the leader, ``"advice"``."""
+    found = results[of]["verdict"]
     low, high = ("-inf" if end is None else f"{end:+.4g}" for end in found["interval"])
     mean = "a failed run" if found["mean"] is None else f"{found['mean']:+.4g}"
     share = "" if found["relative"] is None else f" ({100 * found['relative']:+.1f}%)"
@@ -113,6 +113,26 @@ def setting(results: Results) -> str:
         f"{results['seconds'] / 3600:.2f} hours of training, budget {results['budget']}, protocol {plan['number']}; "
         f"{where(results['machine'])}."
     )
+
+
+def advice(results: Results) -> str:
+    """What the advice is worth as it stands, in a sentence; empty where it was not judged."""
+    found, answer = results.get("advice"), results["answer"]
+    if found is None:
+        return ""
+    told = f"nw.advise as it stands, {found['optimizer']}: {gain(results, 'advice')}"
+    if found["number"] == answer["leader"]:
+        return f"{told}; it is the leader."
+    kept = share_kept(results)
+    return f"{told}." if kept is None else f"{told}; {100 * kept:.0f}% of the leader's gain."
+
+
+def share_kept(results: Results) -> float | None:
+    """The advice's mean gain over the leader's; None where the leader's is not significant, or one of them is not known."""
+    found, leader = results.get("advice"), results["answer"]["verdict"]
+    if found is None or leader is None or not leader["significant"] or None in (leader["mean"], found["verdict"]["mean"]):
+        return None
+    return float(found["verdict"]["mean"] / leader["mean"])
 
 
 def finalist_rows(results: Results) -> list[dict[str, str]]:
@@ -213,8 +233,21 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
     return [{
         "study": results["tune"], "trials": f"{len(results['trials'])} of {plan['steps']} steps", "leader": named(leader),
         "rate": f"{leader['lr']:g}", "gain over nothing": said,
-        "significant": "yes" if judged and answer["verdict"]["significant"] else "no", "core-hours": f"{results['seconds'] / 3600:.2f}",
+        "significant": "yes" if judged and answer["verdict"]["significant"] else "no", **_advice_cells(results),
+        "core-hours": f"{results['seconds'] / 3600:.2f}",
     }]  # fmt: skip
+
+
+def _advice_cells(results: Results) -> dict[str, str]:
+    """What the advice keeps of the leader's gain, or whether it is better or worse than nothing."""
+    found = results.get("advice")
+    if found is None:
+        return {"advice as it stands": "-"}
+    kept, (low, high) = share_kept(results), found["verdict"]["interval"]
+    sign = "better than nothing" if (low or -1) > 0 else "worse than nothing" if (high if high is not None else 1) < 0 else "level"
+    mean = found["verdict"]["mean"]
+    return {"advice as it stands": f"{'failed' if mean is None else format(mean, '+.4g')}, {sign}"
+            + ("" if kept is None else f"; {100 * kept:.0f}% of the gain")}  # fmt: skip
 
 
 def policy_file(results: Results) -> str:
