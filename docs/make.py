@@ -28,6 +28,7 @@ from normwise.experiments.prune.tables import networks, trial
 from normwise.experiments.race import tables as race_tables
 from normwise.experiments.race.study import replay
 from normwise.experiments.recipes import tables as recipe_tables
+from normwise.experiments.tasks.load import HELD_OUT
 from normwise.experiments.tune import space as tune_space
 from normwise.experiments.tune import tables as tune_tables
 from normwise.policy import listing
@@ -111,6 +112,16 @@ def of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     """The table of hits, shares by task, how many core-hours."""
     hours = sum(one["core_hours"] for one in results.values())
     return f"{race_tables.hits(results)}\n\n{race_tables.by_task(results)} {hours:.1f} core-hours of training so far."
+
+
+def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
+    """For the README: the shares by task, how many of the twelve are raced, and the picture."""
+    raced = [one for one in results.values() if one["contenders"]]
+    held = sum(one["race"] in HELD_OUT for one in raced)
+    said = f"{len(raced)} of twelve tasks are raced so far, {held} of the six held-out ones."
+    if len(raced) == len(race_tables.TWELVE):
+        said = "All twelve tasks are raced."
+    return f"{race_tables.front(results)}\n\n{said}"
 
 
 def task_by_task(results: dict[str, dict[str, Any]]) -> str:
@@ -260,6 +271,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     **{f"race {task}": (f"race-{task}", one_race) for task in race_tables.RACED},
     **{f"other {task}": (f"other-{task}", partial(one_race, drawn=False)) for task in ("cnn", "gpt")},
     "race 2": ("race 2", of_protocol_2),
+    "race 2 front": ("race 2", front_of_protocol_2),
     "race 2 tasks": ("race 2", task_by_task),
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),
@@ -309,6 +321,9 @@ def pictures() -> None:
         picture(control, IMAGES / "bench-control.svg")
     if races:
         picture(races, IMAGES / "race.svg")
+    twelve = {task: one for task, one in (load("race 2") or {}).items() if one["contenders"]}
+    if twelve:
+        picture(twelve, IMAGES / "race-2.svg")
 
 
 def main() -> int:

@@ -172,17 +172,27 @@ def _hits(lines: Sequence[Results]) -> str:
 
 
 def by_task(results: Mapping[str, Results]) -> str:
-    """Task × contender, shares of samples / of seconds; and what is not finished."""
+    """``front``; and what is not finished."""
+    missing = [f"{task} (no runs)" for task in TWELVE if task not in results]
+    missing += [f"{task} ({', '.join(one['unfinished'])})" for task, one in results.items() if one["unfinished"]]
+    end = f"Not finished: {'; '.join(missing)}." if missing else "All twelve races are finished."
+    return "\n\n".join(filter(None, [front(results), end]))
+
+
+def front(results: Mapping[str, Results]) -> str:
+    """Task × contender, shares of samples / of seconds, and the hits of each; empty where nothing is raced."""
     names, table = ranked(results), []
     labels = {line["name"]: line["label"] for one in results.values() for line in one["contenders"]}
+    hit: dict[str, list[bool]] = {name: [] for name in names}
     for task in TWELVE:
         lines = {line["name"]: line for line in results[task]["contenders"]} if task in results else {}
         shares = {labels[name]: _shares(lines[name]) if name in lines else "-" for name in names}
         table += [{"task": f"`{task}`{' (held out)' * (task in HELD_OUT)}", **shares}] if lines else []
-    missing = [f"{task} (no runs)" for task in TWELVE if task not in results]
-    missing += [f"{task} ({', '.join(one['unfinished'])})" for task, one in results.items() if one["unfinished"]]
-    end = f"Not finished: {'; '.join(missing)}." if missing else "All twelve races are finished."
-    return "\n\n".join([*([markdown(table)] if table else []), end])
+        for name in lines:
+            hit[name].append(lines[name]["share"] is not None)
+    if not table:
+        return ""
+    return markdown([*table, {"task": "hits", **{labels[name]: f"{sum(hit[name])} of {len(hit[name])}" for name in names}}])
 
 
 def _shares(line: Results) -> str:
