@@ -31,6 +31,7 @@ from normwise.experiments.recipes import tables as recipe_tables
 from normwise.experiments.tasks.load import HELD_OUT
 from normwise.experiments.tune import space as tune_space
 from normwise.experiments.tune import tables as tune_tables
+from normwise.experiments.tune.study import BUDGETS
 from normwise.policy import listing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,7 +243,14 @@ def searched(_: Any) -> str:
          "rate": f"{tune_space.CHOICES[name].lr.values[0]:g}"}
         for name in tune_space.USUAL
     ]  # fmt: skip
-    return markdown(rows)
+    options = [option for slot in tune_space.SLOTS.values() for option in slot.values()]
+    ruled = 1 + sum(3 ** len(option.axes) * (1 + option.placed) for option in options)
+    grid = tune_space.GRID * (ruled * (len(tune_space.USUAL) - 1) + 1)    # of what is advised the rate alone
+    standard = BUDGETS["standard"].trials
+    return markdown(rows) + (
+        f"\n\nA grid over this table with {tune_space.GRID} rates, three values of each number and at most one rule at a time has {grid} "
+        f"runs; the {standard} trials of `standard` are {standard / grid:.0%} of it."
+    )
 
 
 def tuned(studies: dict[str, Any]) -> str:
