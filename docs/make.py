@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -93,7 +94,7 @@ def tried(results: dict[str, Any]) -> str:
         found.setdefault(key, {}).setdefault(run["variant"], {})[run["seed"]] = run["result"]
     for (task, share, precision), runs in found.items():
         sign = -1 if task in ("cnn", "resnet") else 1    # accuracy: higher is better
-        mean = {name: sum(sign * (9.0 if v is None else v) for v in of.values()) / len(of) for name, of in runs.items()}
+        mean = {name: statistics.fmean(sign * (9.0 if v is None else v) for v in of.values()) for name, of in runs.items()}
         lines = [f"| `{task}`, {share:.2f} H, {precision} | mean | by seed, from 2000 |", "|---|---|---|"]
         for name in sorted(runs, key=lambda name: mean[name]):
             each = " ".join("diverged" if v is None else f"{v:.4f}" for _, v in sorted(runs[name].items()))

@@ -92,10 +92,11 @@ def test_a_preset_gets_the_model_and_so_its_roles(tmp_path: Path) -> None:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     options = {"save_strategy": "no", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
-    made = trainer(tmp_path, optimizer=optimizer("Muon", lr=0.01), kind=InOrder, **options)
+    exact = {"lr": 0.01, "polar": "exact"}    # an iteration in bf16 makes much of the last bit of a gradient
+    made = trainer(tmp_path, optimizer=optimizer("Muon", **exact), kind=InOrder, **options)
     made.train()
     model = gpt2()
-    by_hand = nw.optim.Muon(model, lr=0.01)
+    by_hand = nw.optim.Muon(model, **exact)
     assert type(made.optimizer.optimizer) is nw.optim.Muon and str(made.optimizer.optimizer.routing) == str(by_hand.routing)
     for i in range(STEPS):
         by_hand.zero_grad()

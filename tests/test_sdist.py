@@ -87,6 +87,8 @@ def needed() -> set[str]:
 def test_every_package_of_the_environment_is_pinned_to_the_end() -> None:
     pins = pinned()
     assert pins["torch"] == "2.13.0" and len(pins) > 60
+    if not metadata.version("torch").startswith(pins["torch"]):
+        pytest.skip(f"the pins are for torch {pins['torch']}, and this is {metadata.version('torch')}")
     installed = {canonicalize_name(d.metadata["Name"]) for d in metadata.distributions()}
     lacking = {name for name in needed() & installed if name not in pins}
     assert lacking == set(), f"not in constraints.txt: {sorted(lacking)}"

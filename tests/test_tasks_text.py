@@ -258,7 +258,7 @@ def test_a_tiny_model_learns_in_a_few_dozen_steps(name: str) -> None:
         optimizer.step()
     after = quick(task, model)
     assert after.loss < before.loss - 1.2
-    assert after.accuracy > 0.15
+    assert after.accuracy > 0.1 > before.accuracy
 
 
 def quick(task: object, model: nn.Module) -> Score:

@@ -31,8 +31,8 @@ SEEDS = (0, 1, 2)
 def stat(values: list[float | None]) -> dict[str, Any]:
     """Mean, sample standard deviation and the values themselves."""
     kept = [value for value in values if value is not None]
-    mean = sum(kept) / len(kept) if kept else None
-    std = math.sqrt(sum((v - mean) ** 2 for v in kept) / (len(kept) - 1)) if mean is not None and len(kept) > 1 else None
+    mean = statistics.fmean(kept) if kept else None
+    std = statistics.stdev(kept) if len(kept) > 1 else None
     return {"mean": mean, "std": std, "values": values}
 
 

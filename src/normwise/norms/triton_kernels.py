@@ -135,7 +135,7 @@ def scale_pieces(
         total += tl.load(sums + other, mask=other < end, other=0.0)
     norm = tl.sqrt(tl.sum(total, 1))
     factor = _factor(norm, tl.load(aims + block * each), SPHERE)
-    owner = (block >= 0) & (begin == tl.program_id(0))
+    owner = begin + tl.arange(0, 1) == tl.program_id(0)
     tl.store(norms + block, norm, mask=owner)
     tl.store(factors + block, factor, mask=owner)
     if tl.max((factor != 1.0).to(tl.int32), 0) == 1:
@@ -167,4 +167,5 @@ def gram(
             total += beta * tl.load(base + place, mask=inside, other=0.0).to(tl.float32)
         result = total.to(out.dtype.element_ty)
         tl.store(out + place, result, mask=inside)
-        tl.store(out + batch * m * m + column[None, :] * m + row[:, None], result, mask=inside & (i > j))
+        if j < i:
+            tl.store(out + batch * m * m + column[None, :] * m + row[:, None], result, mask=inside)

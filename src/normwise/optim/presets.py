@@ -262,7 +262,9 @@ class LAMB(NormOptimizer):
 # ---------------------------------------------------------------------------------------------------------- matrices, and AdamW
 
 
-ADJUST = {"original": "original", "match_rms_adamw": "match_rms_adamw", "rms_rms": "rms_rms", "none": "absolute"}
+ADJUST = {
+    "original": "original", "match_rms_adamw": "match_rms_adamw", "rms_rms": "rms_rms", "spectral_unclamped": "rms_rms", "none": "absolute",
+}  # fmt: skip
 TORCH_EPS = 1e-7    # torch.optim.Muon's
 
 
@@ -281,8 +283,8 @@ class Muon(NormOptimizer):
         eps: the least Frobenius norm that the momentum is divided by before the iteration: below it, steps become smaller.
         ns_steps: how many Newton–Schulz steps, from 1 to 99. Five bring values from 0.003 on to 0.7 to 1.2.
         adjust_lr_fn: scale. ``"original"`` (None is the same) √max(1, d_out/d_in), ``"match_rms_adamw"`` 0.2·√max(d_out, d_in), whose root
-            mean square is AdamW's (Liu et al., 2025); beyond torch's, ``"rms_rms"`` √(d_out/d_in), one rate for every width (Large et al.,
-            2024), ``"none"`` 1.
+            mean square is AdamW's (Liu et al., 2025), ``"rms_rms"`` √(d_out/d_in), one rate for every width (Large et al., 2024), which
+            torch 2.15 calls ``"spectral_unclamped"``; that name is taken, too. ``"none"`` 1 is not torch's.
         polar: ``"quintic"`` is torch's iteration, which ``ns_coefficients``, ``ns_steps`` and ``eps`` belong to; ``"fast"`` is cheaper
             and nearer to orthogonal; ``"polar_express"``, ``"accurate"``, ``"exact"``.
     """
