@@ -126,9 +126,9 @@ def test_muon_is_torchs_step_for_step_under_every_option(name: str) -> None:
 @pytest.mark.parametrize("name", TORCHS)
 def test_without_rounding_to_bf16_muon_is_torchs_to_the_last_digits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own code, its cast to bf16 left out, in float64; and every option does something."""
-    cast = Tensor.to
+    cast = Tensor.to    # torch 2.15's way
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.clone)
-    monkeypatch.setattr(Tensor, "to", lambda t, *a, **k: t.clone() if k.get("dtype") is torch.bfloat16 else cast(t, *a, **k))    # torch 2.15
+    monkeypatch.setattr(Tensor, "to", lambda t, *a, **k: t.clone() if k.get("dtype") is torch.bfloat16 else cast(t, *a, **k))
     grads, (ours, theirs, usual) = gradients(MATRICES, 8), [weights(MATRICES) for _ in range(3)]
     want = drive(torch.optim.Muon(theirs, **BASE | TORCHS[name]), theirs, grads)
     for x, y in zip(drive(Muon(ours, **BASE | TORCHS[name]), ours, grads), want, strict=True):

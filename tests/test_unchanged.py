@@ -26,6 +26,10 @@ NARROW = ("compensated", "stochastic")
 """States of weights in bf16, which are compared bit for bit only."""
 
 
+OTHER_WEIGHTS = ("race_cnn", "compare", "prune")
+"""Of networks whose initial weights depend on torch."""
+
+
 def how(name: str) -> str:
     """How a record is compared here."""
     return "text" if name in TEXTS else "exact" if recorded(name)[0] == machine() else "near"
@@ -35,6 +39,8 @@ def how(name: str) -> str:
     "name", [pytest.param(name, id=f"{name}-{how(name)}", marks=pytest.mark.long if name == "sharded" else ()) for name in RECORDS]
 )
 def test_nothing_has_changed(name: str) -> None:
+    if how(name) == "near" and name in OTHER_WEIGHTS and int(torch.__version__.split(".")[1]) < 12:
+        pytest.skip(f"trunc_normal_ of torch {torch.__version__} draws other weights than that of the record")
     lines = differences(recorded(name)[1], found_now(name), name, exact=how(name) != "near")
     shown = "\n".join(lines[:40])
     meant = f"Where they are meant: python tests/unchanged.py record {name}"

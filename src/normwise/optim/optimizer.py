@@ -142,8 +142,7 @@ class NormOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        one_pass, self._offered = self._offered, None    # now: an offer to a step that is refused does not stand
-        plans = self._prepare()
+        plans, one_pass = self._prepare()
         if plans is None:
             return loss
         control = self.control
@@ -158,19 +157,20 @@ class NormOptimizer(Optimizer):
         return loss
 
     @_disable_dynamo    # a compiled step compiles the arithmetic, not the bookkeeping
-    def _prepare(self) -> list[Plan] | None:
-        """A plan for each group. Everything that can be refused is refused here, before the first group has stepped. None where the step is
-        taken for the sake of the state alone."""
+    def _prepare(self) -> tuple[list[Plan] | None, OnePass | None]:
+        """A plan for each group, and what a control offers. Everything that can be refused is refused here, before the first group has
+        stepped. No plans where the step is taken for the sake of the state alone."""
+        one_pass, self._offered = self._offered, None    # now: an offer to a step that is refused does not stand
         only_state = not self.state and makes_state(self)
         plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
         if only_state:
-            return None
+            return None, one_pass
         if not self._told:    # in the first step, once: where a matrix method has little to do, which wrong roles look like
             self._told = True
             message = little_covered(self)
             if message:
                 warnings.warn(message, stacklevel=5)
-        return plans
+        return plans, one_pass
 
     def _plan(self, index: int, group: dict[str, Any]) -> Plan:
         if SETTLED(group) != self._settled.get(index) or type(group["lr"]) is not float or "nesterov" in group:
