@@ -159,9 +159,9 @@ def cost(name: str) -> str:
 
 def raced(label: str) -> str:
     """A contender in the four races."""
-    shares = {row["contender"]: row for row in rows("results.md", "race")}
+    shares, again = {row["contender"]: row for row in rows("results.md", "race")}, second(label)
     if label not in shares:
-        return "It has not raced."
+        return again or "It has not raced."
     found = []
     for task in ("cnn", "resnet", "lstm", "gpt"):
         of = {row["contender"]: row for row in rows("results.md", f"race {task}")}
@@ -170,9 +170,21 @@ def raced(label: str) -> str:
                       "AdamW's step, ms": of["AdamW"]["step, ms"]})  # fmt: skip
     return (
         "How much of the training of the tuned baseline it needs for the baseline's result ([the races](../results.md); below 1 is sooner; "
-        f"the baseline is AdamW, on `resnet` SGD). Steps are of the batch that each chose:\n\n{table(found)}\n\n"
-        "[The second race](../race-results.md) has stronger baselines and more tasks."
+        f"the baseline is AdamW, on `resnet` SGD). Steps are of the batch that each chose:\n\n{table(found)}"
+        f"{again and chr(10) * 2}{again}"
     )
+
+
+def second(label: str) -> str:
+    """The same of protocol 2, under which what is not tuned has a label of its own; empty where it has not raced."""
+    by_task = rows("race-results.md", "race 2", 1)
+    own = next((name for name in (f"{label}, untuned", label) if by_task and name in by_task[0]), "")
+    found = [{"task": row["task"], "samples / seconds": row[own]} for row in by_task if own and row[own] != "-"]
+    if not found:
+        return ""
+    how = "with nothing tuned" if own != label or label == "auto" else "tuned"
+    return (f"[The second race](../race-results.md), whose AdamW has a rate for each role and more trials than anybody; here {how}, its share "
+            f"of AdamW's samples / seconds:\n\n{table(found)}")  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- pages

@@ -113,7 +113,9 @@ def one_race(results: dict[str, Any], drawn: bool = True) -> str:
 def of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     """The table of hits, shares by task, how many core-hours."""
     hours = sum(one["core_hours"] for one in results.values())
-    return f"{race_tables.hits(results)}\n\n{race_tables.by_task(results)} {hours:.1f} core-hours of training so far."
+    drawn = any(one["contenders"] for one in results.values())
+    seen = "![shares of all contenders by task](images/race-2.svg)\n\n" if drawn else ""
+    return f"{race_tables.hits(results)}\n\n{seen}{race_tables.by_task(results)} {hours:.1f} core-hours of training so far."
 
 
 def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:

@@ -141,7 +141,7 @@ class Facts:
     def kind(self) -> str:
         """The network of our races that it resembles most."""
         if self.attentions:
-            return "attention"
+            return "patches" if "conv" in self.roles else "attention"
         if "recurrent" in self.roles:
             return "gates"
         sizes = {role: sum(e.param.numel() for e in self.trainable if e.role == role) for role in ("conv", "hidden")}
