@@ -183,8 +183,10 @@ def second(label: str) -> str:
     if not found:
         return ""
     how = "with nothing tuned" if own != label or label == "auto" else "tuned"
-    return (f"[The second race](../race-results.md), whose AdamW has a rate for each role and more trials than anybody; here {how}, its share "
-            f"of AdamW's samples / seconds:\n\n{table(found)}")  # fmt: skip
+    return (
+        "[The second race](../race-results.md), whose AdamW has a rate for each role and more trials than anybody; here "
+        f"{how}, its share of AdamW's samples / seconds:\n\n{table(found)}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- pages

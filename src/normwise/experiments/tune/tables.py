@@ -231,7 +231,8 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
     judged = answer["verdict"] is not None
     said = gain(results).removeprefix("gain in ") if judged else "none on the seeds to choose by"
     return [{
-        "study": results["tune"], "data": str(results["data"].get("name", "-")), "trials": f"{len(results['trials'])} of {plan['steps']} steps", "leader": named(leader),
+        "study": results["tune"], "data": str(results["data"].get("name", "-")),
+        "trials": f"{len(results['trials'])} of {plan['steps']} steps", "leader": named(leader),
         "rate": f"{leader['lr']:g}", "gain over nothing": said,
         "significant": "yes" if judged and answer["verdict"]["significant"] else "no", **_advice_cells(results),
         "core-hours": f"{results['seconds'] / 3600:.2f}",
