@@ -170,9 +170,8 @@ def raced(label: str) -> str:
                       "AdamW's step, ms": of["AdamW"]["step, ms"]})  # fmt: skip
     return (
         "How much of the training of the tuned baseline it needs for the baseline's result ([the races](../results.md); below 1 is sooner; "
-        f"the baseline is AdamW, on `resnet` SGD). Steps are of the batch that each chose:\n\n{table(found)}"
-        f"{again and chr(10) * 2}{again}"
-    )
+        f"the baseline is AdamW, on `resnet` SGD). Steps are of the batch that each chose:\n\n{table(found)}\n\n{again}"
+    ).rstrip()
 
 
 def second(label: str) -> str:

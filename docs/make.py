@@ -119,7 +119,7 @@ def of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
 
 
 def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
-    """For the README: the shares by task, how many of the twelve are raced, and the picture."""
+    """For the README: the shares by task, and how many of the twelve are raced."""
     raced = [one for one in results.values() if one["contenders"]]
     held = sum(one["race"] in HELD_OUT for one in raced)
     said = f"{len(raced)} of the {len(race_tables.TWELVE)} tasks are raced so far, {held} of the {len(HELD_OUT)} that are held out."
@@ -278,7 +278,6 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "mnist setting": ("cnn-mnist", setting),
     "mnist in full": ("cnn-mnist", in_full),
     "race": ("race", all_races),
-    "races": ("race", partial(race_tables.summary, only=("auto", "ridge_roles", "normuon", "muon", "adamw", "sgd"))),
     **{f"race {task}": (f"race-{task}", one_race) for task in race_tables.RACED},
     **{f"other {task}": (f"other-{task}", partial(one_race, drawn=False)) for task in ("cnn", "gpt")},
     "race 2": ("race 2", of_protocol_2),

@@ -124,6 +124,13 @@ def test_the_races_figures_are_those_that_were_measured() -> None:
         assert said[task] == (f"{samples:.2f}", f"{seconds:.2f}")
 
 
+def test_attention_over_patches_is_likened_to_the_vision_transformer() -> None:
+    """A convolution that cuts patches tells it from a text model."""
+    vision, text = made("decoder"), made("decoder")
+    vision.patches = nn.Conv2d(3, 8, 4, 4)
+    assert "On vit, our nearest task" in str(nw.advise(vision)) and "On gpt, our nearest task" in str(nw.advise(text))
+
+
 def test_a_matrix_steps_cost_is_counted_from_shapes() -> None:
     """Two linear layers by hand: 4m²n + m³ each, against 6 operations a weight and position."""
     entries = [e for e in Inventory(made("mlp")).trainable if e.role == "hidden"]

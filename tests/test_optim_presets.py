@@ -135,7 +135,7 @@ def test_without_rounding_to_bf16_muon_is_torchs_to_the_last_digits(name: str, m
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
     other = drive(torch.optim.Muon(usual, **BASE), usual, grads)
     apart = sum(float((y - z).norm()) for y, z in zip(want, other, strict=True))
-    assert apart > 0.03 or name in ("as it is", "original")
+    assert apart > (0.03 if name == "unclamped" else 0.05) or name in ("as it is", "original")
 
 
 def test_what_newer_torchs_call_unclamped_is_known_to_all() -> None:

@@ -258,7 +258,9 @@ def test_a_tiny_model_learns_in_a_few_dozen_steps(name: str) -> None:
         optimizer.step()
     after = quick(task, model)
     assert after.loss < before.loss - 1.2
-    assert after.accuracy > 0.1 > before.accuracy
+    answers = torch.cat([wanted.flatten() for _, wanted in task.scored("validation")])
+    most = float(torch.bincount(answers).max()) / len(answers)    # of the commonest character; Python's own text differs by version
+    assert after.accuracy > 0.75 * most > before.accuracy
 
 
 def quick(task: object, model: nn.Module) -> Score:

@@ -53,8 +53,8 @@ SAID: dict[str, Said] = {
     ),
     "adamw, linear": Said(
         "{recipe}",
-        "In our race on a small table, where every method fits the training data, AdamW with a small rate was best and auto did not reach "
-        f"it. If your data are many and images or text, try nw.optim.auto(model) beside it. {TUNE}", "docs/race-results.md", STATE,
+        "In our race on a small table, where nearly every method fits the training data, AdamW with a small rate was best and auto did not "
+        f"reach it. If your data are many and images or text, try nw.optim.auto(model) beside it. {TUNE}", "docs/race-results.md", STATE,
     ),
     "adamw, usual": Said(
         "{recipe}", f"What is advised below acts beside any optimizer; this one is usual. {TUNE}", "docs/optimizers.md", STATE,

@@ -135,7 +135,7 @@ def scale_pieces(
         total += tl.load(sums + other, mask=other < end, other=0.0)
     norm = tl.sqrt(tl.sum(total, 1))
     factor = _factor(norm, tl.load(aims + block * each), SPHERE)
-    owner = begin + tl.arange(0, 1) == tl.program_id(0)
+    owner = begin + tl.arange(0, 1) == tl.program_id(0)    # a tensor: Triton 3.9's interpreter takes no scalar in a mask
     tl.store(norms + block, norm, mask=owner)
     tl.store(factors + block, factor, mask=owner)
     if tl.max((factor != 1.0).to(tl.int32), 0) == 1:

@@ -117,11 +117,11 @@ def page(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def summary(results: Mapping[str, Results], only: Sequence[str] | None = None) -> str:
-    """All tasks: contender × task, shares of samples / of seconds, and their geometric means over all. only: contenders."""
+def summary(results: Mapping[str, Results]) -> str:
+    """All tasks: contender × task, shares of samples / of seconds, and their geometric means over all."""
     known = {task: results[task] for task in RACED if task in results}
     table = []
-    for name in (name for name in ranked(known) if only is None or name in only):
+    for name in ranked(known):
         found = {task: line for task, one in known.items() for line in one["contenders"] if line["name"] == name}
         row = {"contender": next(iter(found.values()))["label"], **dict.fromkeys(RACED, "-")}
         for task, line in found.items():
@@ -172,7 +172,7 @@ def _hits(lines: Sequence[Results]) -> str:
 
 
 def by_task(results: Mapping[str, Results]) -> str:
-    """``front``; and what is not finished."""
+    """Task × contender, as ``front`` has it, and what is not finished."""
     missing = [f"{task} (no runs)" for task in TWELVE if task not in results]
     missing += [f"{task} ({', '.join(one['unfinished'])})" for task, one in results.items() if one["unfinished"]]
     end = f"Not finished: {'; '.join(missing)}." if missing else "All twelve races are finished."

@@ -244,9 +244,9 @@ def _advice_cells(results: Results) -> dict[str, str]:
     found = results.get("advice")
     if found is None:
         return {"advice as it stands": "-"}
-    kept, (low, high) = share_kept(results), found["verdict"]["interval"]
-    sign = "better than nothing" if (low or -1) > 0 else "worse than nothing" if (high if high is not None else 1) < 0 else "level"
-    mean = found["verdict"]["mean"]
+    kept, mean, (_, high) = share_kept(results), found["verdict"]["mean"], found["verdict"]["interval"]
+    worse = high is not None and high < 0
+    sign = "better than nothing" if found["verdict"]["significant"] else "worse than nothing" if worse else "level"
     return {"advice as it stands": f"{'failed' if mean is None else format(mean, '+.4g')}, {sign}"
             + ("" if kept is None else f"; {100 * kept:.0f}% of the gain")}  # fmt: skip
 
