@@ -162,8 +162,8 @@ def test_the_reported_logits_are_those_of_the_attention(text: TextTask) -> None:
 @pytest.mark.parametrize("arm", [name for name, arm in spikes.ARMS.items() if name not in ("nothing", "clean")])
 def test_every_arm_against_spikes_acts(text: TextTask, arm: str) -> None:
     given = numbers(spikes.ARMS, arm) | ({"z": 1.0} if arm == "skip" else {})
-    # Of 80 steps enough lie behind the warm-up of the averages, and some of them are spoilt.
-    found = SpikesRun(arm, given, 1, 80, False, text.key).train(text)
+    # Enough steps lie behind the warm-up of the averages, some of them spoilt, and under zclip_update while the rate is still high.
+    found = SpikesRun(arm, given, 1, 120 if arm == "zclip_update" else 80, False, text.key).train(text)
     assert found["acted"] > 0
 
 

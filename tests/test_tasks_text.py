@@ -258,16 +258,19 @@ def test_a_tiny_model_learns_in_a_few_dozen_steps(name: str) -> None:
         optimizer.step()
     after = quick(task, model)
     assert after.loss < before.loss - 1.2
-    answers = torch.cat([wanted.flatten() for _, wanted in task.scored("validation")])
+    answers = torch.cat([wanted.flatten() for _, wanted in short(task).scored("validation")])
     most = float(torch.bincount(answers).max()) / len(answers)    # of the commonest character; Python's own text differs by version
     assert after.accuracy > 0.75 * most > before.accuracy
 
 
 def quick(task: object, model: nn.Module) -> Score:
     """A score on a twentieth of the default text."""
+    return short(task).evaluate(model, "validation")
+
+
+def short(task: object) -> TextTask:
     assert isinstance(task, TextTask)
-    short = TextTask(task.recipe, replace(task.data, validation=task.data.validation[:2000]), task.context)
-    return short.evaluate(model, "validation")
+    return TextTask(task.recipe, replace(task.data, validation=task.data.validation[:2000]), task.context)
 
 
 @pytest.mark.parametrize("name", ["gpt", "lstm"])
