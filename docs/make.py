@@ -2,11 +2,13 @@
 
 Raw results lie in ``docs/results/``: ``cnn-digits.json`` and ``cnn-mnist.json`` by ``normwise compare cnn --json``, each of their single
 runs in ``*.runs.jsonl``; ``race-TASK.runs.jsonl``, of protocol 1, and
-``race-2/TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way; ``other-TASK.runs.jsonl`` by
+``race-2/TASK.runs.jsonl`` by ``normwise race TASK --state``, also of a race under way, ``race-2/elsewhere/*.runs.jsonl`` by the same with
+``--horizon``, ``--half`` or another batch; ``other-TASK.runs.jsonl`` by
 ``normwise race TASK --only auto --state``, on bundled data; ``gan.json`` by
 ``normwise gan --json``, ``recipe-NAME.json`` by ``normwise recipe NAME --json``, ``bench-NAME.json`` by ``normwise bench NAME --json``;
 ``tune-NAME.json`` by ``normwise tune TARGET --json``;
-``lora-rows.jsonl`` by ``docs/lora_rows.py``. A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->``.
+``lora-rows.jsonl`` by ``docs/lora_rows.py``, ``probe-share.jsonl`` by ``docs/probe_share.py``. A table stands between ``<!-- NAME -->``
+and ``<!-- end NAME -->``.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ def load(name: str) -> dict[str, Any] | None:
         return found or None
     if name == "race 2":
         return {task: race for task in race_tables.TWELVE if (race := raced(RESULTS / "race-2" / f"{task}.runs.jsonl")) is not None} or None
+    if name == "elsewhere":
+        found = [raced(path) for path in sorted((RESULTS / "race-2" / "elsewhere").glob("*.runs.jsonl"))]
+        return {"elsewhere": found, "races": load("race 2") or {}} if found else None
     if name.startswith(("race-", "other-")):
         return raced(RESULTS / f"{name}.runs.jsonl")
     if name == "tried":
@@ -59,8 +64,8 @@ def load(name: str) -> dict[str, Any] | None:
     if name == "tune":
         found = sorted(RESULTS.glob("tune-*.json"))
         return {"studies": [json.loads(path.read_text()) for path in found]} if found else None
-    if name == "lora-rows":
-        return {"runs": lines(RESULTS / "lora-rows.jsonl")}
+    if name in ("lora-rows", "probe-share"):
+        return {"runs": lines(RESULTS / f"{name}.jsonl")}
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -233,6 +238,13 @@ def lora(results: dict[str, Any]) -> str:
     return markdown(rows(results["runs"]))
 
 
+def probe_share(results: dict[str, Any]) -> str:
+    """What the probe changes in advice, and what that came to."""
+    from probe_share import rows  # beside this file
+
+    return f"{markdown(rows(results['runs']))}\n\n{where(results['runs'][0]['machine'])}."
+
+
 def searched(_: Any) -> str:
     """What ``normwise tune`` searches over, from the code itself."""
     rows = [
@@ -283,6 +295,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "race 2": ("race 2", of_protocol_2),
     "race 2 front": ("race 2", front_of_protocol_2),
     "race 2 tasks": ("race 2", task_by_task),
+    "race 2 elsewhere": ("elsewhere", lambda results: race_tables.elsewhere(results["elsewhere"], results["races"])),
     "tried": ("tried", tried),
     "gan setting": ("gan", lambda results: results["setting"]),
     "gan": ("gan", lambda results: markdown(results["rows"])),
@@ -290,6 +303,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
        for name in ("cnn digits", "cnn mnist", "resnet digits", "resnet cifar10", "resnet cifar10 held")},
     **{f"recipe {name}": (f"recipe-{name}", recipe) for name in ("plasticity", "spikes", "finetune", "quantise")},
     "lora rows": ("lora-rows", lora),
+    "probe share": ("probe-share", probe_share),
     "tune space": (None, searched),
     "tune results": ("tune", tuned),
     "named rules": (None, named_rules),

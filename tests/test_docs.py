@@ -52,6 +52,29 @@ def test_every_variant_of_the_tuned_form_does_something_else(monkeypatch: pytest
     assert not set(tried.ON_TUNED) & set(tried.VARIANTS)
 
 
+def test_what_the_probe_changes_can_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the probe adds a rule both answers are trained, by the same steps as ``tune`` takes; where it does not, none is."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    probe_share = importlib.import_module("probe_share")
+    import normwise as nw
+    from normwise.experiments.tasks.load import load_task
+    from normwise.experiments.tune.study import BUDGETS
+    from normwise.experiments.tune.target import Trial, load_target
+
+    task, target = load_task("tabular"), load_target("tabular")
+    quiet = probe_share.asked(task, target, 0)
+    assert quiet["same"] and not quiet["added"] and "probed" not in quiet
+    monkeypatch.setattr("normwise.advice.probe.SPIKE", 1.5)
+    loud = probe_share.asked(task, target, 0)
+    assert loud["added"] == ["zclip"] and loud["spikes"] and math.isfinite(loud["probed"])
+    plain = Trial({"optimizer": "advised", "lr": 1 / 3, **dict.fromkeys(("bound", "pull", "clip"), "none")}, 0, loud["steps"], final=True)
+    assert loud["steps"] == round(target.steps * BUDGETS["quick"].scale) and target.call(plain) == loud["alone"]
+    assert str(nw.advise(task.build()).optimizer) == plain.stepper
+    rows = probe_share.rows([quiet, {**loud, "probed": loud["alone"] - 0.25}])
+    assert [row["gain by that"] for row in rows] == ["loss +0.2500 (+0.2500 to +0.2500)"], "a lower loss is a gain"
+    assert rows[0]["the probe changes the advice"] == "with 1 of 2 seeds"
+
+
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 

@@ -385,6 +385,28 @@ def test_a_long_race_doubles_the_horizon_while_that_pays(no_training: Counter[st
     assert saturated["saturated"] and saturated["samples"] == 16000 and saturated["results"] == [[8000, 2.0], [16000, 1.5], [32000, 1.49]]
 
 
+def test_a_race_at_another_horizon_is_told_beside_the_ordinary_one(no_training: Counter[str], tmp_path: Path) -> None:
+    """At twice the steps the formula's shares are the same; the file of its runs says how long it was, an ordinary one does not."""
+    ordinary, doubled = (
+        race(Options("gpt", only=["auto"], state=tmp_path / f"{times}.jsonl", horizon=times)) for times in (1.0, 2.0)
+    )  # fmt: skip
+    assert doubled["horizon"]["samples"] == 2 * ordinary["horizon"]["samples"] and (ordinary["scale"], doubled["scale"]) == (1.0, 2.0)
+    assert timeless(study.replay(tmp_path / "2.0.jsonl")) == timeless(doubled)
+    assert '"scale"' not in (tmp_path / "1.0.jsonl").read_text(), "races from before there was another horizon go on"
+    table = tables.elsewhere([ordinary, doubled], {"gpt": ordinary})
+    [row] = [line for line in table.splitlines() if "`gpt`" in line]
+    apart = float(row.split("|")[-2])
+    mine, home = (next(line["share"] for line in one["contenders"] if line["name"] == "auto") for one in (doubled, ordinary))
+    assert "horizon × 2" in row and mine == pytest.approx(home * RATIO**-apart, rel=0.01) and abs(apart) <= 2
+
+
+@pytest.mark.parametrize("times", [0.0, -1.0, 17.0, 0.06, math.nan, math.inf])
+def test_a_horizon_that_is_none_is_refused(no_training: Counter[str], times: float) -> None:
+    with pytest.raises(StudyError, match="must be a number from 1/16 to 16"):
+        race(Options("gpt", horizon=times))
+    assert not no_training
+
+
 def test_the_same_seeds_trials_and_horizons_for_everybody(no_training: Counter[str], tmp_path: Path) -> None:
     race(Options("gpt", state=tmp_path / "runs.jsonl", only=["muon", "scion"]))
     runs = [json.loads(line)["settings"] for line in (tmp_path / "runs.jsonl").read_text().splitlines() if line]

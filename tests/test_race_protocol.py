@@ -232,3 +232,29 @@ def test_what_tuning_cost_is_told_in_adamws_seconds(tmp_path: Path, monkeypatch:
         tried = [trial["result"] for trial in lines["muon"]["tuned"]["tried"]]
         assert lines["muon"]["within_cost"] == (tried[0] if cost > 1 else lines["muon"]["tuned"]["result"])
         assert f"| {cost:.2f} |" in tables.page(results)
+
+
+def test_another_batch_or_width_is_told_beside_the_race() -> None:
+    """Of a race with other batches the rows of ``auto`` at them, not ``auto`` itself, which is the race's; of half a network ``auto``."""
+    def line(name: str, share: float | None) -> dict[str, Any]:
+        return {"name": name, "share": share, "low": share, "high": share, "seconds_share": share, "sets_target": False}
+
+    def told(task: str, *lines: dict[str, Any]) -> dict[str, Any]:
+        return {"race": "vit", "task": task, "scale": 1.0, "leader": "adamw", "target": 0.5, "contenders": list(lines)}
+
+    ordinary = told("vit-bf16-x-2", line("auto", 0.25), line("muon", 0.4))
+    batches = told("vit-bf16-x-2", line("auto", 0.25), line("auto_half_batch", 0.25 * 0.87), line("auto_double_batch", None))
+    half = told("vit-half-bf16-x-2", line("auto", 0.25 / 0.87**2))
+    table = tables.elsewhere([batches, half], {"vit": ordinary}).splitlines()[2:]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table]
+    assert [(row[1], row[-1]) for row in rows] == [("half the batch", "-1.0"), ("twice the batch", "-"), ("half the width", "+2.0")]
+    assert [row[3].split()[0] for row in rows] == ["0.22", "missed", "0.33"]
+
+
+def test_auto_at_another_batch_is_auto_but_for_its_batch() -> None:
+    task = load_task("decoder", size="tiny")
+    sizes = {name: next(lane(run_of(name, task, 20), task, 20).stream) for name in ("auto", "auto_half_batch", "auto_double_batch")}
+    found = {name: len(batch[0]) for name, batch in sizes.items()}
+    assert found == {"auto": task.batch, "auto_half_batch": task.batch // 2, "auto_double_batch": 2 * task.batch}
+    numbers = [CONTENDERS[name].middle for name in sizes]
+    assert all({**one, "batch": 1.0} == numbers[0] for one in numbers)

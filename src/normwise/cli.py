@@ -139,7 +139,7 @@ def _study(args: argparse.Namespace) -> int:
         return 0 if study.look(args.state, outputs) else _BROKEN
     only, size = getattr(args, "only", None), next((name for name in ("tiny", "half") if getattr(args, name, False)), "standard")
     options = Options(args.task, args.data, args.budget, only, args.seeds, args.workers, args.state, args.executor, size,
-                      getattr(args, "hold", False))  # fmt: skip
+                      getattr(args, "hold", False), getattr(args, "horizon", 1.0))  # fmt: skip
     return 0 if study.run(options, outputs) else _BROKEN
 
 
@@ -184,6 +184,8 @@ def _add_race(commands: Any) -> None:
         budget="quick (minutes), standard (default; 2 to 5 core-hours) or long (about 20)",
         only="only these contenders, beside the baselines (adamw and sgd)",
     )  # fmt: skip
+    parser.add_argument("--horizon", type=float, default=1.0, metavar="TIMES",
+                        help="multiply the task's steps: 0.5, 2 (default %(default)g)")  # fmt: skip
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
     sizes.add_argument("--half", action="store_true", help="the network at half of its width (resnet, vit, lstm, gpt, decoder)")

@@ -278,6 +278,11 @@ def _untuned(label: str, about: str, lr: float, build: Callable[[nn.Module, Numb
     return Contender(f"{label}, untuned", f"{about}: one trial", (Axis("lr", (lr,)),), build, LINEAR)
 
 
+def _batches(times: float) -> tuple[Axis, ...]:
+    """No choice but the batch, as a multiple of the task's."""
+    return tuple(Axis("batch", (times,)) if axis.name == "batch" else axis for axis in LINEAR)
+
+
 def _again(name: str) -> Contender:
     """A contender of protocol 1 with the choices that everybody has now."""
     old = FIRST[name]
@@ -318,6 +323,8 @@ CONTENDERS: dict[str, Contender] = {
         _untuned("Schedule-free AdamW", "its defaults", 2.5e-3, lambda model, n: _schedulefree(model, {**n, **_DEFAULTS})),
         common=(FLAT[0], *AS_IT_IS[1:]), lacks=_no_schedulefree,
     ),
+    "auto_half_batch": replace(FIRST["auto"], label="auto, half the batch", common=_batches(0.5)),
+    "auto_double_batch": replace(FIRST["auto"], label="auto, twice the batch", common=_batches(2.0)),
     "muon_untuned": _untuned("Muon", "normwise.optim.Muon's defaults", 0.02, lambda model, n: (nw.optim.Muon(model, float(n["lr"])), None)),
 }  # fmt: skip
 """The contenders of protocol 2."""

@@ -31,6 +31,8 @@ from normwise.files import check_file, check_folder
 # Every choice is made with this seed, or with those right after it; reported seeds count from 0, so no choice was made on their luck.
 TUNING_SEED = 1000
 MOST_SEEDS = 1000
+MOST_TIMES = 16
+"""What a race's horizon is multiplied or divided by at most."""
 Results = Mapping[str, Any]
 Complaints = Callable[[Results], Sequence[str]]
 
@@ -50,6 +52,7 @@ class Options:
         executor: a cluster in place of ``workers``: ``dask://HOST:PORT``, or any executor.
         size: ``"tiny"`` for models that train in seconds.
         hold: of ``prune``: whether weights under the lasso keep their layer's norm.
+        horizon: of ``race``: the task's first horizon is multiplied by it.
     """
 
     task: str = "cnn"
@@ -62,6 +65,7 @@ class Options:
     executor: Executor | str | None = None
     size: str = "standard"
     hold: bool = False
+    horizon: float = 1.0
 
     def check(self, budgets: Mapping[str, Any]) -> None:
         """Before anything is loaded: StudyError for what no study can do."""
@@ -70,6 +74,8 @@ class Options:
         for name, number in (("seeds", self.seeds), ("workers", self.workers)):
             if number is not None and not 1 <= number <= MOST_SEEDS:
                 raise StudyError(f"{name} is {number}, but must be a whole number from 1 to {MOST_SEEDS}.")
+        if not 1 / MOST_TIMES <= self.horizon <= MOST_TIMES:
+            raise StudyError(f"the horizon's factor is {self.horizon:g}, but must be a number from 1/{MOST_TIMES} to {MOST_TIMES}.")
         if isinstance(self.executor, str):
             check_address(self.executor)
 

@@ -21,7 +21,7 @@ from normwise.experiments.framework.printing import show_table
 from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.provenance import data_name, machine
 from normwise.experiments.framework.store import Form, Store, fits
-from normwise.experiments.framework.study import MOST_SEEDS, Options, Outputs, command, deliver, opened
+from normwise.experiments.framework.study import MOST_SEEDS, MOST_TIMES, Options, Outputs, command, deliver, opened
 from normwise.experiments.race import plan as plans
 from normwise.experiments.race import tables
 from normwise.experiments.race.protocol import PROTOCOL, PROTOCOLS, Protocol, first_horizon, rung
@@ -42,9 +42,11 @@ class Facts:
     seeds: int
     contenders: tuple[str, ...]
     protocol: int
+    scale: float = 1.0    # of the horizon
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": "race facts", **asdict(self), "contenders": list(self.contenders)}
+        found = {"kind": "race facts", **asdict(self), "contenders": list(self.contenders)}
+        return {name: value for name, value in found.items() if name != "scale" or value != 1.0}    # as of races before there was another
 
 
 def run(options: Options, outputs: Outputs) -> bool:
@@ -83,7 +85,9 @@ def race(options: Options, progress: Progress | None = None) -> dict[str, Any]:
             driver.progress.note(f"{options.task} is held out: whoever looks at its result has finished choosing (docs/race.md).")
         left_out = _left_out(names, task, protocol, options.only or (), driver.progress)
         names, seeds = [name for name in names if name not in left_out], options.seeds or plan.seeds
-        facts = Facts(options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names), protocol.number)
+        facts = Facts(
+            options.task, task.key, task.metric, task.batch, options.budget, seeds, tuple(names), protocol.number, options.horizon
+        )  # fmt: skip
         about = {"machine": machine(), "data": data_name(options.data), "left_out": left_out}
         driver.store.add(facts.settings(), about)
         driver.on(task, setup)
@@ -104,7 +108,7 @@ def replay(state: Path, progress: Progress | None = None) -> dict[str, Any]:
                         f"Give the --state of such a race, or the *.runs.jsonl beside its --json.{f' {store.note}' if store.note else ''}")
     if store.note and progress is not None:
         progress.note(store.note)
-    known = {name: settings[name] for name in Facts.__dataclass_fields__}
+    known = {name: settings[name] for name in Facts.__dataclass_fields__ if name in settings}
     facts = Facts(**{**known, "contenders": tuple(settings["contenders"])})
     about = {"machine": result["machine"], "data": result.get("data"), "left_out": result.get("left_out", {})}
     return _Race(facts, Replay(store), step_times, result["machine"]["torch"]).run() | about
@@ -133,8 +137,12 @@ def _is_a_race(settings: dict[str, Any], result: dict[str, Any]) -> bool:
     return (
         protocol is not None and settings["name"] in TASKS and settings["budget"] in protocol.budgets
         and all(isinstance(name, str) and name in protocol.contenders for name in settings["contenders"])
-        and settings["batch"] > 0 and 0 < settings["seeds"] <= MOST_SEEDS
+        and settings["batch"] > 0 and 0 < settings["seeds"] <= MOST_SEEDS and _is_a_factor(settings.get("scale", 1.0))
     )  # fmt: skip
+
+
+def _is_a_factor(scale: Any) -> bool:
+    return isinstance(scale, int | float) and 1 / MOST_TIMES <= scale <= MOST_TIMES
 
 
 class _Race:
@@ -152,7 +160,7 @@ class _Race:
 
     def run(self) -> dict[str, Any]:
         told = {
-            "race": self.facts.name, "task": self.facts.key, "metric": self.facts.metric,
+            "race": self.facts.name, "task": self.facts.key, "scale": self.facts.scale, "metric": self.facts.metric,
             "budget": self.facts.budget, "protocol": {"number": self.protocol.number, **asdict(self.plan), "seeds": self.seeds},
         }  # fmt: skip
         horizon = self._horizon()
@@ -228,7 +236,7 @@ class _Race:
 
     def _horizon(self) -> dict[str, Any] | None:
         """H in samples, doubled while that pays and the budget allows."""
-        samples = first_horizon(self.facts.name, self.facts.batch, self.plan.scale, self.protocol.number)
+        samples = first_horizon(self.facts.name, self.facts.batch, self.plan.scale * self.facts.scale, self.protocol.number)
         rules = self._rules(samples)
         middle = self.protocol.contenders["adamw"].middle
         seen = self.driver.run({"horizon": plans.doubling(rules, middle, samples, self.plan.doublings)}).get("horizon")

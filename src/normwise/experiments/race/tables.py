@@ -9,7 +9,7 @@ from typing import Any
 from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, geometric_mean, ratio_interval
 from normwise.experiments.framework.printing import markdown
 from normwise.experiments.framework.provenance import where
-from normwise.experiments.race.protocol import PROTOCOLS
+from normwise.experiments.race.protocol import PROTOCOLS, RATIO
 from normwise.experiments.tasks.load import HELD_OUT
 
 RACED = ("cnn", "resnet", "lstm", "gpt")
@@ -193,6 +193,39 @@ def front(results: Mapping[str, Results]) -> str:
     if not table:
         return ""
     return markdown([*table, {"task": "hits", **{labels[name]: f"{sum(hit[name])} of {len(hit[name])}" for name in names}}])
+
+
+def elsewhere(results: Sequence[Results], races: Mapping[str, Results]) -> str:
+    """What ``auto`` needs at another horizon, width or batch, beside what it needs in the race of the same task, and how many rungs of the
+    ladder lie between the two.
+
+    Args:
+        results: of races of a half network, of one with a horizon of its own, or of one in which ``auto`` takes another batch.
+        races: the ordinary ones, by task.
+    """
+    table = []
+    for one in results:
+        changed = [f"horizon × {one['scale']:g}"] * (one["scale"] != 1.0) + ["half the width"] * ("half" in one["task"].split("-"))
+        for line in one["contenders"]:
+            what = ", ".join([*changed, *([_BATCHES[line["name"]]] if line["name"] in _BATCHES else [])])
+            if not what or line["name"] not in ("auto", *_BATCHES):
+                continue
+            home = next((o for o in races.get(one["race"], {"contenders": []})["contenders"] if o["name"] == "auto"), None)
+            table.append({
+                "task": f"`{one['race']}`{' (held out)' * (one['race'] in HELD_OUT)}", "what is other": what,
+                "target": f"{one['leader']}, {one['target']:.4f}", "share of samples": share(line),
+                "of seconds": number(line["seconds_share"]), "in the race": "-" if home is None else share(home),
+                "rungs apart": "-" if home is None else _rungs(line["share"], home["share"]),
+            })  # fmt: skip
+    return markdown(table) if table else "Nothing is raced yet."
+
+
+_BATCHES = {"auto_half_batch": "half the batch", "auto_double_batch": "twice the batch"}
+
+
+def _rungs(share: float | None, home: float | None) -> str:
+    """How far apart two shares are, with the sign of what is later; "-" where one of them missed."""
+    return "-" if share is None or home is None else f"{math.log(home / share) / math.log(RATIO):+.1f}"
 
 
 def _shares(line: Results) -> str:
