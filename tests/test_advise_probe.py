@@ -118,17 +118,156 @@ def test_an_optimizer_within_the_backward_pass_does_not_step() -> None:
     assert len(steps) == 6
 
 
-def test_frozen_weights_are_not_kept_and_the_limit_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA's base needs no memory; beyond the limit nothing is kept in memory."""
+def test_frozen_weights_are_kept_where_there_is_room_and_the_limit_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of LoRA that fits into memory is kept; one that does not needs none. Beyond the limit nothing is kept in memory."""
     model = made("lora")
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    assert probe(model, batches("lora", 8), loss, steps=8).kept_bytes == trained
+    sizes = {p.requires_grad: sum(q.numel() * q.element_size() for q in model.parameters() if q.requires_grad is p.requires_grad)
+             for p in model.parameters()}  # fmt: skip
+    assert probe(model, batches("lora", 8), loss, steps=8).kept_bytes == sizes[True] + sizes[False]
+    monkeypatch.setattr(kept, "IN_MEMORY", sizes[True] + 1)
+    assert probe(model, batches("lora", 8), loss, steps=8).kept_bytes == sizes[True]
     asked: list[int] = []
     real = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *given, **more: (asked.append(more["size"]), real(*given, **more))[1])
-    monkeypatch.setattr(kept, "IN_MEMORY", trained // 2)
+    monkeypatch.setattr(kept, "IN_MEMORY", sizes[True] // 2)
     probe(model, batches("lora", 8), loss, steps=8)
-    assert trained // 2 <= 4 * sum(asked) < trained
+    assert sizes[True] // 2 <= 4 * sum(asked) < sizes[True]
+
+
+class Follows(nn.Module):
+    """A frozen teacher that follows the student in each forward pass, as in MoCo."""
+
+    def __init__(self, by_data: bool) -> None:
+        super().__init__()
+        self.by_data = by_data
+        self.student, self.teacher = nn.Linear(6, 5), nn.Linear(6, 5).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for p, q in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                if self.by_data:
+                    p.data = 0.9 * p.data + 0.1 * q.data
+                else:
+                    p.lerp_(q, 0.1)
+        out: Tensor = self.student(x) - self.teacher(x)
+        return out
+
+
+@pytest.mark.parametrize("by_data", [True, False])
+def test_frozen_weights_that_the_model_writes_to_come_back(by_data: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Follows(by_data)
+    before, at = [p.clone() for p in model.parameters()], [p.data_ptr() for p in model.parameters()]
+    probe(model, batches("mlp"), loss)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert [p.data_ptr() for p in model.parameters()] == at
+    monkeypatch.setattr(kept, "IN_MEMORY", 0)
+    with pytest.raises(DataError, match=r"writes to 2 frozen weights .*teacher.weight.*copy=True"):
+        probe(model, batches("mlp"), loss)
+    before = [p.clone() for p in model.parameters()]
+    probe(model, batches("mlp"), loss, copy=True)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+class Buffers(nn.Module):
+    """Buffers that nobody can write to, that were made in inference mode, that are sparse, that are resized, that hold a NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(6), nn.Linear(6, 5)
+        self.register_buffer("mask", torch.ones(1, 1).expand(16, 6))
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("unknown", torch.tensor([math.nan, -0.0]))
+        self.register_buffer("graph", torch.eye(4).to_sparse())
+        with torch.inference_mode():
+            made_there = torch.ones(2)
+        self.register_buffer("old", made_there)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.resize_(len(self.seen) + 1).fill_(2.0)
+        self.unknown.fill_(1.0)
+        out: Tensor = self.layer(self.norm(x * self.mask[:1]))
+        return out
+
+
+@pytest.mark.parametrize("limit", [512 << 20, 0])
+def test_buffers_of_every_kind_come_back(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "IN_MEMORY", limit)
+    model = Buffers()
+    model.layer.weight.grad = torch.ones(5, 6)
+    model.layer.bias.register_post_accumulate_grad_hook(lambda _: None)
+    buffers = dict(model._buffers)
+    state = torch.get_rng_state()
+    probe(model, batches("mlp"), lambda m, b: loss(m, b) * torch.rand(()))
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(model.layer.weight.grad, torch.ones(5, 6))
+    assert model._buffers.keys() == buffers.keys() and all(model._buffers[name] is one for name, one in buffers.items())
+    assert model.norm.num_batches_tracked == 0 and model.seen.tolist() == [0.0, 0.0, 0.0]
+    assert model.unknown.isnan().tolist() == [True, False] and math.copysign(1, float(model.unknown[1])) == -1
+    assert model.mask.stride() == (0, 0) and len(model.layer.bias._post_accumulate_grad_hooks or ()) == 1
+
+
+def test_whatever_cannot_be_put_back_the_rest_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("residual")
+    loss(model, batches("residual", 1)[0]).backward()
+    before = [p.clone() for p in model.parameters()], [p.grad for p in model.parameters()], torch.get_rng_state()
+    real, calls = kept._put, []
+
+    def fails_once(*given: Any) -> None:
+        calls.append(given[0])
+        if len(calls) == 2:
+            raise OSError("the disk is gone")
+        real(*given)
+
+    monkeypatch.setattr(kept, "_put", fails_once)
+    with pytest.raises(OSError, match="the disk is gone"):
+        probe(model, batches("residual"), loss)
+    same = [torch.equal(p, q) for p, q in zip(model.parameters(), before[0], strict=True)]
+    assert same.count(False) <= 1 and len(calls) > 2
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), before[1], strict=True))
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_a_scripted_model_and_what_a_loss_freezes_come_back() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)))
+    before = {name: value.clone() for name, value in scripted.state_dict().items()}
+    probe(scripted, batches("mlp"), loss)
+    assert all(torch.equal(value, before[name]) for name, value in scripted.state_dict().items())
+    model = made("mlp")
+
+    def freezes(one: nn.Module, batch: Any) -> Tensor:
+        next(one.parameters()).requires_grad_(False)
+        return loss(one, batch)
+
+    probe(model, batches("mlp"), freezes)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Draws(torch.utils.data.Dataset[Any]):
+    """A dataset with generators of its own."""
+
+    def __init__(self) -> None:
+        self.items = batches("mlp", 30)
+        self.torch, self.python = torch.Generator().manual_seed(1), random.Random(2)
+        self.numpy, self.legacy = np.random.default_rng(3), np.random.RandomState(4)
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, k: int) -> Any:
+        noise = float(torch.rand((), generator=self.torch)) + self.python.random() + self.numpy.random() + self.legacy.rand()
+        return [x * (1 + noise) if x.is_floating_point() else x for x in self.items[k]]
+
+    def states(self) -> list[str]:
+        legacy = self.legacy.get_state()
+        return [str(one) for one in (self.torch.get_state().tolist(), self.python.getstate(), self.numpy.bit_generator.state, legacy)]
+
+
+def test_generators_of_samplers_and_datasets_come_back() -> None:
+    data, order = Draws(), torch.Generator().manual_seed(5)
+    sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(data, generator=order), 1, False)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=lambda items: items[0])
+    before = data.states(), order.get_state()
+    probe(made("mlp"), loader, loss)
+    assert data.states() == before[0] and torch.equal(order.get_state(), before[1])
 
 
 # ------------------------------------------------------------------------------------------------------ what it measures
@@ -250,7 +389,7 @@ def test_a_model_as_it_comes_is_probed_as_it_is_trained(frozen: bool) -> None:
 
 def test_a_wrong_guess_is_corrected() -> None:
     class Second(nn.Module):
-        """The layer's result goes past its norm, too."""
+        """The loss sees the layer's weight in a second way, which no order of layers tells."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -258,11 +397,73 @@ def test_a_wrong_guess_is_corrected() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.layer(x)
-            logits: Tensor = self.head(self.norm(y) + y)
+            logits: Tensor = self.head(self.norm(y)) * self.layer.weight.square().mean()
             return logits
 
     lines = nw.advise(Second(), batches=batches("mlp"), loss=loss).lines
     assert [line.on for line in lines if line.what == "not scale-free after all"] == ["layer.weight"]
+    guessed = nw.advise(Second(), "lipschitz")
+    probed = nw.advise(Second(), "lipschitz", batches=batches("mlp"), loss=loss)
+    capped = [one.calls[0].arguments["params"] for one in (guessed, probed)]
+    assert capped == [["role:head"], ["role:hidden", "role:head"]], "the rule follows what was measured"
+
+
+def test_a_batch_without_a_gradient_is_passed_over() -> None:
+    """A hinge that is satisfied: the weights stay, and the other batches count."""
+    calls: list[int] = []
+
+    def hinge(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(0)
+        return loss(model, batch) * (0.0 if len(calls) % 4 == 0 else 1.0)
+
+    found = probe(made("mlp"), batches("mlp"), hinge)
+    assert found.batches == 25 and 0.0 in found.norms
+    assert all(value == 0 for value in probe(made("mlp"), batches("mlp"), lambda m, b: 0.0 * loss(m, b)).norms)
+
+
+class Odd(dict[str, Any]):
+    """A mapping that cannot be made from another one."""
+
+    def __init__(self, *, x: Any) -> None:
+        super().__init__(x=x)
+
+
+def test_a_batch_that_cannot_be_cut_is_taken_whole() -> None:
+    found = probe(made("mlp"), [Odd(x=batch) for batch in batches("mlp")], lambda m, b: loss(m, b["x"]))
+    assert found.noise is None and found.batches == 25
+
+
+def broken() -> Iterator[Any]:
+    yield from batches("mlp", 3)
+    raise FileNotFoundError("picture 17")
+
+
+def twice(model: nn.Module, batch: Any) -> Tensor:
+    value = loss(model, batch)
+    value.backward()
+    return value
+
+
+@pytest.mark.parametrize(
+    ("given", "of", "says"),
+    [
+        (broken(), loss, "batch 4 raised FileNotFoundError: picture 17"),
+        (list, loss, "the class list"),
+        (batches("mlp"), lambda m, b: loss(m, b) * (1 + 1j), "complex"),
+        (batches("mlp"), twice, "leave its backward pass to the probe"),
+    ],
+)
+def test_what_a_probe_cannot_use_is_one_sentence(given: Any, of: Any, says: str) -> None:
+    model = made("mlp")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(DataError, match=says):
+        nw.advise(model, batches=given, loss=of)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_buffers_without_a_shape_are_refused() -> None:
+    with pytest.raises(nw.errors.LayoutError, match=r"buffer '1.running_mean' has no shape yet"):
+        probe(nn.Sequential(nn.Linear(6, 5), nn.LazyBatchNorm1d(affine=False)), batches("mlp"), loss)
 
 
 @pytest.mark.parametrize("fused", [True, False])

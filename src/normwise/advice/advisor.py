@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from normwise.advice.answer import Advice, Call, Line, Recipe
 from normwise.advice.facts import Facts
 from normwise.advice.goals import ADAMW, GOALS, do, line
 from normwise.advice.probe import STEPS, Loss, Probe, probe
+from normwise.advice.sentences import SAID
 from normwise.control import attach
 from normwise.errors import NormwiseError, PolicyError, nearest
 from normwise.parameters.attention_logits import Attention
@@ -65,33 +68,53 @@ def advise(
         given, absent = ("batches", "loss") if loss is None else ("loss", "batches")
         raise PolicyError(f"advise was given {given}= without {absent}=: a probe needs both.")
     seen = probe(model, batches, loss, steps, copy) if batches is not None and loss is not None else None
+    if seen is not None:
+        facts = replace(facts, judged=seen.scale_free)    # the goal's advice, too, follows what was measured
     recipe, found = GOALS[goal](facts)
     pace = facts.pace(recipe.arguments["lr"]) if recipe.name.endswith("AdamW") else {}
     fast = [role for role, share in pace.items() if share > PACE]
     if fast:
         found.append(line("know", "pace", ", ".join(f"role:{role}" for role in fast), shown=", ".join(f"{r} {pace[r]:.0%}" for r in fast)))
-    lines = [*found, *(_measured(facts, seen, found) if seen is not None else []), *_known(facts, seen, goal)]
+    measured = _measured(facts, seen, found) if seen is not None else []
+    if any(call.name == "zclip" for one in measured for call in one.rules):
+        found = [one for one in found if one.what != SAID["no clipping"].what]
+    lines = [*_first(facts), *found, *measured, *_known(facts, seen, goal)]
     recipe, lines = _fitting(facts, recipe, lines)
     lines.sort(key=lambda one: ("do", "leave", "know").index(one.verdict))
     policy = Policy([rule for one in lines for call in one.rules for rule in call.rules()])
     skip = "skip" if seen is not None and seen.nonfinite else "ignore"
-    return Advice(goal, facts.name, policy, recipe, tuple(lines), seen, skip, made_by)
+    return Advice(goal, facts.name, policy, recipe, tuple(lines), seen, skip, made_by, tuple(map(_dense_gradients, facts.sparse)))
 
 
 # ------------------------------------------------------------------------------------------------- whatever the goal is
+
+
+def _first(facts: Facts) -> list[Line]:
+    """What must be done before anything is trained."""
+    lines = []
+    if facts.sparse:
+        lines.append(line("do", "sparse", ", ".join(facts.sparse[:2]), code="; ".join(map(_dense_gradients, facts.sparse[:2]))))
+    wrong = [e for e in facts.trainable if not e.param.is_meta and not bool(e.param.detach().isfinite().all())]
+    if wrong:
+        lines.append(line("know", "not finite", ", ".join(e.name for e in wrong[:2]), wrong, worst=wrong[0].name))
+    return lines
+
+
+def _dense_gradients(path: str) -> str:
+    return f"model.get_submodule({path!r}).sparse = False"
 
 
 def _known(facts: Facts, seen: Probe | None, goal: str) -> list[Line]:
     """What somebody who trains this model should know."""
     lines = []
     judged = {} if seen is None else seen.scale_free
-    free = {name for name, is_free in judged.items() if is_free} | {name for name in facts.scale_free if name not in judged}
-    entries = [e for e in facts.trainable if e.name in free]
+    free = facts.scale_free
+    entries = [e for e in facts.inventory.weights if e.name in free]
     if entries:
-        norms = sorted({facts.scale_free[e.name] for e in entries if e.name in facts.scale_free})
+        norms = sorted({facts.guessed[e.name] for e in entries if e.name in facts.guessed})
         on = f"before {', '.join(norms)}" if norms else "found by the probe"
-        lines.append(line("know", "scale-free", on, entries, basis="probe" if judged.keys() >= free else "guess"))
-    wrong = [name for name in facts.scale_free if judged.get(name) is False]
+        lines.append(line("know", "scale-free", on, entries, basis="probe" if judged.keys() >= free.keys() else "guess"))
+    wrong = [name for name in facts.guessed if judged.get(name) is False]
     if wrong:
         lines.append(line("know", "not scale-free", ", ".join(wrong[:3]), basis="probe"))
     bounded = [a for a in facts.attentions if a.bounded]
@@ -168,6 +191,9 @@ def _grown_logits(facts: Facts, seen: Probe) -> list[Line]:
     for (torchs, fused, heads, key_heads), members in groups.items():
         names = {name for a in members for name in (*a.query, *a.key, *a.fused)}
         scaled = [e for e in facts.trainable if e.name in names]
+        if not (torchs or heads):
+            lines.append(line("know", "logits grown", ", ".join(a.path for a in members[:2]), basis="probe", largest=f"{largest:.3g}"))
+            continue
         call = Call("qk_clip", {"tau": TAU}) if torchs else _qk_clip(members, fused, heads, key_heads)
         lines.append(do("qk_clip", call, scaled, basis="probe", largest=f"{largest:.3g}"))
     return lines
@@ -175,7 +201,7 @@ def _grown_logits(facts: Facts, seen: Probe) -> list[Line]:
 
 def _qk_clip(members: Sequence[Attention], fused: bool, heads: int, key_heads: int) -> Call:
     def layers(names: Iterable[str]) -> list[str]:
-        return [f"{name.rpartition('.')[0]}.*" for name in names]
+        return [f"{glob.escape(name.rpartition('.')[0])}.*" for name in names]
 
     if fused:
         return Call("qk_clip", {"tau": TAU, "params": layers(n for a in members for n in a.fused), "heads": (3, heads)})
@@ -205,8 +231,23 @@ def _fitting(facts: Facts, recipe: Recipe, lines: Sequence[Line]) -> tuple[Recip
         for one in lines:    # which one, is asked only where there is one: to attach may decompose every matrix
             calls = [call for other in kept for call in other.rules]
             why = _refused(facts, [*calls, *one.rules]) if refused and one.rules else ""
-            kept.append(line("leave", "refused", one.on, rule=one.what, error=why) if why else one)
+            kept += _without(facts, one, calls, why) if why else [one]
     return recipe, kept
+
+
+def _without(facts: Facts, one: Line, calls: Sequence[Call], why: str) -> list[Line]:
+    """A line whose rule was refused, without the computed weights, which are what mostly refuses; one to leave where that does not help."""
+    computed = [e for e in facts.inventory.weights if e.computed is not None]
+    raw = {e.name for e in computed}
+    fewer = tuple(Call(c.name, {**c.arguments, "exclude": [*c.arguments.get("exclude", ()), *sorted(raw)]}) for c in one.rules)
+    if not raw or _refused(facts, [*calls, *fewer]):
+        return [line("leave", "refused", one.on, rule=one.what, error=why)]
+    tensors, numbers = one.tensors - len(computed), one.numbers - sum(e.shape.numel() for e in computed)
+    on = f"{one.on.rpartition(': ')[0]}: {tensors} tensor{'s' * (tensors != 1)}, {costs.size_of(numbers)}"
+    return [
+        replace(one, what="; ".join(map(str, fewer)), rules=fewer, on=on, tensors=tensors, numbers=numbers),
+        line("leave", "refused", ", ".join(sorted(raw)[:2]), computed, rule=one.what, error=why),
+    ]  # fmt: skip
 
 
 def _refused(facts: Facts, calls: Sequence[Call]) -> str:

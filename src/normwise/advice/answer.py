@@ -107,6 +107,8 @@ class Advice:
     on_nonfinite: str = "ignore"
     made_by: str = ""
     """``package.module:function`` that makes the model, for :meth:`python`."""
+    settings: tuple[str, ...] = ()
+    """Code that changes the model before an optimizer is built."""
 
     @property
     def calls(self) -> list[Call]:
@@ -127,6 +129,7 @@ class Advice:
         if module:
             top = function.partition(".")[0]
             lines += [f"from {module} import {top}", "", f"model = {function}()", "model = model[0] if isinstance(model, tuple) else model"]
+        lines += [*([""] if self.settings else []), *self.settings]
         lines += ["", f"policy = nw.Policy([{''.join(f'{chr(10)}    {call},' for call in self.calls)}{chr(10) if self.calls else ''}])"]
         extra = "" if self.on_nonfinite == "ignore" else f", on_nonfinite={self.on_nonfinite!r}"
         bare = not self.calls and not extra

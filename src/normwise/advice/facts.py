@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -30,6 +30,8 @@ class Facts:
 
     model: nn.Module
     inventory: Inventory
+    judged: Mapping[str, bool] = field(default_factory=dict)
+    """Matrix -> whether its length reaches no loss, where a probe has measured that."""
 
     @classmethod
     def of(cls, model: object) -> Facts:
@@ -80,9 +82,16 @@ class Facts:
         return normalises(self.model)
 
     @cached_property
+    def guessed(self) -> dict[str, str]:
+        """What the code says is scale-free: name -> the class of the normalisation."""
+        return scale_free(self.model, [e for e in self.inventory.weights if e.trained])
+
+    @cached_property
     def scale_free(self) -> dict[str, str]:
-        """Name -> the class of the normalisation; guessed."""
-        return scale_free(self.model, self.trainable)
+        """The same, and what was measured wins over what was guessed."""
+        guessed = {name: norm for name, norm in self.guessed.items() if self.judged.get(name, True)}
+        measured = {name: "a normalisation" for name, free in self.judged.items() if free}
+        return measured | guessed
 
     @cached_property
     def attentions(self) -> list[Attention]:
@@ -94,6 +103,17 @@ class Facts:
         # Where a module has tokens and positions, these are what it adds.
         inner = (m for m in self.model.modules() if sum(isinstance(child, nn.Embedding) for child in m.children()) < 2)
         return sum(forward_source.adds_to_stream(class_of(module)) for module in inner)
+
+    @cached_property
+    def chained(self) -> bool:
+        """Whether the model is a chain of linear layers with nothing between that takes two inputs further apart: proven, not guessed."""
+        return not self.computed and _is_chain(self.model)
+
+    @cached_property
+    def sparse(self) -> list[str]:
+        """Paths of the modules whose trained tables get sparse gradients."""
+        found = [(name, module) for name, module in self.model.named_modules() if getattr(module, "sparse", False) is True]
+        return [name for name, module in found if any(p.requires_grad for p in module.parameters(recurse=False))]
 
     @cached_property
     def stacked(self) -> list[Entry]:
@@ -148,3 +168,24 @@ class Facts:
         if sizes["conv"] > sizes["hidden"]:
             return "normalised convolutions" if self.normalised else "convolutions"
         return "linear layers" if not self.roles & {"conv", "embedding"} else "mixed"
+
+
+_BETWEEN = (
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Flatten, nn.Unflatten,
+    nn.modules.dropout._DropoutNd,
+)  # fmt: skip
+"""What brings no two inputs further apart as it comes."""
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Of linear layers and what may stand between them, one after the other."""
+    if type(module) is nn.Linear or isinstance(module, _BETWEEN):
+        return True
+    if isinstance(module, nn.LeakyReLU | nn.ELU):
+        return abs(module.negative_slope if isinstance(module, nn.LeakyReLU) else module.alpha) <= 1
+    cls, children = class_of(module), dict(module._modules)
+    if not all(child is not None and _is_chain(child) for child in children.values()):
+        return False
+    if issubclass(cls, nn.Sequential | nn.ModuleList) and cls.forward in (nn.Sequential.forward, nn.ModuleList.forward):
+        return True
+    return forward_source.is_chain(cls) and forward_source.called(cls) <= children.keys() and not module._parameters and not module._buffers

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
 from normwise.advice import costs
 from normwise.advice.answer import Basis, Call, Line, Recipe, Verdict
 from normwise.advice.facts import WEIGHTS, Facts
@@ -98,7 +100,10 @@ def generalisation(facts: Facts) -> Answer:
 
 def sparsity(facts: Facts) -> Answer:
     """The group lasso where it was seen to work: convolutions and MLPs that nothing normalises."""
-    shrinkable = [e for e in facts.weights(("conv", "hidden")) if e.layout.certain and e.param.ndim >= 2 and e.computed is None]
+    shrinkable = [
+        e for e in facts.weights(("conv", "hidden"))
+        if e.layout.certain and e.param.ndim >= 2 and e.computed is None and not _is_kept_whole(e.module)
+    ]  # fmt: skip
     blocks = facts.adapted or facts.attentions or facts.complex or "recurrent" in facts.roles
     why = "blocks" if blocks else "normalised" if facts.normalised else "" if shrinkable else "nothing"
     if why:
@@ -115,6 +120,11 @@ def sparsity(facts: Facts) -> Answer:
     return recipe, [*lines, line("know", "smaller shape", "the smaller network")]
 
 
+def _is_kept_whole(module: nn.Module) -> bool:
+    """Whether shrink() leaves a layer's units alone, whatever stands around it."""
+    return getattr(module, "groups", 1) > 1 or isinstance(module, nn.modules.conv._ConvTransposeNd | nn.Bilinear)
+
+
 def stability(facts: Facts) -> Answer:
     recipe, lines = adamw(facts)
     lines.append(do("zclip", Call("zclip", {"z": 2.5}), facts.trainable, costs.measured("clip")))
@@ -126,20 +136,22 @@ def stability(facts: Facts) -> Answer:
 
 def lipschitz(facts: Facts) -> Answer:
     recipe, lines = adamw(facts)
+    if facts.adapted and not facts.products:
+        return recipe, [*lines, line("leave", "no product", "LoRA's factors", [e for e in facts.trainable if e.adapter in ("A", "B")])]
     if facts.adapted:
         call = Call("spectral_cap", {"radius": "0.1*base", "params": "peft:product"})
         return recipe, [*lines, do("cap, lora", call, facts.products, costs.measured("cap"))]
     capped = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e.name not in facts.scale_free]
-    left = [e for e in facts.trainable if e.name in facts.scale_free]
-    uncapped = [line("leave", "no caps", "scale-free weights", left, basis="guess")] if left else []
+    left = [e for e in facts.inventory.weights if e.name in facts.scale_free]
+    measured = all(e.name in facts.judged for e in left)
+    uncapped = [line("leave", "no caps", "scale-free weights", left, basis="probe" if measured else "guess")] if left else []
     if not capped:
         return recipe, [*lines, *(uncapped or [line("leave", "nothing to cap", "everything")])]
-    chained = facts.kind == "linear layers" and not facts.normalised and not facts.branches
-    if chained:
+    if facts.chained and not left:
         call = Call("spectral_cap", {"radius": 1.0, "params": _roles(capped)})
         lines.append(do("cap, chain", call, capped, f"{costs.measured('exact cap')} Less with tolerance=0.01."))
         return recipe, [*lines, line("know", "scaled logits", "the loss")]
-    free = {"exclude": sorted(facts.scale_free)} if facts.scale_free else {}
+    free = _excluding(left, capped)
     call = Call("spectral_cap", {"radius": 2.0, "params": _roles(capped), "tolerance": 0.01, **free})
     product = f"2.02^{len(capped)}" + (f" = {2.02 ** len(capped):.2g}" if len(capped) < 1000 else "")
     lines.append(do("cap", call, capped, costs.measured("cap"), product=product))
@@ -164,6 +176,8 @@ def quantisation(facts: Facts) -> Answer:
 def finetuning(facts: Facts) -> Answer:
     if facts.adapted:
         recipe, lines = adamw(facts, "adamw, lora", lr=5e-4)
+        if not facts.products:
+            return recipe, [*lines, line("leave", "no product", "LoRA's factors", [e for e in facts.trainable if e.adapter in ("A", "B")])]
         return recipe, [*lines, line("leave", "no product bounds", "peft:product", facts.products)]
     recipe, lines = adamw(facts, "adamw, finetuning", lr=1e-4)
     left = [*facts.new_heads, *(e for e in facts.empty if e not in facts.new_heads)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from normwise.errors import DataError
 
 IN_MEMORY = 512 << 20
 """Bytes of weights that are kept in host memory; what is more goes to a temporary file, so that no model takes more than that."""
@@ -20,70 +23,160 @@ class Kept:
     """Within, a model may be trained. At its end weights, buffers and gradients of ``model`` and the random generators are bit for bit as
     before, whatever was raised.
 
+    Frozen weights are kept, too, where all that is kept fits into host memory. Where it does not, they are only watched.
+
     Args:
-        weights: whether trainable weights are kept; False where a copy is trained.
-        sources: what batches come from: the generators that a DataLoader and its sampler own are put back too.
+        weights: whether weights are kept; False where a copy is trained.
+        sources: what batches come from: the generators that a DataLoader, its samplers and its dataset own are put back too.
+
+    Raises:
+        DataError: at the end, for a model that writes to frozen weights which were only watched.
     """
 
     def __init__(self, model: nn.Module, weights: bool, sources: Any = None) -> None:
         self.model, self.weights = model, weights
         self.bytes = 0
-        loaders = (sources, getattr(sources, "sampler", None))
-        owned = [getattr(one, "generator", None) for one in loaders]
-        self._generators = [g for g in owned if isinstance(g, torch.Generator)]
-        self._saved: list[tuple[Tensor, Tensor]] = []
-        self._stack = ExitStack()
+        self._generators = list(_generators(sources))
 
     def __enter__(self) -> Kept:
-        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self._devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []    # type: ignore[no-untyped-call]
-        self._states = [g.get_state() for g in self._generators]
-        self._grads = [(p, p.grad) for p in self.model.parameters()]
-        self._buffers = [(module, dict(module._buffers)) for module in self.model.modules()]
-        self._modes = [(module, module.training) for module in self.model.modules()]
-        changing = [p for p in self.model.parameters() if self.weights and p.requires_grad] + list(self.model.buffers())
-        try:
-            for tensor in changing:
-                self._saved.append((tensor, self._keep(tensor.detach())))
-        except BaseException:
-            self._stack.close()
-            raise
-        # Hooks after accumulation are how an optimizer steps within the backward pass: its state could not be put back.
-        found = (getattr(p, "_post_accumulate_grad_hooks", None) for p in self.model.parameters())
-        self._hooks = [(hooks, dict(hooks)) for hooks in found if hooks]
-        for hooks, _ in self._hooks:
-            hooks.clear()
-        for p, _ in self._grads:
-            p.grad = None    # a gradient that is there would be added to
+        # Last in, first out, and each whether or not the others could be: generators come back last.
+        with ExitStack() as stack:
+            self._keep_generators(stack)
+            self._keep_gradients(stack)
+            self._keep_tensors(stack)
+            for module in self.model.modules():
+                stack.callback(setattr, module, "training", module.training)
+                if not isinstance(module, torch.jit.ScriptModule):    # whose buffers cannot be exchanged
+                    stack.callback(_put_buffers, module, dict(module._buffers))
+            for p in self.model.parameters():
+                stack.callback(p.requires_grad_, p.requires_grad)
+                p.grad = None    # a gradient that is there would be added to
+            self._stack = stack.pop_all()
         return self
 
-    def _keep(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
-        self.bytes += size
-        if self.bytes <= IN_MEMORY or not tensor.numel():
-            return tensor.to("cpu", copy=True)
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="normwise-"))
-        kept = torch.from_file(str(Path(folder) / "weight"), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        return kept.copy_(tensor)
-
     def __exit__(self, *raised: object) -> None:
-        with self._stack, torch.no_grad():
-            for module, buffers in self._buffers:
-                module._buffers.clear()
-                module._buffers.update(buffers)
-            for module, mode in self._modes:
-                module.training = mode
-            for tensor, kept in self._saved:
-                tensor.copy_(kept)
-            for p, grad in self._grads:
-                p.grad = grad
-            for hooks, own in self._hooks:
-                hooks.update(own)
-            self._saved.clear()
-            random.setstate(self._random[0])
-            np.random.set_state(self._random[1])
-            torch.set_rng_state(self._random[2])
-            if self._devices:
-                torch.cuda.set_rng_state_all(self._devices)
-            for generator, state in zip(self._generators, self._states, strict=True):
-                generator.set_state(state)
+        with torch.no_grad():
+            self._stack.__exit__(None, None, None)    # what was raised within is not for the callbacks
+
+    def _keep_generators(self, stack: ExitStack) -> None:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_initialized():    # type: ignore[no-untyped-call]
+            stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        for generator in self._generators:
+            stack.callback(_put_back(generator))
+
+    def _keep_gradients(self, stack: ExitStack) -> None:
+        for p in self.model.parameters():
+            stack.callback(setattr, p, "grad", p.grad)
+            # Hooks after accumulation are how an optimizer steps within the backward pass: its state could not be put back.
+            hooks = getattr(p, "_post_accumulate_grad_hooks", None)
+            if hooks:
+                stack.callback(hooks.update, dict(hooks))
+                hooks.clear()
+
+    def _keep_tensors(self, stack: ExitStack) -> None:
+        params = list(self.model.parameters()) if self.weights else []
+        trained, frozen = ([p for p in params if p.requires_grad is wanted] for wanted in (True, False))
+        for tensor in (*self.model.buffers(), *trained):
+            self._keep(tensor, stack)
+        if self.bytes + sum(map(_size, frozen)) <= IN_MEMORY:
+            for tensor in frozen:
+                self._keep(tensor, stack)
+        elif frozen:
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            stack.callback(_watch, [(names[id(p)], p, *_print(p)) for p in frozen])
+
+    def _keep(self, tensor: Tensor, stack: ExitStack) -> None:
+        self.bytes += _size(tensor)
+        there = tensor.detach()
+        if self.bytes <= IN_MEMORY or not tensor.numel() or tensor.layout != torch.strided:
+            kept = there.to("cpu", copy=True)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="normwise-"))
+            kept = torch.from_file(str(Path(folder) / "weight"), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+            kept.copy_(there)
+        stack.callback(_put, tensor, there, kept)
+
+
+def _size(tensor: Tensor) -> int:
+    numbers = tensor.numel() if tensor.layout == torch.strided else tensor.detach()._nnz()
+    return numbers * tensor.element_size()
+
+
+def _put(tensor: Tensor, there: Tensor, kept: Tensor) -> None:
+    """there: ``tensor`` as it was, which code may since have given another storage (``p.data = ...``) or size."""
+    if tensor.layout != torch.strided:
+        tensor.detach().copy_(kept)
+        return
+    moved = tensor.data_ptr() != there.data_ptr() or tensor.shape != kept.shape
+    if not moved and _same(tensor, kept):
+        return    # what cannot be written to, such as an expanded buffer, has not been
+    if tensor.is_inference():
+        with torch.inference_mode():
+            tensor.copy_(kept)
+    elif moved and there.shape == kept.shape:
+        there.copy_(kept)
+        tensor.data = there
+    elif moved:
+        tensor.data = kept.to(tensor.device)
+    else:
+        tensor.copy_(kept)
+
+
+def _same(tensor: Tensor, kept: Tensor) -> bool:
+    """Bit for bit: a NaN is itself, and zero has a sign."""
+    one, other = tensor.detach().cpu().contiguous(), kept.contiguous()
+    if one.is_complex():
+        one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other)
+    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8)) if one.numel() else True
+
+
+def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
+    module._buffers.clear()
+    module._buffers.update(buffers)
+
+
+def _print(p: Tensor) -> tuple[int, int, float]:
+    """What changes when somebody writes to a tensor: its version, its place, or its sum."""
+    return p._version, p.data_ptr(), float(p.detach().sum(dtype=torch.float64 if p.dtype.is_floating_point else None).real)
+
+
+def _watch(frozen: list[tuple[str, Tensor, int, int, float]]) -> None:
+    moved = [name for name, p, *before in frozen if not _alike(_print(p), before)]
+    if moved:
+        raise DataError(
+            f"the model writes to {len(moved)} frozen weights when it runs ({', '.join(moved[:3])}). They were not kept, since its weights "
+            f"take more than {IN_MEMORY >> 20} MB, and have moved on by the batches of the probe. Probe a copy: copy=True."
+        )
+
+
+def _alike(now: tuple[int, int, float], before: list[Any]) -> bool:
+    return list(now[:2]) == before[:2] and (now[2] == before[2] or (now[2] != now[2] and before[2] != before[2]))
+
+
+def _generators(source: Any) -> Iterator[Any]:
+    """The generators of a DataLoader, its samplers and its dataset."""
+    seen: dict[int, Any] = {}
+    for owner in (source, *(getattr(source, name, None) for name in ("sampler", "batch_sampler", "dataset"))):
+        for one in (owner, getattr(owner, "sampler", None)):
+            own = vars(one).values() if hasattr(one, "__dict__") and not isinstance(one, type) else ()
+            held = [*own, getattr(one, "generator", None)]    # a wrapper hands on what it wraps
+            seen |= {id(g): g for g in held if isinstance(g, torch.Generator | random.Random | np.random.Generator | np.random.RandomState)}
+    yield from seen.values()
+
+
+def _put_back(generator: Any) -> Callable[[], Any]:
+    """What gives a generator the state that it has now."""
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        return lambda: generator.set_state(state)
+    if isinstance(generator, random.Random):
+        known = generator.getstate()
+        return lambda: generator.setstate(known)
+    if isinstance(generator, np.random.RandomState):
+        legacy = generator.get_state()
+        return lambda: generator.set_state(legacy)
+    bits = generator.bit_generator.state
+    return lambda: setattr(generator.bit_generator, "state", bits)

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from normwise.advice.kept import Kept
 from normwise.advice.logits import LogitWatch, watched
-from normwise.errors import DataError, NormwiseError
+from normwise.errors import DataError, LayoutError, NormwiseError
 from normwise.parameters.attention_logits import find_attentions
 from normwise.parameters.inventory import Entry, Inventory
 from normwise.reports import Loggable, table
@@ -116,15 +117,18 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, steps: int = STE
         raise DataError(f"the probe was given steps={steps!r}: it takes a whole number of at least {LEAST}, {STEPS} by default.")
     if not callable(loss):
         raise DataError(f"the loss is a {type(loss).__name__}: give a function of (model, batch) that returns a scalar.")
-    if not hasattr(batches, "__iter__"):
-        raise DataError(f"the batches are a {type(batches).__name__}: give a list, a DataLoader or another iterable.")
+    if not hasattr(batches, "__iter__") or isinstance(batches, type):
+        what = f"the class {batches.__name__}" if isinstance(batches, type) else f"a {type(batches).__name__}"
+        raise DataError(f"the batches are {what}: give a list, a DataLoader or another iterable.")
+    if lazy := [name for name, buffer in model.named_buffers() if is_lazy(buffer)]:
+        raise LayoutError(f"buffer {lazy[0]!r} has no shape yet: run the model once on a batch before you probe it.")
     if any(p.is_meta or hasattr(p, "device_mesh") for p in model.parameters()):
         raise DataError("the probe needs the weights here and whole: run it before you shard the model, and not on the meta device.")
     begun = time.perf_counter()
     with Kept(model, not copy, batches) as kept, torch.enable_grad():
         source = iter(batches)    # a DataLoader draws a seed here
         trained = _copied(model) if copy else model
-        if not trained.training:    # in eval() a BatchNorm divides nothing out
+        if not any(module.training for module in trained.modules()):    # in eval() a BatchNorm divides nothing out
             trained.train()
         seen = _Probing(trained, loss, steps)
         for k in range(steps):
@@ -138,6 +142,10 @@ def _next(source: Iterator[Any], k: int, steps: int) -> Any:
         return next(source)
     except StopIteration:
         raise DataError(f"the batches ended after {k}, and the probe asks for {steps}: give more, or steps={max(k, LEAST)}.") from None
+    except NormwiseError:
+        raise
+    except Exception as error:    # the user's own code
+        raise DataError(f"batch {k + 1} raised {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -202,7 +210,7 @@ class _Probing:
 
     def _backward(self, k: int, batch: Any) -> list[float] | None:
         """The gradient of a batch; of every third one in two halves, whose norms are returned."""
-        halves = _halves(batch) if self.splits and k % 3 == 1 else None
+        halves = self._halved(batch) if self.splits and k % 3 == 1 else None
         if halves is not None:
             try:
                 values = [self.loss(self.model, half) for half in halves]
@@ -214,8 +222,23 @@ class _Probing:
             else:
                 self.losses.append(float(values[0].detach() + values[1].detach()) / 2)
                 return sizes
-        torch.autograd.backward(self._value(k, batch))
+        self._whole(k, batch)
         return None
+
+    def _halved(self, batch: Any) -> tuple[Any, Any] | None:
+        try:
+            return _halves(batch)
+        except Exception:    # a mapping or a tuple that is not made like its kind
+            self.splits = False
+            return None
+
+    def _whole(self, k: int, batch: Any) -> None:
+        value = self._value(k, batch)
+        try:
+            torch.autograd.backward(value)
+        except Exception as error:    # through the user's own code
+            raise DataError(f"the backward pass of batch {k + 1} raised {type(error).__name__}: {str(error)[:200]} Return the loss from "
+                            "loss(model, batch), and leave its backward pass to the probe.") from error    # fmt: skip
 
     def _size_of_backward(self, value: Tensor) -> float:
         """The norm of what this backward pass adds to the gradients, seen before it is added: no copy of the others is needed."""
@@ -240,6 +263,8 @@ class _Probing:
         if not isinstance(value, Tensor) or value.numel() != 1:
             what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise DataError(f"the loss is {what}: loss(model, batch) must return a tensor of one number.")
+        if value.is_complex():
+            raise DataError("the loss is complex: loss(model, batch) must return a real number.")
         if not value.requires_grad:
             raise DataError("the loss depends on no trainable parameter: loss(model, batch) must use the model that it is given.")
         number = float(value.detach())
@@ -274,8 +299,9 @@ class _Probing:
                 # Scale-free weights find their own balance of length and step (Li, Lyu and Arora, 2020): their ratio asks for nothing.
                 if w and not all(self.judged.get(e.name, [False])) and e.role in ("hidden", "conv", "recurrent", "embedding", "head"):
                     self.ratios.setdefault(e.role, []).append(share * g / w)
-        torch._foreach_mul_(grads, rates)
-        torch._foreach_sub_(params, grads)
+        if params:    # none moves where a loss is satisfied
+            torch._foreach_mul_(grads, rates)
+            torch._foreach_sub_(params, grads)
 
     def _lengths(self) -> dict[str, float]:
         """Role -> the length of all its weights as one vector."""

@@ -97,6 +97,11 @@ SAID: dict[str, Said] = {
         "At equal forgetting no bound was ahead of plain LoRA by more than chance; a cap came nearest. If you need a guarantee that no "
         "unit moves further than a tenth: nw.max_norm('0.1*base', 'peft:product').", "docs/recipes.md#fine-tuning",
     ),
+    "no product": Said(
+        "bounds on the product s·B·A",
+        "These factors are not PEFT's, so that nobody states their product: a bound on A and B alone is none on what they add. With peft's "
+        "LoRA there are nw.max_norm and nw.spectral_cap on 'peft:product'.", "docs/peft.md",
+    ),
     "no clamps on factors": Said(
         "clamps on LoRA's factors", "What is quantised is the base, which is frozen, or the merged product.", "docs/peft.md",
     ),
@@ -132,7 +137,8 @@ SAID: dict[str, Said] = {
     # ------------------------------------------------------------------------------------------------------- rules to use
     "lasso": Said(
         "{rule}",
-        "Whole units become exactly zero, and normwise.prune.shrink() removes them. The strength is 0.01·√n for units of n numbers; set "
+        "Whole units become exactly zero, and normwise.prune.shrink() removes those that nothing ties to others: units in front of a "
+        "grouped convolution or a concatenation, and of layers that run twice, stay. The strength is 0.01·√n for units of n numbers; set "
         "start to a quarter of your steps. On MNIST 0.015·√n left a sixth of the parameters for 0.6 points of accuracy, once fine-tuned.",
         "docs/pruning.md; Yuan and Lin, 2006", "5% of a step on MNIST.",
     ),
@@ -164,7 +170,7 @@ SAID: dict[str, Said] = {
     ),
     "cap, chain": Said(
         "{rule}",
-        "The chain of these layers is then 1-Lipschitz, if what stands between them is (ReLU, tanh). On digits as many images were right "
+        "The chain of these layers is then 1-Lipschitz, since what stands between them is. On digits as many images were right "
         "as with nothing, and 59% of all instead of 3% stayed right whatever changed by less than 0.25.",
         "docs/lipschitz.md; Tsuzuku et al., 2018",
     ),
@@ -251,6 +257,20 @@ SAID: dict[str, Said] = {
         "not scale-free after all",
         "The code suggested a normalisation right behind them, but the loss does change with their length: on another path, or because "
         "their outputs are small beside the normalisation's eps.", "the probe",
+    ),
+    "logits grown": Said(
+        "the attention's largest logit is {largest}",
+        "Nothing bounds it, and beyond 100 attention learns little. nw.qk_clip(100, query=..., key=..., heads=...) does, and needs to know "
+        "how many heads there are, which this attention does not say.", "the probe; docs/published-methods.md#attention-logits",
+    ),
+    "sparse": Said(
+        "{code}",
+        "These tables get sparse gradients, which a step under a norm and every rule on gradients refuse. The alternative without rules is "
+        "torch.optim.SparseAdam for the tables alone.", "docs/optimizers.md#routing", "a gradient as large as the table.",
+    ),
+    "not finite": Said(
+        "weights that are not finite", "Of {worst} and others entries are NaN or infinite: no advice helps before these are mended.",
+        "the model's weights",
     ),
     "watch logits": Said(
         "watch the attention's logits",

@@ -363,15 +363,16 @@ def splits(cls: type[nn.Module]) -> dict[str, frozenset[Split]]:
 _Statement = ast.Assign | ast.AnnAssign | ast.Expr | ast.Return
 
 
-def _statements(cls: type[nn.Module], kept: Sequence[str]) -> Iterator[tuple[_Statement, dict[str, str]]]:
-    """The statements of the forward pass, with what local names hold there: the result of a child, through methods in ``kept``."""
+def _statements(cls: type[nn.Module], kept: Sequence[str], functions: bool = False) -> Iterator[tuple[_Statement, dict[str, str]]]:
+    """The statements of the forward pass, with what local names hold there: the result of a child, through methods in ``kept``.
+    functions: see `_chain`."""
     function = forward_of(cls)
     held: dict[str, str] = {}
     statements = [n for n in ast.walk(function) if isinstance(n, _Statement)] if function is not None else []
     for node in sorted(statements, key=lambda n: n.lineno):
         yield node, held
         targets = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
-        child, methods = _chain(node.value, held) if isinstance(targets, ast.Name) and node.value is not None else ("", [])
+        child, methods = _chain(node.value, held, functions) if isinstance(targets, ast.Name) and node.value is not None else ("", [])
         for name in (n.id for n in ast.walk(targets) if isinstance(n, ast.Name)) if targets is not None else ():
             held.pop(name, None)
         if isinstance(targets, ast.Name) and child and all(method in kept for method, _ in methods):
@@ -382,21 +383,27 @@ def _statements(cls: type[nn.Module], kept: Sequence[str]) -> Iterator[tuple[_St
 SAME = (*KEPT, "clamp", "clamp_", "unsqueeze")
 
 
-def _chain(node: ast.expr, held: dict[str, str]) -> tuple[str, list[tuple[str, ast.Call]]]:
-    """The child whose result an expression begins with, and the methods called on it, the first one first."""
+def _chain(node: ast.expr, held: dict[str, str], functions: bool = False) -> tuple[str, list[tuple[str, ast.Call]]]:
+    """The child whose result an expression begins with, and the methods called on it, the first one first. functions: those of
+    ``torch.nn.functional`` are looked through as methods are, like torch's own."""
     methods: list[tuple[str, ast.Call]] = []
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         owner = node.func.value
         if isinstance(owner, ast.Name) and owner.id == "self":
             return node.func.attr, methods[::-1]
         method = node.func.attr
-        if isinstance(owner, ast.Name) and owner.id == "torch" and node.args:    # torch.chunk(qkv, 3, dim=-1)
+        torchs = isinstance(owner, ast.Name) and owner.id == "torch"
+        if (torchs or (functions and _is_functional(owner))) and node.args:    # torch.chunk(qkv, 3, dim=-1)
             methods.append((method, ast.Call(node.func, node.args[1:], node.keywords)))
             node = node.args[0]
         else:
             methods.append((method, node))
             node = owner
     return (held.get(node.id, "") if isinstance(node, ast.Name) else ""), methods[::-1]
+
+
+def _is_functional(owner: ast.expr) -> bool:
+    return ast.unparse(owner) in ("F", "functional", "nn.functional", "torch.nn.functional")
 
 
 def _split(whole: ast.Call, targets: int, held: dict[str, str]) -> tuple[str, Split] | None:
@@ -438,21 +445,53 @@ def _reshaped(arguments: Sequence[ast.expr]) -> Split:
 MOVED = (*KEPT, "view", "reshape", "flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze")
 
 
+# f(s·x) = s·f(x) for s > 0.
+POOLS = ("max", "avg", "adaptive_avg", "adaptive_max")
+POOLED = tuple(f"{kind}_pool{d}d" for kind in POOLS for d in (1, 2, 3))
+HOMOGENEOUS = ("relu", "relu_", "leaky_relu", "dropout", *POOLED)
+
+
 @_cached
-def handed_on(cls: type[nn.Module]) -> frozenset[tuple[str, str]]:
-    """(a child, the child that gets its result): with nothing between them but methods that move axes."""
+def handed_on(cls: type[nn.Module], bent: bool = True) -> frozenset[tuple[str, str]]:
+    """(a child, the one child that gets its result): with nothing between them but what moves axes, and what a factor above zero passes
+    through (``F.relu``). bent: False for what a constant passes through, too: a channel's bias."""
     found: set[tuple[str, str]] = set()
-    for node, held in _statements(cls, MOVED):
+    passed = (*MOVED, *(HOMOGENEOUS if bent else POOLED))
+    function = forward_of(cls)
+    for node, held in _statements(cls, passed, True):
         for call in (n for n in ast.walk(node) if isinstance(n, ast.Call) and _is_self(n.func) and n.args):
-            child, methods = _chain(call.args[0], held)
-            if child and all(method in MOVED for method, _ in methods):
+            child, methods = _chain(call.args[0], held, True)
+            names = {n.id for n in ast.walk(call.args[0]) if isinstance(n, ast.Name) and n.id in held}
+            alone = function is not None and all(_read_once(function, name, node) for name in names)
+            if child and alone and all(method in passed for method, _ in methods):
                 found.add((child, ast.unparse(call.func).partition(".")[2]))
     return frozenset(found)
+
+
+def _read_once(function: ast.FunctionDef, name: str, node: _Statement) -> bool:
+    """Whether nothing but this statement reads what the name holds there: ``x + f(norm(x))`` reads it twice."""
+    named = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name]
+    bound = sorted(n.lineno for n in named if isinstance(n.ctx, ast.Store))
+    first = max((line for line in bound if line < node.lineno), default=0)
+    last = min((line for line in bound if line >= node.lineno), default=function.end_lineno or node.lineno)
+    end = (node.end_lineno or last) if last == node.lineno else last
+    return sum(isinstance(n.ctx, ast.Load) and first < n.lineno <= end for n in named) == 1
+
+
+@_cached
+def called(cls: type[nn.Module]) -> frozenset[str]:
+    """The children that the forward pass calls by their names: ``self.conv(x)``."""
+    function = forward_of(cls)
+    calls = (n for n in ast.walk(function) if isinstance(n, ast.Call)) if function is not None else ()
+    return frozenset(n.func.attr for n in calls if isinstance(n.func, ast.Attribute) and _is_self(n.func))
 
 
 @_cached
 def adds_to_stream(cls: type[nn.Module]) -> bool:
     """Whether the forward pass adds a child's result to something that goes by it: x + f(x), or another child's: s(x) + f(x)."""
+    forward = forward_of(cls)
+    if forward is not None and any(_goes_by(node) for node in ast.walk(forward)):
+        return True
     for node, held in _statements(cls, MOVED):
         for add in (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add)):
             for one, other in ((add.left, add.right), (add.right, add.left)):
@@ -462,6 +501,88 @@ def adds_to_stream(cls: type[nn.Module]) -> bool:
     function = forward_of(cls)
     added = (n for n in ast.walk(function) if isinstance(n, ast.AugAssign) and isinstance(n.op, ast.Add)) if function else ()
     return any(_chain(node.value, {})[0] for node in added)
+
+
+def _goes_by(node: ast.AST) -> bool:
+    """``x + F.relu(layer(x))``, ``x + 0.5 * f(x)``, ``x += f(x)``: a name, and what a call makes of it."""
+    if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
+        pairs: list[tuple[ast.expr, ast.expr]] = [(node.target, node.value)]
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        pairs = [(node.left, node.right), (node.right, node.left)]
+    else:
+        return False
+    return any(isinstance(stream, ast.Name) and _is_made_of(stream.id, made) for stream, made in pairs)
+
+
+_ABOUT = ("shape", "size", "device", "dtype", "ndim", "dim", "numel", "new_zeros", "new_ones", "new_tensor")
+"""What is asked of a tensor without its numbers."""
+
+
+def _is_made_of(name: str, made: ast.expr) -> bool:
+    about = {id(n.value) for n in ast.walk(made) if isinstance(n, ast.Attribute) and n.attr in _ABOUT}
+    given = (argument for n in ast.walk(made) if isinstance(n, ast.Call) for argument in n.args)
+    return any(isinstance(n, ast.Name) and n.id == name and id(n) not in about for argument in given for n in ast.walk(argument))
+
+
+# ---------------------------------------------------------------------------------------------------- one after the other
+
+NONEXPANSIVE = ("relu", "relu_", "leaky_relu", "tanh", "sigmoid", "elu", "softplus", "hardtanh", "logsigmoid", "softsign", "dropout", "abs")
+"""Functions of one tensor that bring no two inputs further apart, where their slopes are left at 1 or less."""
+
+
+@_cached
+def is_chain(cls: type[nn.Module]) -> bool:
+    """Whether the forward pass hands one tensor from child to child and through nothing but `MOVED` and `NONEXPANSIVE`: a bound on each is
+    then a bound on all. False where that is not plain to see."""
+    function = forward_of(cls)
+    if function is None or len(function.args.args) != 2 or function.args.vararg or function.args.kwarg or function.args.kwonlyargs:
+        return False
+    return _Chain(function.args.args[1].arg).runs(function.body)
+
+
+class _Chain:
+    """stream: the name that holds the tensor."""
+
+    def __init__(self, stream: str) -> None:
+        self.stream = stream
+        self.layers: set[str] = set()
+
+    def runs(self, body: Sequence[ast.stmt]) -> bool:
+        return all(self.statement(node) for node in body)
+
+    def statement(self, node: ast.stmt) -> bool:
+        if isinstance(node, ast.Return):
+            return node.value is not None and self.hands_on(node.value)
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value is not None:
+            fits = self.hands_on(node.value) and len(getattr(node, "targets", [target])) == 1
+            self.stream = target.id
+            return fits
+        if isinstance(node, ast.For):
+            self.layers |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+            before = self.stream
+            return self.runs([*node.body, *node.orelse]) and self.stream == before
+        if isinstance(node, ast.If):
+            before = self.stream
+            return self.runs(node.body) and self.stream == before and self.runs(node.orelse) and self.stream == before
+        return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)    # the docstring
+
+    def hands_on(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Name):
+            return node.id == self.stream
+        if not isinstance(node, ast.Call):
+            return False
+        child = node.func.value if isinstance(node.func, ast.Subscript) else node.func    # self.layers[k](x)
+        if _is_self(child) or (isinstance(child, ast.Name) and child.id in self.layers):
+            return len(node.args) == 1 and not node.keywords and self.hands_on(node.args[0])
+        if not isinstance(node.func, ast.Attribute):
+            return False
+        owner, name = node.func.value, node.func.attr
+        own = node.args[0] if node.args and (_is_functional(owner) or ast.unparse(owner) == "torch") else owner
+        given = (*node.args[own is not owner :], *(k.value for k in node.keywords))
+        gentle = all(isinstance(n, ast.Constant) and isinstance(n.value, int | float) and abs(n.value) <= 1 for n in given)
+        steep = name in ("leaky_relu", "elu", "softplus", "hardtanh") and not gentle
+        return name in (*MOVED, *NONEXPANSIVE) and not steep and self.hands_on(own)
 
 
 def number(text: str, module: nn.Module) -> int:

@@ -1,0 +1,367 @@
+"""What advice claims of models that others write is true of them: chains, branches, what a normalisation divides out, what shrinks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import normwise as nw
+from normwise import cli
+from normwise.advice import Advice
+from normwise.advice.facts import Facts
+from normwise.prune import shrink
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + F.relu(layer(x))
+        out: Tensor = self.head(x)
+        return out
+
+
+class Scaled(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0.5 * self.layers[0](x)
+        out: Tensor = self.head(x)
+        return out
+
+
+class Gated(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layers[0](x) * torch.sigmoid(self.layers[1](x)))
+        return out
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.cat([self.one(x), self.other(x)], 1))
+        return out
+
+
+class Steep(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.leaky_relu(self.layers[0](x), 3.0))
+        return out
+
+
+class Divides(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.layer_norm(self.layers[0](x), (6,)))
+        return out
+
+
+class Louder(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        x = x * 10
+        out: Tensor = self.head(x)
+        return out
+
+
+class Chain(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        """One after the other."""
+        x = x.flatten(1)
+        for k, layer in enumerate(self.layers):
+            x = layer(x)
+            if k < 3:
+                x = torch.tanh(x)
+        out: Tensor = self.head(F.dropout(F.relu(x), 0.5, self.training))
+        return out
+
+
+NO_CHAINS = (Residual, Scaled, Gated, Joined, Steep, Divides, Louder)
+
+
+def claims(advice: Advice) -> bool:
+    return any("1-Lipschitz" in line.why and line.rules for line in advice.lines)
+
+
+@pytest.mark.parametrize("kind", NO_CHAINS)
+def test_no_chain_is_claimed_where_there_is_none(kind: type[nn.Module]) -> None:
+    """And where there is none, one can be found that the caps alone do not hold."""
+    advice = nw.advise(kind(), "lipschitz")
+    assert not claims(advice) and advice.calls[0].name == "spectral_cap"
+    said = any(line.what == "residual branches add up" for line in advice.lines)
+    assert said is (kind in (Residual, Scaled))
+
+
+def test_residual_branches_can_amplify_by_two_each() -> None:
+    """What the claim would have said of this network is wrong by 16."""
+    model = Residual()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.weight.copy_(torch.eye(6))
+            layer.bias.fill_(1.0)
+        model.head.weight.copy_(torch.eye(6)[:3])
+    jacobian = torch.autograd.functional.jacobian(model, torch.ones(6))
+    assert float(torch.linalg.matrix_norm(jacobian, 2)) == pytest.approx(16.0)
+
+
+class AllButLinear(nn.Sequential):
+    """A Sequential with a forward pass of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = 2 * super().forward(x)
+        return out
+
+
+LAYERS = nn.Linear(6, 6), nn.Linear(6, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "chained"),
+    [
+        (Chain(), True), (nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 3)), True),
+        (nn.Sequential(LAYERS[0], nn.GELU(), LAYERS[1]), False), (nn.Sequential(LAYERS[0], nn.LeakyReLU(2.0), LAYERS[1]), False),
+        (nn.Sequential(LAYERS[0], nn.LeakyReLU(), LAYERS[1]), True), (AllButLinear(*LAYERS), False),
+        (nn.Sequential(LAYERS[0], nn.LayerNorm(6), LAYERS[1]), False),
+        (nn.Sequential(LAYERS[0], nn.ReLU(), parametrizations.spectral_norm(nn.Linear(6, 3))), False),
+    ],
+)  # fmt: skip
+def test_a_chain_is_claimed_where_it_is_plain_to_see(model: nn.Module, chained: bool) -> None:
+    assert claims(nw.advise(model, "lipschitz")) is chained
+
+
+def test_a_chain_under_the_advice_is_1_lipschitz() -> None:
+    """By jacobians in float64, after steps that push against the caps."""
+    torch.manual_seed(0)
+    model = Chain().double().eval()
+    advice = nw.advise(model, "lipschitz")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    nw.attach(model, optimizer, advice.policy)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-model(torch.randn(32, 6).double()).square().mean()).backward()
+        optimizer.step()
+    slopes = [torch.autograd.functional.jacobian(lambda x: model(x[None])[0], torch.randn(6).double()) for _ in range(20)]
+    assert 0 < max(float(torch.linalg.matrix_norm(slope, 2)) for slope in slopes) <= 1 + 1e-9
+
+
+# ------------------------------------------------------------------------------------------------------------ scale-free
+
+
+class First(nn.Module):
+    """A block whose normalisations come first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(F.relu(self.bn2(out)))
+        return out + x
+
+
+class Bent(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1, self.bn1, self.head = nn.Linear(6, 6, bias=bias), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.bn1(torch.tanh(self.fc1(x))))
+        return out
+
+
+class Straight(Bent):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc1(x))
+        out: Tensor = self.head(self.bn1(x))
+        return out
+
+
+class Past(nn.Module):
+    """The first layer feeds the stream and the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.up, self.down = nn.Linear(6, 8, bias=False), nn.LayerNorm(8), nn.Linear(8, 9), nn.Linear(9, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
+        return out
+
+
+def sharing(act: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), act, nn.BatchNorm1d(6), nn.Linear(6, 6), act, nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+
+def partly_frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    model[1].eval()
+    return model
+
+
+FREE: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "norms first": (First, (2, 4, 5, 5)), "tanh between": (Bent, (6, 6)), "relu between": (Straight, (6, 6)),
+    "relu, no bias": (lambda: Straight(False), (6, 6)), "past the norm": (Past, (6, 6)),
+    "one GELU twice": (lambda: sharing(nn.GELU()), (6, 6)), "one ReLU twice": (lambda: sharing(nn.ReLU()), (6, 6)),
+    "a frozen norm": (partly_frozen, (6, 6)),
+    "weight_norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)), nn.BatchNorm1d(6), nn.Linear(6, 3)), (6, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_scale_free_is_what_can_be_doubled(name: str) -> None:
+    """Guessed from the code, and tried: doubling a weight leaves the output as it was, or it is not scale-free."""
+    build, shape = FREE[name]
+    torch.manual_seed(0)
+    model = build().double()
+    facts, x = Facts.of(model), (100 if "no bias" in name else 3) * torch.randn(*shape).double()
+    found, truly = set(facts.guessed), set()
+    for e in facts.weights(("hidden", "conv", "head")):
+        before, own = model(x).detach(), e.param.detach().clone()
+        raw = e.computed.original0 if e.computed is not None and hasattr(e.computed, "original0") else e.param
+        with torch.no_grad():
+            raw.mul_(2)
+            after = model(x)
+            raw.div_(2)
+        assert torch.equal(e.param, own) or e.computed is not None
+        if torch.allclose(before, after, atol=1e-4, rtol=1e-3):
+            truly.add(e.name)
+    assert found == truly, (found, truly)
+
+
+# -------------------------------------------------------------------------------------------------- rules that are refused
+
+
+@pytest.mark.parametrize("goal", ["stability", "lipschitz", "finetuning", "plasticity"])
+def test_a_weight_that_refuses_a_rule_does_not_take_it_from_the_others(goal: str) -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 6), nn.ReLU(), parametrizations.spectral_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+    )
+    advice = nw.advise(model, goal)
+    left = [line for line in advice.lines if line.source == "tried on your model"]
+    assert [line.on.partition(":")[0] for line in left] == ["2.weight"]
+    optimizer = advice.optimizer.build(model)
+    control = nw.attach(model, optimizer, advice.policy)
+    acted = {name for rule in control.receipt().rules for name in str(rule).split() if name.endswith(".weight")}
+    assert advice.policy.rules and "2.weight" not in acted
+    assert all("2.weight" in str(call.arguments.get("exclude")) for call in advice.calls if call.name != "zclip")
+
+
+class ByHand(nn.Module):
+    """LoRA as people write it themselves."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, out).requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Linear(size, 2, bias=False), nn.Linear(2, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) + self.lora_B(self.lora_A(x))
+        return out
+
+
+@pytest.mark.parametrize("goal", ["lipschitz", "finetuning"])
+def test_lora_by_hand_is_told_that_it_has_no_product(goal: str) -> None:
+    advice = nw.advise(nn.Sequential(ByHand(6, 8), nn.ReLU(), ByHand(8, 3)), goal)
+    assert not advice.calls and not [line for line in advice.lines if line.source == "tried on your model"]
+    assert [line.tensors for line in advice.lines if "not PEFT's" in line.why] == [4]
+
+
+def test_the_lasso_leaves_out_what_shrink_leaves_whole() -> None:
+    grouped, one, other = nn.Conv2d(2, 4, 3, groups=2), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 6, 1)
+    model = nn.Sequential(grouped, nn.ReLU(), one, nn.ReLU(), other, nn.Flatten(), nn.Linear(54, 3))
+    advice = nw.advise(model, "sparsity")
+    lassoed = {name for call in advice.calls for name in call.arguments["params"]}
+    assert lassoed == {"2.weight", "4.weight"}
+    with torch.no_grad():
+        for k in (0, 2):
+            model[k].weight[:2] = 0
+            model[k].bias[:2] = 0
+    smaller, _ = shrink(model, torch.randn(2, 2, 5, 5))
+    assert (smaller[0].out_channels, smaller[2].out_channels) == (4, 4)
+
+
+@pytest.mark.parametrize("goal", ["speed", "stability", "finetuning"])
+def test_sparse_gradients_are_switched_off_first(goal: str) -> None:
+    model = nn.Sequential(nn.EmbeddingBag(11, 8, sparse=True), nn.Linear(8, 3))
+    advice = nw.advise(model, goal)
+    assert advice.lines[0].what == "model.get_submodule('0').sparse = False" and advice.lines[0].verdict == "do"
+    space: dict[str, Any] = {"model": model}
+    exec(advice.python(), space)
+    model(torch.randint(11, (4, 6))).square().mean().backward()
+    before = model[0].weight.clone()
+    space["optimizer"].step()
+    assert not torch.equal(model[0].weight, before)
+    assert not nw.advise(nn.Sequential(nn.EmbeddingBag(11, 8), nn.Linear(8, 3)), goal).settings
+
+
+class OneHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.query(x) @ self.key(x).transpose(-2, -1)
+        out: Tensor = scores.softmax(-1) @ self.value(x)
+        return out
+
+
+def test_logits_that_have_grown_are_told_where_nobody_states_the_heads() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 8), OneHead(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[1].query.weight.mul_(30)
+        model[1].key.weight.mul_(30)
+    given = [torch.randint(11, (4, 6)) for _ in range(9)]
+    advice = nw.advise(model, "stability", batches=given, loss=lambda m, b: m(b).square().mean(), steps=8)
+    [line] = [line for line in advice.lines if "largest logit is" in line.what]
+    assert (line.verdict, line.on, line.basis) == ("know", "1", "probe") and float(line.what.split()[-1]) > 100
+    assert not [line for line in advice.lines if line.source == "tried on your model"]
+
+
+def test_a_spike_takes_the_advice_against_clipping_back() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    calm = [torch.randn(4, 1, 6, 6) for _ in range(12)]
+    loud = [30 * batch if k == 5 else batch for k, batch in enumerate(calm)]
+    whats = {}
+    for name, given in (("calm", calm), ("loud", loud)):
+        advice = nw.advise(model, batches=given, loss=lambda m, b: m(b).abs().mean(), steps=12)
+        whats[name] = [line.verdict for line in advice.lines if line.what in ("gradient clipping and bounds on weights", "nw.zclip(2.5)")]
+    assert whats == {"calm": ["leave"], "loud": ["do"]}
+
+
+def test_weights_that_are_not_finite_are_told() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[2].weight.data[0, 0] = torch.nan
+    for goal in ("speed", "plasticity"):
+        said = [line.on for line in nw.advise(model, goal).lines if line.what == "weights that are not finite"]
+        assert [on.partition(":")[0] for on in said] == ["2.weight"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_asks_nothing_of_a_model_for_a_goal_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("from torch import nn\ndef model():\n    print('built')\n    return nn.Linear(3, 2)\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["advise", "mine:model", "--goal", "sped"]) == 2
+    told = capsys.readouterr()
+    assert "built" not in told.out and "speed" in told.err
+    for two in (("--yaml", "--python"), ("--python", "--json"), ("--yaml", "--json")):
+        assert cli.main(["advise", "mine:model", two[0], "same.txt", two[1], "./same.txt"]) == 2
+        told = capsys.readouterr()
+        assert "one file" in told.err and "built" not in told.out and not (tmp_path / "same.txt").exists()
