@@ -245,7 +245,7 @@ def test_what_is_advised_is_tried_as_it_is_and_its_rates_are_multiplied() -> Non
 def counselled(trial: Trial) -> float:
     """Better under the advised optimizer, the more so the larger its rates; what is its own comes from the seed alone."""
     model = nn.Linear(2, 2)
-    trial.optimizer(model)
+    trial.attach(model)
     gain = 1.0 + trial.numbers["lr"] if trial.stepper else 0.0
     trial.report(trial.steps // 2, 3 - gain)
     return 3 - gain + 1e-6 * trial.seed * (1 + trial.numbers["lr"])
@@ -286,7 +286,7 @@ def test_the_advice_is_judged_where_nothing_wins_and_is_told_to_be_worse() -> No
 def ill_advised(trial: Trial) -> float:
     """Worse by one under whatever is not plain Adam."""
     model = nn.Linear(2, 2)
-    trial.optimizer(model)
+    trial.attach(model)
     return 3.0 + bool(trial.stepper or trial.policy(model).rules) + 0.01 * trial.seed
 
 
@@ -404,6 +404,7 @@ def raises(trial: Trial) -> float:
 
 
 def constant(trial: Trial) -> float:
+    trial.attach(nn.Linear(2, 2))
     return 0.5
 
 
@@ -424,9 +425,9 @@ def wordy(trial: Trial) -> Any:
         ("test_tune:calls", "is a list: give a function"),
         ("test_tune:two", "takes (one: 'Any', other: 'Any') -> 'float', but must take one argument"),
         ("test_tune:noise --data x", "--data is for built-in tasks"),
-        ("test_tune:raises", "raised RuntimeError: no such data (test_tune.py, line"),
+        ("test_tune:raises", "failed in its first trial (RuntimeError: no such data (test_tune.py, line"),
         ("test_tune:wordy", "could not convert string to float"),
-        ("test_tune:undefined", "gave no metric in any of 5 trials: the metric is nan"),
+        ("test_tune:undefined", "gave no metric in any of 6 trials: the metric is nan"),
         ("test_tune:constant", "was 0.5 in all of 6 trials"),
         ("test_tune:noise --seeds 5", "must be 6 or more"),
         ("test_tune:noise --trials 4", "must be 5 or more"),

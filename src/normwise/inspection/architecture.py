@@ -69,7 +69,7 @@ def called(where: str, device: str | None = None) -> Any:
             return function()
     except NormwiseError:
         raise
-    except Exception as error:    # the user's own code
+    except (Exception, SystemExit) as error:    # the user's own code
         said = " ".join(str(error).split())[:200].rstrip(".")
         raise DataError(f"the model {where!r} cannot be made: {type(error).__name__}: {said}. It is called without arguments.") from error
     finally:
@@ -91,7 +91,7 @@ def function_of(where: str, what: str) -> Callable[..., Any]:
             function = getattr(function, part)
     except NormwiseError:
         raise
-    except Exception as error:    # the user's own code
+    except (Exception, SystemExit) as error:    # the user's own code
         raise DataError(f"the {what} {where!r} cannot be imported: {type(error).__name__}: {str(error)[:200]}.") from error
     if not callable(function):
         raise DataError(f"the {what} {where!r} is a {type(function).__name__}: give a function.")

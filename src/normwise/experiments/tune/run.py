@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import sysconfig
 import time
 import traceback
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from normwise.errors import NormwiseError
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
@@ -71,32 +76,61 @@ class TuneRun(Run):
         if self.watched:    # a storage out of reach is the study's failure, not the target's
             trial_of(self.watched.url, self.watched.study, self.watched.id, self.steps)
         trial = Trial(self.numbers, self.seed, self.steps, self.final, watch)
-        started = time.perf_counter()
+        started, folder = time.perf_counter(), Path.cwd()
         state, value, reason = _outcome(target, trial)
-        breaches = trial.control.verify().breaches if trial.control is not None and state == DONE else ()
+        os.chdir(folder)    # a target that went elsewhere would take the study's files along
+        seconds = round(time.perf_counter() - started, 2)
+        breaches: list[str] = []
+        size = None
+        try:
+            breaches = [str(b) for b in trial.control.verify().breaches] if trial.control is not None and state == DONE else []
+            size = trial.size()
+        except Exception as error:    # weights that the target has taken away
+            state, value, reason = FAILED, None, f"the model cannot be looked at after the run: {_said(error)}"
         return {
-            "state": state, "value": value, "reason": reason, "step_ms": trial.step_ms(), "size": trial.size(),
-            "seconds": round(time.perf_counter() - started, 2), "breaches": [str(breach) for breach in breaches],
+            "state": state, "value": value, "reason": reason, "step_ms": trial.step_ms(), "size": size,
+            "seconds": seconds, "breaches": breaches,
             "rules": trial.rules, "stepper": trial.stepper,
         }  # fmt: skip
 
 
 def _outcome(target: Target, trial: Trial) -> tuple[str, float | None, str]:
     try:
-        value = float(target.call(trial))
-    except Exception as error:    # the target's own code
+        found = target.call(trial)
+        value = float(found.detach() if isinstance(found, Tensor) else found)
+    except (Exception, SystemExit) as error:    # the target's own code
         # GivenUp, too, is kept in the trial: the target may have turned it into another.
         if trial.ended is None:
             refused = isinstance(error, NormwiseError)
-            where = "" if refused else f" ({_line(error)})"
-            return REFUSED if refused else FAILED, None, f"{type(error).__name__}: {str(error)[:300].rstrip('.')}{where}"
+            return REFUSED if refused else FAILED, None, f"{_said(error)}{'' if refused else f' ({_line(error)})'}"
     if trial.ended is not None:    # also where the target swallowed it
         return REFUSED if trial.ended.reason else GIVEN_UP, None, trial.ended.reason
-    return (DONE, value, "") if math.isfinite(value) else (REFUSED, None, f"the metric is {value}")
+    if not math.isfinite(value):
+        return REFUSED, None, f"the metric is {value}"
+    if missed := trial.missed():
+        return FAILED, None, missed
+    return (DONE, value, "") if abs(value) < LARGEST else (REFUSED, None, f"the metric is {value:g}, beyond {LARGEST:g}")
+
+
+LARGEST = 1e100
+"""Metrics beyond this have no mean and no difference in floating point that could be trusted."""
+
+
+def _said(error: BaseException) -> str:
+    """The kind and the text, on one line."""
+    try:
+        text = " ".join(str(error).split())[:300].rstrip(".")
+    except Exception:    # an exception that cannot be printed
+        text = "without a text"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _line(error: BaseException) -> str:
-    """Where it was raised, in the last file that is not ours."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = next((frame for frame in reversed(frames) if "normwise" not in frame.filename), frames[-1])
+    """Where it was raised: the last line of the user's own code, if there is one, else the last that is not ours."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "normwise" not in frame.filename]
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<frozen")]
+    last = [*traceback.extract_tb(error.__traceback__), *frames, *own][-1]
     return f"{last.filename.rsplit('/', 1)[-1]}, line {last.lineno}"
+
+
+_LIBRARIES = tuple({sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -174,7 +175,7 @@ def space_of(names: Sequence[str] | None, lr: tuple[float, float] | None = None)
     if lr is None:
         return Space(optimizers, kept)
     rate = float(CHOICES[optimizers[0]].lr.values[0])
-    if not 0 < lr[0] < lr[1] < float("inf"):
+    if not (0 < lr[0] < lr[1] and math.isfinite(HIGHEST * lr[1] / rate)):
         raise StudyError(f"the range of learning rates is {lr[0]:g} to {lr[1]:g}, but must go from a number above 0 to a larger one.")
     return Space(optimizers, kept, lr[0] / rate, lr[1] / rate)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import re
 import sqlite3
 import threading
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 BEAT, GRACE = 60, 180
 """Seconds between two signs of life of a trial, and after which one without them is done again."""
 RETRIES = 2
+CLAIM = 1.0
+"""Seconds in which a claim is to be seen by everybody who came at the same time."""
 STARTUP = 10
 
 
@@ -36,10 +42,40 @@ def shown(url: str) -> str:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
+    if url.startswith("sqlite:///"):
+        return url.removeprefix("sqlite:///")
     try:
-        return url.removeprefix("sqlite:///") if url.startswith("sqlite:///") else make_url(url).render_as_string(hide_password=True)
+        parts = make_url(url)
     except (ArgumentError, ValueError):
+        parts = None
+    if parts is None or "@" in (parts.host or ""):    # a password with an @ that is not written as %40
         return f"{url.partition('://')[0]}://..."
+    return parts.set(query={}).render_as_string(hide_password=True)
+
+
+def told(error: BaseException, url: str) -> str:
+    """The text of a driver's error on one line, without what may be a password."""
+    text = " ".join(str(error.__cause__ or error).split())
+    if url.startswith("sqlite"):
+        return text[:300].rstrip(".")
+    words = re.split(r"[:/@?&=;]+", url.partition("://")[2])
+    secrets = {form for word in words[1:] for form in (word, unquote(word)) if len(form) > 2}
+    public = {"user", "password", "localhost", "postgresql", "sslmode", "passfile"}
+    for secret in sorted(secrets - public - _host(url), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text[:300].rstrip(".")
+
+
+def _host(url: str) -> set[str]:
+    """The names of a well-formed URL that are no secret."""
+    from sqlalchemy.engine import make_url
+
+    try:
+        parts = make_url(url)
+    except Exception:    # no URL: everything may be a secret
+        return set()
+    host = parts.host or ""
+    return set() if "@" in host else {str(part) for part in (host, parts.port, parts.database, parts.username) if part}
 
 
 def opened(url: str) -> optuna.storages.RDBStorage:
@@ -52,23 +88,56 @@ def opened(url: str) -> optuna.storages.RDBStorage:
     need("study", "optuna", what="normwise tune")
     import optuna
 
+    _check_file(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     patience = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")    # heartbeats are called experimental
             again = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
-            found = optuna.storages.RDBStorage(
-                url, patience, heartbeat_interval=BEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again
+            make = functools.partial(
+                optuna.storages.RDBStorage, url, patience, heartbeat_interval=BEAT, grace_period=GRACE, heartbeat_stale_trial_callback=again
             )
+            found = _made(make)
         if url.startswith("sqlite"):
             _in_short_order(found.engine)
         return found
+    except StudyError:
+        raise
     except Exception as error:    # SQLAlchemy's, its drivers' and Optuna's own are of no common kind
-        told = " ".join(str(error.__cause__ or error).split())[:300]
-        raise StudyError(
-            f"the storage {shown(url)} cannot be used ({type(error).__name__}: {told.rstrip('.')}); give another --storage."
-        ) from None
+        said = f"{type(error).__name__}: {told(error, url)}"
+        raise StudyError(f"the storage {shown(url)} cannot be used ({said}); give another --storage.") from None
+
+
+def _check_file(url: str) -> None:
+    """StudyError for an SQLite database in memory, or one of something else, which is left as it is."""
+    if not url.startswith("sqlite"):
+        return
+    path = url.partition(":///")[2].partition("?")[0]
+    if path in ("", ":memory:"):
+        raise StudyError("the storage is a database in memory, which no other process sees and nothing outlives; give --storage a file.")
+    try:
+        with closing(sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error:    # no file yet, or one that Optuna's own error tells more about
+        return
+    if tables and not tables >= {"studies", "trials", "version_info"}:
+        raise StudyError(f"the storage {shown(url)} is a database of something else (it has {', '.join(sorted(tables)[:3])}); give another "
+                         "--storage.")  # fmt: skip
+
+
+def _made(make: Callable[[], optuna.storages.RDBStorage]) -> optuna.storages.RDBStorage:
+    """Two commands that begin at once make the same tables: whoever comes second finds them at the next try."""
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    for wait in (0.2, 0.5, 1.0):
+        try:
+            return make()
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            if "already exists" not in str(error).lower() and "unique" not in str(error).lower():
+                raise
+            time.sleep(wait)
+    return make()
 
 
 def _in_short_order(engine: Any) -> None:
@@ -99,9 +168,8 @@ def in_reach(url: str, file: Path | None) -> Iterator[optuna.storages.RDBStorage
     try:
         yield storage
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        told = " ".join(str(error.__cause__ or error).split())[:200]
         raise StudyError(
-            f"the storage {shown(url)} does not answer any more ({told.rstrip('.')}); finished trials are kept, start the same command "
+            f"the storage {shown(url)} does not answer any more ({told(error, url)}); finished trials are kept, start the same command "
             "again."
         ) from None
     finally:
@@ -171,6 +239,28 @@ class Trials:
         """Those with a result, in their order; also those that were given up, refused or failed."""
         return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished() and "result" in trial.user_attrs]
 
+    def waiting(self) -> list[dict[str, Any]]:
+        """The candidates that wait, or are under way."""
+        known = [trial for trial in self.study.get_trials(deepcopy=False) if not trial.state.is_finished()]
+        return [dict(trial.system_attrs.get("fixed_params", trial.params)) for trial in known]
+
+    def begins(self) -> bool:
+        """Of those that work on one study, whether this one puts the first candidates into it: of two that come to an empty study, the one
+        that said so last. The other one waits until they are there."""
+        if any(not trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False)):
+            return False
+        mine = uuid.uuid4().hex
+        self.study.set_user_attr("begun by", mine)
+        time.sleep(CLAIM)
+        if self.study.user_attrs.get("begun by") == mine:
+            return True
+        until = time.monotonic() + 30 * CLAIM
+        while time.monotonic() < until:
+            if self.study.get_trials(deepcopy=False):
+                return False
+            time.sleep(0.1)
+        return True
+
     def lane(
         self, wanted: int, run_of: Callable[[Any], Run], outcome: Callable[[Result], tuple[Any, Any]], sound: Callable[[], None]
     ) -> Plan:  # fmt: skip
@@ -183,9 +273,11 @@ class Trials:
         while (trial := self._next(wanted)) is not None:
             [result] = yield [run_of(trial)]
             state, values = outcome(result)
-            with suppress(UpdateFinishedTrialError):    # a machine that slept for a while: its trial is somebody else's by now
+            # A machine that slept for a while: its trial is somebody else's by now. SQLite, too, may give a waiting trial to two.
+            with suppress(UpdateFinishedTrialError):
                 trial.set_user_attr("result", result)
-            self.study.tell(trial.number, values, state, skip_if_finished=True)
+            with suppress(UpdateFinishedTrialError):
+                self.study.tell(trial.number, values, state, skip_if_finished=True)
             self.mine.discard(trial._trial_id)
             sound()
 

@@ -39,6 +39,8 @@ FEWEST = 6
 """Seeds without which no interval of 95% exists."""
 APART = 10_000
 """Between the seeds of two studies, so that they share none."""
+MOST_SEED = 400_000
+"""Of a study: those of its runs stay below 2**32, which NumPy and Lightning ask for."""
 _POLL = 2.0
 
 
@@ -95,6 +97,12 @@ class TuneOptions(Options):
 
     def check(self, budgets: Mapping[str, Any]) -> None:
         super().check(budgets)
+        if self.maximize and ":" not in self.task:
+            raise StudyError(f"maximize is for functions of yours: of the task {self.task} the direction of the metric is known.")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise StudyError(f"seed is {self.seed}, but must be a whole number from 0 to {MOST_SEED}.")
+        if not self.called.isprintable() or set(self.called) & set("/?#%"):
+            raise StudyError(f"the name {self.called!r} cannot be a file's: leave out /, ?, #, % and what cannot be printed; give --name.")
         unknown = [one for one in self.objectives if one not in OBJECTIVES]
         if unknown or not self.objectives or self.objectives[0] != "metric" or len(set(self.objectives)) < len(self.objectives):
             raise StudyError(f"the objectives are {','.join(self.objectives)}, but must be metric, and then step_ms, size or both.")
@@ -110,6 +118,7 @@ def run(options: TuneOptions, outputs: Outputs) -> bool:
     policy = options.policy or Path(f"{beside}.yaml")
     options = replace(options, storage=options.storage or f"{beside}.db")
     files.check_file(policy)
+    _check_apart(policy, options.file, outputs)
 
     def work() -> Mapping[str, Any]:
         interrupts.say(lambda: f"Interrupted: finished trials are in {kept.shown(options.url)}; the same command resumes there.")
@@ -118,6 +127,17 @@ def run(options: TuneOptions, outputs: Outputs) -> bool:
         return results | {"policy_file": str(policy)}
 
     return deliver(work, show, outputs, options.file, complaints=lambda results: results["answer"]["breaches"], units="trials")
+
+
+def _check_apart(policy: Path, trials: Path | None, outputs: Outputs) -> None:
+    """StudyError where two things would be written to one place."""
+    pages = [] if outputs.report is None else [outputs.report / name for name in ("index.html", "results.json")]
+    places = {"the policy": policy, "the trials": trials, "the results": outputs.json, **{f"the page's {p.name}": p for p in pages}}
+    seen: dict[Path, str] = {}
+    for what, path in places.items():
+        other = seen.setdefault(path.resolve(), what) if path is not None else what
+        if other != what:
+            raise StudyError(f"{path}: {other} and {what} cannot be written to one place; give another --policy, --storage or --json.")
 
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
@@ -215,10 +235,10 @@ class _Search:
 
     def _searched(self) -> tuple[Tried | None, list[Tried]]:
         """Nothing, tuned, and the leaders."""
-        study = self.first.study
-        trials = study.get_trials(deepcopy=False)
-        if all(trial.state.is_finished() for trial in trials) and not self._tried():
-            self._enqueue(self.space.first(), again=True)
+        if not self._tried() and (self.alone or self.first.begins()):
+            # Also after a target was mended: what failed by its fault is tried again, what waits is not doubled.
+            waiting = self.first.waiting()
+            self._enqueue([one for one in self.space.first() if one not in waiting], again=True)
         self._work(self.first, self.plan.trials, self._run_of)
         self._sound(over=True)
         # A leader's gain may be its rate's, or its optimizer's alone: both are tried without its rules.
@@ -231,8 +251,10 @@ class _Search:
         return verdict.finalists(self._tried(), self.space, self.target.maximize)
 
     def _advice(self) -> Tried | None:
-        """What was advised, as it was advised; None where it was not tried or failed."""
+        """What was advised, as it was advised; None where it was not tried, at another rate for want of range, or failed."""
         asked = self.space.advised()
+        if asked is not None and asked["lr"] != spaces.START:
+            return None
         return next((one for one in self._tried() if asked is not None and one.numbers == asked), None)
 
     def _tried(self) -> list[Tried]:
@@ -281,9 +303,10 @@ class _Search:
         values = [result["value"] for result in results if result["state"] == DONE]
         failed = [result for result in results if result["state"] in (FAILED, REFUSED)]
         name = self.options.task
-        if failed and len(failed) == len(results) and failed[-1]["state"] == FAILED:
-            raise StudyError(f"{name} raised {failed[-1]['reason']} in its first trial; mend it and start the same command again.")
-        if len(failed) == len(results) >= (1 if over else spaces.GRID):
+        if results and all(result["state"] == FAILED for result in results):
+            raise StudyError(f"{name} failed in its first trial ({failed[-1]['reason']}); mend it and start the same command again.")
+        # The first trials are nothing at all rates: that a training lives only under rules must be seen.
+        if len(failed) == len(results) >= (1 if over else kept.STARTUP):
             raise StudyError(f"{name} gave no metric in any of {len(results)} trials: {failed[-1]['reason']}.")
         if len(values) >= (2 if over else kept.STARTUP) and len(set(values)) == 1:
             raise StudyError(f"the metric of {name} was {values[0]:g} in all of {len(values)} trials, so there is nothing to choose by; "

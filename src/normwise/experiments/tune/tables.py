@@ -79,7 +79,9 @@ def headline(results: Results) -> str:
     """The answer in a sentence."""
     answer, found = results["answer"], results["answer"]["verdict"]
     if answer["nothing"] < 0:
-        return f"{results['target']}: no answer, since {results['space']['optimizers'][0]} without rules failed at every rate."
+        said = f"{results['target']}: no answer, since {results['space']['optimizers'][0]} without rules failed at every rate"
+        best = next(iter(results["finalists"]), None)
+        return f"{said}." if best is None else f"{said}; of what trained, {named(best)} at rate {best['lr']:g} was best in the search."
     if found is None:
         return f"{results['target']}: no significant gain over nothing: on fresh seeds no leader was better than {answer['label']}."
     leader = next(one for one in results["finalists"] if one["number"] == answer["leader"])

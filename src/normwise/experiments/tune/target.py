@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import normwise as nw
 from normwise.errors import StudyError
@@ -62,15 +62,18 @@ class Trial:
     rules: str = "[]\n"
     stepper: str = ""
     ticks: list[float] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
 
     def policy(self, model: nn.Module) -> nw.Policy:
         """The rules for ``model``; none for "nothing"."""
+        self.asked.add("policy")
         found = space.policy(self.numbers, model)
         self.rules = found.to_yaml()
         return found
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of ``model``'s parameters, without rules: attach :meth:`policy` to it, or use :meth:`attach`."""
+        self.asked.add("optimizer")
         self.model = model
         made = space.built(self.numbers, model)
         self.stepper = str(nw.advise(model).optimizer) if self.numbers["optimizer"] == space.ADVISED else ""
@@ -83,13 +86,22 @@ class Trial:
         self.control = nw.attach(model, made, rules) if rules.rules else None
         return made
 
-    def report(self, step: int, value: float) -> None:
-        """Tells the metric after ``step`` steps.
+    def missed(self) -> str:
+        """What the target never asked for, so that its metric says nothing about the candidate; "" for nothing."""
+        lacks = {"optimizer": "its optimizer (trial.attach, or trial.optimizer)", "policy": "its rules (trial.attach, or trial.policy)"}
+        named = [text for name, text in lacks.items() if name not in self.asked]
+        return f"the target never asked the trial for {' and for '.join(named)}" if named else ""
+
+    def report(self, step: int, value: float | Tensor) -> None:
+        """Tells the metric after ``step`` steps, a whole number from 0 to 2³¹ - 1.
 
         Raises:
             GivenUp: where the run is of no more use. Let it pass through.
+            StudyError: for another step.
         """
-        value = float(value)
+        value = float(value.detach() if isinstance(value, Tensor) else value)
+        if not 0 <= int(step) < 1 << 31:
+            raise StudyError(f"report was given step {step}: give a whole number from 0 to {(1 << 31) - 1}")
         if not math.isfinite(value):
             self.ended = GivenUp(f"the metric is {value} at step {step}")
         elif self.watch is not None and self.watch(int(step), value):
@@ -137,8 +149,12 @@ def load_target(name: str, data: Path | str | None = None, size: str = "standard
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     function = function_of(name, "target")
+    if inspect.iscoroutinefunction(function):
+        raise StudyError(f"the target {name!r} is an async function: give an ordinary one, def train(trial).")
     try:
         inspect.signature(function).bind(None)
+    except ValueError:    # a compiled function tells no signature
+        pass
     except TypeError:
         taken = inspect.signature(function)
         raise StudyError(f"the target {name!r} takes {taken}, but must take one argument, the trial: def train(trial).") from None

@@ -49,7 +49,13 @@ def finalists(tried: Sequence[Tried], space: Space, maximize: bool) -> tuple[Tri
 def chosen(values: Mapping[int, Sequence[Value]], nothing: int, maximize: bool) -> int:
     """The finalist with the best mean over the seeds for choosing; nothing where none is better."""
     means = {number: _mean(found, maximize) for number, found in values.items()}
-    return max(values, key=lambda number: (means[number], number == nothing))
+    best = max(values, key=lambda number: (means[number], number == nothing))
+    return nothing if nothing in means and _equal(means[best], means[nothing]) else best
+
+
+def _equal(one: float, other: float) -> bool:
+    """Up to rounding: what differs in the last bits is no gain."""
+    return math.isclose(one, other, rel_tol=1e-9)
 
 
 def judged(leader: Sequence[Value], nothing: Sequence[Value], maximize: bool) -> Verdict:
@@ -66,7 +72,7 @@ def judged(leader: Sequence[Value], nothing: Sequence[Value], maximize: bool) ->
 def _gain(leader: Value, nothing: Value, maximize: bool) -> float:
     if leader is None:
         return -math.inf if nothing is not None else 0.0
-    return 0.0 if nothing is None else (leader - nothing) * (1 if maximize else -1)
+    return 0.0 if nothing is None or _equal(leader, nothing) else (leader - nothing) * (1 if maximize else -1)
 
 
 def _mean(values: Sequence[Value], maximize: bool) -> float:
