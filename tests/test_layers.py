@@ -104,7 +104,7 @@ def test_nobody_outside_of_the_wall_asks_whether_a_pack_is_sharded(path):
     """`engine/sharded` makes packs of either kind, which have the same methods; who asks which one it is writes code for one of them."""
     where, tree = str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance"]
-    kinds = {"Flat"} if where == "parameters/forward_source.py" else KINDS_OF_PACK    # which has a Split of its own
+    kinds = {"Flat"} if where == "parameters/forward_source/splits.py" else KINDS_OF_PACK    # which has a Split of its own
     asked = [node.lineno for call in calls for node in ast.walk(call.args[1]) if isinstance(node, ast.Name) and node.id in kinds]
     asked += [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "sharded" and where not in ENGINE_SHARDED]
     asked += [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "normwise.engine.sharded.pack"]

@@ -1,0 +1,12 @@
+"""What the source of a module's forward pass says, read and never run: how it applies a bare parameter, and which layers give its outputs.
+
+A class without readable source (compiled, typed into a prompt, traced) says nothing, and neither does a line that is not understood.
+"""
+
+from normwise.parameters.forward_source.flow import outputs
+from normwise.parameters.forward_source.passage import adds_to_stream, called, handed_on, is_chain
+from normwise.parameters.forward_source.products import contractions, uses
+from normwise.parameters.forward_source.splits import Split, number, splits
+from normwise.parameters.forward_source.trees import functions
+
+__all__ = ["Split", "adds_to_stream", "called", "contractions", "functions", "handed_on", "is_chain", "number", "outputs", "splits", "uses"]

@@ -1,0 +1,68 @@
+"""The syntax trees of a module's methods."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import FunctionType
+from typing import ParamSpec, TypeVar
+
+from torch import nn
+
+# Methods of a tensor that change neither the order nor the number of its axes.
+KEPT = (
+    "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach", "requires_grad_", "cuda", "cpu",
+)  # fmt: skip
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def cached(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``functools.cache`` with the function's own types; a class is read once."""
+    return functools.cache(function)    # type: ignore[return-value]
+
+
+@cached
+def functions(cls: type) -> tuple[ast.FunctionDef, ...]:
+    """The syntax trees of the methods of ``cls`` and its bases down to the one that has the forward pass, none of torch's own; a subclass's
+    method hides that of its base. What stands below knows nothing of this module's parameters."""
+    found: dict[str, ast.FunctionDef | None] = {}
+    for base in cls.__mro__:
+        if (base.__module__ or "").partition(".")[0] in ("torch", "builtins"):
+            break
+        own = {name: member for name, member in vars(base).items() if isinstance(member, FunctionType) and name not in found}
+        found |= {name: tree_of(inspect.unwrap(member)) for name, member in own.items()}
+        if "forward" in vars(base):
+            break
+    return tuple(tree for tree in found.values() if tree is not None)
+
+
+@cached
+def tree_of(function: FunctionType) -> ast.FunctionDef | None:
+    try:
+        parsed = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError, IndentationError, IndexError):
+        return None
+    return parsed if isinstance(parsed, ast.FunctionDef) else None
+
+
+def forward_of(cls: type) -> ast.FunctionDef | None:
+    """The syntax tree of the forward pass; None for torch's own classes and where there is no source."""
+    forward = inspect.unwrap(getattr(cls, "forward", nn.Module.forward))
+    if not isinstance(forward, FunctionType) or (forward.__module__ or "").partition(".")[0] == "torch":
+        return None
+    return tree_of(forward)
+
+
+def method_of(cls: type, name: str) -> ast.FunctionDef | None:
+    member = inspect.unwrap(getattr(cls, name)) if hasattr(cls, name) else None
+    if not isinstance(member, FunctionType) or (member.__module__ or "").partition(".")[0] == "torch":
+        return None
+    return tree_of(member)
+
+
+def is_self(node: ast.AST | None) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
