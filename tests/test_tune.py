@@ -212,7 +212,8 @@ def test_every_rule_attaches_acts_and_goes_to_yaml_and_back(slot: str, name: str
 
     with_rule, trial = after(numbers)
     assert any(not torch.equal(a, b) for a, b in zip(with_rule, after(without)[0], strict=True))
-    assert trial.control is not None and not trial.control.verify().breaches
+    [control] = trial.controls
+    assert not control.verify().breaches
     (tmp_path / "p.yaml").write_text(trial.rules)
     assert nw.Policy.load(tmp_path / "p.yaml") == spaces.policy(numbers, nn.Module())
     assert name in spaces.label(numbers)
@@ -560,7 +561,7 @@ def test_the_trainers_of_the_page_train(tmp_path: Path) -> None:
         losses = [space["train"](trial) for trial in tried]
         assert losses[0] != losses[1] and all(map(math.isfinite, losses))
         assert all(len(trial.ticks) == 4 for trial in tried)
-        norms = [[w.norm(dim=1).max().item() for w in trial.model.parameters() if w.ndim == 2] for trial in tried if trial.model]
+        norms = [[w.norm(dim=1).max().item() for w in trial.models[0].parameters() if w.ndim == 2] for trial in tried if trial.models]
         assert all(bounded < free for free, bounded in zip(*norms, strict=True))
 
 

@@ -185,6 +185,24 @@ def test_advice_outside_of_the_range_of_rates_is_not_judged_as_it_stands() -> No
     assert inside["advice"] is not None and outside["advice"] is None and tables.advice(outside) == ""
 
 
+def two_models(trial: Trial) -> float:
+    generator, critic = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizers = [trial.attach(model) for model in (generator, critic)]
+    for _ in range(4):
+        for model, optimizer in zip((generator, critic), optimizers, strict=True):
+            model(torch.ones(1, len(model[0].weight))).sum().backward()
+            optimizer.step()
+    assert len(trial.controls) == 2 * bool(trial.policy(critic).rules)
+    return float(trial.numbers["lr"])
+
+
+def test_each_of_two_models_has_its_optimizer_and_its_rules() -> None:
+    results = tuned(ask("two_models"))
+    ended = [t for t in results["trials"] if t["state"] == "done"]
+    assert {t["size"] for t in ended} == {2 * 12 + 2 * 6} and all(t["step_ms"] is not None for t in ended)
+    assert any("max_norm" in t["label"] for t in ended) and not [t for t in results["trials"] if t["state"] == "failed"]
+
+
 def test_a_database_of_something_else_is_left_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with closing(sqlite3.connect("app.db")) as database:
         database.executescript("create table trials (of_patients int); create table alembic_version (version_num text)")

@@ -83,7 +83,7 @@ class TuneRun(Run):
         breaches: list[str] = []
         size = None
         try:
-            breaches = [str(b) for b in trial.control.verify().breaches] if trial.control is not None and state == DONE else []
+            breaches = [str(b) for control in trial.controls for b in control.verify().breaches] if state == DONE else []
             size = trial.size()
         except Exception as error:    # weights that the target has taken away
             state, value, reason = FAILED, None, f"the model cannot be looked at after the run: {_said(error)}"

@@ -56,8 +56,8 @@ class Trial:
     steps: int
     final: bool = False
     watch: Callable[[int, float], bool] | None = None
-    model: nn.Module | None = None
-    control: nw.Control | None = None
+    models: list[nn.Module] = field(default_factory=list)
+    controls: list[nw.Control] = field(default_factory=list)
     ended: GivenUp | None = None
     rules: str = "[]\n"
     stepper: str = ""
@@ -74,16 +74,18 @@ class Trial:
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of ``model``'s parameters, without rules: attach :meth:`policy` to it, or use :meth:`attach`."""
         self.asked.add("optimizer")
-        self.model = model
         made = space.built(self.numbers, model)
         self.stepper = str(nw.advise(model).optimizer) if self.numbers["optimizer"] == space.ADVISED else ""
-        made.register_step_post_hook(lambda *_: self.ticks.append(time.perf_counter()))
+        if not self.models:    # of several, as in a GAN, the first one's steps are timed
+            made.register_step_post_hook(lambda *_: self.ticks.append(time.perf_counter()))
+        self.models.append(model)
         return made
 
     def attach(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer with the rules attached: step it as any other."""
+        """The optimizer with the rules attached: step it as any other. Of several models each has its own."""
         made, rules = self.optimizer(model), self.policy(model)
-        self.control = nw.attach(model, made, rules) if rules.rules else None
+        if rules.rules:
+            self.controls.append(nw.attach(model, made, rules))
         return made
 
     def missed(self) -> str:
@@ -116,7 +118,8 @@ class Trial:
 
     def size(self) -> int | None:
         """How many weights are not zero."""
-        return None if self.model is None else sum(int((p != 0).sum()) for p in self.model.parameters())
+        weights = {id(p): p for model in self.models for p in model.parameters()}
+        return sum(int((p != 0).sum()) for p in weights.values()) if self.models else None
 
 
 @dataclass(frozen=True)
