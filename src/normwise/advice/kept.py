@@ -44,13 +44,7 @@ class Kept:
             self._keep_generators(stack)
             self._keep_gradients(stack)
             self._keep_tensors(stack)
-            for module in self.model.modules():
-                stack.callback(setattr, module, "training", module.training)
-                if not isinstance(module, torch.jit.ScriptModule):    # whose buffers cannot be exchanged
-                    stack.callback(_put_buffers, module, dict(module._buffers))
-            for p in self.model.parameters():
-                stack.callback(p.requires_grad_, p.requires_grad)
-                p.grad = None    # a gradient that is there would be added to
+            self._keep_modules(stack)
             self._stack = stack.pop_all()
         return self
 
@@ -70,11 +64,19 @@ class Kept:
     def _keep_gradients(self, stack: ExitStack) -> None:
         for p in self.model.parameters():
             stack.callback(setattr, p, "grad", p.grad)
+            stack.callback(p.requires_grad_, p.requires_grad)
             # Hooks after accumulation are how an optimizer steps within the backward pass: its state could not be put back.
             hooks = getattr(p, "_post_accumulate_grad_hooks", None)
             if hooks:
                 stack.callback(hooks.update, dict(hooks))
                 hooks.clear()
+            p.grad = None    # a gradient that is there would be added to
+
+    def _keep_modules(self, stack: ExitStack) -> None:
+        for module in self.model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            if not isinstance(module, torch.jit.ScriptModule):    # whose buffers cannot be exchanged
+                stack.callback(_put_buffers, module, dict(module._buffers))
 
     def _keep_tensors(self, stack: ExitStack) -> None:
         params = list(self.model.parameters()) if self.weights else []

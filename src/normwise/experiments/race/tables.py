@@ -203,21 +203,25 @@ def elsewhere(results: Sequence[Results], races: Mapping[str, Results]) -> str:
         results: of races of a half network, of one with a horizon of its own, or of one in which ``auto`` takes another batch.
         races: the ordinary ones, by task.
     """
-    table = []
-    for one in results:
-        changed = [f"horizon × {one['scale']:g}"] * (one["scale"] != 1.0) + ["half the width"] * ("half" in one["task"].split("-"))
-        for line in one["contenders"]:
-            what = ", ".join([*changed, *([_BATCHES[line["name"]]] if line["name"] in _BATCHES else [])])
-            if not what or line["name"] not in ("auto", *_BATCHES):
-                continue
-            home = next((o for o in races.get(one["race"], {"contenders": []})["contenders"] if o["name"] == "auto"), None)
-            table.append({
-                "task": f"`{one['race']}`{' (held out)' * (one['race'] in HELD_OUT)}", "what is other": what,
-                "target": f"{one['leader']}, {one['target']:.4f}", "share of samples": share(line),
-                "of seconds": number(line["seconds_share"]), "in the race": "-" if home is None else share(home),
-                "rungs apart": "-" if home is None else _rungs(line["share"], home["share"]),
-            })  # fmt: skip
+    lines = [(one, line) for one in results for line in one["contenders"] if line["name"] in ("auto", *_BATCHES)]
+    table = [_changed(one, line, races.get(one["race"])) for one, line in lines if _what(one, line)]
     return markdown(table) if table else "Nothing is raced yet."
+
+
+def _changed(one: Results, line: Results, race: Results | None) -> Row:
+    home = next((o for o in race["contenders"] if o["name"] == "auto"), None) if race is not None else None
+    return {
+        "task": f"`{one['race']}`{' (held out)' * (one['race'] in HELD_OUT)}", "what is other": _what(one, line),
+        "target": f"{one['leader']}, {one['target']:.4f}", "share of samples": share(line),
+        "of seconds": number(line["seconds_share"]), "in the race": "-" if home is None else share(home),
+        "rungs apart": "-" if home is None else _rungs(line["share"], home["share"]),
+    }  # fmt: skip
+
+
+def _what(one: Results, line: Results) -> str:
+    """What is not as in the ordinary race; "" where all is."""
+    found = [f"horizon × {one['scale']:g}"] * (one["scale"] != 1.0) + ["half the width"] * ("half" in one["task"].split("-"))
+    return ", ".join([*found, *filter(None, [_BATCHES.get(line["name"])])])
 
 
 _BATCHES = {"auto_half_batch": "half the batch", "auto_double_batch": "twice the batch"}
@@ -225,7 +229,10 @@ _BATCHES = {"auto_half_batch": "half the batch", "auto_double_batch": "twice the
 
 def _rungs(share: float | None, home: float | None) -> str:
     """How far apart two shares are, with the sign of what is later; "-" where one of them missed."""
-    return "-" if share is None or home is None else f"{math.log(home / share) / math.log(RATIO):+.1f}"
+    if share is None or home is None:
+        return "-"
+    apart = round(math.log(home / share) / math.log(RATIO), 1)
+    return f"{apart:+.1f}" if apart else "0"
 
 
 def _shares(line: Results) -> str:

@@ -126,18 +126,18 @@ def _check_file(url: str) -> None:
                          "--storage.")  # fmt: skip
 
 
-def _made(make: Callable[[], optuna.storages.RDBStorage]) -> optuna.storages.RDBStorage:
+def _made(make: Callable[[], optuna.storages.RDBStorage], tries: int = 3) -> optuna.storages.RDBStorage:
     """Two commands that begin at once make the same tables: whoever comes second finds them at the next try."""
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
-    for wait in (0.2, 0.5, 1.0):
-        try:
-            return make()
-        except (IntegrityError, OperationalError, ProgrammingError) as error:
-            if "already exists" not in str(error).lower() and "unique" not in str(error).lower():
-                raise
-            time.sleep(wait)
-    return make()
+    try:
+        return make()
+    except (IntegrityError, OperationalError, ProgrammingError) as error:
+        made_meanwhile = re.search("already exists|unique", str(error), re.IGNORECASE)
+    if made_meanwhile is None or tries == 0:
+        return make()    # raises the same again
+    time.sleep(CLAIM / 2)
+    return _made(make, tries - 1)
 
 
 def _in_short_order(engine: Any) -> None:
