@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,22 @@ THEME: dict[str, Any] = {
 }  # fmt: skip
 
 
+ABREAST = 4
+
+
 def panels(
     layered: alt.LayerChart | alt.FacetChart, by: str, rows: list[dict[str, Any]], order: Sequence[str] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """A column for each value of the field ``by``, in the order of the rows, as a Vega-Lite specification. more: for the theme."""
-    column = alt.Column(f"{by}:N", title=None, sort=list(order or dict.fromkeys(row[by] for row in rows)))
-    spec: dict[str, Any] = layered.facet(column=column, data=alt.InlineData(values=rows)).configure(**THEME, **more).to_dict()
+    """A column for each value of the field ``by``, in the order of the rows, as a Vega-Lite specification; more than `ABREAST` in even
+    rows. more: for the theme."""
+    values = list(order or dict.fromkeys(row[by] for row in rows))
+    data = alt.InlineData(values=rows)
+    if len(values) > ABREAST:    # side by side they would be too small to read
+        columns = math.ceil(len(values) / math.ceil(len(values) / ABREAST))
+        whole = layered.facet(facet=alt.Facet(f"{by}:N", title=None, sort=values), columns=columns, data=data)
+    else:
+        whole = layered.facet(column=alt.Column(f"{by}:N", title=None, sort=values), data=data)
+    spec: dict[str, Any] = whole.configure(**THEME, **more).to_dict()
     return spec
 
 
