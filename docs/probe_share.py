@@ -46,7 +46,7 @@ class Advised(Trial):
         assert self.advice is not None
         made = self.advice.optimizer.build(model)
         if self.advice.policy.rules:
-            self.control = nw.attach(model, made, self.advice.policy)
+            nw.attach(model, made, self.advice.policy)
         return made
 
 

@@ -364,4 +364,4 @@ def test_the_command_asks_nothing_of_a_model_for_a_goal_that_is_none(
     for two in (("--yaml", "--python"), ("--python", "--json"), ("--yaml", "--json")):
         assert cli.main(["advise", "mine:model", two[0], "same.txt", two[1], "./same.txt"]) == 2
         told = capsys.readouterr()
-        assert "one file" in told.err and "built" not in told.out and not (tmp_path / "same.txt").exists()
+        assert "one place" in told.err and "built" not in told.out and not (tmp_path / "same.txt").exists()

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -124,6 +124,19 @@ def check_file(path: str | os.PathLike[str] | None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
+
+
+def check_apart(places: Mapping[str, str | os.PathLike[str] | None]) -> None:
+    """places: what is written -> where, None for nowhere.
+
+    Raises:
+        DataError: two of them are one place.
+    """
+    seen: dict[str, str] = {}
+    for what, path in places.items():
+        other = seen.setdefault(os.path.realpath(path), what) if path is not None else what
+        if other != what:
+            raise DataError(f"{path}: {other} and {what} cannot be written to one place; give two files.")
 
 
 @contextmanager

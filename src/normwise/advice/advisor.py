@@ -17,8 +17,8 @@ from normwise.advice.answer import Advice, Call, Line, Recipe
 from normwise.advice.facts import Facts
 from normwise.advice.goals import ADAMW, GOALS, do, line
 from normwise.advice.probe import STEPS, Loss, Probe, probe
-from normwise.advice.sentences import SAID
 from normwise.control import attach
+from normwise.engine.nonfinite import all_finite
 from normwise.errors import NormwiseError, PolicyError, nearest
 from normwise.parameters.attention_logits import Attention
 from normwise.policy import Policy
@@ -61,29 +61,30 @@ def advise(
     >>> optimizer = advice.optimizer.build(model)
     >>> control = nw.attach(model, optimizer, advice.policy)
     """
-    if not isinstance(goal, str) or goal not in GOALS:
-        raise PolicyError(f"the goal {goal!r} is unknown.{nearest(str(goal), GOALS)}")
+    check_goal(goal)
     facts = Facts.of(model)
     if (batches is None) != (loss is None):
         given, absent = ("batches", "loss") if loss is None else ("loss", "batches")
         raise PolicyError(f"advise was given {given}= without {absent}=: a probe needs both.")
     seen = probe(model, batches, loss, steps, copy) if batches is not None and loss is not None else None
-    if seen is not None:
-        facts = replace(facts, judged=seen.scale_free)    # the goal's advice, too, follows what was measured
+    facts = replace(facts, seen=seen)
     recipe, found = GOALS[goal](facts)
     pace = facts.pace(recipe.arguments["lr"]) if recipe.name.endswith("AdamW") else {}
     fast = [role for role, share in pace.items() if share > PACE]
     if fast:
         found.append(line("know", "pace", ", ".join(f"role:{role}" for role in fast), shown=", ".join(f"{r} {pace[r]:.0%}" for r in fast)))
-    measured = _measured(facts, seen, found) if seen is not None else []
-    if any(call.name == "zclip" for one in measured for call in one.rules):
-        found = [one for one in found if one.what != SAID["no clipping"].what]
-    lines = [*_first(facts), *found, *measured, *_known(facts, seen, goal)]
+    lines = [*_first(facts), *found, *(_measured(facts, seen, found) if seen is not None else []), *_known(facts, seen, goal)]
     recipe, lines = _fitting(facts, recipe, lines)
     lines.sort(key=lambda one: ("do", "leave", "know").index(one.verdict))
     policy = Policy([rule for one in lines for call in one.rules for rule in call.rules()])
     skip = "skip" if seen is not None and seen.nonfinite else "ignore"
     return Advice(goal, facts.name, policy, recipe, tuple(lines), seen, skip, made_by, tuple(map(_dense_gradients, facts.sparse)))
+
+
+def check_goal(goal: object) -> None:
+    """PolicyError for an unknown one."""
+    if not isinstance(goal, str) or goal not in GOALS:
+        raise PolicyError(f"the goal {goal!r} is unknown.{nearest(str(goal), GOALS)}")
 
 
 # ------------------------------------------------------------------------------------------------- whatever the goal is
@@ -94,8 +95,9 @@ def _first(facts: Facts) -> list[Line]:
     lines = []
     if facts.sparse:
         lines.append(line("do", "sparse", ", ".join(facts.sparse[:2]), code="; ".join(map(_dense_gradients, facts.sparse[:2]))))
-    wrong = [e for e in facts.trainable if not e.param.is_meta and not bool(e.param.detach().isfinite().all())]
-    if wrong:
+    here = [e for e in facts.trainable if not e.param.is_meta]
+    if not all_finite([e.param.detach() for e in here]):
+        wrong = [e for e in here if not all_finite([e.param.detach()])]
         lines.append(line("know", "not finite", ", ".join(e.name for e in wrong[:2]), wrong, worst=wrong[0].name))
     return lines
 
@@ -107,8 +109,7 @@ def _dense_gradients(path: str) -> str:
 def _known(facts: Facts, seen: Probe | None, goal: str) -> list[Line]:
     """What somebody who trains this model should know."""
     lines = []
-    judged = {} if seen is None else seen.scale_free
-    free = facts.scale_free
+    free, judged = facts.scale_free, facts.judged
     entries = [e for e in facts.inventory.weights if e.name in free]
     if entries:
         norms = sorted({facts.guessed[e.name] for e in entries if e.name in facts.guessed})
@@ -238,15 +239,15 @@ def _fitting(facts: Facts, recipe: Recipe, lines: Sequence[Line]) -> tuple[Recip
 def _without(facts: Facts, one: Line, calls: Sequence[Call], why: str) -> list[Line]:
     """A line whose rule was refused, without the computed weights, which are what mostly refuses; one to leave where that does not help."""
     computed = [e for e in facts.inventory.weights if e.computed is not None]
-    raw = {e.name for e in computed}
-    fewer = tuple(Call(c.name, {**c.arguments, "exclude": [*c.arguments.get("exclude", ()), *sorted(raw)]}) for c in one.rules)
+    raw = sorted(e.name for e in computed)
+    fewer = tuple(Call(c.name, {**c.arguments, "exclude": [*c.arguments.get("exclude", ()), *raw]}) for c in one.rules)
     if not raw or _refused(facts, [*calls, *fewer]):
         return [line("leave", "refused", one.on, rule=one.what, error=why)]
     tensors, numbers = one.tensors - len(computed), one.numbers - sum(e.shape.numel() for e in computed)
     on = f"{one.on.rpartition(': ')[0]}: {tensors} tensor{'s' * (tensors != 1)}, {costs.size_of(numbers)}"
     return [
         replace(one, what="; ".join(map(str, fewer)), rules=fewer, on=on, tensors=tensors, numbers=numbers),
-        line("leave", "refused", ", ".join(sorted(raw)[:2]), computed, rule=one.what, error=why),
+        line("leave", "refused", ", ".join(raw[:2]), computed, rule=one.what, error=why),
     ]  # fmt: skip
 
 

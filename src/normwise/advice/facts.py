@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from normwise.advice.costs import size_of
+from normwise.advice.probe import Probe
 from normwise.errors import PolicyError
 from normwise.optim.presets import MATRICES
 from normwise.parameters import forward_source
@@ -30,8 +31,8 @@ class Facts:
 
     model: nn.Module
     inventory: Inventory
-    judged: Mapping[str, bool] = field(default_factory=dict)
-    """Matrix -> whether its length reaches no loss, where a probe has measured that."""
+    seen: Probe | None = None
+    """What a probe has measured."""
 
     @classmethod
     def of(cls, model: object) -> Facts:
@@ -92,6 +93,11 @@ class Facts:
         guessed = {name: norm for name, norm in self.guessed.items() if self.judged.get(name, True)}
         measured = {name: "a normalisation" for name, free in self.judged.items() if free}
         return measured | guessed
+
+    @property
+    def judged(self) -> Mapping[str, bool]:
+        """Matrix -> whether its length reaches no loss, where a probe has measured that."""
+        return self.seen.scale_free if self.seen is not None else {}
 
     @cached_property
     def attentions(self) -> list[Attention]:

@@ -89,7 +89,8 @@ def adamw(facts: Facts, key: str = "", lr: float = 1e-3, **values: Any) -> Answe
 
 def speed(facts: Facts) -> Answer:
     recipe, lines = fast_step(facts)
-    return recipe, [*lines, *([line("leave", "no clipping", "everything")] if recipe.name == "auto" else [])]
+    calm = facts.seen is None or not facts.seen.spikes
+    return recipe, [*lines, *([line("leave", "no clipping", "everything")] if recipe.name == "auto" and calm else [])]
 
 
 def generalisation(facts: Facts) -> Answer:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import DataError
+from normwise.parameters.layouts import overlaps
 
 IN_MEMORY = 512 << 20
 """Bytes of weights that are kept in host memory; what is more goes to a temporary file, so that no model takes more than that."""
@@ -113,8 +114,9 @@ def _put(tensor: Tensor, there: Tensor, kept: Tensor) -> None:
         tensor.detach().copy_(kept)
         return
     moved = tensor.data_ptr() != there.data_ptr() or tensor.shape != kept.shape
-    if not moved and _same(tensor, kept):
-        return    # what cannot be written to, such as an expanded buffer, has not been
+    # What cannot be written to, an expanded buffer or a read-only file, has not been; only on the host is it free to ask for sameness.
+    if not moved and (overlaps(tuple(tensor.shape), tensor.stride()) or (tensor.device.type == "cpu" and _same(tensor, kept))):
+        return
     if tensor.is_inference():
         with torch.inference_mode():
             tensor.copy_(kept)
@@ -129,7 +131,7 @@ def _put(tensor: Tensor, there: Tensor, kept: Tensor) -> None:
 
 def _same(tensor: Tensor, kept: Tensor) -> bool:
     """Bit for bit: a NaN is itself, and zero has a sign."""
-    one, other = tensor.detach().cpu().contiguous(), kept.contiguous()
+    one, other = tensor.detach().contiguous(), kept.contiguous()
     if one.is_complex():
         one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other)
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8)) if one.numel() else True

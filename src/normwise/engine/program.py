@@ -27,7 +27,7 @@ from normwise.errors import PolicyError
 from normwise.norms import native
 from normwise.norms.reduce import may_branch
 from normwise.parameters.inventory import Entry, Inventory
-from normwise.parameters.roles import before_batch_norm
+from normwise.parameters.scale_free import before_batch_norm
 from normwise.policy import Policy, Rule
 from normwise.policy.conflicts import check
 from normwise.policy.radii import Base

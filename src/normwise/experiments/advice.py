@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from normwise import files
-from normwise.advice import GOALS, Advice, advise
-from normwise.errors import DataError, PolicyError, nearest, need
+from normwise.advice import Advice, advise
+from normwise.advice.advisor import check_goal
+from normwise.errors import DataError, need
 from normwise.experiments.framework.printing import for_stream
 from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.study import Outputs, Results, deliver
@@ -50,13 +51,7 @@ class Told:
 
 def command(where: str, goal: str, steps: int, copy: bool, out: Files) -> None:
     """Advises on the model that the function ``where`` makes."""
-    if goal not in GOALS:    # before the model is built
-        raise PolicyError(f"the goal {goal!r} is unknown.{nearest(goal, GOALS)}")
-    for path in (out.yaml, out.python):
-        files.check_file(path)
-    places = [path.resolve() for path in (out.yaml, out.python, out.json) if path is not None]
-    if len(set(places)) < len(places):
-        raise PolicyError("two of --yaml, --python and --json name one file: give each a file of its own.")
+    check_goal(goal)    # before the model is built
     if out.yaml is not None:
         need("yaml", "yaml", what="--yaml")
     found: list[Advice] = []
@@ -76,7 +71,7 @@ def command(where: str, goal: str, steps: int, copy: bool, out: Files) -> None:
         results: Results = json.loads(found[0].to_json())
         return results
 
-    deliver(work, lambda results: _show(found[0]), Outputs(out.json))
+    deliver(work, lambda results: _show(found[0]), Outputs(out.json), more={"the policy": out.yaml, "the code": out.python})
 
 
 def _parts(made: Any, where: str) -> tuple[nn.Module, Any, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -369,70 +369,3 @@ def _is_placeholder(place: Site) -> bool:
     module, name = place.home
     matrix = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd) and name == "weight" and module is place.module
     return matrix and param.ndim == 1 and param.requires_grad
-
-
-def before_batch_norm(model: nn.Module) -> dict[nn.Module, str]:
-    """Each layer whose output a BatchNorm rescales, with that one's name: there the length of a unit's weights means nothing, and shrinking
-    it removes no unit. It is the next sibling with as many channels, or the one with the same number in its name (``conv2`` and ``bn2``),
-    unless the forward pass can be read and says otherwise, as that of a block whose BatchNorms come first.
-    """
-    return {layer: name for path, parent in model.named_modules() for layer, name in _before_batch_norm(path, parent)}
-
-
-def keeps_bias(model: nn.Module, layer: nn.Module, norm: str) -> bool:
-    """Whether a BatchNorm after ``layer``, by its path, subtracts that one's bias: nothing bends its result before."""
-    parent = model.get_submodule(norm.rpartition(".")[0])
-    name = next((name for name, child in parent._modules.items() if child is layer), "")
-    return not name or _may_reach(parent, name, norm.rpartition(".")[2], STRAIGHT, bent=False)
-
-
-def _before_batch_norm(path: str, parent: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    children = [(name, child) for name, child in parent._modules.items() if child is not None]
-    for i, (name, layer) in enumerate(children):
-        if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
-            continue
-        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        number = "" if name.isdigit() else "".join(filter(str.isdigit, name))
-        numbered = [c for c in children if number and "".join(filter(str.isdigit, c[0])) == number]
-        near = (*children[i + 1 : i + 2], *numbered)
-        fits = [other for other, norm in near if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.num_features == channels]
-        fits = [other for other in fits if _may_reach(parent, name, other)]
-        if fits:
-            yield layer, f"{path}.{fits[0]}".lstrip(".")
-
-
-def _may_reach(parent: nn.Module, layer: str, norm: str, through: tuple[type, ...] | None = None, bent: bool = True) -> bool:
-    """Whether the layer's result gets to the normalisation, a factor above zero with it; True as well where nobody can tell.
-
-    through: what may stand between, `HOMOGENEOUS` by default. bent: of functions, see ``forward_source.handed_on``.
-    """
-    children, between = parent._modules, through or HOMOGENEOUS
-    if not forward_source.called(class_of(parent)) >= {layer, norm}:
-        return not isinstance(parent, nn.Sequential) or layer in dict(_in_order(list(children.items()), norm, between))
-    pairs = forward_source.handed_on(class_of(parent), bent)
-    reached, before = {layer}, set[str]()
-    while reached != before:
-        before = set(reached)
-        passed = {name for name in before if name == layer or isinstance(children.get(name), between)}
-        reached |= {second for first, second in pairs if first in passed}
-    return norm in reached
-
-
-def _in_order(
-    children: list[tuple[str, nn.Module | None]], norm: str, between: tuple[type, ...]
-) -> Iterator[tuple[str, nn.Module | None]]:
-    """What stands before the normalisation with nothing but ``between`` between."""
-    at = next(i for i, (name, _) in enumerate(children) if name == norm)
-    for name, child in reversed(children[:at]):
-        yield name, child
-        if not isinstance(child, between):
-            return
-
-
-# f(x + c) = f(x) + c for a channel's constant c, and f(s·x) = s·f(x) for s > 0.
-STRAIGHT: tuple[type, ...] = (
-    nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
-)  # fmt: skip
-# f(s·x) = s·f(x) for s > 0: what stands between a layer and its normalisation without harm.
-HOMOGENEOUS: tuple[type, ...] = (*STRAIGHT, nn.ReLU, nn.LeakyReLU, nn.modules.dropout._DropoutNd)

@@ -7,7 +7,6 @@ saved before they are printed. Exit statuses are in docs/command-line.md.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from normwise.experiments.framework.lock import locked
 from normwise.experiments.framework.printing import printed, tell
 from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.store import Store
-from normwise.files import check_file, check_folder
+from normwise.files import check_apart, check_file, check_folder
 
 # Every choice is made with this seed, or with those right after it; reported seeds count from 0, so no choice was made on their luck.
 TUNING_SEED = 1000
@@ -135,15 +134,16 @@ def command(study: Callable[..., Results], show: Callable[[Results], None], opti
 
 def deliver(
     work: Callable[[], Results], show: Callable[[Results], None], outputs: Outputs, state: Path | None = None, *,
-    complaints: Complaints = lambda results: (), units: str = "runs",
+    complaints: Complaints = lambda results: (), units: str = "runs", more: Mapping[str, Path | None] | None = None,
 ) -> bool:  # fmt: skip
     """``work()`` with its outputs checked before it; after it they are written, and only then ``show`` prints the results, so that
     nothing that happens to a terminal or a pipe costs them. state: where finished runs stand, if any are kept. complaints: what is wrong
     with the results, for standard error; False where there is something. units: what is kept one by one.
+    more: files that ``work`` itself writes, by what they hold.
 
     Raises OutputError, at the end of all this, for what could not be written or printed.
     """
-    check_outputs(outputs, state)
+    check_outputs(outputs, state, more)
     if outputs.report is not None:
         import_module("normwise.experiments.report")  # an extra that is missing is told now, not after the work
     interrupts.say(partial(_how_to_go_on, state, units))
@@ -201,18 +201,15 @@ def _how_to_go_on(state: Path | None, units: str) -> str:
     return f"Interrupted: finished {units} are in {state}; the same command resumes there."
 
 
-def check_outputs(outputs: Outputs, state: Path | None) -> None:
-    """DataError, before the work, where a result cannot be written, or would take the place of the finished runs."""
-    pages = [] if outputs.report is None else [outputs.report / name for name in ("index.html", "results.json")]
-    check_file(outputs.json)
-    check_file(state)
+def check_outputs(outputs: Outputs, state: Path | None, more: Mapping[str, Path | None] | None = None) -> None:
+    """DataError, before the work, where something cannot be written, or would take the place of something else. more: see `deliver`."""
+    pages = {} if outputs.report is None else {f"the page's {name}": outputs.report / name for name in ("index.html", "results.json")}
+    places = {**(more or {}), "the finished runs": state, "the results": outputs.json, **pages}
     if outputs.report is not None:
         check_folder(outputs.report)
-    for page in pages:
-        check_file(page)
-    for other in (outputs.json, *pages):
-        if state is not None and other is not None and os.path.realpath(state) == os.path.realpath(other):
-            raise DataError(f"{state}: the finished runs and the results cannot be written to one place; give two files.")
+    for path in places.values():
+        check_file(path)
+    check_apart(places)
 
 
 def write_json(path: Path, results: Results) -> None:

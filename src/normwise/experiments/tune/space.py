@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +21,7 @@ NONE = "none"
 LOWEST, HIGHEST = 1 / 27, 3.0
 """Of the learning rate, in multiples of the optimizer's rate."""
 GRID = 5
+MOST_RATE = 1e100
 WHERE: dict[str, dict[str, Any]] = {"matrices": {"params": MATRICES, "optional": True}, "weights": {}}
 
 
@@ -175,8 +175,9 @@ def space_of(names: Sequence[str] | None, lr: tuple[float, float] | None = None)
     if lr is None:
         return Space(optimizers, kept)
     rate = float(CHOICES[optimizers[0]].lr.values[0])
-    if not (0 < lr[0] < lr[1] and math.isfinite(HIGHEST * lr[1] / rate)):
-        raise StudyError(f"the range of learning rates is {lr[0]:g} to {lr[1]:g}, but must go from a number above 0 to a larger one.")
+    if not 0 < lr[0] < lr[1] <= MOST_RATE:
+        raise StudyError(f"the range of learning rates is {lr[0]:g} to {lr[1]:g}, but must go from a number above 0 to a larger one, at "
+                         f"most {MOST_RATE:g}.")  # fmt: skip
     return Space(optimizers, kept, lr[0] / rate, lr[1] / rate)
 
 

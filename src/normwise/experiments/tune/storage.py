@@ -58,24 +58,16 @@ def told(error: BaseException, url: str) -> str:
     text = " ".join(str(error.__cause__ or error).split())
     if url.startswith("sqlite"):
         return text[:300].rstrip(".")
-    words = re.split(r"[:/@?&=;]+", url.partition("://")[2])
-    secrets = {form for word in words[1:] for form in (word, unquote(word)) if len(form) > 2}
-    public = {"user", "password", "localhost", "postgresql", "sslmode", "passfile"}
-    for secret in sorted(secrets - public - _host(url), key=len, reverse=True):
+    for secret in sorted(_secrets(url), key=len, reverse=True):
         text = text.replace(secret, "***")
     return text[:300].rstrip(".")
 
 
-def _host(url: str) -> set[str]:
-    """The names of a well-formed URL that are no secret."""
-    from sqlalchemy.engine import make_url
-
-    try:
-        parts = make_url(url)
-    except Exception:    # no URL: everything may be a secret
-        return set()
-    host = parts.host or ""
-    return set() if "@" in host else {str(part) for part in (host, parts.port, parts.database, parts.username) if part}
+def _secrets(url: str) -> set[str]:
+    """What may be a password: all before the last @ but the user's name, and every value of the query, as written and as meant."""
+    place, _, query = url.partition("://")[2].partition("?")
+    words = [*re.split("[:@]", place.rpartition("@")[0])[1:], *re.findall("=([^&]*)", query)]
+    return {form for word in words for form in (word, unquote(word)) if form}
 
 
 def opened(url: str) -> optuna.storages.RDBStorage:
@@ -133,9 +125,8 @@ def _made(make: Callable[[], optuna.storages.RDBStorage], tries: int = 3) -> opt
     try:
         return make()
     except (IntegrityError, OperationalError, ProgrammingError) as error:
-        made_meanwhile = re.search("already exists|unique", str(error), re.IGNORECASE)
-    if made_meanwhile is None or tries == 0:
-        return make()    # raises the same again
+        if tries == 0 or not re.search("already exists|unique", str(error), re.IGNORECASE):
+            raise
     time.sleep(CLAIM / 2)
     return _made(make, tries - 1)
 

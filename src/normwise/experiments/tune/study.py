@@ -117,8 +117,6 @@ def run(options: TuneOptions, outputs: Outputs) -> bool:
     beside = Path(str(outputs.default_state(options.called)).removesuffix(".runs.jsonl"))
     policy = options.policy or Path(f"{beside}.yaml")
     options = replace(options, storage=options.storage or f"{beside}.db")
-    files.check_file(policy)
-    _check_apart(policy, options.file, outputs)
 
     def work() -> Mapping[str, Any]:
         interrupts.say(lambda: f"Interrupted: finished trials are in {kept.shown(options.url)}; the same command resumes there.")
@@ -126,18 +124,8 @@ def run(options: TuneOptions, outputs: Outputs) -> bool:
         files.replace(policy, tables.policy_file(results).encode())
         return results | {"policy_file": str(policy)}
 
-    return deliver(work, show, outputs, options.file, complaints=lambda results: results["answer"]["breaches"], units="trials")
-
-
-def _check_apart(policy: Path, trials: Path | None, outputs: Outputs) -> None:
-    """StudyError where two things would be written to one place."""
-    pages = [] if outputs.report is None else [outputs.report / name for name in ("index.html", "results.json")]
-    places = {"the policy": policy, "the trials": trials, "the results": outputs.json, **{f"the page's {p.name}": p for p in pages}}
-    seen: dict[Path, str] = {}
-    for what, path in places.items():
-        other = seen.setdefault(path.resolve(), what) if path is not None else what
-        if other != what:
-            raise StudyError(f"{path}: {other} and {what} cannot be written to one place; give another --policy, --storage or --json.")
+    return deliver(work, show, outputs, options.file, complaints=lambda results: results["answer"]["breaches"], units="trials",
+                   more={"the policy": policy})  # fmt: skip
 
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
@@ -253,9 +241,8 @@ class _Search:
     def _advice(self) -> Tried | None:
         """What was advised, as it was advised; None where it was not tried, at another rate for want of range, or failed."""
         asked = self.space.advised()
-        if asked is not None and asked["lr"] != spaces.START:
-            return None
-        return next((one for one in self._tried() if asked is not None and one.numbers == asked), None)
+        as_advised = asked is not None and asked["lr"] == spaces.START
+        return next((one for one in self._tried() if as_advised and one.numbers == asked), None)
 
     def _tried(self) -> list[Tried]:
         return [

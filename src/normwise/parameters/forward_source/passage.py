@@ -23,11 +23,13 @@ def handed_on(cls: type[nn.Module], bent: bool = True) -> frozenset[tuple[str, s
     found: set[tuple[str, str]] = set()
     passed = (*MOVED, *(HOMOGENEOUS if bent else POOLED))
     function = forward_of(cls)
+    if function is None:
+        return frozenset()
     for node, held in statements(cls, passed, True):
         for call in (n for n in ast.walk(node) if isinstance(n, ast.Call) and is_self(n.func) and n.args):
             child, methods = chain(call.args[0], held, True)
             names = {n.id for n in ast.walk(call.args[0]) if isinstance(n, ast.Name) and n.id in held}
-            alone = function is not None and all(_read_once(function, name, node) for name in names)
+            alone = all(_read_once(function, name, node) for name in names)
             if child and alone and all(method in passed for method, _ in methods):
                 found.add((child, ast.unparse(call.func).partition(".")[2]))
     return frozenset(found)
@@ -54,8 +56,10 @@ def called(cls: type[nn.Module]) -> frozenset[str]:
 @cached
 def adds_to_stream(cls: type[nn.Module]) -> bool:
     """Whether the forward pass adds a child's result to something that goes by it: x + f(x), or another child's: s(x) + f(x)."""
-    forward = forward_of(cls)
-    if forward is not None and any(_goes_by(node) for node in ast.walk(forward)):
+    function = forward_of(cls)
+    if function is None:
+        return False
+    if any(_goes_by(node) for node in ast.walk(function)):
         return True
     for node, held in statements(cls, MOVED):
         for add in (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add)):
@@ -63,8 +67,7 @@ def adds_to_stream(cls: type[nn.Module]) -> bool:
                 beside = isinstance(other, ast.Name) or (isinstance(other, ast.Call) and chain(other, held)[0])
                 if chain(one, held)[0] and beside and ast.unparse(one) != ast.unparse(other):
                     return True
-    function = forward_of(cls)
-    added = (n for n in ast.walk(function) if isinstance(n, ast.AugAssign) and isinstance(n.op, ast.Add)) if function else ()
+    added = (n for n in ast.walk(function) if isinstance(n, ast.AugAssign) and isinstance(n.op, ast.Add))
     return any(chain(node.value, {})[0] for node in added)
 
 
