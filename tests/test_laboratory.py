@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import pytest
 
 from forks import forks
-from normwise.errors import MissingExtraError, StudyError
+from normwise.errors import DataError, MissingExtraError, StudyError
 from normwise.experiments import cells
 from normwise.experiments.catalog import GAN_STRATEGIES
 from normwise.experiments.framework import elsewhere
@@ -29,7 +29,7 @@ from normwise.experiments.framework.figures import differ, share_interval
 from normwise.experiments.framework.printing import NARROW, show_table
 from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.store import Store
-from normwise.experiments.framework.study import Options, Outputs, opened
+from normwise.experiments.framework.study import Options, Outputs, check_outputs, opened
 from normwise.experiments.gan import run as gan_run
 from normwise.experiments.gan import tables as gan_tables
 from normwise.experiments.gan.study import BUDGETS as GAN_BUDGETS
@@ -317,3 +317,17 @@ def test_a_study_without_outputs_resumes_from_this_folder(tmp_path: Path, monkey
     assert len(keys) == len(set(keys)) > 3
     tables = [line for line in capsys.readouterr().out.splitlines() if "   " in line or line.startswith("---")]
     assert len(tables) > 12 and max(map(len, tables)) <= NARROW
+
+
+def test_outputs_that_would_take_each_others_place_are_refused_and_one_thing_may_be_asked_for_twice(tmp_path: Path) -> None:
+    """``--json PAGE/results.json --report PAGE``, as `make run` has it, writes the same results to the same place."""
+    page, state = tmp_path / "page", tmp_path / "runs.jsonl"
+    check_outputs(Outputs(page / "results.json", page), state, {"the policy": tmp_path / "p.yaml", "the code": None})
+    for outputs, more in (
+        (Outputs(state), {}), (Outputs(tmp_path / "." / "runs.jsonl"), {}), (Outputs(page / "index.html", page), {}),
+        (Outputs(tmp_path / "p.yaml"), {"the policy": tmp_path / "p.yaml"}), (Outputs(), {"the policy": state}),
+        (Outputs(None, page), {"the policy": page / "results.json"}),
+        (Outputs(), {"the policy": tmp_path / "p", "the code": tmp_path / "p"}),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match="cannot be written to one place; give two files"):
+            check_outputs(outputs, state, more)

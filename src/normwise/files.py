@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -126,14 +126,14 @@ def check_file(path: str | os.PathLike[str] | None) -> None:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def check_apart(places: Mapping[str, str | os.PathLike[str] | None]) -> None:
-    """places: what is written -> where, None for nowhere.
+def check_apart(places: Iterable[tuple[str, str | os.PathLike[str] | None]]) -> None:
+    """places: what is written, and where, None for nowhere; the same may be written to one place twice.
 
     Raises:
-        DataError: two of them are one place.
+        DataError: two different things would be.
     """
     seen: dict[str, str] = {}
-    for what, path in places.items():
+    for what, path in places:
         other = seen.setdefault(os.path.realpath(path), what) if path is not None else what
         if other != what:
             raise DataError(f"{path}: {other} and {what} cannot be written to one place; give two files.")

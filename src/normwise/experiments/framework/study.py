@@ -203,11 +203,12 @@ def _how_to_go_on(state: Path | None, units: str) -> str:
 
 def check_outputs(outputs: Outputs, state: Path | None, more: Mapping[str, Path | None] | None = None) -> None:
     """DataError, before the work, where something cannot be written, or would take the place of something else. more: see `deliver`."""
-    pages = {} if outputs.report is None else {f"the page's {name}": outputs.report / name for name in ("index.html", "results.json")}
-    places = {**(more or {}), "the finished runs": state, "the results": outputs.json, **pages}
+    page = outputs.report
+    pages = [] if page is None else [("the page", page / "index.html"), ("the results", page / "results.json")]
+    places = [*(more or {}).items(), ("the finished runs", state), ("the results", outputs.json), *pages]
     if outputs.report is not None:
         check_folder(outputs.report)
-    for path in places.values():
+    for _, path in places:
         check_file(path)
     check_apart(places)
 
