@@ -10,7 +10,8 @@ from torch import Tensor
 
 from linalg_cases import gaussian, log_uniform
 from normwise.errors import NormError
-from normwise.norms.linalg import ridge_inverse
+from normwise.norms.linalg import ridge, ridge_inverse
+from normwise.norms.linalg.checks import by_peak
 
 SHAPES = [(3, 40, 40), (2, 96, 24), (2, 24, 96), (2, 7, 1), (2, 1, 7)]
 ERRORS = {torch.float64: 1e-11, torch.float32: 4e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -76,3 +77,31 @@ def test_what_it_refuses() -> None:
             ridge_inverse(x, damping)  # type: ignore[arg-type]
     with pytest.raises(NormError, match="matrices"):
         ridge_inverse(x[0, 0], 0.1)
+
+
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_one_matrix_has_the_peak_and_the_digits_that_it_has_in_a_batch(dtype: torch.dtype) -> None:
+    """The peak of one matrix is read as a number, that of a batch is a tensor: at every power of two, of zero and of what is not finite."""
+    info = torch.finfo(dtype)
+    x = gaussian(1, 3, 5).clamp(-0.9, 0.9)
+    powers = range(math.frexp(info.smallest_normal * info.eps)[1], math.frexp(info.max)[1] + 1)
+    for power in powers:
+        one = torch.ldexp(x, torch.tensor(power)).to(dtype)
+        y, highest = by_peak(one)
+        both, peaks = by_peak(one.expand(2, 3, 5))
+        assert isinstance(highest, float) and isinstance(peaks, Tensor) and both.dtype == y.dtype
+        assert float(peaks[0, 0, 0]) == highest and torch.equal(both[:1], y), power
+    for entry in (0.0, math.nan, math.inf, -math.inf):
+        one = torch.full((1, 3, 5), entry, dtype=dtype)
+        (y, highest), (both, peaks) = by_peak(one), by_peak(one.expand(2, 3, 5))
+        assert torch.equal(y.isnan(), both[:1].isnan()) and float(highest) == pytest.approx(float(peaks[0, 0, 0]), nan_ok=True)
+
+
+def test_one_matrix_without_a_factor_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damping far below the rounding of the Gram matrix, of one matrix as of several."""
+    decompose, count = ridge._by_svd, []
+    monkeypatch.setattr(ridge, "_by_svd", lambda y, damping: count.append(len(y)) or decompose(y, damping))
+    x = log_uniform((1, 12, 20), 1e-6).float()
+    for given in (x, x[0], x.repeat(2, 1, 1)):
+        torch.testing.assert_close(ridge_inverse(given, 1e-14).view(-1, 12, 20)[:1].double(), by_svd(x, 1e-14), rtol=1e-3, atol=1e3)
+    assert count == [1, 1, 2] and float(by_svd(x, 1e-14).abs().max()) > 5e4

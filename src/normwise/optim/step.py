@@ -378,7 +378,8 @@ def _apply(
     rate = float(group["lr"])
     step, share = rate, rate * group["weight_decay"]
     if isinstance(factor, Tensor):
-        update = [u.clone() for u in update]    # it may be a buffer of the direction's
+        if group["act"] == "none" and not group["row_beta"]:    # it may be a buffer of the direction's
+            update = [u.clone() for u in update]
         pack.scale_(update, factor)
     else:
         step = rate * factor

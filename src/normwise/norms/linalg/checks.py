@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normwise.errors import NormError
-from normwise.norms.reduce import up, wide
+from normwise.norms.reduce import may_branch, up, wide
 
 
 def as_batch(x: Tensor) -> Tensor:
@@ -40,6 +40,21 @@ def peak(x: Tensor) -> Tensor:
     largest = up(x.abs().amax((-2, -1), keepdim=True))
     exponent = torch.frexp(largest).exponent.clamp(max=127 if largest.dtype == torch.float32 else 1023)
     return torch.where(largest.isfinite(), torch.ldexp(torch.ones_like(largest), exponent), largest)
+
+
+def by_peak(x: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Matrices in their compute dtype over their :func:`peak`, and the peak: a number where it is free to read, as of one matrix on a CPU.
+
+    One matrix is what a step of a small network has, where a tensor's call costs more than its arithmetic.
+    """
+    if x.numel() and math.prod(x.shape[:-2]) == 1 and may_branch(x):
+        low, high = torch.aminmax(x)
+        largest = max(-float(low), float(high))
+        if largest < math.inf:    # false of NaN
+            power = 2.0 ** min(math.frexp(largest)[1], 1023 if x.dtype == torch.float64 else 127)
+            return up(x) / power, power
+    highest = peak(x)
+    return up(x) / highest, highest
 
 
 def bounds(value: float | Tensor, x: Tensor) -> Tensor:

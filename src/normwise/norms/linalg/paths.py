@@ -50,8 +50,10 @@ def steps_per_gram(shape: torch.Size) -> int:
 
 def run(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``function`` on the batch (b, m, n) in chunks, each (c, m, n), or one (m, n) where a loop is faster; a new tensor."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     count = at_once(x.shape, x.device) if x.numel() else 0
+    if count == len(x) > 0:    # all at once: nothing to put together
+        return (function(x) if count > 1 else function(x[0])[None]).to(x.dtype).contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if count == 1:
         for source, target in zip(x.unbind(), out.unbind(), strict=True):
             target.copy_(function(source))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from normwise.errors import NormError, nearest
 from normwise.norms.linalg import paths
-from normwise.norms.linalg.checks import as_batch, like_input, peak, positive
+from normwise.norms.linalg.checks import as_batch, by_peak, like_input, positive
 from normwise.norms.linalg.coefficients import CLASSICAL, SAFETY, Step, polar_express, steps_to_reach, worst_error
-from normwise.norms.reduce import compute_dtype, up
+from normwise.norms.reduce import compute_dtype
 from normwise.norms.spectral import Spectral
 
 SCALE_MARGIN = 1.01  # what bf16 rounding of the Gram matrix may take off the Schatten-8 norm, and more
@@ -110,11 +110,10 @@ def _row(method: str) -> Method:
 
 def _iterate(x: Tensor, coefficients: Sequence[Step], scale: str, dtype: torch.dtype, group: int, floor: float) -> Tensor:
     """Scale, then ``group`` steps at a time: their product Q(G) is formed on the Gram matrix and applied once."""
-    highest = peak(x)
-    y = up(x) / highest
+    y, highest = by_peak(x)
     if scale == "frobenius":
         length = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
-        y = y / (torch.maximum(length, floor / highest) if floor else positive(length))
+        y = y / (length.clamp(min=floor / highest) if floor else positive(length))
     y = y.to(dtype)
     for start in range(0, len(coefficients), group):
         y = _advance(y, coefficients[start:start + group], rescale=scale == "schatten8" and start == 0)

@@ -11,8 +11,8 @@ from torch import Tensor
 from normwise.errors import NormError
 from normwise.norms.decompose import svd
 from normwise.norms.linalg import paths
-from normwise.norms.linalg.checks import as_batch, like_input, peak, positive
-from normwise.norms.reduce import may_branch, up, wide
+from normwise.norms.linalg.checks import as_batch, by_peak, like_input, positive
+from normwise.norms.reduce import may_branch, wide
 
 
 def ridge_inverse(x: Tensor, damping: float) -> Tensor:
@@ -43,12 +43,13 @@ def ridge_inverse(x: Tensor, damping: float) -> Tensor:
 
 def _ridge(x: Tensor, damping: float) -> Tensor:
     """Of a batch of matrices, or of one."""
-    highest = peak(x)
-    y = up(x) / highest
+    y, highest = by_peak(x)
     tall = y.shape[-2] > y.shape[-1]
     inverse, failed = _inverse(y.mT @ y if tall else y @ y.mT, damping)
     found = y @ inverse if tall else inverse @ y
-    again = failed & highest.isfinite()[..., 0, 0]
+    if failed is None:
+        return found
+    again = failed if isinstance(highest, float) else failed & highest.isfinite()[..., 0, 0]
     if bool(again.any()):    # a damping below the rounding of the Gram matrix leaves it no factor, but singular values it has
         found[again] = _by_svd(y[again], damping).to(found.dtype)
     return found
@@ -60,8 +61,9 @@ def _by_svd(y: Tensor, damping: float) -> Tensor:
     return (u * (s * square.sqrt() / (s.square() + damping * square))[:, None, :]) @ vh
 
 
-def _inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """s·(G + δ s² I)⁻¹, s² the mean eigenvalue, and where there is none, which is NaN: an entry is not finite, or δ below rounding.
+def _inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
+    """s·(G + δ s² I)⁻¹, s² the mean eigenvalue, and where there is none, which is NaN: an entry is not finite, or δ below rounding. None
+    where that is nowhere, and free to know.
 
     The inverse is formed, though its solution for many columns is all that is wanted: products are several times as fast as triangular
     solutions, and the damping bounds the condition number by m/δ.
@@ -70,8 +72,10 @@ def _inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     square = positive(diagonal.mean(-1, keepdim=True))
     diagonal.add_(damping * square)
     factor, failed = torch.linalg.cholesky_ex(gram)
+    if may_branch(gram) and not any(failed.view(-1).tolist()) and all(map(math.isfinite, square.view(-1).tolist())):
+        return torch.cholesky_inverse(factor).mul_(square.sqrt()[..., None]), None
     wrong = (failed != 0) | ~square[..., 0].isfinite()
     scale = torch.where(wrong[..., None], torch.nan, square.sqrt())
-    if not may_branch(wrong) or bool(wrong.any()):    # it raises otherwise
-        factor = torch.where(wrong[..., None, None], torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), factor)
+    # it raises otherwise
+    factor = torch.where(wrong[..., None, None], torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), factor)
     return torch.cholesky_inverse(factor).mul_(scale[..., None]), wrong
