@@ -16,12 +16,17 @@ from normwise.advice.sentences import SAID
 from normwise.optim.presets import MATRICES
 from normwise.parameters.inventory import Entry
 
-RACES = {
-    "attention": ("gpt", 0.33, 0.37), "patches": ("vit", 0.25, 0.28), "gates": ("lstm", 0.50, 0.64),
-    "normalised convolutions": ("resnet", 0.38, 0.39), "convolutions": ("cnn", 0.57, 0.65),
+SHARES = {
+    "cnn": (0.57, 0.65), "plain": (0.25, 0.33), "unet": (0.19, 0.24), "resnet": (0.38, 0.39), "vit": (0.25, 0.28), "mixer": (0.57, 0.64),
+    "lstm": (0.50, 0.64), "gpt": (0.33, 0.40), "decoder": (0.66, 0.78),
 }  # fmt: skip
-"""Kind of network -> our task of that kind, and the shares of samples and of seconds that `auto` needed there: the README's, and of what
-has not raced under protocol 2 those of docs/results.md."""
+"""Task -> the shares of the baseline's samples and seconds that `auto` needed there: the README's, and of what has not raced under protocol
+2 those of docs/results.md."""
+NEAREST = {
+    "attention": ("gpt", "decoder"), "patches": ("vit", "mixer"), "gates": ("lstm",), "normalised convolutions": ("resnet",),
+    "convolutions": ("cnn", "plain", "unet"),
+}  # fmt: skip
+"""Kind of network -> all tasks of that kind that were raced."""
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.0}
 Answer = tuple[Recipe, list[Line]]
 
@@ -61,11 +66,10 @@ def fast_step(facts: Facts) -> Answer:
         return adamw(facts, f"adamw, {why or 'linear'}", share=f"{facts.matrix_share:.0%}")
     raw = {e.name: "adamw" for e in facts.computed}
     recipe = Recipe("auto", {"override": raw} if raw else {})
-    race = RACES.get(facts.kind)
     raced = "It was raced on networks with convolutions, gates or attention, and yours is mostly linear layers: less is known of it."
-    if race is not None:
-        task, samples, seconds = race
-        raced = f"On {task}, our nearest task, it needed {samples:.2f} of the samples and {seconds:.2f} of the seconds of the baseline."
+    if facts.kind in NEAREST:
+        shares = [f"{task} {SHARES[task][0]:.2f} / {SHARES[task][1]:.2f}" for task in NEAREST[facts.kind]]
+        raced = f"Of the baseline's samples / seconds it needed, on our nearest task{'s' * (len(shares) > 1)}: {', '.join(shares)}."
     stepped = [e for e in facts.trainable if e.role in MATRICES and e.layout.certain and e.name not in raw]
     roles = ", ".join(dict.fromkeys(e.role for e in stepped))
     lines = [line("do", "auto", f"role:{roles}", stepped, cost=costs.ridge(stepped), recipe=recipe, raced=raced)]
