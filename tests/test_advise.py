@@ -135,9 +135,14 @@ def test_attention_over_patches_is_likened_to_the_vision_transformer() -> None:
 
 @pytest.mark.parametrize("task", [*goals.SHARES, *PARTNERS])
 def test_every_task_of_the_race_is_likened_to_itself_or_its_partner(task: str) -> None:
-    """Nobody's figure is another kind's: a Mixer has one convolution, and is likened to what cuts patches."""
+    """Nobody's figure is another kind's: the one convolution of a Mixer cuts patches, as that of a vision transformer."""
     said = next(line.why for line in nw.advise(load_task(task).build()).lines if "our nearest task" in line.why)
     assert f" {PARTNERS.get(task, task)} " in said
+
+
+def test_one_convolution_before_wide_layers_is_no_mixer() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 26 * 26, 64), nn.ReLU(), nn.Linear(64, 10))
+    assert "our nearest task" not in str(nw.advise(network))
 
 
 def test_a_matrix_steps_cost_is_counted_from_shapes() -> None:

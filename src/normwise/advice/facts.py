@@ -170,10 +170,11 @@ class Facts:
             return "patches" if "conv" in self.roles else "attention"
         if "recurrent" in self.roles:
             return "gates"
-        sizes = {role: [e.param.numel() for e in self.trainable if e.role == role] for role in ("conv", "hidden")}
-        if sum(sizes["conv"]) > sum(sizes["hidden"]):
+        sizes = {role: sum(e.param.numel() for e in self.trainable if e.role == role) for role in ("conv", "hidden")}
+        if sizes["conv"] > sizes["hidden"]:
             return "normalised convolutions" if self.normalised else "convolutions"
-        if len(sizes["conv"]) == 1:    # which cuts the patches of an MLP-Mixer
+        convolutions = [e.module for e in self.trainable if e.role == "conv"]
+        if convolutions and all(getattr(m, "stride", 0) == getattr(m, "kernel_size", 1) for m in convolutions):    # of an MLP-Mixer
             return "patches"
         return "linear layers" if not self.roles & {"conv", "embedding"} else "mixed"
 
