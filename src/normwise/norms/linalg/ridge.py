@@ -76,6 +76,6 @@ def _inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
         return torch.cholesky_inverse(factor).mul_(square.sqrt()[..., None]), None
     wrong = (failed != 0) | ~square[..., 0].isfinite()
     scale = torch.where(wrong[..., None], torch.nan, square.sqrt())
-    # it raises otherwise
+    # cholesky_inverse raises on a factor with a zero on its diagonal
     factor = torch.where(wrong[..., None, None], torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), factor)
     return torch.cholesky_inverse(factor).mul_(scale[..., None]), wrong
