@@ -140,9 +140,11 @@ def test_every_task_of_the_race_is_likened_to_itself_or_its_partner(task: str) -
     assert f" {PARTNERS.get(task, task)} " in said
 
 
-def test_one_convolution_before_wide_layers_is_no_mixer() -> None:
-    network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 26 * 26, 64), nn.ReLU(), nn.Linear(64, 10))
-    assert "our nearest task" not in str(nw.advise(network))
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_convolution_that_cuts_no_patches_before_wide_layers_is_no_mixer(size: int) -> None:
+    """It overlaps, or sees single points, as those of a PointNet."""
+    wide = (nn.Flatten(), nn.Linear(8 * (29 - size) ** 2, 64), nn.ReLU(), nn.Linear(64, 10))
+    assert "our nearest task" not in str(nw.advise(nn.Sequential(nn.Conv2d(1, 8, size), nn.ReLU(), *wide)))
 
 
 def test_a_matrix_steps_cost_is_counted_from_shapes() -> None:

@@ -173,10 +173,14 @@ class Facts:
         sizes = {role: sum(e.param.numel() for e in self.trainable if e.role == role) for role in ("conv", "hidden")}
         if sizes["conv"] > sizes["hidden"]:
             return "normalised convolutions" if self.normalised else "convolutions"
-        convolutions = [e.module for e in self.trainable if e.role == "conv"]
-        if convolutions and all(getattr(m, "stride", 0) == getattr(m, "kernel_size", 1) for m in convolutions):    # of an MLP-Mixer
+        if "conv" in self.roles and all(_cuts_patches(e.module) for e in self.trainable if e.role == "conv"):    # an MLP-Mixer
             return "patches"
         return "linear layers" if not self.roles & {"conv", "embedding"} else "mixed"
+
+
+def _cuts_patches(module: nn.Module) -> bool:
+    """Whether it is a convolution whose places touch and do not overlap; one of size 1 sees single points."""
+    return isinstance(module, nn.modules.conv._ConvNd) and module.stride == module.kernel_size and max(module.kernel_size) > 1
 
 
 _BETWEEN = (

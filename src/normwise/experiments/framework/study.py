@@ -206,8 +206,8 @@ def check_outputs(outputs: Outputs, state: Path | None, more: Mapping[str, Path 
     page = outputs.report
     pages = [] if page is None else [("the page", page / "index.html"), ("the results", page / "results.json")]
     places = [*(more or {}).items(), ("the finished runs", state), ("the results", outputs.json), *pages]
-    if outputs.report is not None:
-        check_folder(outputs.report)
+    if page is not None:
+        check_folder(page)
     for _, path in places:
         check_file(path)
     check_apart(places)

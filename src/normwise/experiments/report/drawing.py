@@ -19,6 +19,7 @@ THEME: dict[str, Any] = {
 
 
 ABREAST = 4
+"""Panels in a row: more would be too small to read on a page."""
 
 
 def panels(
@@ -28,7 +29,7 @@ def panels(
     rows. more: for the theme."""
     values = list(order or dict.fromkeys(row[by] for row in rows))
     data = alt.InlineData(values=rows)
-    if len(values) > ABREAST:    # side by side they would be too small to read
+    if len(values) > ABREAST:
         columns = math.ceil(len(values) / math.ceil(len(values) / ABREAST))
         whole = layered.facet(facet=alt.Facet(f"{by}:N", title=None, sort=values), columns=columns, data=data)
     else:

@@ -22,6 +22,7 @@ LOWEST, HIGHEST = 1 / 27, 3.0
 """Of the learning rate, in multiples of the optimizer's rate."""
 GRID = 5
 MOST_RATE = 1e100
+"""The highest learning rate that a range may have: multiples of it are still numbers."""
 WHERE: dict[str, dict[str, Any]] = {"matrices": {"params": MATRICES, "optional": True}, "weights": {}}
 
 
