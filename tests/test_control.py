@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import normwise as nw
+from normwise.norms import native
 
 F64 = torch.float64
 
@@ -786,6 +788,23 @@ def test_seconds_are_added_up_only_when_asked_for():
         control = nw.attach(model, opt, nw.max_norm(0.1), timed=timed)
         train(model, opt, range(2))
         assert (control.seconds > 0) is timed
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+def test_compiling_the_kernels_is_no_step_s_time(monkeypatch):
+    build = native._built
+
+    def slow(*args):
+        time.sleep(0.5)
+        return build(*args)
+
+    monkeypatch.setattr(native, "_built", slow)
+    native.library.cache_clear()    # as in a process of a new machine
+    model = mlp()
+    opt = SGD(model.parameters(), lr=0.1)
+    control = nw.attach(model, opt, nw.max_norm(0.1), timed=True)
+    train(model, opt, range(2))
+    assert 0 < control.seconds < 0.4
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

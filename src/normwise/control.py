@@ -35,6 +35,7 @@ from normwise.engine.step import Marks, OnePass, Start, Stepper, grads, makes_st
 from normwise.engine.verify import Rested, Verification, verify
 from normwise.errors import PolicyError, nearest
 from normwise.logs import Logger, logger_of
+from normwise.norms import native
 from normwise.parameters.inventory import Inventory, clean_name
 from normwise.policy import Policy, Rule
 
@@ -72,7 +73,8 @@ def attach(
         log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each, and memory
             for a copy of the weights, but beside ``nw.optim.AdamW``. A number keeps the totals of so many steps as its history; True keeps
             the last step's alone.
-        timed: add up the time spent here in :attr:`Control.seconds`.
+        timed: add up the time spent here in :attr:`Control.seconds`. The kernels, which are compiled once a machine, are so at once, and
+            count in no step.
         replace: take earlier controls off these optimizers first, as a notebook cell that is run twice wants. Without it a second control
             with a rule of the same kind on the same parameters is an error, and one with other rules a warning, since both act.
         in_optimizer_state: True (default): the control's state is a part of ``optimizer.state_dict()`` and comes back with
@@ -115,6 +117,8 @@ class Control:
         self._handles: list[Any] = []
         self.inventory: Inventory
         self.engine: Engine
+        if timed:
+            native.library()
         self.built_in = built_in
         """Whether it is the ``policy=`` of an optimizer of normwise's own, which :func:`attach` does not replace."""
         self._model = model
