@@ -137,7 +137,7 @@ def cost(name: str) -> str:
     """What a rule adds to a step."""
     if name == "group_lasso":
         times = re.findall(r"A step under the lasso takes ([\d.]+) times", (DOCS / "pruning.md").read_text(encoding="utf-8"))
-        return f"A step takes {min(times)} to {max(times)} times one without it, on [five networks](../pruning.md); most on the smallest."
+        return f"A step takes {min(times)} to {max(times)} times one without it, in [five studies](../pruning.md); most on the smallest."
     if name == "hyperball":
         [row] = [row for row in rows("benchmarks.md", "bench trainer") if row["rules"] == name]
         share = f"{float(row['share']):.0%} of a step of a GPT-2 of 4.8M in a Trainer ([measured](../benchmarks.md))"

@@ -66,7 +66,7 @@ def fast_step(facts: Facts) -> Answer:
         return adamw(facts, f"adamw, {why or 'linear'}", share=f"{facts.matrix_share:.0%}")
     raw = {e.name: "adamw" for e in facts.computed}
     recipe = Recipe("auto", {"override": raw} if raw else {})
-    raced = "It was raced on networks with convolutions, gates or attention, and yours is mostly linear layers: less is known of it."
+    raced = "None of its races was on a network like yours: on convolutions, gates, attention, and linear layers, where it missed."
     if facts.kind in NEAREST:
         shares = [f"{task} {SHARES[task][0]:.2f} / {SHARES[task][1]:.2f}" for task in NEAREST[facts.kind]]
         raced = f"Of the baseline's samples / seconds it needed, on our nearest task{'s' * (len(shares) > 1)}: {', '.join(shares)}."

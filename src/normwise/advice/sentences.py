@@ -27,7 +27,7 @@ SAID: dict[str, Said] = {
         "{recipe}",
         "{raced} It was raced with nothing tuned. nw.optim.schedule(optimizer, steps) warms up and lets the rate fall to zero, as it was "
         "measured.",
-        "docs/results.md, small networks and short runs",
+        "docs/race-results.md and docs/results.md, small networks and short runs",
     ),
     "auto, circuits": Said(
         "auto: queries and keys step 3 times as far, values half",
