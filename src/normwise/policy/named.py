@@ -329,8 +329,8 @@ def spectral_cap(
         tolerance: 0 (default) decomposes each matrix that may exceed, exactly, which costs a third to over half of a
             training step of a GPT of width 256. 0.01 keeps σ₁ ≤ 1.01·radius for a small part of that, whatever the updates are: one pass
             over a matrix bounds how far σ₁ can have grown since it was last looked at, and only those that may exceed are looked at. It
-            takes a copy of each matrix, in the control's state, and costs more the more matrices are at their radius. :func:`normwise.norms.linalg.cap` says how it works,
-            docs/benchmarks.md what it costs.
+            takes a copy of each matrix, in the control's state, and costs more the more matrices are at their radius.
+            :func:`normwise.norms.linalg.cap` says how it works, docs/benchmarks.md what it costs.
     """
     return Rule(params=params, action="project", norm="spectral", per=per, radius=radius, tolerance=tolerance, **common)
 
