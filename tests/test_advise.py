@@ -283,7 +283,8 @@ def test_a_model_without_values_gets_advice_too() -> None:
         model = made("decoder")
     for goal in GOALS:
         advice, real = nw.advise(model, goal), nw.advise(made("decoder"), goal)
-        assert advice.policy == real.policy and advice.lines == real.lines
+        said = [one for one in advice.lines if one.what != "ask again when the weights are there"]
+        assert advice.policy == real.policy and said == list(real.lines) and len(said) == len(advice.lines) - 1
 
 
 def test_a_rule_that_the_model_refuses_becomes_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import normwise as nw
 from normwise import cli
@@ -125,6 +125,24 @@ class AllButLinear(nn.Sequential):
 LAYERS = nn.Linear(6, 6), nn.Linear(6, 3)
 
 
+def frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].requires_grad_(False)
+    return model
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].register_forward_hook(lambda module, given, made: made * 10)
+    return model
+
+
+def replaced() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    model.forward = lambda x: 10 * nn.Sequential.forward(model, x)    # type: ignore[method-assign]
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "chained"),
     [
@@ -133,10 +151,197 @@ LAYERS = nn.Linear(6, 6), nn.Linear(6, 3)
         (nn.Sequential(LAYERS[0], nn.LeakyReLU(), LAYERS[1]), True), (AllButLinear(*LAYERS), False),
         (nn.Sequential(LAYERS[0], nn.LayerNorm(6), LAYERS[1]), False),
         (nn.Sequential(LAYERS[0], nn.ReLU(), parametrizations.spectral_norm(nn.Linear(6, 3))), False),
+        (frozen(), False), (hooked(), False), (replaced(), False),
     ],
 )  # fmt: skip
 def test_a_chain_is_claimed_where_it_is_plain_to_see(model: nn.Module, chained: bool) -> None:
     assert claims(nw.advise(model, "lipschitz")) is chained
+
+
+def test_frozen_matrices_are_told_where_a_product_is() -> None:
+    [told] = [one for one in nw.advise(frozen(), "lipschitz").lines if one.what == "what is frozen is not capped"]
+    assert told.tensors == 1 and "0.weight" in told.on
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.layers = nn.ModuleList([nn.Linear(6, 6)])
+        self.pos_embed = nn.Embedding(6, 6)
+
+
+class Kept(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out: Tensor = self.other(F.relu(self.one(x)))
+        out += identity
+        return out
+
+
+class Shortcut(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.other(F.relu(self.one(x))) + self.layers[0](x))
+
+
+class Called(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.one(x))
+
+
+class Method(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.one(x)
+        return out.add(x)
+
+
+class Half(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        skip, h = x, self.other(F.relu(self.one(x)))
+        out: Tensor = h + 0.5 * skip
+        return out
+
+
+class Handed(Block):
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        out: Tensor = self.one(hidden) + residual
+        return out
+
+
+class Helped(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout_add(self.one(x), x, 0.1, self.training)
+
+
+def dropout_add(out: Tensor, residual: Tensor, p: float, training: bool) -> Tensor:
+    return residual + F.dropout(out, p, training)
+
+
+class Plain(Block):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.one(x)
+        if mask is not None:
+            y = y + mask
+        y = y + self.one.bias
+        y = (y - y.mean()) / (y.std() + 1e-5)
+        out: Tensor = self.other(y)
+        return out
+
+
+class Placed(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device)
+        out: Tensor = self.other(self.one(x) + self.pos_embed(places))
+        return out
+
+
+class Judged(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = self.one(x).mean() + self.other(x).mean()
+        return loss
+
+
+class Cell(Block):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        i, f, g = self.one(x).chunk(3, -1)
+        out: Tensor = f * c + i * g
+        return out
+
+
+class Listed(Block):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        seen: tuple[Tensor, ...] = (x,)
+        for layer in self.layers:
+            x = layer(x)
+            seen = seen + (x,)    # noqa: RUF005
+        return seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "adds"),
+    [
+        *((kind, True) for kind in (Kept, Shortcut, Called, Method, Half, Handed, Helped)),
+        *((kind, False) for kind in (Plain, Placed, Judged, Cell, Listed)),
+    ],
+)
+def test_a_sum_of_two_ways_from_one_input_is_a_branch(kind: type[nn.Module], adds: bool) -> None:
+    assert Facts.of(kind()).branches == adds
+
+
+def test_torch_s_own_blocks_have_branches() -> None:
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    assert Facts.of(nn.TransformerEncoder(block, 3, enable_nested_tensor=False)).branches == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def beside(dora: bool = False) -> nn.Module:
+    """LoRA on one layer, with another one and the head trained whole."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    options = {"use_dora": True} if dora else {"modules_to_save": ["2", "4"]}
+    adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"], **options))
+    return adapted
+
+
+def test_what_trains_whole_beside_lora_gets_the_ordinary_rules() -> None:
+    """And is held: without a rule of its own it could grow at will while the product is capped."""
+    model = beside()
+    advice = nw.advise(model, "lipschitz")
+    assert [call.name for call in advice.calls] == ["spectral_cap", "spectral_cap"]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    control = nw.attach(model, optimizer, advice.policy)
+    whole = {name: p for name, p in model.named_parameters() if "modules_to_save" in name and p.ndim == 2}
+    assert len(whole) == 2
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = None
+        sum(-50 * p.square().sum() for p in model.parameters() if p.requires_grad).backward()    # type: ignore[union-attr]
+        optimizer.step()
+    assert control.verify().ok
+    assert all(float(torch.linalg.matrix_norm(p.detach(), 2)) <= 2.021 for p in whole.values())
+    for goal in ("stability", "finetuning", "plasticity"):
+        acting = {e.name for rule in nw.advise(model, goal).policy for e in rule.targets(Facts.of(model).inventory.weights)}
+        assert not any("lora_" in name for name in acting if goal != "stability") and sum("modules_to_save" in n for n in acting) >= 1
+    assert "are among what trains" in str(nw.advise(model, "speed")).replace("\n            ", " ")
+
+
+def test_dora_is_told_what_a_product_bound_leaves_free() -> None:
+    assert any("peft:magnitude" in one.what for one in nw.advise(beside(dora=True), "lipschitz").lines)
+    assert not any("peft:magnitude" in one.what for one in nw.advise(beside(), "lipschitz").lines)
+
+
+# ----------------------------------------------------------------------------------------------------- computed weights
+
+
+def test_only_the_computed_weights_that_refuse_a_rule_are_left_out() -> None:
+    """Not those that are frozen, that the rule does not select, or that take it."""
+    orthogonal = parametrizations.orthogonal
+    model = nn.Sequential(
+        orthogonal(nn.Linear(6, 12)), nn.Tanh(), orthogonal(nn.Linear(12, 12)), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(),
+        orthogonal(nn.Linear(12, 3)),
+    )  # fmt: skip
+    for k in (0, 2):
+        model[k].requires_grad_(False)
+    [decay] = [one for one in nw.advise(model, "stability").lines if one.rules and one.rules[0].name == "weight_decay"]
+    assert (decay.tensors, decay.numbers) == (1, 144) and decay.rules[0].arguments["exclude"] == ["6.weight"]
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(6, 12)), nn.ReLU(), parametrizations.spectral_norm(nn.Linear(12, 12)), nn.ReLU(),
+        nn.Linear(12, 3),
+    )  # fmt: skip
+    [cap] = [one for one in nw.advise(model, "lipschitz").lines if one.verdict == "do" and one.rules]
+    assert cap.rules[0].arguments["exclude"] == ["2.weight"] and cap.tensors == 2 and "2.02^2" in cap.why and "2.02^3" not in cap.why
+
+
+@pytest.mark.parametrize("computed", [parametrizations.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.3)])
+def test_a_computed_head_is_not_held_either(computed: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), computed(nn.Linear(12, 3)))
+    advice = nw.advise(model, "finetuning")
+    [rule] = advice.policy
+    assert [e.name for e in rule.targets(Facts.of(model).inventory.weights)] == ["0.weight"]
+    assert [one.tensors for one in advice.lines if one.rules] == [1]
 
 
 def test_a_chain_under_the_advice_is_1_lipschitz() -> None:

@@ -270,6 +270,17 @@ def test_generators_of_samplers_and_datasets_come_back() -> None:
     assert data.states() == before[0] and torch.equal(order.get_state(), before[1])
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda data: torch.utils.data.Subset(data, range(30)), lambda data: torch.utils.data.ConcatDataset([data]),
+    lambda data: torch.utils.data.ConcatDataset([torch.utils.data.Subset(torch.utils.data.Subset(data, range(30)), range(30))]),
+])  # fmt: skip
+def test_generators_of_wrapped_datasets_come_back(wrap: Any) -> None:
+    data = Draws()
+    before = data.states()
+    probe(made("mlp"), torch.utils.data.DataLoader(wrap(data), batch_size=None), loss)
+    assert data.states() == before
+
+
 # ------------------------------------------------------------------------------------------------------ what it measures
 
 
@@ -385,6 +396,50 @@ def test_a_model_as_it_comes_is_probed_as_it_is_trained(frozen: bool) -> None:
     found = probe(model, batches("mlp"), loss)
     assert found.scale_free["rows.weight"] is not frozen
     assert [m.training for m in model.modules()] == modes
+
+
+class Biased(nn.Module):
+    """A layer with a bias before a LayerNorm: at zero the bias hides that the weight's length matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 3)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.relu(self.norm(self.layer(x))))
+        return out
+
+
+class Divided(Biased):
+    """A normalisation that no code names, and a share of the outputs that goes by it with next to no effect."""
+
+    by: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x @ self.layer.weight.T
+        own = h[:, :2].square() if self.by else 0 * h[:, :2]
+        h = torch.cat([h[:, 2:] / h[:, 2:].norm(dim=1, keepdim=True), self.by * own], 1)
+        out: Tensor = self.head(F.dropout(h, 0.2, self.training))
+        return out
+
+
+@pytest.mark.parametrize(("kind", "by", "free"), [(Biased, 0.0, None), (Divided, 0.0, True), (Divided, 1e-4, False)])
+def test_scale_free_is_what_stays_so(kind: type[Biased], by: float, free: bool | None) -> None:
+    """What is judged free must bear any length: the loss is the same at a thousand times of it."""
+    torch.manual_seed(0)
+    model = kind()
+    model.by = by    # type: ignore[attr-defined]
+    data = [(torch.randn(8, 6), torch.arange(8) % 3) for _ in range(8)]
+    seen = probe(model, data, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]), steps=8)
+    assert seen.scale_free.get("layer.weight") is free
+    if kind is Divided:
+        model.eval()
+        losses = []
+        for factor in (1, 1000):
+            model.layer.weight.data.mul_(factor)
+            losses.append(float(F.cross_entropy(model(data[0][0]), data[0][1])))
+        assert (abs(losses[1] - losses[0]) < 1e-4) is free
 
 
 def test_a_wrong_guess_is_corrected() -> None:
@@ -518,6 +573,36 @@ def test_large_logits_bring_qk_clip_that_acts(case: str) -> None:
     control.report_max_logits("attention", torch.full((4,), 400.0))
     optimizer.step()
     assert sum(rule.changed or 0 for rule in control.receipt().rules) > 0
+
+
+def grown(model: nn.Module, *names: str) -> nn.Module:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if any(part in name for part in names):
+                p.mul_(300)
+    return model
+
+
+@pytest.mark.parametrize("how", ["grouped queries in one tensor", "queries under LoRA"])
+def test_large_logits_that_no_rule_can_hold_are_told(how: str) -> None:
+    """And never put down as something to leave alone."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    torch.manual_seed(0)
+    if how == "queries under LoRA":
+        peft = pytest.importorskip("peft")
+        base = grown(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)), "q_proj", "k_proj")
+        model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    else:
+        model = grown(transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes)), "qkv_proj")
+    data = [torch.randint(3, 32, (2, 8)) for _ in range(8)]
+    advice = nw.advise(model, "stability", batches=data, loss=lambda m, ids: m(input_ids=ids, labels=ids).loss, steps=8)
+    [told] = [one for one in advice.lines if "largest logit" in one.what]
+    assert told.verdict == "know" and "self_attn" in told.on and "q_proj" not in told.on
+    assert not any("qk_clip" in one.what for one in advice.lines)
+    [found] = find_attentions(model, Inventory(model))
+    assert found.fused or (found.query and found.key)
 
 
 def test_growth_is_that_of_a_loss_that_wants_length() -> None:

@@ -807,6 +807,22 @@ def test_compiling_the_kernels_is_no_step_s_time(monkeypatch):
     assert 0 < control.seconds < 0.4
 
 
+def test_a_scripted_model_trains_under_a_control_and_under_our_optimizers():
+    """As the same model that is not scripted."""
+    runs = []
+    for scripted in (False, True):
+        for build in (lambda model: SGD(model.parameters(), lr=0.1), lambda model: nw.optim.AdamW(model, lr=0.1)):
+            model = mlp()
+            if scripted:
+                model = torch.jit.script(model)
+            opt = build(model)
+            nw.attach(model, opt, [nw.clip_grad_norm(0.1), nw.clip_grad_value(0.05)])
+            train(model, opt, range(3))
+            runs.append([p.detach().clone() for p in model.parameters()])
+    for plain, other in zip(runs[:2], runs[2:], strict=True):
+        assert all(map(torch.allclose, plain, other))
+
+
 # -------------------------------------------------------------------------------------------------------------- memory
 
 

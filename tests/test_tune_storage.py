@@ -48,7 +48,7 @@ def test_a_waiting_trial_that_another_machine_takes_leaves_no_other_in_its_place
     url = f"sqlite:///{tmp_path}/shared.db"
     study = storage.study_of(storage.opened(url), "s", {}, ["minimize"])
     study.enqueue_trial({"seed": 1})
-    trials = storage.Trials(study, alone=False)
+    trials = storage.Trials(study, {}, alone=False)
     ask = study.ask
 
     def slowly(**given: Any) -> Any:
@@ -59,6 +59,22 @@ def test_a_waiting_trial_that_another_machine_takes_leaves_no_other_in_its_place
     study.ask = slowly    # type: ignore[method-assign]
     assert list(trials.lane(0, lambda trial: pytest.fail("a trial that nobody wants"), lambda result: (None, None), lambda: None)) == []
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "FAIL"] and trials.elsewhere()
+
+
+def test_a_trial_whose_worker_is_killed_three_times_has_failed(tmp_path: Path) -> None:
+    """It is taken up again twice, and the next one is another."""
+    study = storage.study_of(storage.opened(f"sqlite:///{tmp_path}/s.db"), "s", {}, ["minimize"])
+    lost = {"state": "failed", "reason": "killed"}
+    study.enqueue_trial({"x": 1})
+    for _ in range(3):
+        trials = storage.Trials(study, lost, alone=True)
+        taken = next(trials.lane(1, lambda trial: trial.number, lambda result: (None, None), lambda: None))    # type: ignore[arg-type]
+        assert taken == [0]
+        trials.killed()
+    trials = storage.Trials(study, lost, alone=True)
+    study.enqueue_trial({"x": 2})
+    assert next(trials.lane(2, lambda trial: trial.number, lambda result: (None, None), lambda: None)) == [1]    # type: ignore[arg-type]
+    assert [trial.user_attrs["result"] for trial in trials.finished()] == [lost]
 
 
 def test_a_worker_that_does_not_reach_the_study_is_one_sentence(tmp_path: Path) -> None:

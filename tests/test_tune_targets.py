@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import pytest
 import torch
 from torch import nn
 
+import normwise as nw
 from normwise import cli
 from normwise.errors import StudyError
 from normwise.experiments.tune import space as spaces
 from normwise.experiments.tune import storage, tables, verdict
 from normwise.experiments.tune.space import space_of
-from normwise.experiments.tune.study import TuneOptions
+from normwise.experiments.tune.study import Budget, TuneOptions
 from normwise.experiments.tune.target import Trial
 from test_tune import FEW, alone, counselled, noise, sentence, tuned
 
@@ -42,6 +44,17 @@ def heedless(trial: Trial) -> float:
 
 def ruleless(trial: Trial) -> float:
     return float(trial.optimizer(nn.Linear(2, 2)).param_groups[0]["lr"])
+
+
+def falls(trial: Trial) -> float:
+    """Takes its worker along where it has a bound, and tells how often."""
+    model = nn.Linear(2, 2)
+    if trial.policy(model).rules:
+        with open("fallen.txt", "a") as file:
+            file.write("x")
+        os._exit(9)
+    trial.optimizer(model)
+    return 1.0 + 0.1 * trial.numbers["lr"] + 1e-3 * trial.seed
 
 
 def leaves(trial: Trial) -> float:
@@ -229,3 +242,63 @@ def test_two_commands_that_begin_at_once_share_the_first_candidates() -> None:
     firsts = [t["numbers"]["lr"] for t in results[0]["trials"][:5]]
     assert len({round(rate, 6) for rate in firsts}) == 5, firsts
     assert any("max_norm" in t["label"] for t in results[0]["trials"])
+
+
+@pytest.mark.long
+def test_a_trial_that_takes_its_worker_along_does_not_block_the_study(capfd: pytest.CaptureFixture[str]) -> None:
+    """After three times it counts as failed, and the study goes on."""
+    options = replace(ask("falls"), workers=2)
+    for _ in range(40):
+        try:
+            results = tuned(options, Budget(trials=6, scale=1.0, choosing=1, judging=6))
+        except StudyError as error:
+            assert "worker process was killed" in str(error)
+        else:
+            break
+    else:
+        raise AssertionError("the study never ended")
+    lost = [t for t in results["trials"] if t["state"] == "failed"]
+    assert lost and all("worker process was killed" in t["reason"] for t in lost)
+    assert len(Path("fallen.txt").read_text()) <= 2 * 3 * len(lost)    # two are under way at a time
+
+
+class Generator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+
+class Discriminator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+def test_of_several_models_each_one_s_advice_is_told() -> None:
+    space = space_of(["adam", "advised"])
+    trial = Trial(space.first()[-1], 0, 3)
+    for model in (Generator(), Discriminator()):
+        trial.attach(model)
+    assert trial.stepper.startswith("Generator: nw.optim.auto(model); Discriminator: nw.optim.AdamW(model")
+    bounded = Trial(space.first()[0], 0, 3)
+    one, other = Generator(), Discriminator()
+    for model in (one, other):
+        bounded.policies.append((type(model).__name__, nw.Policy([nw.max_norm(2.0, params=[f"layers.{3 * (model is one)}.weight"])])))
+    assert re.findall("^# (.*)", bounded.rules, re.MULTILINE) == ["Generator", "Discriminator"]
+    assert len(nw.Policy.from_yaml(bounded.rules)) == 2
+
+
+def test_the_advised_optimizer_takes_sparse_tables_as_the_advice_says() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    optimizer = Trial(space_of(["adam", "advised"]).first()[-1], 0, 3).attach(model)
+    model(torch.arange(5)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("more", "says"), [
+    (["--tiny"], "--tiny is for built-in tasks"), (["--name", "a/b"], "cannot be a file's"),
+])  # fmt: skip
+def test_what_means_nothing_for_a_function_is_refused_and_leaves_nothing(more: list[str], says: str, capfd: Any) -> None:
+    before = sorted(Path().iterdir())
+    assert cli.main(["tune", "test_tune_targets:ruleless", *QUICK, *more]) == 2
+    assert says in capfd.readouterr().err and sorted(Path().iterdir()) == before

@@ -15,12 +15,13 @@ from torch import nn
 from normwise.advice import costs
 from normwise.advice.answer import Advice, Call, Line, Recipe
 from normwise.advice.facts import Facts
-from normwise.advice.goals import ADAMW, GOALS, do, line
+from normwise.advice.goals import ADAMW, GOALS, bound_of_chain, do, line
 from normwise.advice.probe import STEPS, Loss, Probe, probe
 from normwise.control import attach
 from normwise.engine.nonfinite import all_finite
 from normwise.errors import NormwiseError, PolicyError, nearest
 from normwise.parameters.attention_logits import Attention
+from normwise.parameters.inventory import Entry
 from normwise.policy import Policy
 
 TAU = 100.0
@@ -122,9 +123,9 @@ def _known(facts: Facts, seen: Probe | None, goal: str) -> list[Line]:
     growing = [a for a in facts.attentions if not a.bounded and (seen is None or a.path not in seen.logits)]
     if goal in ("speed", "stability") and bounded:
         how = ", ".join(sorted({a.bounded for a in bounded}))
-        lines.append(line("leave", "qk_clip, bounded", f"{len(bounded)} attentions with {how}", basis="guess"))
+        lines.append(line("leave", "qk_clip, bounded", f"{len(bounded)} attention{'s' * (len(bounded) != 1)} with {how}", basis="guess"))
     if goal in ("speed", "stability") and growing:
-        lines.append(line("know", "watch logits", f"{len(growing)} attentions", basis="guess"))
+        lines.append(line("know", "watch logits", f"{len(growing)} attention{'s' * (len(growing) != 1)}", basis="guess"))
     if goal in ("speed", "stability") and facts.stacked:
         lines.append(line("know", "experts", "stacked tensors", facts.stacked, count=sum(e.layout.size("se") for e in facts.stacked)))
     if goal in ("lipschitz", "finetuning") and facts.tied_head is not None:
@@ -142,7 +143,7 @@ def _measured(facts: Facts, seen: Probe, found: Sequence[Line]) -> list[Line]:
     lines: list[Line] = []
     if seen.nonfinite:
         worst = max(seen.nonfinite, key=lambda name: seen.nonfinite[name])
-        on = f"{len(seen.nonfinite)} parameters"
+        on = f"{len(seen.nonfinite)} parameter{'s' * (len(seen.nonfinite) != 1)}"
         lines.append(line("do", "skip", on, basis="probe", worst=worst, times=seen.nonfinite[worst], batches=seen.batches))
     if seen.idle:
         lines.append(line("know", "idle", ", ".join(seen.idle[:3]), basis="probe", count=len(seen.idle)))
@@ -182,7 +183,8 @@ def _grown_logits(facts: Facts, seen: Probe) -> list[Line]:
         return []
     largest = max(max(first, last) for first, last, _ in seen.logits.values())
     if largest <= TAU:
-        return [line("leave", "qk_clip, small", f"{len(seen.logits)} attentions", basis="probe", largest=f"{largest:.3g}")]
+        on = f"{len(seen.logits)} attention{'s' * (len(seen.logits) != 1)}"
+        return [line("leave", "qk_clip, small", on, basis="probe", largest=f"{largest:.3g}")]
     groups: dict[tuple[Any, ...], list[Attention]] = defaultdict(list)
     for a in facts.attentions:
         first, last, heads = seen.logits.get(a.path, (0.0, 0.0, 0))
@@ -196,6 +198,13 @@ def _grown_logits(facts: Facts, seen: Probe) -> list[Line]:
             lines.append(line("know", "logits grown", ", ".join(a.path for a in members[:2]), basis="probe", largest=f"{largest:.3g}"))
             continue
         call = Call("qk_clip", {"tau": TAU}) if torchs else _qk_clip(members, fused, heads, key_heads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            unfit = (fused and key_heads not in (0, heads)) or _refused(facts, [call])
+        if unfit:    # queries and keys of other sizes in one tensor, or weights that do not train
+            on = ", ".join(a.path for a in members[:2])
+            lines.append(line("know", "logits grown, no rule", on, basis="probe", largest=f"{largest:.3g}"))
+            continue
         lines.append(do("qk_clip", call, scaled, basis="probe", largest=f"{largest:.3g}"))
     return lines
 
@@ -216,7 +225,7 @@ def _qk_clip(members: Sequence[Attention], fused: bool, heads: int, key_heads: i
 def _fitting(facts: Facts, recipe: Recipe, lines: Sequence[Line]) -> tuple[Recipe, list[Line]]:
     """The optimizer and the rules that this model takes, each tried; what is refused becomes a line that says why."""
     if any(e.param.is_meta for e in facts.inventory):
-        return recipe, list(lines)
+        return recipe, [*lines, line("know", "not tried", "weights on the meta device")]
     kept: list[Line] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")    # whoever attaches is told
@@ -237,18 +246,29 @@ def _fitting(facts: Facts, recipe: Recipe, lines: Sequence[Line]) -> tuple[Recip
 
 
 def _without(facts: Facts, one: Line, calls: Sequence[Call], why: str) -> list[Line]:
-    """A line whose rule was refused, without the computed weights, which are what mostly refuses; one to leave where that does not help."""
-    computed = [e for e in facts.inventory.weights if e.computed is not None]
+    """A line whose rule was refused, without the computed weights that refuse it; one to leave where that does not help."""
+    try:
+        chosen = [e for c in one.rules for rule in c.rules() for e in rule.targets(facts.inventory.weights)]
+    except NormwiseError:    # a selector that nothing fits
+        chosen = []
+    computed = [e for e in chosen if e.computed is not None and e.trained]
+    apart = {e.name: _refused(facts, [replace(c, arguments=_for_one(c, e)) for c in one.rules]) for e in computed}
+    computed = [e for e in computed if apart[e.name]]
     raw = sorted(e.name for e in computed)
     fewer = tuple(Call(c.name, {**c.arguments, "exclude": [*c.arguments.get("exclude", ()), *raw]}) for c in one.rules)
     if not raw or _refused(facts, [*calls, *fewer]):
         return [line("leave", "refused", one.on, rule=one.what, error=why)]
     tensors, numbers = one.tensors - len(computed), one.numbers - sum(e.shape.numel() for e in computed)
     on = f"{one.on.rpartition(': ')[0]}: {tensors} tensor{'s' * (tensors != 1)}, {costs.size_of(numbers)}"
+    said = one.why.replace(bound_of_chain(one.tensors), bound_of_chain(tensors))
     return [
-        replace(one, what="; ".join(map(str, fewer)), rules=fewer, on=on, tensors=tensors, numbers=numbers),
-        line("leave", "refused", ", ".join(raw[:2]), computed, rule=one.what, error=why),
+        replace(one, what="; ".join(map(str, fewer)), rules=fewer, on=on, tensors=tensors, numbers=numbers, why=said),
+        line("leave", "refused", ", ".join(raw[:2]), computed, rule=one.what, error=apart[raw[0]]),
     ]  # fmt: skip
+
+
+def _for_one(call: Call, e: Entry) -> dict[str, Any]:
+    return {**{k: v for k, v in call.arguments.items() if k != "exclude"}, "params": [glob.escape(e.name)]}
 
 
 def _refused(facts: Facts, calls: Sequence[Call]) -> str:

@@ -17,7 +17,7 @@ from normwise.optim.presets import MATRICES
 from normwise.parameters import forward_source
 from normwise.parameters.attention_logits import Attention, find_attentions
 from normwise.parameters.inventory import Entry, Inventory
-from normwise.parameters.names import class_of
+from normwise.parameters.names import ADAPTED, class_of
 from normwise.parameters.roles import normalises
 from normwise.parameters.scale_free import scale_free
 
@@ -62,12 +62,18 @@ class Facts:
 
     @cached_property
     def adapted(self) -> bool:
-        """Whether LoRA's factors are what is trained."""
+        """Whether LoRA's factors are trained, alone or beside whole matrices."""
         return any(e.adapter in ("A", "B") for e in self.trainable)
 
     @cached_property
     def products(self) -> list[Entry]:
+        """Of the factors that are PEFT's."""
         return [e for e in self.inventory.weights if e.adapter == "product" and e.trained]
+
+    @cached_property
+    def magnitudes(self) -> list[Entry]:
+        """DoRA's lengths of units."""
+        return [e for e in self.trainable if e.adapter == "magnitude"]
 
     @cached_property
     def computed(self) -> list[Entry]:
@@ -112,8 +118,15 @@ class Facts:
 
     @cached_property
     def chained(self) -> bool:
-        """Whether the model is a chain of linear layers with nothing between that takes two inputs further apart: proven, not guessed."""
-        return not self.computed and _is_chain(self.model)
+        """Whether the model is a chain of linear layers that train with nothing between that takes two inputs further apart: proven, not
+        guessed."""
+        return not self.computed and not self.frozen and _is_chain(self.model)
+
+    @cached_property
+    def frozen(self) -> list[Entry]:
+        """Matrices that do not train, so that no rule bounds them, but LoRA's base."""
+        still = (e for e in self.inventory.weights if e.role in WEIGHTS and not e.trained and not e.adapter and len(e.shape) >= 2)
+        return [e for e in still if not set(ADAPTED) & set(e.name.split("."))]
 
     @cached_property
     def sparse(self) -> list[str]:
@@ -136,7 +149,7 @@ class Facts:
     def new_heads(self) -> list[Entry]:
         """Heads that are no language model's: a new task brings them, with fresh weights."""
         tables = {e.shape[0] for e in self.inventory if e.role == "embedding" and len(e.shape) == 2}
-        return [e for e in self.trainable if e.role == "head" and e.shape[0] not in tables and e.param.ndim >= 2]
+        return [e for e in self.weights(("head",)) if e.shape[0] not in tables and len(e.shape) >= 2]
 
     @cached_property
     def empty(self) -> list[Entry]:
@@ -144,8 +157,9 @@ class Facts:
         return [e for e in self.weights(WEIGHTS) if not e.param.is_meta and not bool(e.param.any())]
 
     def weights(self, roles: Collection[str]) -> list[Entry]:
-        """What rules on weights act on, of these roles: computed weights in the place of their raw tensors, without LoRA's parts."""
-        return [e for e in self.inventory.weights if e.role in roles and not e.adapter and e.trained]
+        """What rules on weights act on, of these roles: computed weights in the place of their raw tensors, without LoRA's factors."""
+        whole = ("", "modules_to_save")
+        return [e for e in self.inventory.weights if e.role in roles and e.adapter in whole and e.trained]
 
     @cached_property
     def matrix_share(self) -> float:
@@ -158,7 +172,8 @@ class Facts:
         found: dict[str, float] = {}
         for role in (*WEIGHTS, "embedding"):
             known = [e.param.detach() for e in self.weights((role,)) if not e.param.is_meta and e.computed is None]
-            length = math.hypot(*(float(torch.linalg.vector_norm(p)) for p in known))
+            # Float8 has no norm of its own.
+            length = math.hypot(*(float(torch.linalg.vector_norm(p.float() if p.itemsize == 1 else p)) for p in known))
             if length:
                 found[role] = rate * math.sqrt(sum(p.numel() for p in known)) / length
         return found
@@ -191,7 +206,9 @@ _BETWEEN = (
 
 
 def _is_chain(module: nn.Module) -> bool:
-    """Of linear layers and what may stand between them, one after the other."""
+    """Of linear layers and what may stand between them, one after the other, with no hook that may change what they hand on."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
     if type(module) is nn.Linear or isinstance(module, _BETWEEN):
         return True
     if isinstance(module, nn.LeakyReLU | nn.ELU):

@@ -63,7 +63,7 @@ def fast_step(facts: Facts) -> Answer:
     """`auto`, where its matrix step has something to do."""
     why = "complex" if facts.complex else "lora" if facts.adapted else "few matrices" if facts.matrix_share < 0.5 else ""
     if why or facts.kind == "linear layers":
-        return adamw(facts, f"adamw, {why or 'linear'}", share=f"{facts.matrix_share:.0%}")
+        return adamw(facts, f"adamw, {why or 'linear'}", share=f"{facts.matrix_share:.0%}", what=_lora_is(facts))
     raw = {e.name: "adamw" for e in facts.computed}
     recipe = Recipe("auto", {"override": raw} if raw else {})
     raced = "None of its races was on a network like yours: on convolutions, gates, attention, and linear layers, where it missed."
@@ -78,6 +78,10 @@ def fast_step(facts: Facts) -> Answer:
     if raw:
         lines.append(line("know", "auto, raw tensors", ", ".join([*raw][:2]), facts.computed))
     return recipe, lines
+
+
+def _lora_is(facts: Facts) -> str:
+    return "are among what" if facts.weights((*WEIGHTS, "embedding")) else "are what"
 
 
 def adamw(facts: Facts, key: str = "", lr: float = 1e-3, **values: Any) -> Answer:
@@ -134,37 +138,40 @@ def stability(facts: Facts) -> Answer:
     recipe, lines = adamw(facts)
     lines.append(do("zclip", Call("zclip", {"z": 2.5}), facts.trainable, costs.measured("clip")))
     decayed = facts.weights((*WEIGHTS, "embedding"))
-    if decayed and not facts.adapted:
-        lines.append(do("decay", Call("weight_decay", {"strength": 0.1, "params": _roles(decayed)}), decayed, "one pass over them."))
+    if decayed:
+        lines.append(do("decay", Call("weight_decay", {"strength": 0.1, "params": _on(facts, decayed)}), decayed, "one pass over them."))
     return recipe, lines
 
 
 def lipschitz(facts: Facts) -> Answer:
     recipe, lines = adamw(facts)
     if facts.adapted and not facts.products:
-        return recipe, [*lines, line("leave", "no product", "LoRA's factors", [e for e in facts.trainable if e.adapter in ("A", "B")])]
-    if facts.adapted:
+        lines.append(line("leave", "no product", "LoRA's factors", [e for e in facts.trainable if e.adapter in ("A", "B")]))
+    if facts.products:
         call = Call("spectral_cap", {"radius": "0.1*base", "params": "peft:product"})
-        return recipe, [*lines, do("cap, lora", call, facts.products, costs.measured("cap"))]
+        lines.append(do("cap, lora", call, facts.products, costs.measured("cap")))
+    if facts.magnitudes:
+        lines.append(line("know", "magnitudes", "peft:magnitude", facts.magnitudes))
     capped = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e.name not in facts.scale_free]
     left = [e for e in facts.inventory.weights if e.name in facts.scale_free]
     measured = all(e.name in facts.judged for e in left)
     uncapped = [line("leave", "no caps", "scale-free weights", left, basis="probe" if measured else "guess")] if left else []
+    still = [line("know", "frozen", ", ".join(_names(facts.frozen)[:2]), facts.frozen)] if facts.frozen else []
     if not capped:
-        return recipe, [*lines, *(uncapped or [line("leave", "nothing to cap", "everything")])]
+        nothing = [] if facts.adapted else [line("leave", "nothing to cap", "everything")]
+        return recipe, [*lines, *(uncapped or nothing), *still]
     if facts.chained and not left:
-        call = Call("spectral_cap", {"radius": 1.0, "params": _roles(capped)})
+        call = Call("spectral_cap", {"radius": 1.0, "params": _on(facts, capped)})
         lines.append(do("cap, chain", call, capped, f"{costs.measured('exact cap')} Less with tolerance=0.01."))
         return recipe, [*lines, line("know", "scaled logits", "the loss")]
-    free = _excluding(left, capped)
-    call = Call("spectral_cap", {"radius": 2.0, "params": _roles(capped), "tolerance": 0.01, **free})
-    product = f"2.02^{len(capped)}" + (f" = {2.02 ** len(capped):.2g}" if len(capped) < 1000 else "")
-    lines.append(do("cap", call, capped, costs.measured("cap"), product=product))
-    lines += uncapped
+    free = _excluding(facts, left, capped)
+    call = Call("spectral_cap", {"radius": 2.0, "params": _on(facts, capped), "tolerance": 0.01, **free})
+    lines.append(do("cap", call, capped, costs.measured("cap"), product=bound_of_chain(len(capped))))
+    lines += [*uncapped, *still]
     if facts.attentions:
-        lines.append(line("know", "no Lipschitz", f"{len(facts.attentions)} attentions"))
+        lines.append(line("know", "no Lipschitz", f"{len(facts.attentions)} attention{'s' * (len(facts.attentions) != 1)}"))
     if facts.branches:
-        lines.append(line("know", "branches", f"{facts.branches} modules", basis="guess"))
+        lines.append(line("know", "branches", f"{facts.branches} module{'s' * (facts.branches != 1)}", basis="guess"))
     if facts.normalised:
         lines.append(line("know", "normalisations", "the normalisation layers"))
     if "conv" in facts.roles and not facts.normalised:
@@ -172,26 +179,35 @@ def lipschitz(facts: Facts) -> Answer:
     return recipe, lines
 
 
+def bound_of_chain(layers: int) -> str:
+    """What so many capped matrices, one after the other, amplify by at most."""
+    return f"2.02^{layers}" + (f" = {2.02**layers:.2g}" if layers < 1000 else "")
+
+
 def quantisation(facts: Facts) -> Answer:
     recipe, lines = fast_step(facts)
-    lines.append(line("leave", "no clamps on factors" if facts.adapted else "no clamps", "everything"))
+    if facts.adapted:
+        lines.append(line("leave", "no clamps on factors", "LoRA's factors"))
+    if not facts.adapted or facts.weights(WEIGHTS):
+        lines.append(line("leave", "no clamps", "everything"))
     return recipe, [*lines, line("know", "searched scale", "the rounding"), line("know", "outliers", "the checkpoint")]
 
 
 def finetuning(facts: Facts) -> Answer:
     if facts.adapted:
-        recipe, lines = adamw(facts, "adamw, lora", lr=5e-4)
-        if not facts.products:
-            return recipe, [*lines, line("leave", "no product", "LoRA's factors", [e for e in facts.trainable if e.adapter in ("A", "B")])]
-        return recipe, [*lines, line("leave", "no product bounds", "peft:product", facts.products)]
-    recipe, lines = adamw(facts, "adamw, finetuning", lr=1e-4)
+        recipe, lines = adamw(facts, "adamw, lora", lr=5e-4, what=_lora_is(facts))
+        factors = facts.products or [e for e in facts.trainable if e.adapter in ("A", "B")]
+        on = "peft:product" if facts.products else "LoRA's factors"
+        lines.append(line("leave", "no product bounds" if facts.products else "no product", on, factors))
+    else:
+        recipe, lines = adamw(facts, "adamw, finetuning", lr=1e-4)
     left = [*facts.new_heads, *(e for e in facts.empty if e not in facts.new_heads)]
     held = [e for e in facts.weights((*WEIGHTS, "embedding")) if e not in left]
     if held:
         # A unit of zeros, such as a padding token, has no length of its own: a thousandth of √n is about 1/20 of a fresh unit's.
         floor = round(1e-3 * math.sqrt(min(e.layout.size("Hik") for e in held)), 6)
-        arguments = {"radius": 0.0333, "params": _roles(held), "center": "init", "relative": True, "floor": floor}
-        call = Call("max_norm", {**arguments, **_excluding(left, held)})
+        arguments = {"radius": 0.0333, "params": _on(facts, held), "center": "init", "relative": True, "floor": floor}
+        call = Call("max_norm", {**arguments, **_excluding(facts, left, held)})
         lines.append(do("ball", call, held, f"{costs.measured('bound')} A copy of these weights.", floor=floor))
     if facts.new_heads:
         lines.append(line("know", "new heads", ", ".join(_names(facts.new_heads)[:2]), facts.new_heads))
@@ -201,13 +217,13 @@ def finetuning(facts: Facts) -> Answer:
 def plasticity(facts: Facts) -> Answer:
     recipe, lines = adamw(facts)
     held = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e not in facts.empty]
-    if facts.adapted or not held:
+    if not held:
         return recipe, [*lines, line("leave", "nothing to keep", "everything")]
     free = [e for e in held if e.name in facts.scale_free]
     others = [e for e in held if e not in free]
     if others:
-        left = _excluding([*free, *facts.empty], others)
-        call = Call("spectral_cap", {"radius": "2.25*init", "params": _roles(others), "every": 8, **left})
+        left = _excluding(facts, [*free, *facts.empty], others)
+        call = Call("spectral_cap", {"radius": "2.25*init", "params": _on(facts, others), "every": 8, **left})
         lines.append(do("cap, plasticity", call, others, "an exact decomposition every 8th step."))
     if free:
         call = Call("unit_norm", {"radius": "init", "params": _names(free), "per": "tensor"})
@@ -225,12 +241,14 @@ def _names(entries: Sequence[Entry]) -> list[str]:
     return [e.name for e in entries]
 
 
-def _roles(entries: Sequence[Entry]) -> list[str]:
-    """Selectors of their roles."""
+def _on(facts: Facts, entries: Sequence[Entry]) -> list[str]:
+    """Selectors of their roles; their names beside LoRA's factors, which have roles, too."""
+    if facts.adapted:
+        return _names(entries)
     return [f"role:{role}" for role in dict.fromkeys(e.role for e in entries)]
 
 
-def _excluding(left: Sequence[Entry], held: Sequence[Entry]) -> dict[str, list[str]]:
+def _excluding(facts: Facts, left: Sequence[Entry], held: Sequence[Entry]) -> dict[str, list[str]]:
     """``exclude=`` for those of ``left`` that the roles of ``held`` would select."""
-    names = [e.name for e in left if e.role in {h.role for h in held}]
+    names = [] if facts.adapted else [e.name for e in left if e.role in {h.role for h in held}]
     return {"exclude": names} if names else {}

@@ -163,7 +163,15 @@ def _alike(now: tuple[int, int, float], before: list[Any]) -> bool:
 def _generators(source: Any) -> Iterator[Any]:
     """The generators of a DataLoader, its samplers and its dataset."""
     seen: dict[int, Any] = {}
-    for owner in (source, *(getattr(source, name, None) for name in ("sampler", "batch_sampler", "dataset"))):
+    owners = [source, *(getattr(source, name, None) for name in ("sampler", "batch_sampler", "dataset"))]
+    known: set[int] = set()
+    for owner in owners:
+        if id(owner) in known:
+            continue
+        known.add(id(owner))
+        # What Subset and ConcatDataset wrap.
+        inner = getattr(owner, "datasets", None)
+        owners += [getattr(owner, "dataset", None), *(inner if isinstance(inner, list | tuple) else ())]
         for one in (owner, getattr(owner, "sampler", None)):
             own = vars(one).values() if hasattr(one, "__dict__") and not isinstance(one, type) else ()
             held = [*own, getattr(one, "generator", None)]    # a wrapper hands on what it wraps

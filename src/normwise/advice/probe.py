@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy as copying
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from normwise.advice.logits import LogitWatch, watched
 from normwise.errors import DataError, LayoutError, NormwiseError
 from normwise.parameters.attention_logits import find_attentions
 from normwise.parameters.inventory import Entry, Inventory
+from normwise.parameters.scale_free import scale_free
 from normwise.reports import Loggable, table
 
 RATE = 0.01
@@ -141,7 +143,8 @@ def _next(source: Iterator[Any], k: int, steps: int) -> Any:
     try:
         return next(source)
     except StopIteration:
-        raise DataError(f"the batches ended after {k}, and the probe asks for {steps}: give more, or steps={max(k, LEAST)}.") from None
+        fewer = f", or steps={k}" if k >= LEAST else f"; it takes at least {LEAST}"
+        raise DataError(f"the batches ended after {k}, and the probe asks for {steps}: give more{fewer}.") from None
     except NormwiseError:
         raise
     except Exception as error:    # the user's own code
@@ -206,6 +209,8 @@ class _Probing:
         if k % 3 == 2 and k < 9:    # whether length matters, in three batches
             for e in alive:
                 self._judge(e)
+        if k == self.steps - 1:
+            self._doubt(batch)
         self._step(alive, lengths, share if k == self.steps - 1 else 0.0)
 
     def _backward(self, k: int, batch: Any) -> list[float] | None:
@@ -283,7 +288,36 @@ class _Probing:
         most = (w.norm(dim=1) * g.norm(dim=1)).double().sum()
         if most > 0:
             apart, summed = rows.abs().sum() < 1e-3 * most, rows.sum().abs() < 1e-2 * rows.norm()
-            self.judged.setdefault(e.name, []).append(bool(apart | (summed & (len(rows) > 1))))
+            free = bool(apart | (summed & (len(rows) > 1)))
+            # A bias that reaches the loss is normalised with the weight: at zero, where it starts, it hides that their ratio matters.
+            bias = getattr(e.module, "bias", None)
+            if free and isinstance(bias, Tensor) and bias.grad is not None and float(_norm(bias.grad)) > 1e-4 * float(g.norm()):
+                return
+            self.judged.setdefault(e.name, []).append(free)
+
+    @torch.no_grad()
+    def _doubt(self, batch: Any) -> None:
+        """What looks scale-free where the code shows no normalisation: is the loss the same when it is 16 times as long, and 256 times? A
+        part that goes by the normalisation may matter too little to be seen before."""
+        found = {e.name: e for e in self.entries if all(self.judged.get(e.name, [False]))}
+        known = scale_free(self.model, list(found.values())) if found else {}
+        kinds: dict[str, list[Entry]] = {}
+        for name in found.keys() - known.keys():
+            kinds.setdefault(re.sub(r"\d+", "", name), []).append(found[name])
+        for entries in kinds.values():
+            was, values = [e.param.clone() for e in entries], []
+            for factor in (16, 16):
+                for e in entries:
+                    e.param.mul_(factor)
+                try:
+                    with torch.random.fork_rng():
+                        values.append(float(self.loss(self.model, batch)))
+                except Exception:    # the user's own code: no answer is no measurement
+                    values.append(math.nan)
+            for e, before in zip(entries, was, strict=True):
+                e.param.copy_(before)
+                if not abs(values[1] - values[0]) <= 1e-5 * abs(values[0]):
+                    self.judged[e.name].append(False)
 
     @torch.no_grad()
     def _step(self, alive: list[Entry], lengths: list[float], share: float) -> None:

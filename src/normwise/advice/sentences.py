@@ -43,7 +43,7 @@ SAID: dict[str, Said] = {
     ),
     "adamw, lora": Said(
         "{recipe}",
-        f"LoRA's factors are what trains. Muon for A, B or both, and a rate of its own for B, ended within the spread of our seeds. {TUNE}",
+        f"LoRA's factors {{what}} trains. Muon for A, B or both, and a rate of its own for B, ended within the spread of our seeds. {TUNE}",
         "docs/peft.md", STATE,
     ),
     "adamw, few matrices": Said(
@@ -165,7 +165,7 @@ SAID: dict[str, Said] = {
     ),
     "cap, lora": Said(
         "{rule}",
-        "The base is frozen, so the adapter's product is what can amplify more: σ₁ of W + s·BA is at most 1.1 times that of W.",
+        "The adapter's product adds at most a tenth of σ₁(W) to its base: σ₁ of W + s·BA is at most 1.1 times that of W.",
         "docs/peft.md; Weyl's inequality",
     ),
     "cap, chain": Said(
@@ -224,6 +224,15 @@ SAID: dict[str, Said] = {
     "normalisations": Said(
         "normalisations have no bound of their own", "They divide by what they see, which may be small.", "Gouk et al., 2021",
     ),
+    "frozen": Said(
+        "what is frozen is not capped", "No rule bounds a weight that does not train: its largest singular value multiplies the product.",
+        "Gouk et al., 2021",
+    ),
+    "magnitudes": Said(
+        "DoRA's magnitudes train, too: nw.clip_weight_value(0.5, 2.0, \"peft:magnitude\")",
+        "They set the length of each unit anew, and the cap on the product bounds its direction alone. A clip keeps them in an interval; "
+        "choose one around their values.", "docs/peft.md",
+    ),
     "critic": Said(
         "for a GAN's critic: nw.clip_weight_value(0.15, params=\"role:all\")",
         "With the hinge loss its images were the nearest to real ones (0.053, nothing 0.071; their seeds overlap); the cap was level with "
@@ -245,7 +254,7 @@ SAID: dict[str, Said] = {
         "Dettmers et al., 2022 (LLM.int8()); docs/inspect.md",
     ),
     "new heads": Said(
-        "heads are not held", "A new task's head starts from fresh weights. If yours is pretrained too, drop it from exclude.",
+        "heads are not held", "A new task's head starts from fresh weights. If yours is pretrained too, hold it like the rest.",
         "docs/advise.md",
     ),
     "scale-free": Said(
@@ -262,6 +271,12 @@ SAID: dict[str, Said] = {
         "the attention's largest logit is {largest}",
         "Nothing bounds it, and beyond 100 attention learns little. nw.qk_clip(100, query=..., key=..., heads=...) does, and needs to know "
         "how many heads there are, which this attention does not say.", "the probe; docs/published-methods.md#attention-logits",
+    ),
+    "logits grown, no rule": Said(
+        "the attention's largest logit is {largest}",
+        "Nothing bounds it, and beyond 100 attention learns little. nw.qk_clip cannot scale these queries and keys: they do not train, or "
+        "lie in one tensor whose parts are of different sizes. A smaller rate, or a QK-norm, keeps logits from growing.",
+        "the probe; docs/published-methods.md#attention-logits",
     ),
     "sparse": Said(
         "{code}",
@@ -290,6 +305,10 @@ SAID: dict[str, Said] = {
     ),
     "tied": Said(
         "embedding and head are one table", "It has the role embedding, so role:head does not reach it.", "docs/policies.md#roles",
+    ),
+    "not tried": Said(
+        "ask again when the weights are there",
+        "Without values nothing of this was tried: attach may refuse a rule, and a weight of zeros is not known.", "docs/advise.md",
     ),
     "unsure": Said(
         "nobody states the axes of these",

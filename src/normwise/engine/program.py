@@ -53,7 +53,10 @@ class Bindings:
         self.optimizers = optimizers
         registries: list[tuple[Mapping[str, Any], str, Any]] = []
         for module in model.modules():
-            for registry in (module._parameters, module._modules):
+            held: tuple[Any, ...] = (module._parameters, module._modules)
+            for registry in held:
+                if not isinstance(registry, dict):    # a scripted module's, which nobody changes
+                    continue
                 registries += [(registry, name, value) for name, value in registry.items() if value is not None]
         self._registries, self._names, self._registered = map(list, zip(*registries, strict=True)) if registries else ([], [], [])
         self.refresh()

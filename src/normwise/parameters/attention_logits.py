@@ -10,7 +10,7 @@ from torch import nn
 
 from normwise.parameters.inventory import Entry
 from normwise.parameters.layout_registry import HEADS, KEY_HEADS, whole_number
-from normwise.parameters.names import sites
+from normwise.parameters.names import ADAPTED, sites
 from normwise.parameters.roles import is_normalisation
 
 _QK_NORM = re.compile(r"(q|k|qk|query|key)_?(layer)?_?(norm|ln)|(layer)?_?(norm|ln)_(q|k|qk|query|key)|attn_(q|k)_norm")
@@ -43,7 +43,10 @@ def find_attentions(model: nn.Module, entries: Iterable[Entry]) -> list[Attentio
             continue
         above = [(parent, path) for parent, path in site.above() if path]
         module, inside = (site.home[0], "") if site.local_name.endswith("_proj_weight") else above[0] if above else (site.module, "")
-        path = site.name.removesuffix(f".{site.local_name}").removesuffix(inside).rstrip(".")
+        steps = site.name.removesuffix(f".{site.local_name}").split(".")
+        while steps[-1] in ADAPTED:    # q_proj.base_layer, which `inside` leaves out
+            steps.pop()
+        path = ".".join(steps).removesuffix(inside).rstrip(".")
         held.setdefault(path, (module, {}))[1].setdefault(e.attention, []).append(e.name)
     return [_attention(path, module, parts) for path, (module, parts) in held.items() if {"q", "qkv"} & parts.keys()]
 

@@ -21,11 +21,12 @@ _LONGEST = 240
 
 
 @contextmanager
-def locked(path: Path | None, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+def locked(path: Path | None, note: Callable[[str], None] = lambda text: None, option: str = "--state") -> Iterator[None]:
     """Within, no other study works on the file of finished runs ``path``; nothing for None.
 
     The lock is the system's, on a file ``.NAME.lock`` beside it: it goes with the process, however that ends, so none is left over, and it
-    holds when the file itself is replaced. Links to a file lead to the same lock. Where there are no such locks ``note`` says so.
+    holds when the file itself is replaced. Links to a file lead to the same lock. Where there are no such locks ``note`` says so. option:
+    that names the file.
 
     Raises StudyError that names the other process, and DataError where the lock cannot be made.
     """
@@ -33,7 +34,7 @@ def locked(path: Path | None, note: Callable[[str], None] = lambda text: None) -
         yield
         return
     beside = _beside(path)
-    fd = _take(path, beside, note)
+    fd = _take(path, beside, note, option)
     if fd is None:
         yield
         return
@@ -52,7 +53,7 @@ def _beside(path: Path) -> Path:
     return real.with_name(name)
 
 
-def _take(path: Path, beside: Path, note: Callable[[str], None]) -> int | None:
+def _take(path: Path, beside: Path, note: Callable[[str], None], option: str) -> int | None:
     try:
         import fcntl
     except ImportError:
@@ -64,7 +65,7 @@ def _take(path: Path, beside: Path, note: Callable[[str], None]) -> int | None:
         except OSError as error:
             raise DataError(
                 f"{path}: finished runs cannot be kept there, {beside.name} cannot be made beside it ({error.strerror}); "
-                "give a --state in a folder that can be written."
+                f"give a {option} in a folder that can be written."
             ) from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,12 +80,12 @@ def _take(path: Path, beside: Path, note: Callable[[str], None]) -> int | None:
             other = _about(fd)
             os.close(fd)
             raise StudyError(
-                f"{path}: another study works on this file: {other}. Wait until it has ended, or end it, or give another --state."
+                f"{path}: another study works on this file: {other}. Wait until it has ended, or end it, or give another {option}."
             ) from None
         except OSError as error:
             os.close(fd)
             if error.errno not in _NO_LOCKS:
-                raise DataError(f"{path}: this file cannot be locked ({error.strerror}); give another --state.") from None
+                raise DataError(f"{path}: this file cannot be locked ({error.strerror}); give another {option}.") from None
             note(f"{path}: its folder has no locks on files; see to it that no other study works on it.")
             return None
 

@@ -29,6 +29,10 @@ STOPPING = "Stopping: {} runs are under way; they are finished and kept. Ctrl-C 
 _context: Any = None
 
 
+class WorkerKilled(StudyError):
+    """A worker process is gone, and the run with it."""
+
+
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
     """torch on so many threads within, as before afterwards."""
@@ -248,7 +252,7 @@ def working(executor: Executor) -> Iterator[None]:
             ) from None
         if not isinstance(error, BrokenExecutor):
             raise
-        raise StudyError(
+        raise WorkerKilled(
             "A worker process was killed from outside, perhaps for want of memory; finished runs are kept. "
             "Start the same command again, with a smaller --workers if it is memory."
         ) from None

@@ -25,6 +25,13 @@ DONE, GIVEN_UP, REFUSED, FAILED = "done", "given up", "refused", "failed"
 """``refused``: its rules do not fit the model, or its metric is not finite, which the sampler should know; ``failed``: it raised."""
 
 
+LOST: Result = {
+    "state": FAILED, "value": None, "reason": "its worker process was killed, and killed again when it was repeated", "step_ms": None,
+    "size": None, "seconds": 0.0, "breaches": [], "rules": "[]\n", "stepper": "",
+}  # fmt: skip
+"""The result of a run that takes its process along."""
+
+
 @dataclass(frozen=True)
 class Watched:
     """Where a run's reports go: a trial of an Optuna study. url, study: of the storage. id: of the trial. spared: it is never given up."""

@@ -86,6 +86,9 @@ def _auto(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def _advised(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    for module in model.modules():    # as the advice says of tables
+        if getattr(module, "sparse", False) is True:
+            module.sparse = False    # type: ignore[assignment]
     made = nw.advise(model).optimizer.build(model)
     for group in made.param_groups:
         group["lr"] *= lr

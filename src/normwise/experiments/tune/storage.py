@@ -217,14 +217,21 @@ class Trials:
 
     Args:
         study: where they are kept.
+        lost: the result of a trial whose worker was killed time and again.
         alone: nobody else works on it: a trial that is under way was left by a process that is gone, and is taken up again as it was.
     """
 
-    def __init__(self, study: optuna.Study, alone: bool) -> None:
+    def __init__(self, study: optuna.Study, lost: Result, alone: bool) -> None:
         import optuna
 
-        self.study, self.alone, self.mine = study, alone, set[int]()
+        self.study, self.lost, self.alone, self.mine = study, lost, alone, set[int]()
         self.left = study.get_trials(states=(optuna.trial.TrialState.RUNNING,)) if alone else []
+
+    def killed(self) -> None:
+        """Counts, for what is under way here, that a worker was killed. In a database others do that, by the signs of life that end."""
+        for id in self.mine if self.alone else ():
+            times = self.study._storage.get_trial(id).user_attrs.get("killed", 0)
+            self.study._storage.set_trial_user_attr(id, "killed", times + 1)
 
     def finished(self) -> list[optuna.trial.FrozenTrial]:
         """Those with a result, in their order; also those that were given up, refused or failed."""
@@ -282,8 +289,12 @@ class Trials:
     def _next(self, wanted: int) -> optuna.trial.Trial | None:
         import optuna
 
-        if self.left:
-            return self._kept(optuna.trial.Trial(self.study, self.left.pop(0)._trial_id))
+        while self.left:
+            trial = optuna.trial.Trial(self.study, self.left.pop(0)._trial_id)
+            if trial.user_attrs.get("killed", 0) <= RETRIES:
+                return self._kept(trial)
+            trial.set_user_attr("result", dict(self.lost))
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not self.alone:

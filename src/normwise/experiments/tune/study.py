@@ -18,6 +18,7 @@ from normwise.errors import StudyError
 from normwise.experiments.framework import interrupts
 from normwise.experiments.framework.driver import Driver
 from normwise.experiments.framework.lock import locked
+from normwise.experiments.framework.pool import WorkerKilled
 from normwise.experiments.framework.printing import show_table
 from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.provenance import machine, versions
@@ -27,7 +28,7 @@ from normwise.experiments.framework.study import opened as opened_driver
 from normwise.experiments.tune import space as spaces
 from normwise.experiments.tune import storage as kept
 from normwise.experiments.tune import tables, verdict
-from normwise.experiments.tune.run import DONE, FAILED, GIVEN_UP, REFUSED, TuneRun, Watched
+from normwise.experiments.tune.run import DONE, FAILED, GIVEN_UP, LOST, REFUSED, TuneRun, Watched
 from normwise.experiments.tune.storage import Trials
 from normwise.experiments.tune.target import Target, load_target
 from normwise.experiments.tune.verdict import Tried
@@ -99,6 +100,8 @@ class TuneOptions(Options):
         super().check(budgets)
         if self.maximize and ":" not in self.task:
             raise StudyError(f"maximize is for functions of yours: of the task {self.task} the direction of the metric is known.")
+        if self.size != "standard" and ":" in self.task:
+            raise StudyError(f"--{self.size} is for built-in tasks; {self.task} makes its model itself.")
         if not 0 <= self.seed <= MOST_SEED:
             raise StudyError(f"seed is {self.seed}, but must be a whole number from 0 to {MOST_SEED}.")
         if not self.called.isprintable() or set(self.called) & set("/?#%"):
@@ -114,6 +117,7 @@ class TuneOptions(Options):
 
 def run(options: TuneOptions, outputs: Outputs) -> bool:
     """The command: tunes, prints, writes the outputs and the policy. False where a bound is broken."""
+    options.check(BUDGETS)
     beside = Path(str(outputs.default_state(options.called)).removesuffix(".runs.jsonl"))
     policy = options.policy or Path(f"{beside}.yaml")
     options = replace(options, storage=options.storage or f"{beside}.db")
@@ -167,7 +171,7 @@ def _opened(options: TuneOptions, progress: Progress | None) -> Iterator[tuple[D
     note = (progress or Progress()).note
     # The driver is inside: its workers, which have the storage open, end first.
     with (
-        locked(options.file, note), kept.in_reach(options.url, options.file) as storage,
+        locked(options.file, note, "--storage"), kept.in_reach(options.url, options.file) as storage,
         opened_driver(replace(options, state=None), progress) as driver,
     ):  # fmt: skip
         yield driver, storage
@@ -194,8 +198,8 @@ class _Search:
         }  # fmt: skip
         asked = json.loads(json.dumps(asked))    # as it is read again
         directions = [first, *["minimize"] * (len(self.options.objectives) - 1)]
-        self.first = Trials(kept.study_of(self.storage, name, asked, directions), self.alone)
-        self.second = Trials(kept.study_of(self.storage, f"{name}, fresh seeds", asked, [first]), self.alone)
+        self.first = Trials(kept.study_of(self.storage, name, asked, directions), LOST, self.alone)
+        self.second = Trials(kept.study_of(self.storage, f"{name}, fresh seeds", asked, [first]), LOST, self.alone)
         self.first.study.sampler = kept.sampler(self.options.seed)
 
     def results(self) -> dict[str, Any]:
@@ -279,7 +283,11 @@ class _Search:
         with trials.alive():
             while True:
                 lanes = {str(k): trials.lane(wanted, run_of, outcome, sound) for k in range(self.options.workers)}
-                self.driver.run(lanes)
+                try:
+                    self.driver.run(lanes)
+                except WorkerKilled:
+                    trials.killed()
+                    raise
                 if not trials.elsewhere():
                     return
                 time.sleep(_POLL)

@@ -59,8 +59,8 @@ class Trial:
     models: list[nn.Module] = field(default_factory=list)
     controls: list[nw.Control] = field(default_factory=list)
     ended: GivenUp | None = None
-    rules: str = "[]\n"
-    stepper: str = ""
+    policies: list[tuple[str, nw.Policy]] = field(default_factory=list)
+    steppers: list[tuple[str, str]] = field(default_factory=list)
     ticks: list[float] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
 
@@ -68,14 +68,29 @@ class Trial:
         """The rules for ``model``; none for "nothing"."""
         self.asked.add("policy")
         found = space.policy(self.numbers, model)
-        self.rules = found.to_yaml()
+        self.policies.append((type(model).__name__, found))
         return found
+
+    @property
+    def rules(self) -> str:
+        """As YAML; of several models, as in a GAN, that have rules of their own, each one's after its name."""
+        parts = [(f"# {name}\n", policy.to_yaml()) for name, policy in self.policies if policy.rules]
+        if len({text for _, text in parts}) == 1 and len(parts) == len(self.policies):
+            return parts[0][1]
+        return "".join(f"{name}{text}" for name, text in parts) or "[]\n"
+
+    @property
+    def stepper(self) -> str:
+        """The advised optimizer, of several models each one's."""
+        told = dict.fromkeys(text for _, text in self.steppers)
+        return next(iter(told)) if len(told) == 1 else "; ".join(f"{name}: {text}" for name, text in self.steppers)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of ``model``'s parameters, without rules: attach :meth:`policy` to it, or use :meth:`attach`."""
         self.asked.add("optimizer")
         made = space.built(self.numbers, model)
-        self.stepper = str(nw.advise(model).optimizer) if self.numbers["optimizer"] == space.ADVISED else ""
+        if self.numbers["optimizer"] == space.ADVISED:
+            self.steppers.append((type(model).__name__, str(nw.advise(model).optimizer)))
         if not self.models:    # of several, as in a GAN, the first one's steps are timed
             made.register_step_post_hook(lambda *_: self.ticks.append(time.perf_counter()))
         self.models.append(model)

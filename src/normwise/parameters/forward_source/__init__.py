@@ -4,9 +4,10 @@ A class without readable source (compiled, typed into a prompt, traced) says not
 """
 
 from normwise.parameters.forward_source.flow import outputs
-from normwise.parameters.forward_source.passage import adds_to_stream, called, handed_on, is_chain
+from normwise.parameters.forward_source.passage import called, handed_on, is_chain
 from normwise.parameters.forward_source.products import contractions, uses
 from normwise.parameters.forward_source.splits import Split, number, splits
+from normwise.parameters.forward_source.sums import adds_to_stream
 from normwise.parameters.forward_source.trees import functions
 
 __all__ = ["Split", "adds_to_stream", "called", "contractions", "functions", "handed_on", "is_chain", "number", "outputs", "splits", "uses"]

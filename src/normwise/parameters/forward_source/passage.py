@@ -53,45 +53,6 @@ def called(cls: type[nn.Module]) -> frozenset[str]:
     return frozenset(n.func.attr for n in calls if isinstance(n.func, ast.Attribute) and is_self(n.func))
 
 
-@cached
-def adds_to_stream(cls: type[nn.Module]) -> bool:
-    """Whether the forward pass adds a child's result to something that goes by it: x + f(x), or another child's: s(x) + f(x)."""
-    function = forward_of(cls)
-    if function is None:
-        return False
-    if any(_goes_by(node) for node in ast.walk(function)):
-        return True
-    for node, held in statements(cls, MOVED):
-        for add in (n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add)):
-            for one, other in ((add.left, add.right), (add.right, add.left)):
-                beside = isinstance(other, ast.Name) or (isinstance(other, ast.Call) and chain(other, held)[0])
-                if chain(one, held)[0] and beside and ast.unparse(one) != ast.unparse(other):
-                    return True
-    added = (n for n in ast.walk(function) if isinstance(n, ast.AugAssign) and isinstance(n.op, ast.Add))
-    return any(chain(node.value, {})[0] for node in added)
-
-
-def _goes_by(node: ast.AST) -> bool:
-    """``x + F.relu(layer(x))``, ``x + 0.5 * f(x)``, ``x += f(x)``: a name, and what a call makes of it."""
-    if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
-        pairs: list[tuple[ast.expr, ast.expr]] = [(node.target, node.value)]
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        pairs = [(node.left, node.right), (node.right, node.left)]
-    else:
-        return False
-    return any(isinstance(stream, ast.Name) and _is_made_of(stream.id, made) for stream, made in pairs)
-
-
-_ABOUT = ("shape", "size", "device", "dtype", "ndim", "dim", "numel", "new_zeros", "new_ones", "new_tensor")
-"""What is asked of a tensor without its numbers."""
-
-
-def _is_made_of(name: str, made: ast.expr) -> bool:
-    about = {id(n.value) for n in ast.walk(made) if isinstance(n, ast.Attribute) and n.attr in _ABOUT}
-    given = (argument for n in ast.walk(made) if isinstance(n, ast.Call) for argument in n.args)
-    return any(isinstance(n, ast.Name) and n.id == name and id(n) not in about for argument in given for n in ast.walk(argument))
-
-
 # ---------------------------------------------------------------------------------------------------- one after the other
 
 NONEXPANSIVE = ("relu", "relu_", "leaky_relu", "tanh", "sigmoid", "elu", "softplus", "hardtanh", "logsigmoid", "softsign", "dropout", "abs")
