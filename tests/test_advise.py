@@ -25,7 +25,7 @@ from normwise.parameters.inventory import Inventory
 from normwise.parameters.scale_free import scale_free
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTNERS = {"resnet_gn": "resnet", "gru": "lstm"}
+PARTNERS = {"resnet_gn": "resnet"}
 """Tasks that are not raced yet, and their partners of one kind (docs/race.md)."""
 
 

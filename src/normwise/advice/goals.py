@@ -18,12 +18,12 @@ from normwise.parameters.inventory import Entry
 
 SHARES = {
     "cnn": (0.57, 0.60), "plain": (0.25, 0.30), "unet": (0.19, 0.23), "resnet": (0.38, 0.39), "vit": (0.25, 0.28), "mixer": (0.57, 0.64),
-    "lstm": (0.50, 0.64), "gpt": (0.33, 0.38), "decoder": (0.66, 0.76),
+    "lstm": (0.87, 1.13), "gru": (1.00, 0.79), "gpt": (0.33, 0.38), "decoder": (0.66, 0.76),
 }  # fmt: skip
 """Task -> the shares of the baseline's samples and seconds that `auto` needed there: the README's, and of what has not raced under protocol
 2 those of docs/results.md."""
 NEAREST = {
-    "attention": ("gpt", "decoder"), "patches": ("vit", "mixer"), "gates": ("lstm",), "normalised convolutions": ("resnet",),
+    "attention": ("gpt", "decoder"), "patches": ("vit", "mixer"), "gates": ("lstm", "gru"), "normalised convolutions": ("resnet",),
     "convolutions": ("cnn", "plain", "unet"),
 }  # fmt: skip
 """Kind of network -> all tasks of that kind that were raced."""
