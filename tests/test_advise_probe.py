@@ -226,6 +226,12 @@ def test_whatever_cannot_be_put_back_the_rest_is(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+def test_a_copy_that_does_not_train_is_one_sentence() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 3)))
+    with pytest.raises(DataError, match="a copy of this model does not train, as of scripted ones: probe it with copy=False"):
+        probe(scripted, batches("mlp"), loss, copy=True)
+
+
 def test_a_scripted_model_and_what_a_loss_freezes_come_back() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)))
     before = {name: value.clone() for name, value in scripted.state_dict().items()}

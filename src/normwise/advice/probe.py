@@ -153,9 +153,12 @@ def _next(source: Iterator[Any], k: int, steps: int) -> Any:
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copying.deepcopy(model)
+        made = copying.deepcopy(model)
     except Exception as error:    # whatever the user's modules hold
         raise DataError(f"the model cannot be copied ({type(error).__name__}: {error}): probe it with copy=False.") from error
+    if not all(p.is_leaf for p in made.parameters()):    # of a scripted model, whose copies get no gradients
+        raise DataError("a copy of this model does not train, as of scripted ones: probe it with copy=False.")
+    return made
 
 
 @dataclass
