@@ -25,10 +25,6 @@ from normwise.parameters.inventory import Inventory
 from normwise.parameters.scale_free import scale_free
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTNERS = {"resnet_gn": "resnet"}
-"""Tasks that are not raced yet, and their partners of one kind (docs/race.md)."""
-
-
 @pytest.fixture(scope="module", params=list(CASES))
 def advised(request: pytest.FixtureRequest) -> tuple[str, dict[str, Advice]]:
     """A case and the answer to every goal."""
@@ -133,11 +129,11 @@ def test_attention_over_patches_is_likened_to_the_vision_transformer() -> None:
     assert "our nearest tasks: vit " in str(nw.advise(vision)) and "our nearest tasks: gpt " in str(nw.advise(text))
 
 
-@pytest.mark.parametrize("task", [*goals.SHARES, *PARTNERS])
-def test_every_task_of_the_race_is_likened_to_itself_or_its_partner(task: str) -> None:
+@pytest.mark.parametrize("task", goals.SHARES)
+def test_every_task_of_the_race_is_likened_to_itself(task: str) -> None:
     """Nobody's figure is another kind's: the one convolution of a Mixer cuts patches, as that of a vision transformer."""
     said = next(line.why for line in nw.advise(load_task(task).build()).lines if "our nearest task" in line.why)
-    assert f" {PARTNERS.get(task, task)} " in said
+    assert f" {task} " in said
 
 
 @pytest.mark.parametrize("size", [1, 3])
