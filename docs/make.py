@@ -127,7 +127,8 @@ def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     """For the README: the shares by task, and how many of the twelve are raced."""
     raced = [one for one in results.values() if one["contenders"]]
     held = sum(one["race"] in HELD_OUT for one in raced)
-    said = f"{len(raced)} of the {len(race_tables.TWELVE)} tasks are raced so far, {f'{held} of' if held < len(HELD_OUT) else 'all of'} the {len(HELD_OUT)} that are held out."
+    part = f"{held} of" if held < len(HELD_OUT) else "all of"
+    said = f"{len(raced)} of the {len(race_tables.TWELVE)} tasks are raced so far, {part} the {len(HELD_OUT)} that are held out."
     if len(raced) == len(race_tables.TWELVE):
         said = "All twelve tasks are raced."
     return f"{race_tables.front(results)}\n\n{said}"
