@@ -570,3 +570,12 @@ def test_the_command_asks_nothing_of_a_model_for_a_goal_that_is_none(
         assert cli.main(["advise", "mine:model", two[0], "same.txt", two[1], "./same.txt"]) == 2
         told = capsys.readouterr()
         assert "one place" in told.err and "built" not in told.out and not (tmp_path / "same.txt").exists()
+
+
+def test_weights_in_float8_get_advice() -> None:
+    """They have no norm of their own."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    model[0].to(torch.float8_e4m3fn)
+    assert nw.advise(model, "stability").lines
+    model[0].bias.data = torch.full((6,), torch.nan).to(torch.float8_e4m3fn)
+    assert any(one.what == "weights that are not finite" for one in nw.advise(model, "stability").lines)

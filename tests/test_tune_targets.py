@@ -302,3 +302,11 @@ def test_what_means_nothing_for_a_function_is_refused_and_leaves_nothing(more: l
     before = sorted(Path().iterdir())
     assert cli.main(["tune", "test_tune_targets:ruleless", *QUICK, *more]) == 2
     assert says in capfd.readouterr().err and sorted(Path().iterdir()) == before
+
+
+def test_a_busy_file_names_the_option_that_tune_has(capfd: pytest.CaptureFixture[str]) -> None:
+    from normwise.experiments.framework.lock import locked
+
+    with locked(Path("busy.db")):
+        assert cli.main(["tune", "test_tune_targets:heedless", *QUICK, "--storage", "busy.db"]) == 2
+    assert "give another --storage" in capfd.readouterr().err

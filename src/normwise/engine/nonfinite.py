@@ -24,7 +24,7 @@ def all_finite(grads: Sequence[Tensor]) -> bool:
     # A sum is not finite if an entry is not, and reads each number once; isfinite() would write a mask of the same size.
     sums = [n.sum(dtype=torch.float64 if n.dtype == torch.float64 else torch.float32).float() for n in numbers]
     together = torch.stack([s.to(sums[0].device) for s in sums])
-    return bool(together.isfinite().all()) or all(bool(n.isfinite().all()) for n in numbers)
+    return bool(together.isfinite().all()) or all(bool((n.float() if n.itemsize == 1 else n).isfinite().all()) for n in numbers)
 
 
 def everywhere(finite: bool, grads: Iterable[Tensor]) -> bool:
