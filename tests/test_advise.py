@@ -25,6 +25,8 @@ from normwise.parameters.inventory import Inventory
 from normwise.parameters.scale_free import scale_free
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
 @pytest.fixture(scope="module", params=list(CASES))
 def advised(request: pytest.FixtureRequest) -> tuple[str, dict[str, Advice]]:
     """A case and the answer to every goal."""

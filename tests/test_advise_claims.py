@@ -202,6 +202,12 @@ class Half(Block):
         return out
 
 
+class Swapped(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x, skip = self.other(F.relu(self.one(x))), x
+        return x + skip
+
+
 class Handed(Block):
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         out: Tensor = self.one(hidden) + residual
@@ -260,7 +266,7 @@ class Listed(Block):
 @pytest.mark.parametrize(
     ("kind", "adds"),
     [
-        *((kind, True) for kind in (Kept, Shortcut, Called, Method, Half, Handed, Helped)),
+        *((kind, True) for kind in (Kept, Shortcut, Called, Method, Half, Swapped, Handed, Helped)),
         *((kind, False) for kind in (Plain, Placed, Judged, Cell, Listed)),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -123,9 +123,9 @@ def _known(facts: Facts, seen: Probe | None, goal: str) -> list[Line]:
     growing = [a for a in facts.attentions if not a.bounded and (seen is None or a.path not in seen.logits)]
     if goal in ("speed", "stability") and bounded:
         how = ", ".join(sorted({a.bounded for a in bounded}))
-        lines.append(line("leave", "qk_clip, bounded", f"{len(bounded)} attention{'s' * (len(bounded) != 1)} with {how}", basis="guess"))
+        lines.append(line("leave", "qk_clip, bounded", f"{costs.count_of(len(bounded), 'attention')} with {how}", basis="guess"))
     if goal in ("speed", "stability") and growing:
-        lines.append(line("know", "watch logits", f"{len(growing)} attention{'s' * (len(growing) != 1)}", basis="guess"))
+        lines.append(line("know", "watch logits", costs.count_of(len(growing), "attention"), basis="guess"))
     if goal in ("speed", "stability") and facts.stacked:
         lines.append(line("know", "experts", "stacked tensors", facts.stacked, count=sum(e.layout.size("se") for e in facts.stacked)))
     if goal in ("lipschitz", "finetuning") and facts.tied_head is not None:
@@ -143,7 +143,7 @@ def _measured(facts: Facts, seen: Probe, found: Sequence[Line]) -> list[Line]:
     lines: list[Line] = []
     if seen.nonfinite:
         worst = max(seen.nonfinite, key=lambda name: seen.nonfinite[name])
-        on = f"{len(seen.nonfinite)} parameter{'s' * (len(seen.nonfinite) != 1)}"
+        on = costs.count_of(len(seen.nonfinite), "parameter")
         lines.append(line("do", "skip", on, basis="probe", worst=worst, times=seen.nonfinite[worst], batches=seen.batches))
     if seen.idle:
         lines.append(line("know", "idle", ", ".join(seen.idle[:3]), basis="probe", count=len(seen.idle)))
@@ -183,7 +183,7 @@ def _grown_logits(facts: Facts, seen: Probe) -> list[Line]:
         return []
     largest = max(max(first, last) for first, last, _ in seen.logits.values())
     if largest <= TAU:
-        on = f"{len(seen.logits)} attention{'s' * (len(seen.logits) != 1)}"
+        on = costs.count_of(len(seen.logits), "attention")
         return [line("leave", "qk_clip, small", on, basis="probe", largest=f"{largest:.3g}")]
     groups: dict[tuple[Any, ...], list[Attention]] = defaultdict(list)
     for a in facts.attentions:
@@ -194,18 +194,15 @@ def _grown_logits(facts: Facts, seen: Probe) -> list[Line]:
     for (torchs, fused, heads, key_heads), members in groups.items():
         names = {name for a in members for name in (*a.query, *a.key, *a.fused)}
         scaled = [e for e in facts.trainable if e.name in names]
-        if not (torchs or heads):
-            lines.append(line("know", "logits grown", ", ".join(a.path for a in members[:2]), basis="probe", largest=f"{largest:.3g}"))
-            continue
+        on, said = ", ".join(a.path for a in members[:2]), f"{largest:.3g}"
         call = Call("qk_clip", {"tau": TAU}) if torchs else _qk_clip(members, fused, heads, key_heads)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            unfit = (fused and key_heads not in (0, heads)) or _refused(facts, [call])
-        if unfit:    # queries and keys of other sizes in one tensor, or weights that do not train
-            on = ", ".join(a.path for a in members[:2])
-            lines.append(line("know", "logits grown, no rule", on, basis="probe", largest=f"{largest:.3g}"))
-            continue
-        lines.append(do("qk_clip", call, scaled, basis="probe", largest=f"{largest:.3g}"))
+        if not (torchs or heads):
+            lines.append(line("know", "logits grown", on, basis="probe", largest=said))
+        # Queries and keys of other sizes in one tensor, or weights that do not train.
+        elif (fused and key_heads not in (0, heads)) or _refused(facts, [call]):
+            lines.append(line("know", "logits grown, no rule", on, basis="probe", largest=said))
+        else:
+            lines.append(do("qk_clip", call, scaled, basis="probe", largest=said))
     return lines
 
 
@@ -227,21 +224,17 @@ def _fitting(facts: Facts, recipe: Recipe, lines: Sequence[Line]) -> tuple[Recip
     if any(e.param.is_meta for e in facts.inventory):
         return recipe, [*lines, line("know", "not tried", "weights on the meta device")]
     kept: list[Line] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")    # whoever attaches is told
-        try:
-            recipe.build(facts.model)
-        except NormwiseError as error:
-            kept.append(line("leave", "refused", "everything", rule=recipe, error=str(error)))
-            lines = [one for one in lines if one.what != str(recipe)]
-            recipe = Recipe("torch.optim.AdamW", ADAMW)
-            kept.append(line("do", "adamw, refused", "all trainable", facts.trainable, recipe=recipe))
-        whole = [call for one in lines for call in one.rules]
-        refused = whole and _refused(facts, whole)
-        for one in lines:    # which one, is asked only where there is one: to attach may decompose every matrix
-            calls = [call for other in kept for call in other.rules]
-            why = _refused(facts, [*calls, *one.rules]) if refused and one.rules else ""
-            kept += _without(facts, one, calls, why) if why else [one]
+    if error := _says(lambda: recipe.build(facts.model)):
+        kept.append(line("leave", "refused", "everything", rule=recipe, error=error))
+        lines = [one for one in lines if one.what != str(recipe)]
+        recipe = Recipe("torch.optim.AdamW", ADAMW)
+        kept.append(line("do", "adamw, refused", "all trainable", facts.trainable, recipe=recipe))
+    whole = [call for one in lines for call in one.rules]
+    refused = whole and _refused(facts, whole)
+    for one in lines:    # which one, is asked only where there is one: to attach may decompose every matrix
+        calls = [call for other in kept for call in other.rules]
+        why = _refused(facts, [*calls, *one.rules]) if refused and one.rules else ""
+        kept += _without(facts, one, calls, why) if why else [one]
     return recipe, kept
 
 
@@ -259,7 +252,7 @@ def _without(facts: Facts, one: Line, calls: Sequence[Call], why: str) -> list[L
     if not raw or _refused(facts, [*calls, *fewer]):
         return [line("leave", "refused", one.on, rule=one.what, error=why)]
     tensors, numbers = one.tensors - len(computed), one.numbers - sum(e.shape.numel() for e in computed)
-    on = f"{one.on.rpartition(': ')[0]}: {tensors} tensor{'s' * (tensors != 1)}, {costs.size_of(numbers)}"
+    on = f"{one.on.rpartition(': ')[0]}: {costs.count_of(tensors, 'tensor')}, {costs.size_of(numbers)}"
     said = one.why.replace(bound_of_chain(one.tensors), bound_of_chain(tensors))
     return [
         replace(one, what="; ".join(map(str, fewer)), rules=fewer, on=on, tensors=tensors, numbers=numbers, why=said),
@@ -268,14 +261,22 @@ def _without(facts: Facts, one: Line, calls: Sequence[Call], why: str) -> list[L
 
 
 def _for_one(call: Call, e: Entry) -> dict[str, Any]:
+    """The rule's arguments for this weight alone."""
     return {**{k: v for k, v in call.arguments.items() if k != "exclude"}, "params": [glob.escape(e.name)]}
 
 
 def _refused(facts: Facts, calls: Sequence[Call]) -> str:
     """Why these rules cannot be attached together; "" if they can."""
     optimizer = torch.optim.SGD([e.param for e in facts.trainable], lr=0.1)
-    try:
-        attach(facts.model, optimizer, [call.rules() for call in calls]).remove()
-    except NormwiseError as error:
-        return str(error)
+    return _says(lambda: attach(facts.model, optimizer, [call.rules() for call in calls]).remove())
+
+
+def _says(act: Callable[[], object]) -> str:
+    """What an error of ours says, "" for none. Warnings are for whoever attaches."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            act()
+        except NormwiseError as error:
+            return str(error)
     return ""

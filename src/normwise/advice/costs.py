@@ -36,6 +36,11 @@ def size_of(numbers: float) -> str:
     return _short(numbers).strip()
 
 
+def count_of(number: int, thing: str) -> str:
+    """3 tensors, 1 tensor."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def _short(value: float) -> str:
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:

@@ -61,13 +61,13 @@ class Facts:
         return {e.role for e in self.trainable}
 
     @cached_property
-    def adapted(self) -> bool:
-        """Whether LoRA's factors are trained, alone or beside whole matrices."""
-        return any(e.adapter in ("A", "B") for e in self.trainable)
+    def factors(self) -> list[Entry]:
+        """LoRA's A and B that are trained, alone or beside whole matrices."""
+        return [e for e in self.trainable if e.adapter in ("A", "B")]
 
     @cached_property
     def products(self) -> list[Entry]:
-        """Of the factors that are PEFT's."""
+        """s·B·A of the factors that are PEFT's."""
         return [e for e in self.inventory.weights if e.adapter == "product" and e.trained]
 
     @cached_property
@@ -118,8 +118,7 @@ class Facts:
 
     @cached_property
     def chained(self) -> bool:
-        """Whether the model is a chain of linear layers that train with nothing between that takes two inputs further apart: proven, not
-        guessed."""
+        """Whether the model is a chain of linear layers, all trained, and nothing between takes two inputs further apart; proven."""
         return not self.computed and not self.frozen and _is_chain(self.model)
 
     @cached_property

@@ -38,7 +38,7 @@ def line(
     """The sentence ``key`` with its words filled in. on: how to select ``entries``, which are counted; alone what the line is about."""
     said = SAID[key]
     numbers = sum(e.shape.numel() for e in entries)
-    where = f"{on}: {len(entries)} tensor{'s' * (len(entries) != 1)}, {costs.size_of(numbers)}" if entries else on
+    where = f"{on}: {costs.count_of(len(entries), 'tensor')}, {costs.size_of(numbers)}" if entries else on
     what, why = said.what.format(**values), said.why.format(**values)
     return Line(verdict, what, where, why, said.source, cost or said.cost, basis, rules, len(entries), numbers)
 
@@ -61,7 +61,7 @@ def do(key: str, call: Call, entries: Sequence[Entry], cost: str = "", basis: Ba
 
 def fast_step(facts: Facts) -> Answer:
     """`auto`, where its matrix step has something to do."""
-    why = "complex" if facts.complex else "lora" if facts.adapted else "few matrices" if facts.matrix_share < 0.5 else ""
+    why = "complex" if facts.complex else "lora" if facts.factors else "few matrices" if facts.matrix_share < 0.5 else ""
     if why or facts.kind == "linear layers":
         return adamw(facts, f"adamw, {why or 'linear'}", share=f"{facts.matrix_share:.0%}", what=_lora_is(facts))
     raw = {e.name: "adamw" for e in facts.computed}
@@ -81,6 +81,7 @@ def fast_step(facts: Facts) -> Answer:
 
 
 def _lora_is(facts: Facts) -> str:
+    """Words for "LoRA's factors ... trains"."""
     return "are among what" if facts.weights((*WEIGHTS, "embedding")) else "are what"
 
 
@@ -113,7 +114,7 @@ def sparsity(facts: Facts) -> Answer:
         e for e in facts.weights(("conv", "hidden"))
         if e.layout.certain and e.param.ndim >= 2 and e.computed is None and not _is_kept_whole(e.module)
     ]  # fmt: skip
-    blocks = facts.adapted or facts.attentions or facts.complex or "recurrent" in facts.roles
+    blocks = facts.factors or facts.attentions or facts.complex or "recurrent" in facts.roles
     why = "blocks" if blocks else "normalised" if facts.normalised else "" if shrinkable else "nothing"
     if why:
         recipe, lines = fast_step(facts)
@@ -145,38 +146,51 @@ def stability(facts: Facts) -> Answer:
 
 def lipschitz(facts: Facts) -> Answer:
     recipe, lines = adamw(facts)
-    if facts.adapted and not facts.products:
-        lines.append(line("leave", "no product", "LoRA's factors", [e for e in facts.trainable if e.adapter in ("A", "B")]))
-    if facts.products:
-        call = Call("spectral_cap", {"radius": "0.1*base", "params": "peft:product"})
-        lines.append(do("cap, lora", call, facts.products, costs.measured("cap")))
-    if facts.magnitudes:
-        lines.append(line("know", "magnitudes", "peft:magnitude", facts.magnitudes))
+    lines += _low_rank_caps(facts)
     capped = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e.name not in facts.scale_free]
     left = [e for e in facts.inventory.weights if e.name in facts.scale_free]
-    measured = all(e.name in facts.judged for e in left)
-    uncapped = [line("leave", "no caps", "scale-free weights", left, basis="probe" if measured else "guess")] if left else []
-    still = [line("know", "frozen", ", ".join(_names(facts.frozen)[:2]), facts.frozen)] if facts.frozen else []
-    if not capped:
-        nothing = [] if facts.adapted else [line("leave", "nothing to cap", "everything")]
-        return recipe, [*lines, *(uncapped or nothing), *still]
-    if facts.chained and not left:
+    if facts.chained and capped and not left:
         call = Call("spectral_cap", {"radius": 1.0, "params": _on(facts, capped)})
         lines.append(do("cap, chain", call, capped, f"{costs.measured('exact cap')} Less with tolerance=0.01."))
         return recipe, [*lines, line("know", "scaled logits", "the loss")]
-    free = _excluding(facts, left, capped)
-    call = Call("spectral_cap", {"radius": 2.0, "params": _on(facts, capped), "tolerance": 0.01, **free})
-    lines.append(do("cap", call, capped, costs.measured("cap"), product=bound_of_chain(len(capped))))
-    lines += [*uncapped, *still]
+    if capped:
+        arguments = {"radius": 2.0, "params": _on(facts, capped), "tolerance": 0.01, **_excluding(facts, left, capped)}
+        lines.append(do("cap", Call("spectral_cap", arguments), capped, costs.measured("cap"), product=bound_of_chain(len(capped))))
+    if left:
+        measured = all(e.name in facts.judged for e in left)
+        lines.append(line("leave", "no caps", "scale-free weights", left, basis="probe" if measured else "guess"))
+    if facts.frozen:
+        lines.append(line("know", "frozen", ", ".join(_names(facts.frozen)[:2]), facts.frozen))
+    if capped:
+        return recipe, [*lines, *_beyond_caps(facts)]
+    return recipe, [*lines, *([] if left or facts.factors else [line("leave", "nothing to cap", "everything")])]
+
+
+def _low_rank_caps(facts: Facts) -> list[Line]:
+    """For LoRA's products, and what a bound on them leaves free."""
+    lines = []
+    if facts.products:
+        call = Call("spectral_cap", {"radius": "0.1*base", "params": "peft:product"})
+        lines.append(do("cap, lora", call, facts.products, costs.measured("cap")))
+    elif facts.factors:
+        lines.append(line("leave", "no product", "LoRA's factors", facts.factors))
+    if facts.magnitudes:
+        lines.append(line("know", "magnitudes", "peft:magnitude", facts.magnitudes))
+    return lines
+
+
+def _beyond_caps(facts: Facts) -> list[Line]:
+    """What bounds on the layers do not bound."""
+    lines = []
     if facts.attentions:
-        lines.append(line("know", "no Lipschitz", f"{len(facts.attentions)} attention{'s' * (len(facts.attentions) != 1)}"))
+        lines.append(line("know", "no Lipschitz", costs.count_of(len(facts.attentions), "attention")))
     if facts.branches:
-        lines.append(line("know", "branches", f"{facts.branches} module{'s' * (facts.branches != 1)}", basis="guess"))
+        lines.append(line("know", "branches", costs.count_of(facts.branches, "module"), basis="guess"))
     if facts.normalised:
         lines.append(line("know", "normalisations", "the normalisation layers"))
-    if "conv" in facts.roles and not facts.normalised:
+    elif "conv" in facts.roles:
         lines.append(line("know", "critic", "role:all"))
-    return recipe, lines
+    return lines
 
 
 def bound_of_chain(layers: int) -> str:
@@ -186,19 +200,20 @@ def bound_of_chain(layers: int) -> str:
 
 def quantisation(facts: Facts) -> Answer:
     recipe, lines = fast_step(facts)
-    if facts.adapted:
+    if facts.factors:
         lines.append(line("leave", "no clamps on factors", "LoRA's factors"))
-    if not facts.adapted or facts.weights(WEIGHTS):
+    if not facts.factors or facts.weights(WEIGHTS):
         lines.append(line("leave", "no clamps", "everything"))
     return recipe, [*lines, line("know", "searched scale", "the rounding"), line("know", "outliers", "the checkpoint")]
 
 
 def finetuning(facts: Facts) -> Answer:
-    if facts.adapted:
+    if facts.factors:
         recipe, lines = adamw(facts, "adamw, lora", lr=5e-4, what=_lora_is(facts))
-        factors = facts.products or [e for e in facts.trainable if e.adapter in ("A", "B")]
-        on = "peft:product" if facts.products else "LoRA's factors"
-        lines.append(line("leave", "no product bounds" if facts.products else "no product", on, factors))
+        if facts.products:
+            lines.append(line("leave", "no product bounds", "peft:product", facts.products))
+        else:
+            lines.append(line("leave", "no product", "LoRA's factors", facts.factors))
     else:
         recipe, lines = adamw(facts, "adamw, finetuning", lr=1e-4)
     left = [*facts.new_heads, *(e for e in facts.empty if e not in facts.new_heads)]
@@ -243,12 +258,12 @@ def _names(entries: Sequence[Entry]) -> list[str]:
 
 def _on(facts: Facts, entries: Sequence[Entry]) -> list[str]:
     """Selectors of their roles; their names beside LoRA's factors, which have roles, too."""
-    if facts.adapted:
+    if facts.factors:
         return _names(entries)
     return [f"role:{role}" for role in dict.fromkeys(e.role for e in entries)]
 
 
 def _excluding(facts: Facts, left: Sequence[Entry], held: Sequence[Entry]) -> dict[str, list[str]]:
     """``exclude=`` for those of ``left`` that the roles of ``held`` would select."""
-    names = [] if facts.adapted else [e.name for e in left if e.role in {h.role for h in held}]
+    names = [] if facts.factors else [e.name for e in left if e.role in {h.role for h in held}]
     return {"exclude": names} if names else {}

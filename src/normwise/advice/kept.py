@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,7 @@ class Kept:
             self._stack.__exit__(None, None, None)    # what was raised within is not for the callbacks
 
     def _keep_generators(self, stack: ExitStack) -> None:
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        stack.callback(torch.set_rng_state, torch.get_rng_state())
-        if torch.cuda.is_initialized():    # type: ignore[no-untyped-call]
-            stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        stack.enter_context(same_draws())
         for generator in self._generators:
             stack.callback(_put_back(generator))
 
@@ -101,6 +97,18 @@ class Kept:
             kept = torch.from_file(str(Path(folder) / "weight"), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
             kept.copy_(there)
         stack.callback(_put, tensor, there, kept)
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Afterwards the generators of Python, NumPy and torch are as they were: what draws from them next draws the same."""
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_initialized():    # type: ignore[no-untyped-call]
+            stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        yield
 
 
 def _size(tensor: Tensor) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normwise.advice.kept import Kept
+from normwise.advice.kept import Kept, same_draws
 from normwise.advice.logits import LogitWatch, watched
 from normwise.errors import DataError, LayoutError, NormwiseError
 from normwise.parameters.attention_logits import find_attentions
@@ -300,27 +300,33 @@ class _Probing:
 
     @torch.no_grad()
     def _doubt(self, batch: Any) -> None:
-        """What looks scale-free where the code shows no normalisation: is the loss the same when it is 16 times as long, and 256 times? A
-        part that goes by the normalisation may matter too little to be seen before."""
-        found = {e.name: e for e in self.entries if all(self.judged.get(e.name, [False]))}
-        known = scale_free(self.model, list(found.values())) if found else {}
+        """What looks scale-free where the code shows no normalisation must bear any length: all of it together, or else each kind of layer.
+        A part that goes by the normalisation may matter too little to be seen before."""
+        found = [e for e in self.entries if all(self.judged.get(e.name, [False]))]
+        known = scale_free(self.model, found)
         kinds: dict[str, list[Entry]] = {}
-        for name in found.keys() - known.keys():
-            kinds.setdefault(re.sub(r"\d+", "", name), []).append(found[name])
-        for entries in kinds.values():
-            was, values = [e.param.clone() for e in entries], []
-            for factor in (16, 16):
-                for e in entries:
-                    e.param.mul_(factor)
-                try:
-                    with torch.random.fork_rng():
-                        values.append(float(self.loss(self.model, batch)))
-                except Exception:    # the user's own code: no answer is no measurement
-                    values.append(math.nan)
-            for e, before in zip(entries, was, strict=True):
-                e.param.copy_(before)
-                if not abs(values[1] - values[0]) <= 1e-5 * abs(values[0]):
-                    self.judged[e.name].append(False)
+        for e in (e for e in found if e.name not in known):
+            kinds.setdefault(re.sub(r"\d+", "", e.name), []).append(e)
+        if kinds and not self._bears_any_length([e for entries in kinds.values() for e in entries], batch):
+            for e in (e for entries in kinds.values() if not self._bears_any_length(entries, batch) for e in entries):
+                self.judged[e.name].append(False)
+
+    def _bears_any_length(self, entries: Sequence[Entry], batch: Any) -> bool:
+        """Whether the loss is the same when they are 16 times as long and 256 times: both are far above a normalisation's eps."""
+        one, other = (self._loss_of_longer(entries, factor, batch) for factor in (16, 256))
+        return abs(other - one) <= 1e-5 * abs(one)
+
+    def _loss_of_longer(self, entries: Sequence[Entry], factor: float, batch: Any) -> float:
+        """NaN where the user's own code raises: no answer is no measurement."""
+        was = [e.param.clone() for e in entries]
+        torch._foreach_mul_([e.param for e in entries], factor)
+        try:
+            with same_draws():
+                return float(self.loss(self.model, batch))
+        except Exception:
+            return math.nan
+        finally:
+            torch._foreach_copy_([e.param for e in entries], was)
 
     @torch.no_grad()
     def _step(self, alive: list[Entry], lengths: list[float], share: float) -> None:

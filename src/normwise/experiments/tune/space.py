@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import normwise as nw
+from normwise.advice.facts import Facts
 from normwise.errors import StudyError, nearest
 from normwise.experiments.catalog import CONTENDERS, OPTIMIZERS, Optimizer
 from normwise.experiments.framework.lattice import Axis
@@ -86,9 +87,8 @@ def _auto(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def _advised(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    for module in model.modules():    # as the advice says of tables
-        if getattr(module, "sparse", False) is True:
-            module.sparse = False    # type: ignore[assignment]
+    for path in Facts.of(model).sparse:    # as the advice says
+        model.get_submodule(path).sparse = False    # type: ignore[assignment]
     made = nw.advise(model).optimizer.build(model)
     for group in made.param_groups:
         group["lr"] *= lr

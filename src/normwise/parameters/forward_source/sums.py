@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -52,11 +52,10 @@ class _Ways:
             if isinstance(node, ast.AugAssign):
                 self.augmented(node)
             elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-                way = self.of(node.value)
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    self.assign(target, way, node.value)
+                    self.assign(target, node.value)
             elif isinstance(node, ast.For):
-                self.assign(node.target, self.of(node.iter), node.iter)
+                self.assign(node.target, node.iter)
             else:
                 for child in ast.iter_child_nodes(node):
                     if isinstance(child, ast.expr):
@@ -72,17 +71,17 @@ class _Ways:
                 self.add((node.target, before), (node.value, way))
             self.held[node.target.id] = before | way
 
-    def assign(self, target: ast.expr, way: Way, value: ast.expr) -> None:
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):    # a, b = f(x), x
-            ways = [self.of(part) for part in value.elts]
-            for one, own, part in zip(target.elts, ways, value.elts, strict=True):
-                self.assign(one, own, part)
-            return
-        for name in (n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)):
-            self.held[name] = way
-            # `for block in self.blocks`, `layer = self.layers[k]`
-            if not way and any(is_self(n) for n in ast.walk(value)):
-                self.layers.add(name)
+    def assign(self, target: ast.expr, value: ast.expr) -> None:
+        each = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts)    # x, skip = f(x), x
+        pairs = zip(target.elts, value.elts, strict=True) if each else [(target, value)]    # type: ignore[attr-defined]
+        for one, part, way in [(one, part, self.of(part)) for one, part in pairs]:    # all are read before one is bound
+            self.bind(one, part, way)
+
+    def bind(self, target: ast.expr, value: ast.expr, way: Way) -> None:
+        names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        self.held |= dict.fromkeys(names, way)
+        if not way and any(is_self(n) for n in ast.walk(value)):    # `for block in self.blocks`, `layer = self.layers[k]`
+            self.layers |= names
 
     def of(self, node: ast.AST) -> Way:
         """The ways to an expression; a sum within it is looked at."""
@@ -99,7 +98,7 @@ class _Ways:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             self.add((node.left, parts[0]), (node.right, parts[2]))
         if isinstance(node, ast.Call):
-            self.called(node)
+            self.called(node, parts)
             layer = node.func.value if isinstance(node.func, ast.Subscript) else node.func
             if isinstance(layer, ast.Attribute) and is_self(layer) and _PLACES.search(layer.attr):
                 return frozenset()
@@ -107,17 +106,17 @@ class _Ways:
                 return way | {(node.lineno, node.col_offset)} if way else way
         return way
 
-    def called(self, node: ast.Call) -> None:
+    def called(self, node: ast.Call, ways: Sequence[Way]) -> None:
+        """ways: of the function, whose receiver may be a term (``x.add(y)``), and of what it is given."""
         name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
         if not _ADDS.fullmatch(name) or is_self(node.func):
             return
-        given = [(part, self.of(part)) for part in node.args]
-        if isinstance(node.func, ast.Attribute) and (way := self.of(node.func.value)):    # x.add(y)
-            given.insert(0, (node.func.value, way))
-        if len(given) > 1:
-            self.add(given[0], given[1])
+        terms = list(zip([node.func, *node.args], ways, strict=False))[0 if ways[0] else 1 :]
+        if len(terms) > 1:
+            self.add(terms[0], terms[1])
 
     def add(self, left: tuple[ast.expr, Way], right: tuple[ast.expr, Way]) -> None:
+        """Looks at a sum of two terms."""
         (term, one), (also_term, other) = left, right
         if self.losses or isinstance(term, _TUPLES) or isinstance(also_term, _TUPLES):
             return
