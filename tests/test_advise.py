@@ -131,6 +131,13 @@ def test_attention_over_patches_is_likened_to_the_vision_transformer() -> None:
     assert "our nearest tasks: vit " in str(nw.advise(vision)) and "our nearest tasks: gpt " in str(nw.advise(text))
 
 
+def test_where_auto_saves_no_training_it_is_said() -> None:
+    """By the shares: none of the gates' is far below 1."""
+    assert all(min(goals.SHARES[task]) > 0.75 for task in goals.NEAREST["gates"])
+    assert "saves the tuning and no training" in str(nw.advise(made("gates"))).replace("\n            ", " ")
+    assert "saves the tuning and no training" not in str(nw.advise(made("decoder"))).replace("\n            ", " ")
+
+
 @pytest.mark.parametrize("task", goals.SHARES)
 def test_every_task_of_the_race_is_likened_to_itself(task: str) -> None:
     """Nobody's figure is another kind's: the one convolution of a Mixer cuts patches, as that of a vision transformer."""
