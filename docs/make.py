@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from normwise.experiments.bench import runner
-from normwise.experiments.catalog import TORCH
+from normwise.experiments.catalog.optimizers import TORCH
 from normwise.experiments.compare.tables import of_seeds, reached
 from normwise.experiments.framework.printing import markdown
 from normwise.experiments.framework.provenance import where

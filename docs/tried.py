@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
-from normwise.experiments.catalog import AS_IT_IS, FIRST, Built, Contender
+from normwise.experiments.catalog.contenders import AS_IT_IS, FIRST, Built, Contender
 from normwise.experiments.framework.progress import on_stderr
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Run
 from normwise.experiments.framework.study import Options, opened

@@ -6,7 +6,7 @@ import hashlib
 import math
 from typing import Any
 
-from normwise.experiments.catalog import FIRST
+from normwise.experiments.catalog.contenders import FIRST
 from normwise.experiments.race.run import RaceRun
 
 PACE = {"adamw": 1.0, "sgd": 3.0, "adamw_max_norm": 1.15, "muon": 0.5, "normuon": 0.47, "muonh": 0.55, "adamh": 0.95, "scion": 0.62,

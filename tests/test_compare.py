@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from normwise.errors import DataError, StudyError
-from normwise.experiments.catalog import ARTICLE, OPTIMIZERS, PRESETS, SPHERES, STRATEGIES, TORCH, axes_of, why_not
+from normwise.experiments.catalog.optimizers import OPTIMIZERS, PRESETS, SPHERES, TORCH
+from normwise.experiments.catalog.strategies import ARTICLE, STRATEGIES, axes_of, why_not
 from normwise.experiments.compare import run as run_module
 from normwise.experiments.compare import study, tables
 from normwise.experiments.compare.run import CompareRun, train

@@ -21,7 +21,7 @@ import normwise as nw
 import trainer_cases
 from normwise import cli, files
 from normwise.errors import DataError, NormwiseError, OutputError, PolicyError
-from normwise.experiments.catalog import GAN_STRATEGIES as STRATEGIES
+from normwise.experiments.catalog.gan import GAN_STRATEGIES as STRATEGIES
 from normwise.experiments.gan import tables as results
 from normwise.experiments.tasks.data import readers
 from normwise.low_precision import ROUNDINGS

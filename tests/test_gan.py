@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import StudyError
-from normwise.experiments.catalog import GAN_STRATEGIES as STRATEGIES
+from normwise.experiments.catalog.gan import GAN_STRATEGIES as STRATEGIES
 from normwise.experiments.cells import AGAIN_SEED, Cell, best_of, choice
 from normwise.experiments.framework import lattice
 from normwise.experiments.framework.pool import one_thread

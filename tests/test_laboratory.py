@@ -23,7 +23,7 @@ import pytest
 from forks import forks
 from normwise.errors import DataError, MissingExtraError, StudyError
 from normwise.experiments import cells
-from normwise.experiments.catalog import GAN_STRATEGIES
+from normwise.experiments.catalog.gan import GAN_STRATEGIES
 from normwise.experiments.framework import elsewhere
 from normwise.experiments.framework.figures import differ, share_interval
 from normwise.experiments.framework.printing import NARROW, show_table

@@ -22,7 +22,7 @@ from torch import nn
 
 import normwise as nw
 from normwise.errors import DataError, StudyError
-from normwise.experiments.catalog import BASELINES, COMMON, FIRST, racing
+from normwise.experiments.catalog.contenders import BASELINES, COMMON, FIRST, racing
 from normwise.experiments.framework import driver
 from normwise.experiments.framework.figures import geometric_mean, interval
 from normwise.experiments.framework.lattice import Axis, Point, best, compass

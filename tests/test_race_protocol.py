@@ -14,7 +14,7 @@ from torch import nn
 
 from normwise import cli
 from normwise.errors import StudyError
-from normwise.experiments.catalog import CONTENDERS, EVERYBODY, SCHEDULES
+from normwise.experiments.catalog.contenders import CONTENDERS, EVERYBODY, SCHEDULES
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.framework.progress import Lines
 from normwise.experiments.framework.study import TUNING_SEED, Options
@@ -162,7 +162,7 @@ def test_what_cannot_race_is_left_out_with_its_reason(monkeypatch: pytest.Monkey
     assert {run["seed"] for run in runs if run.get("full")} == {10_000} and {run["protocol"] for run in runs if "protocol" in run} == {2}
     with pytest.raises(StudyError, match="torch_muon cannot race here: torch"):
         race(Options("plain", budget="quick", size="tiny", only=["torch_muon"]))
-    monkeypatch.setattr("normwise.experiments.catalog.find_spec", lambda name: None)
+    monkeypatch.setattr("normwise.experiments.catalog.contenders.find_spec", lambda name: None)
     with pytest.raises(StudyError, match="schedulefree cannot race here: the package schedulefree is not installed"):
         race(Options("plain", budget="quick", size="tiny", only=["schedulefree"]))
 

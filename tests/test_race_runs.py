@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise import cli
-from normwise.experiments.catalog import FIRST
+from normwise.experiments.catalog.contenders import FIRST
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.framework.progress import Progress
 from normwise.experiments.framework.study import Options

@@ -42,7 +42,7 @@ import normwise as nw
 from normwise import checkpoints
 
 # All that is taken from inside the package. Where a rebuild renames or moves something, follow it here and nowhere else.
-from normwise.experiments.catalog import FIRST
+from normwise.experiments.catalog.contenders import FIRST
 from normwise.experiments.compare.run import CompareRun
 from normwise.experiments.compare.run import train as train_compare
 from normwise.experiments.gan.run import GanRun, JudgedData

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from normwise.experiments.catalog import OPTIMIZERS, STRATEGIES
+from normwise.experiments.catalog.optimizers import OPTIMIZERS
+from normwise.experiments.catalog.strategies import STRATEGIES
 from normwise.experiments.framework.figures import finite
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 from normwise.experiments.framework.timing import in_turn, milliseconds, seconds_each

@@ -10,7 +10,9 @@ from typing import Any, TextIO
 
 from normwise.errors import StudyError, nearest
 from normwise.experiments import cells
-from normwise.experiments.catalog import ARTICLE, BASELINE, OPTIMIZERS, PRESETS, STRATEGIES, TORCH, axes_of, why_not
+from normwise.experiments.catalog.optimizers import OPTIMIZERS, PRESETS, TORCH
+from normwise.experiments.catalog.parts import BASELINE
+from normwise.experiments.catalog.strategies import ARTICLE, STRATEGIES, axes_of, why_not
 from normwise.experiments.cells import Cell
 from normwise.experiments.compare import tables
 from normwise.experiments.compare.run import CompareRun, step_costs

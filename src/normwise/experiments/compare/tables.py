@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import normwise as nw
 from normwise.experiments import cells
-from normwise.experiments.catalog import BASELINE, OPTIMIZERS, STRATEGIES
+from normwise.experiments.catalog.optimizers import OPTIMIZERS
+from normwise.experiments.catalog.parts import BASELINE
+from normwise.experiments.catalog.strategies import STRATEGIES
 from normwise.experiments.cells import Cell, strengths_of
 from normwise.experiments.framework.figures import Interval, differ, median_reached, share_interval, spread
 from normwise.experiments.framework.provenance import where

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import normwise as nw
-from normwise.experiments.catalog import GAN_STRATEGIES
+from normwise.experiments.catalog.gan import GAN_STRATEGIES
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 from normwise.experiments.framework.timing import in_turn, milliseconds, seconds_each
 from normwise.experiments.tasks.data.splits import ImageData

@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from normwise.errors import StudyError
 from normwise.experiments import cells
-from normwise.experiments.catalog import BASELINE, GAN_STRATEGIES
+from normwise.experiments.catalog.gan import GAN_STRATEGIES
+from normwise.experiments.catalog.parts import BASELINE
 from normwise.experiments.cells import Cell
 from normwise.experiments.framework.driver import Driver
 from normwise.experiments.framework.pool import one_thread

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import normwise as nw
-from normwise.experiments.catalog import BASELINE, GAN_STRATEGIES
+from normwise.experiments.catalog.gan import GAN_STRATEGIES
+from normwise.experiments.catalog.parts import BASELINE
 from normwise.experiments.cells import Cell, strengths_of
 from normwise.experiments.cells import remarks as cell_remarks
 from normwise.experiments.framework.figures import NO_DIFFERENCE, differ, interval, median_reached, spread

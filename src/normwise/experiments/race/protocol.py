@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from normwise.experiments.catalog import CATALOGUES, Contender
+from normwise.experiments.catalog.contenders import CATALOGUES, Contender
 from normwise.experiments.framework.study import TUNING_SEED
 from normwise.experiments.tasks.task import STEPS
 

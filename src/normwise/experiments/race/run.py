@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from normwise.experiments.catalog import CATALOGUES
+from normwise.experiments.catalog.contenders import CATALOGUES
 from normwise.experiments.framework.figures import finite
 from normwise.experiments.framework.lattice import Value
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run

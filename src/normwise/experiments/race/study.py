@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from normwise.errors import DataError, StudyError
-from normwise.experiments.catalog import BASELINES, racing
+from normwise.experiments.catalog.contenders import BASELINES, racing
 from normwise.experiments.framework.driver import Driver, Replay
 from normwise.experiments.framework.figures import finite, interval
 from normwise.experiments.framework.printing import show_table

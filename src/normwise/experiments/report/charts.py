@@ -13,7 +13,7 @@ from typing import Any
 
 import altair as alt
 
-from normwise.experiments.catalog import BASELINE
+from normwise.experiments.catalog.parts import BASELINE
 from normwise.experiments.compare.tables import stat
 from normwise.experiments.report import tidy
 from normwise.experiments.report.scale import ErrorScale, as_errors, fit

@@ -13,7 +13,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from normwise.experiments.catalog import BASELINE
+from normwise.experiments.catalog.parts import BASELINE
 from normwise.experiments.compare import tables
 from normwise.experiments.compare.tables import MISSING, finite_number, stat
 from normwise.experiments.report import charts, checkpoint, studies, table, tidy, tune

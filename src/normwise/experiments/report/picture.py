@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 
 from normwise.errors import DataError
-from normwise.experiments.catalog import BASELINE
+from normwise.experiments.catalog.parts import BASELINE
 from normwise.experiments.compare.tables import optimizer
 from normwise.experiments.report import tidy
 from normwise.experiments.report.bench import costs

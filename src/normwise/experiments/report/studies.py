@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 from markupsafe import Markup
 
-from normwise.experiments.catalog import BASELINE
+from normwise.experiments.catalog.parts import BASELINE
 from normwise.experiments.framework.figures import NO_DIFFERENCE
 from normwise.experiments.gan import tables as gan_tables
 from normwise.experiments.prune import tables as prune_tables

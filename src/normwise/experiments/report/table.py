@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from normwise.experiments.catalog import BASELINE
+from normwise.experiments.catalog.parts import BASELINE
 from normwise.experiments.compare.tables import MISSING, finite_number, label, missed_of, of_seeds, stat, strengths
 from normwise.experiments.report.scale import ErrorScale
 from normwise.experiments.report.tidy import Cell, ends, percent, plain

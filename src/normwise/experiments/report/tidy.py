@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from normwise.errors import StudyError
-from normwise.experiments.catalog import BASELINE
+from normwise.experiments.catalog.parts import BASELINE
 from normwise.experiments.compare.tables import MISSING, finite_number, label, stat
 
 MOST_POINTS = 100  # a curve 1100 px wide shows no more, and 36 cells with every layer then stay far under a megabyte

@@ -12,7 +12,8 @@ from torch import nn
 import normwise as nw
 from normwise.advice.facts import Facts
 from normwise.errors import StudyError, nearest
-from normwise.experiments.catalog import CONTENDERS, OPTIMIZERS, Optimizer
+from normwise.experiments.catalog.contenders import CONTENDERS
+from normwise.experiments.catalog.optimizers import OPTIMIZERS, Optimizer
 from normwise.experiments.framework.lattice import Axis
 from normwise.policy.rule import MATRICES
 

@@ -1,12 +1,7 @@
-"""The catalogue of the studies: what is trained, under which name, and what is tuned of it.
-
-``CONTENDERS`` race, each the same on every task; ``GAN_STRATEGIES`` train a GAN; ``STRATEGIES`` are compared with ``OPTIMIZERS``. Another
-one is one more row.
-"""
+"""Who races, under either protocol: each the same on every task."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
+from normwise.experiments.catalog.parts import axis
 from normwise.experiments.framework.lattice import Axis, Point, Value, values
 from normwise.experiments.framework.study import chosen
 from normwise.experiments.tasks.initial_weights import KINDS
-from normwise.experiments.tasks.models.dcgan import Discriminator, Score, gradient_penalty, r1_penalty
 from normwise.optim.presets import UNDECAYED, factors_of, over_convolutions
 from normwise.parameters.inventory import Entry, Inventory
 
@@ -36,8 +31,6 @@ COMMON = (
     Axis("clip", (0.0, 1.0)),
 )
 """What is no norm strategy of the weights or updates, or everybody's: each contender, the baselines too, could choose it in protocol 1."""
-
-
 SMALL = tuple(Axis("batch", axis.values, 0) if axis.name == "batch" else axis for axis in COMMON)
 """The same choices, their search begun at half of the batch."""
 AS_IT_IS = (Axis("schedule", ("hold",)), Axis("init", ("own",)), Axis("batch", (1.0,)), Axis("clip", (0.0,)))
@@ -74,13 +67,8 @@ class Contender:
         return values(self.axes, point)
 
 
-def _axis(name: str, centre: float, ratio: float = 2.0, off: int = 0, most: float = math.inf) -> Axis:
-    """An endless axis around a value."""
-    return Axis(name, (centre,), ratio=ratio, off=off, most=most)
-
-
 def _rate(centre: float) -> Axis:
-    return _axis("lr", centre)
+    return axis("lr", centre)
 
 
 _REST = Axis("rest", (0.001, 0.002, 0.004, 0.008, 0.016), 2)
@@ -200,7 +188,7 @@ EVERYBODY = (Axis("schedule", SCHEDULES, 1), *COMMON[1:])
 """What everybody may choose in protocol 2."""
 FLAT = (Axis("schedule", ("flat",)), *COMMON[1:])
 """The same for a method whose rate is held after the warm-up."""
-_ROLES = (_axis("tables", 1.0, 3.0), _axis("vectors", 1.0, 3.0))
+_ROLES = (axis("tables", 1.0, 3.0), axis("vectors", 1.0, 3.0))
 """The rates of embeddings and heads, and of biases and gains, as multiples of that of matrices."""
 _BETA1 = Axis("beta1", (0.7, 0.8, 0.9, 0.95), 2)
 _AHEAD = Axis("nesterov", (0.0, 1.0), 1)
@@ -335,296 +323,3 @@ CATALOGUES = {1: FIRST, 2: CONTENDERS}
 def racing(names: Sequence[str] | None, table: Mapping[str, Contender] = CONTENDERS) -> list[str]:
     """The baselines and the named contenders, all of them for None. StudyError for an unknown name."""
     return chosen(None if names is None else [*BASELINES, *names], None, table, "contender")
-
-
-# ----------------------------------------------------------------------------------------------------------------- a GAN
-
-
-Strengths = Mapping[str, float]
-Penalty = Callable[[Score, Tensor, Tensor, torch.Generator | None], Tensor]
-Rules = Callable[[Strengths], list[Any]]
-
-BASELINE = "nothing"
-LR = _axis("lr", 0.004, 3.0)
-"""Of both optimizers; a cell that looks for nothing else starts at a ninth of it to nine times it."""
-TRACKED = 0.01
-"""Tolerance of the caps: singular values at most 1.01 times the radius, at a small part of an exact cap's time."""
-
-_RADIUS = _axis("radius", 2.0, off=1)
-_PENALTY = _axis("penalty", 1.0, 10.0, off=-1)
-
-
-def _rule(name: str, *strengths: str, **fixed: Any) -> Callable[..., list[Any]]:
-    """The rule of this name, with these strengths as its first arguments."""
-
-    def rules(numbers: Strengths, samples: int = 0) -> list[Any]:
-        return [getattr(nw, name)(*(numbers[strength] for strength in strengths), **fixed)]
-
-    return rules
-
-
-_cap = _rule("spectral_cap", "radius", tolerance=TRACKED)
-
-
-@dataclass(frozen=True)
-class GanStrategy:
-    """label, about: for tables. axes: strengths to search, beside the learning rate. rules, generator_rules: strengths to the rules
-    of the discriminator, of the generator. penalty: what strengths["penalty"] times is added to the discriminator's loss. wrap: what
-    is done to the discriminator before anything else, for what is no rule."""
-
-    label: str
-    about: str
-    axes: tuple[Axis, ...] = ()
-    rules: Rules = lambda strengths: []
-    generator_rules: Rules = lambda strengths: []
-    penalty: Penalty | None = None
-    wrap: Callable[[Discriminator], None] = lambda discriminator: None
-
-    @property
-    def tuned(self) -> tuple[Axis, ...]:
-        """What is searched: the learning rate, then the strategy's strengths."""
-        return (LR, *self.axes)
-
-
-def _parametrize(discriminator: Discriminator) -> None:
-    for layer in discriminator.layers:
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.utils.parametrizations.spectral_norm(layer)
-
-
-GAN_STRATEGIES: dict[str, GanStrategy] = {
-    "nothing": GanStrategy("nothing", "no limit, no penalty: the baseline"),
-    "clip_value": GanStrategy(
-        "weight clipping", "the discriminator's entries in ±bound after its step, as in WGAN (Arjovsky et al., 2017)",
-        (_axis("bound", 0.05, 3.0, off=1),), _rule("clip_weight_value", "bound", params="role:all"),
-    ),
-    "spectral_cap": GanStrategy("spectral cap", "singular values of the discriminator's layers at most the radius", (_RADIUS,), _cap),
-    "spectral_normalize": GanStrategy(
-        "spectral normalisation", "largest singular value of each layer 1 after each step, by a rule",
-        rules=_rule("spectral_normalize", radius=1.0),
-    ),
-    "torch_spectral_norm": GanStrategy(
-        "torch's spectral_norm", "the parametrization of Miyato et al. (2018) as torch has it: the outside reference", wrap=_parametrize
-    ),
-    "gradient_penalty": GanStrategy(
-        "gradient penalty", "strength · E (‖∇D‖ - 1)² between real and drawn images (Gulrajani et al., 2017)",
-        (_PENALTY,), penalty=gradient_penalty,
-    ),
-    "r1": GanStrategy("R1", "strength · ½ E ‖∇D‖² at real images (Mescheder et al., 2018)", (_PENALTY,), penalty=r1_penalty),
-    "spectral_cap+gradient_penalty": GanStrategy(
-        "cap + gradient penalty", "the spectral cap and the gradient penalty", (_RADIUS, _PENALTY), _cap, penalty=gradient_penalty
-    ),
-    "spectral_cap+generator": GanStrategy(
-        "cap on both", "the spectral cap on the generator too, with a radius of its own", (_RADIUS, _axis("generator_radius", 2.0, off=1)),
-        _cap, _rule("spectral_cap", "generator_radius", tolerance=TRACKED),
-    ),
-}  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------- strategies and optimizers to compare
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """A policy of given strengths, to attach to any optimizer.
-
-    Args:
-        label: for tables.
-        about: one line.
-        axes: the strengths to search, beside the learning rate.
-        rules: strengths and the number of training samples to rules.
-        lr: where to look for the learning rate in the place of the optimizer's own axis, for rules that say themselves what it means.
-    """
-
-    label: str
-    about: str
-    axes: tuple[Axis, ...]
-    rules: Callable[[Strengths, int], list[Any]]
-    lr: Axis | None = None
-
-
-def _penalty(name: str, strength: str) -> Callable[[Strengths, int], list[Any]]:
-    # Searched as λ/m, the factor on ½‖θ‖² or on ‖θ‖₁ beside the mean loss: unlike λ it means the same for every number of samples m.
-    # The rule gets λ, as the article writes it.
-    return lambda numbers, m: _rule(name, "λ", samples=m)({"λ": float(f"{numbers[strength] * m:.6g}")}, m)
-
-
-def _both(label: str, about: str, first: Strategy, second: Strategy) -> Strategy:
-    return Strategy(label, about, first.axes + second.axes, lambda numbers, m: [*first.rules(numbers, m), *second.rules(numbers, m)])
-
-
-_L1 = _axis("l1", 1e-4, 10.0, off=-1)
-_LIMIT = _axis("radius", 2.0, off=1)
-_SPHERE = _axis("radius", 1.0)
-_L2_PENALTY = Strategy(
-    "L2 penalty", "the article's λ/2m Σθ² over all parameters", (_axis("l2", 1e-3, 10.0, off=-1),), _penalty("l2_penalty", "l2")
-)
-_L1_PENALTY = Strategy("L1 penalty", "the article's λ/m Σ|θ| over all parameters", (_L1,), _penalty("l1_penalty", "l1"))
-_TENSOR = Strategy(
-    "clip by tensor norm", "the L2 norm of each weight tensor at most the radius", (_axis("radius", 4.0, off=1),),
-    _rule("clip_weight_norm", "radius"),
-)  # fmt: skip
-_MAX_NORM = Strategy("max-norm", "each unit's weight vector at most the radius", (_LIMIT,), _rule("max_norm", "radius"))
-
-ARTICLE: dict[str, Strategy] = {
-    BASELINE: Strategy("nothing", "no decay, no limit: the baseline", (), lambda numbers, samples: []),
-    "l2": _L2_PENALTY,
-    "l1": _L1_PENALTY,
-    "clip_value": Strategy(
-        "clip by value", "every parameter's entries in ±bound", (_axis("bound", 0.5, off=1),),
-        _rule("clip_weight_value", "bound", params="role:all"),
-    ),
-    "clip_tensor_norm": _TENSOR,
-    "normalise": Strategy(
-        "normalise units", "each unit's weight vector to the radius, at every step", (_SPHERE,), _rule("unit_norm", "radius")
-    ),
-    "max_norm": _MAX_NORM,
-    "spectral_cap": Strategy("spectral cap", "singular values at most the radius", (_LIMIT,), _rule("spectral_cap", "radius")),
-    "soft_threshold": Strategy("soft threshold", "the L1 prox after the step: exact zeros", (_L1,), _rule("l1_prox", "l1")),
-    "weight_decay": Strategy(
-        "decoupled decay", "θ ← (1 − ηλ)θ before the step, as AdamW does",
-        (_axis("decay", 0.1, 10.0, off=-1),), _rule("weight_decay", "decay"),
-    ),
-    "l2+max_norm": _both("L2 + max-norm", "the penalty and the limit per unit", _L2_PENALTY, _MAX_NORM),
-    "l1+clip_tensor_norm": _both("L1 + tensor norm", "the penalty and the limit per tensor", _L1_PENALTY, _TENSOR),
-}  # fmt: skip
-"""The article's strategies and what they are made of: those that are compared where none are named."""
-
-PUBLISHED: dict[str, Strategy] = {
-    "hyperball": Strategy(
-        # The article's weights start at a deviation of 0.02, a tenth and less of what layers of this size need: a sphere of their own norm
-        # would keep them from learning. Sixteen times as much is near He's initialisation, which the method's authors start from.
-        "Hyperball", "matrices on a sphere of a multiple of their initial norm, steps of the length lr × radius",
-        (_axis("multiple", 16.0, 4.0),), lambda numbers, samples: [*nw.hyperball(f"{numbers['multiple']:g}*init")],
-        lr=_axis("lr", 0.02, 3.0),
-    ),
-    "relative_update": Strategy(
-        "relative update", "steps of matrices of the length scale × lr × ‖w‖",
-        (_axis("scale", 1.0, 8.0),), _rule("relative_update", "scale"),
-    ),
-    "radial_brake": Strategy(
-        "radial brake", "of what a step adds to a matrix's norm the share keep is kept",
-        (_axis("keep", 0.5, off=1, most=1.0),), _rule("radial_brake", "keep"),
-    ),
-    "cpr": Strategy("CPR", "each matrix bounded from where its growth slows down, by a decay of its own", (), _rule("cpr")),
-    "autoclip": Strategy(
-        "AutoClip", "the gradient at most a percentile of its norms so far",
-        (_axis("percentile", 30.0, 3.0, off=1, most=100.0),), _rule("autoclip", "percentile"),
-    ),
-    "zclip": Strategy(
-        "ZClip", "gradients clipped that lie more than z deviations above their mean norm",
-        (_axis("z", 2.5, off=1),), _rule("zclip", "z"),
-    ),
-    "orthogonal": Strategy(
-        "orthogonal", "matrices made orthogonal after the step, all singular values the radius", (_SPHERE,), _rule("orthogonal", "radius")
-    ),
-    "orthogonal_penalty": Strategy(
-        "orthogonality penalty", "strength/4 · ‖WWᵀ − I‖² of matrices beside the loss",
-        (_axis("strength", 0.1, 10.0, off=-1),), _rule("orthogonal_penalty", "strength"),
-    ),
-}  # fmt: skip
-"""Published methods (docs/published-methods.md) as strategies, on what each acts on by default."""
-
-STRATEGIES: dict[str, Strategy] = {**ARTICLE, **PUBLISHED}
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """label, about: for tables. lr: where to look for the learning rate. build: model and learning rate to an optimizer that decays
-    nothing by itself, so that every strategy starts from the same one."""
-
-    label: str
-    lr: Axis
-    build: Callable[[nn.Module, float], torch.optim.Optimizer]
-    about: str
-
-
-TORCH: dict[str, Optimizer] = {
-    "gd": Optimizer("gradient descent", _axis("lr", 0.4, 3.0), lambda m, lr: torch.optim.SGD(m.parameters(), lr), "torch's SGD"),
-    "momentum": Optimizer(
-        "momentum", _axis("lr", 0.06, 3.0), lambda m, lr: torch.optim.SGD(m.parameters(), lr, momentum=0.9), "torch's SGD with momentum 0.9"
-    ),
-    "adam": Optimizer(
-        "Adam", _axis("lr", 0.005, 3.0), lambda m, lr: torch.optim.AdamW(m.parameters(), lr, weight_decay=0.0),
-        "torch's AdamW without decay",
-    ),
-}
-"""The article's optimizers: those that are compared where none are named."""
-
-
-def _plain(
-    name: str, own_rest: bool = False, on_spheres: bool = False, **columns: Any
-) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
-    """The preset with these columns.
-
-    Args:
-        own_rest: with AdamW at the same learning rate for what it does not take: one rate is searched, as with every optimizer.
-        on_spheres: from convolutions of the size that He et al. (2015) give them, which it then keeps: the article's 0.02 is a tenth of
-            that and less, and on spheres so small the network does not learn.
-    """
-
-    def build(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        for w in (module.weight for module in model.modules() if on_spheres and isinstance(module, nn.Conv2d)):
-            w.data *= (2 / w[0].numel()) ** 0.5 / w.detach().square().mean().sqrt()
-        rest: dict[str, Any] = {"adamw": {"lr": lr}} if own_rest else {}
-        optimizer: torch.optim.Optimizer = getattr(nw.optim, name)(model, lr, **rest, **columns)
-        return optimizer
-
-    return build
-
-
-# What each learning rate means differs from preset to preset; the centres are from a first look at digits.
-PRESETS: dict[str, Optimizer] = {
-    "normalized_sgd": Optimizer(
-        "normalised SGD", _axis("lr", 0.06, 3.0), _plain("NormalizedSGD"), "each tensor's averaged gradient at length lr"
-    ),
-    "signum": Optimizer("Signum", _axis("lr", 0.003, 3.0), _plain("Signum"), "the signs of the averaged gradient"),
-    "lion": Optimizer("Lion", _axis("lr", 0.003, 3.0), _plain("Lion"), "the signs of a mix of gradient and average"),
-    "lars": Optimizer(
-        "LARS", _axis("lr", 0.3, 3.0), _plain("LARS", trust=0.02),
-        "momentum with steps relative to each tensor's norm, trust 0.02: with the paper's 0.001 a rate that moves the weights would "
-        "throw the biases, which have no ratio",
-    ),
-    "lamb": Optimizer("LAMB", _axis("lr", 0.03, 3.0), _plain("LAMB"), "Adam with steps relative to each tensor's norm"),
-    "muon": Optimizer(
-        "Muon", _axis("lr", 0.01, 3.0), _plain("Muon", own_rest=True, adjust_lr_fn="match_rms_adamw", weight_decay=0.0),
-        "orthogonalised momentum for hidden matrices and convolutions, RMS-matched; AdamW at the same rate for the rest",
-    ),
-    "normuon": Optimizer(
-        "NorMuon", _axis("lr", 0.01, 3.0), _plain("NorMuon", own_rest=True, weight_decay=0.0),
-        "Muon with units of equal step; AdamW at the same rate for the rest",
-    ),
-    "scion": Optimizer(
-        "Scion", _axis("lr", 0.01, 3.0), _plain("Scion", radius=8.0, head_radius=1.0),
-        "unconstrained; radius 8 for convolutions, as in the paper, and 1 for the head: its 128 is for layers that are wider",
-    ),
-    "adamh": Optimizer(
-        "AdamH", _axis("lr", 0.01, 3.0), _plain("AdamH", own_rest=True, on_spheres=True),
-        "Adam on spheres, of convolutions those of He's initial norm; AdamW at the same rate for the rest",
-    ),
-    "muonh": Optimizer(
-        "MuonH", _axis("lr", 0.02, 3.0), _plain("MuonH", own_rest=True, on_spheres=True),
-        "Muon on spheres, of convolutions those of He's initial norm; AdamW at the same rate for the rest",
-    ),
-}  # fmt: skip
-"""Presets of ``normwise.optim`` as optimizers, without weight decay. Their SGD and AdamW are torch's, and so gd, momentum and adam."""
-
-OPTIMIZERS: dict[str, Optimizer] = {**TORCH, **PRESETS}
-SPHERES = ("adamh", "muonh")
-"""Those that keep their matrices on a sphere."""
-_ON_A_SPHERE = ("hyperball", "relative_update", "radial_brake")
-
-
-def why_not(strategy: str, optimizer: str) -> str | None:
-    """Why a strategy says nothing with this optimizer, in words that follow its name; None where it does."""
-    if optimizer in SPHERES and strategy in _ON_A_SPHERE:
-        return "already keeps its matrices on a sphere and sets the length of their steps"
-    if optimizer == "lamb" and strategy == "relative_update":
-        return "already takes steps of the length lr × ‖w‖"
-    return None
-
-
-def axes_of(strategy: str, optimizer: str) -> tuple[Axis, ...]:
-    """What is searched of a pair: the learning rate, then the strategy's strengths."""
-    own = STRATEGIES[strategy]
-    return (own.lr or OPTIMIZERS[optimizer].lr, *own.axes)
