@@ -697,6 +697,34 @@ def test_rules_on_updates_refuse_optimizers_that_own_their_iterates():
     assert hooks(opt) == 0
 
 
+class TwoSequences(SGD):
+    """As a schedule-free optimizer: it has other weights to evaluate than to train."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+RULES_ON_WEIGHTS = [nw.max_norm(1.0), nw.l1_prox(0.1), nw.weight_decay(0.1), nw.cpr(), nw.Rule(action="normalize", on="update", radius=0.1)]
+
+
+@pytest.mark.parametrize("rule", RULES_ON_WEIGHTS, ids=str)
+def test_rules_on_weights_refuse_optimizers_that_evaluate_others(rule):
+    model = mlp()
+    opt = TwoSequences(model.parameters(), lr=0.1)
+    with pytest.raises(nw.PolicyError, match="not those that you evaluate and save"):
+        nw.attach(model, opt, rule)
+    assert hooks(opt) == 0
+    nw.attach(model, opt, [nw.l2_penalty(0.1), nw.clip_grad_norm(1.0)])
+
+
+def test_the_weights_that_schedule_free_evaluates_are_never_promised_a_bound():
+    schedulefree = pytest.importorskip("schedulefree")
+    model = mlp()
+    with pytest.raises(nw.PolicyError, match="AdamWScheduleFree trains with"):
+        nw.attach(model, schedulefree.AdamWScheduleFree(model.parameters()), nw.max_norm(1.0))
+
+
 def test_an_optimizer_in_a_wrapper_is_found():
     """Accelerate's has no hook registries, and keeps the real one in ``.optimizer``."""
 

@@ -130,6 +130,31 @@ def test_the_warning_of_a_run_without_hooks_comes_by_itself_and_once():
     assert not control.verify()
 
 
+@pytest.mark.parametrize("kind", [AdamW, SGD, torch.optim.Adam, torch.optim.Adagrad])
+def test_another_optimizer_is_noticed_though_its_fused_kernel_counts_no_writes(kind):
+    model = net()
+    control = nw.attach(model, SGD(model.parameters(), lr=0.1), nw.max_norm(0.3))
+    other = kind(model.parameters(), lr=0.1, fused=True)
+    with pytest.warns(UserWarning, match="no step hook of the SGD ran") as caught:
+        for seed in range(12):
+            backward(model, seed)
+            other.step()
+    assert len(caught) == 1
+    assert "the weights have changed since attach" in str(control.verify())
+
+
+def test_a_weight_that_is_not_a_number_is_no_weight_that_moves():
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    control = nw.attach(model, SGD(model.parameters(), lr=0.1), nw.max_norm(0.3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(6):
+            backward(model, seed)
+    assert "has not stepped yet" in str(control.verify())
+
+
 def test_gradient_accumulation_is_no_run_without_hooks():
     model = net()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -561,6 +586,52 @@ def test_the_same_attach_twice_is_an_error_and_replace_means_it():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     torch.testing.assert_close(model[0].weight.detach(), start * (1 - 0.1 * 0.5), rtol=1e-14, atol=0)
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_attached():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    beside = nw.attach(model, optimizer, nw.clip_grad_norm(1.0))
+    for replace in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match=r"BatchNorm rescales|has a control already"):
+                nw.attach(model, optimizer, nw.group_lasso(5.0), replace=replace)
+        assert len(optimizer._optimizer_step_pre_hooks) == 1 and beside._handles
+    beside.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nw.attach(model, optimizer, nw.group_lasso(5.0))
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
+def test_a_control_that_cannot_take_anothers_place_leaves_it_there():
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    first = nw.attach(model, optimizer, nw.max_norm(0.3))
+    optimizer.param_groups[0]["normwise"] = [{"version": 0}]
+    with pytest.raises(nw.PolicyError, match="the state is none"):
+        nw.attach(model, optimizer, nw.max_norm(0.2), replace=True)
+    backward(model)
+    optimizer.step()
+    assert first.verify() and longest(model[0].weight) <= 0.3
+
+
+def test_an_overflow_that_a_scaler_skips_is_no_news():
+    model = nn.Sequential(nn.Linear(6, 3))
+    optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
+    control = nw.attach(model, optimizer, [nw.clip_grad_norm(1.0), nw.max_norm(3.0)])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scaler.scale(model(torch.full((2, 6), 1e35)).sum()).backward()
+        scaler.step(optimizer)
+    assert control.steps == 0
+    backward(model)
+    model[0].weight.grad[0, 0] = torch.inf
+    with pytest.warns(UserWarning, match="whose norm is not finite"):    # nobody skips this one
+        optimizer.step()
 
 
 def test_a_looser_bound_over_a_tighter_one_is_an_error_and_nothing_is_hooked():

@@ -412,3 +412,28 @@ class Named(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.result(self.inner(x).relu())
         return out
+
+
+class CalledSelf(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out, self.mid = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 10), nn.Linear(8, 8)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return self.mid(x) @ self.mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.mixed(x))
+
+
+class CalledOtherwise(CalledSelf):
+    def mixed(m, x: Tensor) -> Tensor:
+        return m.mid(x) @ m.mix
+
+    def forward(this, x: Tensor) -> Tensor:
+        return this.out(this.mixed(x))
+
+
+def test_a_forward_pass_may_call_its_module_what_it_likes() -> None:
+    assert find_roles(CalledOtherwise()) == find_roles(CalledSelf())
+    assert find_roles(CalledSelf())["out.weight"] == "head" and find_roles(CalledSelf())["mix"] == "hidden"

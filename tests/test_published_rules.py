@@ -140,6 +140,26 @@ def test_the_learning_rate_of_hyperball_is_the_relative_length_of_the_step():
 # -------------------------------------------------------------------------------------------------- relative update
 
 
+@pytest.mark.parametrize("how", ["loaded", "written"])
+@pytest.mark.parametrize("rule", [nw.hyperball(), nw.relative_update(1.0)], ids=["hyperball", "relative_update"])
+def test_a_weight_decay_that_comes_later_is_refused_before_the_step_changes_anything(rule, how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.0)
+    nw.attach(model, optimizer, [nw.clip_grad_norm(1e-3), *([rule] if isinstance(rule, nw.Rule) else rule)])
+    if how == "loaded":
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.5).state_dict())
+    else:
+        optimizer.param_groups[0]["weight_decay"] = 0.5
+    model(torch.ones(3, 6)).square().sum().backward()
+    before = [t.clone() for p in model.parameters() for t in (p.detach(), p.grad)]
+    with pytest.raises(nw.PolicyError, match=r"weight_decay=0\.5.*Give the group weight_decay=0"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, [t for p in model.parameters() for t in (p.detach(), p.grad)], strict=True))
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+
+
 @pytest.mark.parametrize("make", MAKE.values(), ids=list(MAKE))
 def test_relative_update_is_its_formula(make):
     eta = make([nn.Parameter(torch.ones(1))]).param_groups[0]["lr"]

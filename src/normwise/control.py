@@ -25,13 +25,13 @@ from normwise.engine.nonfinite import OnNonFinite
 from normwise.engine.norm_log import NormLog
 from normwise.engine.norm_report import NormReport, Radii, Zeros, unit_norms
 from normwise.engine.optimizer_state import Part, Traveller, fold, unfold
-from normwise.engine.pack import versions
+from normwise.engine.pack import Look, versions, witnesses
 from normwise.engine.program import check_model, check_ranks, optimizers_of
 from normwise.engine.rules.base import BoundRule
 from normwise.engine.rules.qk_clip import report
 from normwise.engine.sharded import reshard
 from normwise.engine.sharded.collectives import TRAFFIC, Traffic
-from normwise.engine.step import Marks, OnePass, Start, Stepper, grads, makes_state, steps_under_way, witnesses
+from normwise.engine.step import Marks, OnePass, Start, Stepper, grads, makes_state, steps_under_way
 from normwise.engine.verify import Rested, Verification, verify
 from normwise.errors import PolicyError, nearest
 from normwise.logs import Logger, logger_of
@@ -114,7 +114,7 @@ class Control:
         in_optimizer_state: bool = True, replace: bool = False, built_in: bool = False,
     ) -> None:  # fmt: skip
         self.policy, self.optimizers = policy, optimizers
-        self._handles: list[Any] = []
+        self._handles, self._afters = list[Any](), list[int]()
         self.inventory: Inventory
         self.engine: Engine
         if timed:
@@ -133,24 +133,25 @@ class Control:
         self._past: deque[dict[str, Tensor]] = deque(maxlen=0 if isinstance(log, bool) else log)
         self._always, self._loggers = bool(log), list[Logger]()
         self._bind(self._always, resting=False)
+        self._told: set[str] = set()
         others = _at_work(optimizers)
-        if replace:
-            for other in (o for o in others if not o.built_in):
-                other.remove()
-        _check_beside(self, [o for o in others if o._handles])
+        replaced = [o for o in others if replace and not o.built_in]
+        # All that warns or refuses comes before anything is hooked or taken off: a warning may be an error.
+        _check_beside(self, [o for o in others if o not in replaced])
+        for message in self.engine.lassos_before_batch_norm(model):
+            self._tell(message)
         self.on_nonfinite = on_nonfinite
         self.seconds = 0.0
         """Time spent in the hooks, with ``timed=True``."""
-        self._told: set[str] = set()
         self._traffic = Traffic()
         self._nests = [_steps_within(type(o)) for o in optimizers]
-        self._born = [versions(self.engine.params(k)) for k in range(len(optimizers))]
+        self._born = [Look(self.engine.params(k)) for k in range(len(optimizers))]
         self._travellers: list[Traveller] = []
         if in_optimizer_state:
             self._travel()
+        for other in replaced:
+            other.remove()
         self._handles = [h for k, o in enumerate(optimizers) for h in (*self._hook(k, o), *self._listen(k))]
-        for message in self.engine.lassos_before_batch_norm(model):
-            self._tell(message)
         for o in optimizers:
             _AT_WORK.setdefault(o, []).append(weakref.ref(self))
 
@@ -226,7 +227,9 @@ class Control:
         def after(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             aside(self._after, k) if torch.compiler.is_compiling() else self._after(k)
 
-        return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        self._afters.append(handles[1].id)
+        return handles
 
     def _listen(self, k: int) -> list[Any]:
         """Tells the user where the weights change from one backward pass to the next and no step hook ever runs: somebody else steps.
@@ -236,15 +239,16 @@ class Control:
         watched = next((p for p in self.engine.params(k) if p.requires_grad and p.is_leaf and not _renormalised(self.inventory, p)), None)
         if watched is None:
             return []
-        mine, name, seen = weakref.ref(self), type(self.optimizers[k]).__name__, [-1, 0]
+        mine, name = weakref.ref(self), type(self.optimizers[k]).__name__
+        looks: list[Look] = []
 
         def after_backward(param: Tensor) -> None:
             control = mine()
             if control is None or control._steppers[k].heard:
                 handle.remove()
-            elif seen[0] != (version := param._version):
-                seen[:] = version, seen[1] + (seen[0] >= 0)
-                if seen[1] >= UNHEARD:
+            elif not looks or not looks[-1].same([param]):
+                looks.append(Look([param]))
+                if len(looks) > UNHEARD:
                     handle.remove()
                     control._tell(
                         f"the weights change from one backward pass to the next, but no step hook of the {name} ran, so that no rule "
@@ -399,14 +403,19 @@ class Control:
         self._offer(turn)
 
     def _one_pass(self, turn: Turn) -> OnePass | None:
-        """What the optimizer's own kernel may do of a step's rules; nothing where another control acts on the same step, or it may not be
-        taken."""
+        """What the optimizer's own kernel may do of a step's rules; nothing where another control acts on the same step, a hook of somebody
+        else's comes before the rules, which may write to a weight by its ``.data``, or the step may not be taken."""
         one_pass = self.engine.program(turn.optimizer).one_pass
         if one_pass is None or turn.happened is not None or self._nests[turn.optimizer] or self.engine.spanning:
             return None
-        return one_pass if len(_at_work([self.optimizers[turn.optimizer]])) == 1 else None
+        optimizer = self.optimizers[turn.optimizer]
+        first = next(iter(optimizer._optimizer_step_post_hooks), None)
+        return one_pass if first == self._afters[turn.optimizer] and len(_at_work([optimizer])) == 1 else None
 
     def _offer(self, turn: Turn) -> None:
+        known = self.engine.program(turn.optimizer).one_pass
+        if known is not None:
+            known.withdraw()
         one_pass = self._one_pass(turn)
         if one_pass is None:
             return
@@ -469,6 +478,7 @@ class Control:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             turn.happened = 1 - found_inf.clamp(max=1)
+        engine.check_groups(k)
         if engine.foreign:
             engine.foresee(turn)
         scale = getattr(optimizer, "grad_scale", None)
@@ -660,7 +670,7 @@ class Control:
         """Why an optimizer that has never stepped here has not, where its weights have moved all the same."""
         found = {}
         for k, stepper in enumerate(self._steppers):
-            if not stepper.heard and versions(self.engine.params(k)) != self._born[k]:
+            if not stepper.heard and not self._born[k].same(self.engine.params(k)):
                 name = type(self.optimizers[k]).__name__
                 found[k] = f"the weights have changed since attach, but no step hook of the {name} ran; attach to what steps them"
         return found

@@ -49,6 +49,38 @@ def versions(tensors: Iterable[Tensor]) -> list[int]:
     return [here(t)._version for t in tensors]
 
 
+WITNESSES = 8
+"""Tensors that are looked at where a step changes all of them or none."""
+
+
+def witnesses(tensors: Sequence[Any]) -> list[Any]:
+    """A few of many tensors, evenly spread."""
+    return list(tensors[:: max(1, len(tensors) // WITNESSES)])
+
+
+class Look:
+    """How some weights looked, to tell later whether anybody has moved them: how often each was written to, and the sum of the first row of
+    a few, since torch's fused optimizers write without counting."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._versions, self._sums = versions(params), _sums(params)
+
+    def same(self, params: Sequence[Tensor]) -> bool:
+        """Whether none has moved, as far as one can tell. Waits for a device where no weight was written to by a counted call."""
+        return self._versions == versions(params) and all(map(_equal, self._sums, _sums(params)))
+
+
+def _sums(params: Sequence[Tensor]) -> list[Tensor]:
+    """Of plain tensors: what a tensor of another kind gives for a row, nobody knows."""
+    plain = [t for p in witnesses(params) if type(t := here(p.detach())) is Tensor and t.is_floating_point()]
+    return [row.sum(dtype=row.dtype if row.dtype.itemsize > 2 else torch.float32) for row in (t[:1] if t.ndim else t for t in plain)]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """NaN, too, is what it was."""
+    return bool((a == b) | ((a != a) & (b != b)))
+
+
 FLAT = ("_is_flat_param", "_fsdp_flattened")
 """What FullyShardedDataParallel marks its flat pieces with."""
 

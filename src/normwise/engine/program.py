@@ -35,7 +35,6 @@ from normwise.policy.schedules import at
 
 _GROUPS, _HELD = operator.attrgetter("param_groups"), operator.itemgetter("params")
 _KIND = operator.attrgetter("requires_grad", "dtype", "shape")
-OWN_THEIR_ITERATES = ("LBFGS", "ScheduleFree")
 INNER = ("base_optimizer", "optim", "_optimizer", "inner_optimizer", "opt", "base")
 """Where wrappers that are not opened keep the optimizer that they drive."""
 FORWARDERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric", "transformers", "deepspeed", "torch")
@@ -131,7 +130,11 @@ class Program:
         """Whether a step that raises and is tried again must not do everything a second time: a gradient clipped twice is one clipped."""
         self.ascends = bool(engine.phase("penalty"))
         """Whether it matters that a group maximises."""
-        busy = self.aligned or self.begins or self.commits or engine.foreign or engine.phase("update") or engine.spanning
+        choosy = [b for b in engine.rules if type(b).check_group is not BoundRule.check_group]
+        firsts = {(i, id(engine.group(m.param))): (b, m) for i, b in enumerate(choosy) for m in b.members if m.optimizer == k}
+        self.beside = list(firsts.values())
+        """A parameter of each group that some rule can act beside only as it is."""
+        busy = self.aligned or self.beside or self.begins or self.commits or engine.foreign or engine.phase("update") or engine.spanning
         self.fast = not busy and all(b.in_few_calls for b in decaying)
         """Whether a step is no more than rules on gradients, decays and what comes after the optimizer."""
 
@@ -185,12 +188,7 @@ class Engine:
             )
         for bound, m in ((b, m) for b in self.rules for m in b.members):
             bound.check_group(m.name, self._bindings.group_of[id(m.param)])
-            name = type(self.optimizers[m.optimizer]).__name__
-            if bound.phase == "update" and any(owner in name for owner in OWN_THEIR_ITERATES):
-                raise PolicyError(
-                    f"rule '{bound.rule.label()}' would change the updates of {name}, which keeps its own iterates and would drift apart "
-                    "from them: use on='grad' or on='weight'."
-                )
+            _refuse_iterates(bound, self.optimizers[m.optimizer])
         for bound in self.phase("gradient")[:1]:
             bound.watches = not self.phase("penalty") and bound.flat and bound.rule.action == "clip_norm"
         self.foreign = [(b, what, v) for b in self.rules for what, v in b.functions()]
@@ -230,6 +228,12 @@ class Engine:
             return True
         bindings.refresh()
         return False
+
+    def check_groups(self, k: int) -> None:
+        """PolicyError, before a step changes anything, where a group of optimizer ``k`` has become one that a rule cannot act beside: a
+        schedule may write to it, and ``load_state_dict`` does."""
+        for bound, m in self.program(k).beside:
+            bound.check_group(m.name, self.group(m.param))
 
     def refuse_replaced(self, inventory: Inventory) -> None:
         """PolicyError where the model has another tensor under a name that a rule acts on, and the optimizer still holds the old one."""
@@ -305,7 +309,7 @@ class Engine:
     def rate(self, param: nn.Parameter) -> Any:
         """η: the ``lr`` of the parameter's group, times the factor ``d`` that D-Adaptation and Prodigy keep there. A tensor has no
         dimensions, whatever the group has; other numbers, as numpy's, are floats."""
-        group = self._group(param)
+        group = self.group(param)
         rate, factor = group["lr"], group.get("d", 1.0)
         if isinstance(rate, Tensor):
             return (rate.reshape(()) if rate.ndim else rate) * factor
@@ -317,9 +321,9 @@ class Engine:
 
     def ascends(self, param: nn.Parameter) -> bool:
         """Whether the parameter's group has ``maximize=True``."""
-        return bool(self._group(param).get("maximize"))
+        return bool(self.group(param).get("maximize"))
 
-    def _group(self, param: nn.Parameter) -> dict[str, Any]:
+    def group(self, param: nn.Parameter) -> dict[str, Any]:
         """The parameter's group now; :meth:`outdated` looks for new ones, as ``load_state_dict`` makes them."""
         return self._bindings.group_of[id(param)]
 
@@ -438,6 +442,28 @@ def _refuse(entry: Entry, rule: Rule) -> None:
             "torch.view_as_real."
         )
     refuse_memory(p, repr(entry.name))
+
+
+def _refuse_iterates(bound: BoundRule, optimizer: Optimizer) -> None:
+    """PolicyError where an optimizer computes weights from what it keeps itself, so that what a rule does to them would be undone."""
+    name, rule = type(optimizer).__name__, bound.rule
+    if bound.phase not in ("penalty", "gradient") and _averages(optimizer):
+        raise PolicyError(
+            f"rule '{rule.label()}' would change the weights that {name} trains with, but not those that you evaluate and save, which it "
+            "computes from a sequence of its own: there the rule would not hold. Beside it use penalties and rules on gradients, or take "
+            "another optimizer."
+        )
+    if bound.phase == "update" and "LBFGS" in name:
+        raise PolicyError(
+            f"rule '{rule.label()}' would change the updates of {name}, which keeps its own iterates and would drift apart from them: use "
+            "on='grad' or on='weight'."
+        )
+
+
+def _averages(optimizer: Optimizer) -> bool:
+    """Whether it has other weights for evaluation than for training, as schedule-free optimizers have (Defazio et al., 2024)."""
+    own = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+    return own or "ScheduleFree" in type(optimizer).__name__
 
 
 def _is_stored_otherwise(entry: Entry) -> bool:

@@ -16,8 +16,6 @@ from torch.optim import Optimizer
 
 from normwise.engine.pack import Member, Pack, here
 
-WITNESSES = 8
-"""Tensors that are looked at to tell whether a step that raised is tried again with the same gradients: backward passes change all."""
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__
 """Of torch's wrapper around every ``step``, which runs the hooks."""
 MAKERS = ("_init_optim_state",)
@@ -100,11 +98,6 @@ class Squares:
 def grads(params: Iterable[Tensor]) -> list[Tensor | None]:
     """Their gradients."""
     return [p.grad for p in params]
-
-
-def witnesses(tensors: Sequence[Any]) -> list[Any]:
-    """A few of many tensors, evenly spread."""
-    return list(tensors[:: max(1, len(tensors) // WITNESSES)])
 
 
 @dataclass
@@ -199,7 +192,6 @@ class OnePass:
     def offer(self, optimizer: Optimizer, declined: Callable[[], None] | None = None) -> bool:
         """Makes the optimizer an offer for its next step; whether it could be made. declined: asks for norms, and is called, with nothing
         changed yet, where the optimizer's kernel will not take the step."""
-        self._left, self._squares = {}, {}
         self.measured, self._declined = declined is not None, declined
         if not all([part.placed(part.weights, held=True) for part, _, _ in self.bounds]):    # noqa: C419 - faster than a generator
             return False
@@ -208,6 +200,10 @@ class OnePass:
             ctypes.memset(workspace.changed, 0, ctypes.sizeof(workspace.changed))
         optimizer._offered = self    # type: ignore[attr-defined]
         return True
+
+    def withdraw(self) -> None:
+        """A step begins: what the kernel did in an earlier one says nothing of it, whoever takes it."""
+        self.measured, self._left, self._squares = False, {}, {}
 
     def decline(self) -> None:
         if self._declined is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from normwise.engine.pack import Pack, here
 from normwise.engine.sharded.prefetch import Request
@@ -89,6 +90,7 @@ class Fused:
                 params, grads, firsts, seconds, [], steps, lr=rate, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps,
                 amsgrad=False, maximize=maximize,
             )  # fmt: skip
+            increment_version(params)    # which torch's fused kernels leave out, and by which others see that a weight has moved
         else:
             if self.own is None or self.own[0] is not one_pass:
                 self.own = one_pass, native.AdamW(params, [one_pass.of.get(id(p)) for p in params])

@@ -43,7 +43,7 @@ def hyperball(
 
     Args:
         radius: R; ``"init"`` (default) for ‖w‖₂ when attached, a multiple of it, a number or a schedule.
-        params: default the matrices.
+        params: default the matrices: hidden, convolutional and recurrent weights, no embeddings and no heads.
         per: default each parameter as one vector.
         floor: the radius of a weight that starts at zero, which otherwise is an error.
 
@@ -73,7 +73,7 @@ def relative_update(
 
     Args:
         scale: > 0, default 1.
-        params: default the matrices.
+        params: default the matrices: hidden, convolutional and recurrent weights, no embeddings and no heads.
         norm: default ``"l2"``.
         per: default each parameter.
         floor: max(‖w‖, floor) counts for ‖w‖. Without it a weight that is zero when attached is an error, since it could never move.
@@ -96,7 +96,7 @@ def radial_brake(
 
     Args:
         keep: in [0, 1]; 0 lets no norm grow, 1 does nothing. Default 0.5, NVIDIA's.
-        params: default the matrices.
+        params: default the matrices: hidden, convolutional and recurrent weights, no embeddings and no heads.
         norm: default ``"l2"``.
         per: default each parameter.
     """
@@ -241,7 +241,7 @@ def orthogonal(radius: Varying = 1.0, params: Selector | None = None, *, per: st
 
     Args:
         radius: > 0, default 1.
-        params: default the matrices.
+        params: default the matrices: hidden, convolutional and recurrent weights, no embeddings and no heads.
         per: default each matrix that the module applies, a convolution as its flattened filters.
     """
     shared: Any = on_matrices(params, common)
@@ -257,7 +257,7 @@ def orthogonal_penalty(strength: Varying, params: Selector | None = None, *, per
 
     Args:
         strength: >= 0.
-        params: default the matrices.
+        params: default the matrices: hidden, convolutional and recurrent weights, no embeddings and no heads.
         per: default each matrix that the module applies.
     """
     shared: Any = on_matrices(params, common)

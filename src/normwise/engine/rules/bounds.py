@@ -327,6 +327,8 @@ class Bound(BoundRule):
     def _look_for_nonfinite(self, value: Tensor, turn: Turn) -> None:
         """Tells once of a norm that is not finite, where looking is free."""
         if not self._told and may_branch(value) and value.numel() and not math.isfinite(float(value.max())):
+            if turn.happened is not None and not bool(turn.happened):    # GradScaler skips the step, as it is meant to
+                return
             self._told = True
             what = {"gradient": "gradients", "update": "updates"}.get(self.phase, "weights")
             turn.tell(

@@ -46,7 +46,18 @@ def tree_of(function: FunctionType) -> ast.FunctionDef | None:
         parsed = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndentationError, IndexError):
         return None
-    return parsed if isinstance(parsed, ast.FunctionDef) else None
+    return _with_self(parsed) if isinstance(parsed, ast.FunctionDef) else None
+
+
+def _with_self(method: ast.FunctionDef) -> ast.FunctionDef:
+    """With the module called ``self``, whatever its author calls it."""
+    receiver = next((a.arg for a in (*method.args.posonlyargs, *method.args.args)), "self")
+    for node in ast.walk(method) if receiver != "self" else ():
+        if isinstance(node, ast.Name) and node.id == receiver:
+            node.id = "self"
+        elif isinstance(node, ast.arg) and node.arg == receiver:
+            node.arg = "self"
+    return method
 
 
 def forward_of(cls: type) -> ast.FunctionDef | None:
@@ -58,7 +69,8 @@ def forward_of(cls: type) -> ast.FunctionDef | None:
 
 
 def method_of(cls: type, name: str) -> ast.FunctionDef | None:
-    member = inspect.unwrap(getattr(cls, name)) if hasattr(cls, name) else None
+    static = isinstance(inspect.getattr_static(cls, name, None), staticmethod)
+    member = inspect.unwrap(getattr(cls, name)) if hasattr(cls, name) and not static else None
     if not isinstance(member, FunctionType) or (member.__module__ or "").partition(".")[0] == "torch":
         return None
     return tree_of(member)
