@@ -154,7 +154,7 @@ def check_apart(places: Iterable[tuple[str, str | os.PathLike[str] | None]]) -> 
     """
     seen: dict[str, str] = {}
     for what, path in places:
-        other = seen.setdefault(os.path.realpath(path), what) if path is not None else what
+        other = seen.setdefault(_real(path), what) if path is not None else what
         if other != what:
             raise DataError(f"{path}: {other} and {what} cannot be written to one place; give two files.")
 
@@ -178,11 +178,18 @@ def inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool
     return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
+def _real(path: str | os.PathLike[str]) -> str:
+    """Where links lead; a name that no file can have, as it is, since whoever writes there refuses it."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return os.fspath(path)
+
+
 def _identities(path: str | os.PathLike[str]) -> set[str | tuple[int, int]]:
     """Two paths that share one of these lead to one file."""
-    found: set[str | tuple[int, int]] = set()
-    with suppress(OSError, ValueError):    # what no file can be called is refused by who reads or writes it
-        found.add(os.path.realpath(path))
+    found: set[str | tuple[int, int]] = {_real(path)}
+    with suppress(OSError, ValueError):
         about = os.stat(path)
         found.add((about.st_dev, about.st_ino))
     return found
