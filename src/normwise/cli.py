@@ -49,10 +49,12 @@ def command() -> NoReturn:
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         try:
-            args = _parser().parse_args(arguments)
+            args, unknown = _parser().parse_known_args(arguments)
         except SystemExit:  # --help has printed
             printed(lambda: None, "the documentation says the same")
             raise
+        if unknown:
+            raise _UsageError(f"unrecognized arguments: {' '.join(unknown)}. See {args.called} --help.")
         command: Callable[[argparse.Namespace], int] = args.command
         return command(args)
     except _UsageError as error:
@@ -62,7 +64,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _sorry(message: str, status: int = _BAD_INPUT) -> int:
-    tell(f"normwise: {message}")
+    # What is echoed of a file or an argument must not give orders to the terminal.
+    tell(f"normwise: {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)}")
     return status
 
 
@@ -78,7 +81,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="normwise", description="Keep every norm in a PyTorch training run where you want it.")
     parser.add_argument("--version", action="version", version=f"normwise {__version__}")
-    parser.set_defaults(command=lambda args: _help(parser))
+    parser.set_defaults(command=lambda args: _help(parser), called=parser.prog)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     for add in (_add_demo, _add_compare, _add_race, _add_gan, _add_prune, _add_recipe, _add_tune, _add_advise, _add_inspect, _add_bench,
                 _add_policies):
@@ -102,7 +105,7 @@ def _add_command(
 ) -> argparse.ArgumentParser:
     """A command that calls ``run``, whose result is the exit status."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, called=parser.prog)
     return parser
 
 
@@ -129,14 +132,17 @@ def _add_study(commands: Any, name: str, summary: str, description: str, **helps
 
 def _study(args: argparse.Namespace) -> int:
     """Runs the study of a command. Its module stands in the package of its name, and has ``run``, which says whether all is well."""
-    from normwise.experiments.framework.study import Options, Outputs
+    from normwise.experiments.framework.study import Options, Outputs, check_outputs
 
     outputs = Outputs(args.json, args.report)
     study = import_module(f"normwise.experiments.{args.study}.study")
     if args.task is None:
         if args.state is None:
             raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
+        check_outputs(outputs, None, read=[args.state])
         return 0 if study.look(args.state, outputs) else _BROKEN
+    if getattr(args, "tiny", False) and getattr(args, "half", False):
+        raise _UsageError("--tiny and --half are two sizes of one network: give one of them. See normwise race --help.")
     only, size = getattr(args, "only", None), next((name for name in ("tiny", "half") if getattr(args, name, False)), "standard")
     options = Options(args.task, args.data, args.budget, only, args.seeds, args.workers, args.state, args.executor, size,
                       getattr(args, "hold", False), getattr(args, "horizon", 1.0))  # fmt: skip
@@ -155,6 +161,15 @@ def _whole(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
     return number
+
+
+def _times(text: str) -> float:
+    from normwise.experiments.framework.study import MOST_TIMES
+
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: give one from 1/{MOST_TIMES} to {MOST_TIMES}, as 0.5 or 2") from None
 
 
 def _cores() -> int:
@@ -184,11 +199,10 @@ def _add_race(commands: Any) -> None:
         budget="quick (minutes), standard (default; 2 to 5 core-hours) or long (about 20)",
         only="only these contenders, beside the baselines (adamw and sgd)",
     )  # fmt: skip
-    parser.add_argument("--horizon", type=float, default=1.0, metavar="TIMES",
+    parser.add_argument("--horizon", type=_times, default=1.0, metavar="TIMES",
                         help="multiply the task's steps: 0.5, 2 (default %(default)g)")  # fmt: skip
-    sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
-    sizes.add_argument("--half", action="store_true", help="the network at half of its width (resnet, vit, lstm, gpt, decoder)")
+    parser.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
+    parser.add_argument("--half", action="store_true", help="the network at half of its width (resnet, vit, lstm, gpt, decoder)")
 
 
 def _add_gan(commands: Any) -> None:

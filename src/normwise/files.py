@@ -17,7 +17,10 @@ from typing import BinaryIO
 
 from normwise.errors import DataError, OutputError
 
-__all__ = ["append_to", "cache_folder", "check_file", "check_folder", "content", "opened", "replace", "what_is", "whole"]
+__all__ = [
+    "append_to", "cache_folder", "check_apart", "check_file", "check_folder", "check_unread", "content", "inside", "names_in", "opened",
+    "replace", "what_is", "whole",
+]  # fmt: skip
 
 FILE, FOLDER, NOTHING = "a file", "a folder", "nothing"
 _KINDS = (
@@ -84,14 +87,26 @@ def content(path: str | os.PathLike[str], most: int, expected: str = FILE) -> by
     return read
 
 
+def names_in(folder: str | os.PathLike[str]) -> set[str]:
+    """What a folder holds; DataError for one that may be entered but not listed."""
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"{folder}: this folder cannot be listed ({error.strerror}); name the file in it, or make it readable.") from None
+
+
 # ------------------------------------------------------------------------------------------------- tried before the work
 
 
-def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes the folder if it is missing and tries to write into it, which also finds a full disk; DataError if that fails."""
+def check_folder(folder: str | os.PathLike[str]) -> list[Path]:
+    """Makes the folder if it is missing and tries to write into it, which also finds a full disk; DataError if that fails.
+
+    Gives the folders that were made, the innermost first, so that a command that is refused later can take them away again.
+    """
     folder = Path(folder)
     if (kind := what_is(folder)) not in (FOLDER, NOTHING):
         raise DataError(f"{folder}: results cannot be written into this folder (it is {kind}); give one that can be.")
+    missing = [one for one in (folder, *folder.parents) if what_is(one) == NOTHING]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -101,26 +116,31 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise DataError(f"{folder}: results cannot be written into this folder ({error.strerror}); give one that can be.") from None
+    return missing
 
 
-def check_file(path: str | os.PathLike[str] | None) -> None:
-    """DataError if the file, or the folder it would stand in, cannot be written; None passes. Changes no file."""
+def check_file(path: str | os.PathLike[str] | None) -> list[Path]:
+    """DataError if the file, or the folder it would stand in, cannot be written; None passes. Changes no file.
+
+    Gives the folders that were made for it, as :func:`check_folder` does.
+    """
     if path is None:
-        return
+        return []
     path = Path(path)
     kind = what_is(path)
     if kind == FOLDER:
         raise DataError(f"{path}: results cannot be written to a folder; give the name of a file in it.")
     if kind not in (FILE, NOTHING):
         raise DataError(f"{path}: results cannot be written here, since this is {kind}; give the name of a file.")
-    check_folder(path.parent)
+    made = check_folder(path.parent)
     if kind == NOTHING:
-        return    # making it and removing it again could take away what another process has just begun
+        return made    # making it and removing it again could take away what another process has just begun
     try:
         with path.open("ab"):
             pass
     except OSError as error:
         raise DataError(f"{path}: this file cannot be written ({error.strerror}); give another one.") from None
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -134,9 +154,45 @@ def check_apart(places: Iterable[tuple[str, str | os.PathLike[str] | None]]) -> 
     """
     seen: dict[str, str] = {}
     for what, path in places:
-        other = seen.setdefault(os.path.realpath(path), what) if path is not None else what
+        other = seen.setdefault(_real(path), what) if path is not None else what
         if other != what:
             raise DataError(f"{path}: {other} and {what} cannot be written to one place; give two files.")
+
+
+def check_unread(places: Iterable[tuple[str, str | os.PathLike[str] | None]], read: Iterable[str | os.PathLike[str]]) -> None:
+    """places: as for :func:`check_apart`. read: files that a command reads.
+
+    Raises:
+        DataError: something would be written over a file that is read, whatever it is called there: links of both kinds are followed.
+    """
+    sources = [(_identities(source), source) for source in read]
+    for what, path in places:
+        mine = _identities(path) if path is not None else set()
+        over = next((source for known, source in sources if known & mine), None)
+        if over is not None:
+            raise DataError(f"{path}: {what} would be written over {over}, which this command reads; give another name.")
+
+
+def inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether a path leads into a folder, at any depth."""
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
+
+
+def _real(path: str | os.PathLike[str]) -> str:
+    """Where links lead; a name that no file can have, as it is, since whoever writes there refuses it."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return os.fspath(path)
+
+
+def _identities(path: str | os.PathLike[str]) -> set[str | tuple[int, int]]:
+    """Two paths that share one of these lead to one file."""
+    found: set[str | tuple[int, int]] = {_real(path)}
+    with suppress(OSError, ValueError):
+        about = os.stat(path)
+        found.add((about.st_dev, about.st_ino))
+    return found
 
 
 @contextmanager

@@ -71,7 +71,8 @@ def command(where: str, goal: str, steps: int, copy: bool, out: Files) -> None:
         results: Results = json.loads(found[0].to_json())
         return results
 
-    deliver(work, lambda results: _show(found[0]), Outputs(out.json), more={"the policy": out.yaml, "the code": out.python})
+    more = {"the policy": out.yaml, "the code": out.python}
+    deliver(work, lambda results: _show(found[0]), Outputs(out.json), more=more, read=architecture.source_files(where))
 
 
 def _parts(made: Any, where: str) -> tuple[nn.Module, Any, Any]:

@@ -16,8 +16,8 @@ from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.provenance import machine
 from normwise.experiments.framework.store import Store
 from normwise.experiments.framework.study import Outputs, Results, deliver
-from normwise.inspection import Inspection, architecture, inspect, tables
-from normwise.policy import Policy
+from normwise.inspection import Inspection, architecture, tables
+from normwise.inspection.inspector import Work, prepared
 from normwise.reports import finite
 
 MEGABYTE = 1 << 20
@@ -50,23 +50,31 @@ class Asked:
             return architecture.from_config(self.config)
         return architecture.from_function(self.model) if self.model is not None else None
 
+    def read(self, work: Work) -> list[Path]:
+        """The files and folders that are read, those of the checkpoints among them."""
+        config = [] if self.config is None else [self.config, self.config / "config.json"]
+        policy = [] if self.policy is None else [self.policy]
+        given = [one for one in (self.checkpoint, self.against) if one is not None]
+        return [*work.read, *given, *config, *policy, *(architecture.source_files(self.model) if self.model is not None else ())]
+
 
 def command(asked: Asked, outputs: Outputs) -> bool:
     """Inspects, and says whether the policy is kept; True without one."""
+    # What is given is refused before anything is made for the results.
+    given = prepared(asked.checkpoint, asked.against, asked.policy, asked.architecture(), asked.spectra)
     state = asked.state or (outputs.json.with_suffix(".tensors.jsonl") if outputs.json is not None else None)
     found: list[Inspection] = []
 
     def work() -> Results:
-        found.append(_inspected(asked, state, on_stderr("MB")))
+        found.append(_inspected(given, state, on_stderr("MB")))
         results: Results = finite({**found[0].results, "machine": machine(), "protocol": {"notes": list(NOTES)}})
         return results
 
-    deliver(work, show, outputs, state, units="tensors")
+    deliver(work, show, outputs, state, units="tensors", read=asked.read(given))
     return bool(found[0])
 
 
-def _inspected(asked: Asked, state: Path | None, told: Progress) -> Inspection:
-    policy = Policy.load(asked.policy) if asked.policy is not None else None
+def _inspected(given: Work, state: Path | None, told: Progress) -> Inspection:
     with ExitStack() as stack:
         stack.enter_context(locked(state, told.note))
         store = Store(state)
@@ -83,9 +91,7 @@ def _inspected(asked: Asked, state: Path | None, told: Progress) -> Inspection:
             told.advance(name, done // MEGABYTE - begun[0] // MEGABYTE)
             begun[0] = done
 
-        return inspect(
-            asked.checkpoint, asked.against, policy, model=asked.architecture(), spectra=asked.spectra, kept=store, progress=progress
-        )
+        return given.inspection(store, progress)
 
 
 def show(results: Results) -> None:

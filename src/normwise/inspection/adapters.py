@@ -10,12 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from normwise.errors import DataError
+from normwise.errors import DataError, PolicyError
 from normwise.inspection.checkpoint import Checkpoint
 from normwise.inspection.stored import Stored
+from normwise.parameters.regex import finder
 
-_FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.(lora_embedding_|lora_)([AB])(?:\.[^.]+)?$")
+_FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.(lora_embedding_|lora_)([AB])(?:\.(?!bias$)[^.]+)?$")
 _LEAD = "base_model.model."
+_LARGEST = 3.4e38
+"""Of a scale: what the factors' own types end at."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,16 @@ def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, bool], dict[str,
     pairs: dict[tuple[str, bool], dict[str, Stored]] = {}
     for name in list(checkpoint.tensors):
         if found := _FACTOR.match(name):
-            pairs.setdefault((found[1], "embedding" in found[2]), {})[found[3]] = checkpoint.tensors.pop(name)
+            pair = pairs.setdefault((found[1], "embedding" in found[2]), {})
+            if found[3] in pair:
+                raise DataError(f"{checkpoint.place}: {pair[found[3]].name} and {name} are both the factor {found[3]} of {found[1]}.")
+            pair[found[3]] = checkpoint.tensors.pop(name)
         elif name.startswith(_LEAD):
+            plain = name.removeprefix(_LEAD).replace(".modules_to_save", "")
+            if plain in checkpoint.tensors:    # it keeps its longer name
+                continue
             one = checkpoint.tensors.pop(name)
-            one.name = name.removeprefix(_LEAD).replace(".modules_to_save", "")
+            one.name = plain
             checkpoint.tensors[one.name] = one
             checkpoint.shapes[one.name] = one.shape
     yield from pairs.items()
@@ -86,22 +95,31 @@ def _product_of(key: tuple[str, bool], pair: dict[str, Stored], checkpoint: Chec
     layer, embedding = key
     if len(pair) < 2:
         [one] = pair.values()
-        raise DataError(f"{checkpoint.place}: {one.name} is one factor of a product B·A, and the other is not there.")
+        other = [f"the other, {name}, is {why}" for name, why in checkpoint.skipped.items() if (m := _FACTOR.match(name)) and m[1] == layer]
+        raise DataError(f"{checkpoint.place}: {one.name} is one factor of a product B·A, and {(*other, 'the other is not there')[0]}.")
     a, b = pair["A"], pair["B"]
     if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != b.shape[1] or any(n != 1 for n in b.shape[2:]):
         raise DataError(f"{checkpoint.place}: the factors of {layer}, {list(b.shape)} and {list(a.shape)}, do not make a product B·A.")
-    rank = _of_pattern(config.get("rank_pattern"), layer, config.get("r", a.shape[0]))
+    rank = _of_pattern("rank", layer, config.get("r", a.shape[0]), checkpoint)
     if rank != a.shape[0]:
         raise DataError(f"{checkpoint.place}: adapter_config.json says rank {rank} for {layer}, whose factor A has {a.shape[0]} rows.")
-    alpha = _of_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", rank))
+    alpha = _of_pattern("alpha", layer, config.get("lora_alpha", rank), checkpoint)
+    if type(alpha) not in (int, float) or not abs(alpha) < _LARGEST:
+        raise DataError(
+            f"{checkpoint.place}: adapter_config.json gives {layer} the alpha {str(alpha)[:40]}, but it must be a number in fp32's range."
+        )
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return Product(layer, a, b, scale, embedding, embedding or bool(config.get("fan_in_fan_out")))
 
 
-def _of_pattern(patterns: Any, layer: str, usual: Any) -> Any:
-    """PEFT's rule: the first key that is the end of the layer's name, as a regular expression."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return usual
+def _of_pattern(what: str, layer: str, usual: Any, checkpoint: Checkpoint) -> Any:
+    """PEFT's rule: the first key of ``rank_pattern`` or ``alpha_pattern`` that is the end of the layer's name, as a regular expression."""
+    patterns = (checkpoint.adapter or {}).get(f"{what}_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise DataError(f"{checkpoint.place}: {what}_pattern in adapter_config.json is a {type(patterns).__name__}, but must be an object.")
+    try:
+        # The file may be a stranger's, and Python's own search for some patterns does not end.
+        return next((value for pattern, value in patterns.items() if finder(rf"^(.*\.)?({pattern})$")(layer)), usual)
+    except PolicyError as error:
+        raise DataError(f"{checkpoint.place}: {what}_pattern in adapter_config.json cannot be read: {error}") from error
 

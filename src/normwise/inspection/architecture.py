@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,26 @@ def called(where: str, device: str | None = None) -> Any:
         raise DataError(f"the model {where!r} cannot be made: {type(error).__name__}: {said}. It is called without arguments.") from error
     finally:
         sys.path.remove("")
+
+
+def source_files(where: str) -> list[Path]:
+    """The files that importing the module of ``package.module:function`` would run, found without running any; empty where it has none."""
+    module, _, function = where.partition(":")
+    steps = module.split(".")
+    if not function or not all(steps):
+        return []
+    sys.path.insert(0, "")
+    try:
+        spec = find_spec(steps[0])
+        found = [spec]
+        for i in range(2, len(steps) + 1):
+            spec = PathFinder.find_spec(".".join(steps[:i]), spec.submodule_search_locations) if spec is not None else None
+            found.append(spec)
+    except Exception:    # whatever a finder of another package raises; the import itself tells what is wrong
+        return []
+    finally:
+        sys.path.remove("")
+    return [Path(one.origin) for one in found if one is not None and one.has_location and one.origin is not None]
 
 
 def function_of(where: str, what: str) -> Callable[..., Any]:

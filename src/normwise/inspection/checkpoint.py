@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ READ = "a .safetensors, .bin, .pt, .pth or .ckpt file, an index.json of such fil
 class Checkpoint:
     """The floating-point tensors of a checkpoint.
 
-    ``place`` is what was read, ``kind`` says of which format it is, ``notes`` are for the user, ``skipped`` says what is not measured and
+    ``place`` is what was read, ``kind`` says of which format it is, ``notes`` are for the user, ``skipped`` says of what is not measured
     why, ``adapter`` is PEFT's configuration where the tensors are those of an adapter.
     """
 
@@ -41,7 +43,7 @@ class Checkpoint:
     kind: str
     tensors: dict[str, Stored]
     notes: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
     adapter: dict[str, Any] | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     """Of tied tensors, which are listed once, the further names."""
@@ -54,9 +56,19 @@ class Checkpoint:
         return self.tensors.get(self.aliases.get(name, name))
 
     def identity(self) -> list[list[Any]]:
-        """The files with their sizes and times: another content has another identity."""
-        about = [(path.name, path.stat()) for path in self.paths]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in about]
+        """The files, where they lie, with their sizes and times: another content has another identity.
+
+        Name, size and time of writing do not tell: archives that are made reproducible give every file one time. The last figure, which the
+        system sets at each change and nobody else can, tells of a content that was put into the same file.
+        """
+        found = []
+        for path in self.paths:
+            try:
+                at = path.stat()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}); it was there when the checkpoint was opened.") from error
+            found.append([str(path.resolve()), at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns])
+        return found
 
 
 def opened(path: str | Path) -> Checkpoint:
@@ -65,6 +77,8 @@ def opened(path: str | Path) -> Checkpoint:
     Raises:
         DataError: for nothing, for what is no checkpoint, is damaged, lacks a part, or would run code; nothing of it is run.
     """
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise DataError(f"a checkpoint is given by its path, a str or a pathlib.Path ({READ}); given {type(path).__name__}.")
     path = Path(path)
     kind = files.what_is(path)
     if kind == files.FOLDER:
@@ -74,68 +88,82 @@ def opened(path: str | Path) -> Checkpoint:
     else:
         raise DataError(f"{path}: expected a checkpoint ({READ}), found {kind}.")
     if not found.tensors:
-        left = f"; {found.skipped[0]}" if found.skipped else ""
-        raise DataError(f"{path}: there is no tensor of floating-point numbers in it{left}.")
+        left = [f"{name}: {why}" for name, why in found.skipped.items()] or found.notes
+        raise DataError(f"{path}: there is no tensor of floating-point numbers in it{f'; {left[0]}' if left else ''}.")
     return found
 
 
 def _file(path: Path) -> Checkpoint:
+    found, notes, left = _read(path)
+    if any(re.search(r"\.lora_(embedding_)?[AB](\.|$)", name) for name in found):
+        notes.append("factors of LoRA without an adapter_config.json beside them, and so without their scale: each is measured by itself")
+    return _made(path, _kind(path), found, notes, left, [path])
+
+
+def _kind(path: Path) -> str:
+    return "safetensors" if path.suffix == ".safetensors" else "torch file"
+
+
+def _read(path: Path) -> tuple[dict[str, Stored], list[str], dict[str, str]]:
+    """The weights of one file by their names in it, notes, and why some are not read."""
     read = _SUFFIXES.get(path.suffix)
     if read is None:
         raise DataError(f"{path}: expected a checkpoint ({READ}), found a file of another kind.")
     raw, left = read(path)
-    found, notes = formats.weights_among(raw)
-    kind = "safetensors" if read is formats.safetensors else "torch file"
-    return _made(path, kind, found, notes, left, [path])
+    return *formats.weights_among(raw), left
 
 
 def _index(path: Path) -> Checkpoint:
     """Shards named by an index, all of which must be there."""
-    content = _json(path)
-    where = content.get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in where.values()):
-        raise DataError(f"{path}: this index has no weight_map of tensors to files beside it.")
+    where = _weight_map(path)
     shards = [path.parent / shard for shard in sorted(set(where.values()))]
     for shard in shards:
         if (kind := files.what_is(shard)) != files.FILE:
             raise DataError(f"{path}: the shard {shard.name} should stand beside it, where there is {kind}.")
     tensors: dict[str, Stored] = {}
-    notes, skipped = list[str](), list[str]()
-    aliases: dict[str, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    notes, skipped = list[str](), dict[str, str]()
     for shard in shards:
-        part = _file(shard)
-        tensors |= part.tensors
-        notes += [note for note in part.notes if note not in notes]
-        skipped += part.skipped
-        aliases |= part.aliases
-        shapes |= part.shapes
-        there = {*part.shapes, *(one.partition(":")[0] for one in part.skipped)}
+        found, said, left = _read(shard)
+        there = {clean_name(name) for name in (*found, *left)}
         missing = [name for name, file in where.items() if file == shard.name and clean_name(name) not in there]
         if missing:
             raise DataError(f"{path}: {missing[0]} should be in {shard.name}, which does not have it.")
-    kind = "safetensors" if shards[0].suffix == ".safetensors" else "torch file"
-    whole = _made(path, f"{kind}, {len(shards)} shards", tensors, notes, skipped, shards)
-    whole.aliases |= aliases
-    whole.shapes |= shapes
-    return whole
+        # Where two shards have a name, the index says which one is meant.
+        others = [name for name in found if where.get(name, shard.name) != shard.name]
+        said += [f"left out: {name} of {shard.name}, which the index has in {where[name]}" for name in others[:3]]
+        mine = {name: one for name, one in found.items() if name not in others}
+        if twice := mine.keys() & tensors.keys():
+            raise DataError(f"{path}: {min(twice)} is in two shards, and the index does not say which one is meant.")
+        tensors |= mine
+        skipped |= left
+        notes += [note for note in said if note not in notes]
+    return _made(path, f"{_kind(shards[0])}, {len(shards)} shards", tensors, notes, skipped, [path, *shards])
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    where = _json(path).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in where.values()):
+        raise DataError(f"{path}: this index has no weight_map of tensors to files beside it.")
+    if not where:
+        raise DataError(f"{path}: the weight_map of this index names no tensor.")
+    return {formats.printable(name): shard for name, shard in where.items()}
 
 
 def _made(
-    place: Path, kind: str, raw: dict[str, Stored], notes: list[str], left: Iterable[str], paths: list[Path]
+    place: Path, kind: str, raw: dict[str, Stored], notes: list[str], left: Mapping[str, str], paths: list[Path]
 ) -> Checkpoint:
     """Cleans names, and sets aside what has no norms: integers, packed or quantised numbers, second names of a tensor."""
-    found = Checkpoint(place, kind, {}, notes, list(left), paths=paths)
+    found = Checkpoint(place, kind, {}, notes, {clean_name(name): why for name, why in left.items()}, paths=paths)
     lying: dict[tuple[Any, ...], str] = {}
-    for name, one in raw.items():
-        one.name = clean_name(name)
+    for name, one in _under_clean_names(raw, notes).items():
+        one.name = name
         found.shapes[one.name] = one.shape
         at = (id(one.file), one.at, one.shape) if isinstance(one, InFile) and one.count else (id(one),)
         if at in lying:
             found.aliases[one.name] = lying[at]
         elif one.dtype not in REAL + EIGHT_BITS or not one.count:
             why = "empty" if not one.count else str(one.dtype).removeprefix("torch.")
-            found.skipped.append(f"{one.name}: {why}, which has no norm")
+            found.skipped[one.name] = f"{why}, which has no norm"
         else:
             lying[at] = one.name
             found.tensors[one.name] = one
@@ -143,19 +171,26 @@ def _made(
     return found
 
 
+def _under_clean_names(raw: dict[str, Stored], notes: list[str]) -> dict[str, Stored]:
+    """Tensors without the traces of wrappers in their names; where two would have one name, both keep the file's."""
+    times = Counter(map(clean_name, raw))
+    kept = [name for name in raw if times[clean_name(name)] > 1]
+    notes += [f"{', '.join(kept[:4])} differ in the traces of wrappers alone, and keep their names"] if kept else []
+    return {name if times[clean_name(name)] > 1 else clean_name(name): one for name, one in raw.items()}
+
+
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
 def _folder(folder: Path) -> Checkpoint:
     """What a folder of a trainer, a hub or a distributed checkpoint is read by."""
-    names = {path.name for path in folder.iterdir()}
+    names = files.names_in(folder)
     if "adapter_config.json" in names:
         return _adapter(folder, names)
     named = next((name for name in _NAMED if name in names), None)
     if named == ".metadata":
-        raw, left = formats.distributed(folder)
+        raw, left, paths = formats.distributed(folder)
         found, notes = formats.weights_among(raw)
-        paths = sorted(path for path in folder.iterdir() if path.is_file())
         return _made(folder, "distributed checkpoint", found, notes, left, paths)
     if named is not None:
         return _index(folder / named) if named.endswith(".index.json") else _file(folder / named)
@@ -177,12 +212,13 @@ def _only_file(folder: Path, names: set[str]) -> Checkpoint | None:
 def _latest(folder: Path, names: set[str]) -> Checkpoint:
     """Of a run's folder the last checkpoint."""
     numbered = {name: int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name))}
-    written = sorted((path for path in folder.glob("*.ckpt")), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    ends = [folder / name for name in names if name.endswith(".ckpt") and files.what_is(folder / name) == files.FILE]
+    written = sorted(ends, key=lambda path: (path.stat().st_mtime_ns, path.name))
     if numbered:
         last = folder / max(numbered, key=numbered.__getitem__)
     elif written:
         last = written[-1]
-    elif inner := next((name for name in _INSIDE if name in names and (folder / name).is_dir()), None):
+    elif inner := next((name for name in _INSIDE if name in names and files.what_is(folder / name) == files.FOLDER), None):
         last = folder / inner
     else:
         shown = ", ".join(sorted(names)[:5]) or "nothing"
@@ -198,8 +234,10 @@ def _adapter(folder: Path, names: set[str]) -> Checkpoint:
     named = next((name for name in ("adapter_model.safetensors", "adapter_model.bin") if name in names), None)
     if named is None:
         raise DataError(f"{folder}: there is an adapter_config.json, but no adapter_model.safetensors or adapter_model.bin beside it.")
-    found = _file(folder / named)
-    found.kind = f"PEFT adapter ({config.get('peft_type', 'of an unknown type')}), {found.kind}"
+    path = folder / named
+    raw, notes, left = _read(path)
+    kind = formats.printable(str(config.get("peft_type", "of an unknown type"))[:40])
+    found = _made(path, f"PEFT adapter ({kind}), {_kind(path)}", raw, notes, left, [path])
     found.adapter = config
     found.paths.append(folder / "adapter_config.json")
     return found

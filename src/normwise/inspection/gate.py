@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ class Gate:
     Args:
         policy: the rules.
         entries: what the checkpoint's tensors are.
+        strange: tensors that are not measured, each with the reason, as entries that a selector can match.
         guessed: whether that is guessed, so that nothing is known of modules and attentions.
         based: whether the initial weights are known, for radii and centers of ``"init"``.
 
@@ -36,15 +37,20 @@ class Gate:
         PolicyError: a selector that matches nothing.
     """
 
-    def __init__(self, policy: Policy, entries: Iterable[Entry], guessed: bool, based: bool) -> None:
+    def __init__(
+        self, policy: Policy, entries: Iterable[Entry], strange: Mapping[str, tuple[Entry, str]], guessed: bool, based: bool
+    ) -> None:
         self.unchecked: list[str] = []
         self.rules: list[tuple[Rule, set[str]]] = []
-        listed = [replace(e, role=policy.roles.get(e.name, e.role)) for e in entries] if policy.roles else list(entries)
+        every = [*entries, *(entry for entry, _ in strange.values())]
+        listed = [replace(e, role=policy.roles.get(e.name, e.role)) for e in every] if policy.roles else every
         for rule in policy:
             if (reason := _why_not(rule, guessed, based)) is not None:
                 self.unchecked.append(f"{rule.label()}: {reason}")
-            else:
-                self.rules.append((rule, {e.name for e in rule.targets(listed)}))
+                continue
+            names = [e.name for e in rule.targets(listed)]
+            self.rules.append((rule, set(names) - strange.keys()))
+            self.unchecked += [f"{rule.label()}: {name} is not measured: {strange[name][1]}" for name in names if name in strange]
 
     def concerns(self, name: str) -> bool:
         return any(name in names for _, names in self.rules)
@@ -123,6 +129,8 @@ def _look_at(rule: Rule, entry: Entry, tensor: Tensor, base: Callable[[], Tensor
         return {"unchecked": f"{entry.name} has no initial weights in the base"}
     # A rule is bound to the initial weights, and then finds the present ones in their place, as it would after training.
     start = base().to(tensor.dtype).clone() if initial and base is not None else tensor
+    if initial and not bool(start.isfinite().all()):
+        return {"unchecked": f"{entry.name} has initial weights that are not finite (NaN or infinite) in the base"}
     param = nn.Parameter(start, requires_grad=False)
     result = Verification()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +19,10 @@ from normwise.errors import DataError
 from normwise.inspection import tables
 from normwise.inspection.adapters import Product, products
 from normwise.inspection.checkpoint import Checkpoint, opened
+from normwise.inspection.formats import printable
 from normwise.inspection.gate import Gate
 from normwise.inspection.measure import Record, change_of, is_matrix, norms_of, product_record, spectrum_of
-from normwise.inspection.places import BUFFER, Places, counterpart, fitting_prefix, guessed, of_model
+from normwise.inspection.places import BUFFER, Places, counterpart, fitting_prefix, guessed, of_model, unplaced
 from normwise.inspection.spectra import Spectra, rounding
 from normwise.inspection.stored import Stored
 from normwise.inspection.threads import alone
@@ -33,8 +35,8 @@ Job = tuple[str, int, Callable[[], Record]]
 """A tensor's name, its bytes, and what measures it."""
 KEPT_EVERY = 2.0
 """Seconds of work that an interruption may cost: as often finished tensors go to the disk."""
-FORM = 1
-"""Of the records: those of another form are measured again."""
+FORM = 2
+"""Of the records: those of another form, or that were measured otherwise, are measured again."""
 
 
 class Kept(Protocol):
@@ -75,8 +77,9 @@ class Inspection(Loggable):
 
 
 def inspect(
-    checkpoint: str | Path, against: str | Path | None = None, policy: PolicyLike | None = None, *, model: nn.Module | None = None,
-    spectra: bool = True, kept: Kept | None = None, progress: Callable[[str, int, int], None] | None = None,
+    checkpoint: str | Path, against: str | Path | None = None, policy: PolicyLike | str | Path | None = None, *,
+    model: nn.Module | None = None, spectra: bool = True, kept: Kept | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Inspection:  # fmt: skip
     """Measures the tensors of a checkpoint, one after the other, without loading it.
 
@@ -86,7 +89,7 @@ def inspect(
     Args:
         checkpoint: a file, an index of shards, or a folder, see docs/inspect.md.
         against: another checkpoint with the same names, such as the model before fine-tuning; for an adapter its base.
-        policy: rules whose bounds on weights are measured.
+        policy: rules whose bounds on weights are measured, or the path of a policy's YAML file.
         model: the module that was saved, on the meta device if you like: it tells roles and layouts. Without it they are guesses.
         spectra: False leaves out singular values, which take nearly all of the time.
         kept: where finished tensors are kept and found again.
@@ -95,23 +98,31 @@ def inspect(
     Raises:
         DataError: for what is no checkpoint, is damaged, lacks a part, or would run code (nothing is run), and for checkpoints that do not
             fit each other or the model.
-        PolicyError: for a rule that matches nothing.
+        PolicyError: for a rule that matches nothing, or a file that holds no policy.
     """
+    return prepared(checkpoint, against, policy, model, spectra).inspection(kept, progress)
+
+
+def prepared(
+    checkpoint: str | Path, against: str | Path | None, policy: PolicyLike | str | Path | None, model: nn.Module | None, spectra: bool
+) -> Work:
+    """What :func:`inspect` finds out before it measures anything, and so everything that it refuses for what was given."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise DataError(f"model is a {type(model).__name__}, but must be a torch.nn.Module, the one whose weights were saved, or None.")
     now = opened(checkpoint)
     before = opened(against) if against is not None else None
     pairs = products(now) if now.adapter is not None else []
     places = of_model(now, model) if model is not None else guessed(now)
-    rules = Policy(policy) if policy is not None else None
-    work = _Work(now, before, places, pairs, rules, spectra)
-    work.resume(kept)
-    tell = progress or (lambda *what: None)
-    with alone():
-        for told in work.run():
-            tell(*told)
-    return work.result()
+    return Work(now, before, places, pairs, _rules(policy), spectra)
 
 
-class _Work:
+def _rules(policy: PolicyLike | str | Path | None) -> Policy | None:
+    if policy is None:
+        return None
+    return Policy.load(policy) if isinstance(policy, str | Path) else Policy(policy)
+
+
+class Work:
     """One inspection under way: what is to be measured, and what is."""
 
     def __init__(
@@ -122,7 +133,8 @@ class _Work:
         self.bases = _counterparts(now, before, pairs) if before is not None else {}
         self.factors = _factor_entries(pairs) if policy is not None else {}
         entries = [*places.entries.values(), *self.factors.values()]
-        self.gate = None if policy is None else Gate(policy, entries, places.guessed, before is not None)
+        strange = {**places.strange, **unplaced(now)}
+        self.gate = None if policy is None else Gate(policy, entries, strange, places.guessed, before is not None)
         self.records: dict[str, Record] = {}
         self.kept: Kept | None = None
         self.settings: dict[str, Any] = {
@@ -131,6 +143,28 @@ class _Work:
             "roles": {name: [e.role, str(e.layout)] for name, e in places.entries.items()} if not places.guessed else None,
         }  # fmt: skip
 
+    def inspection(self, kept: Kept | None = None, progress: Callable[[str, int, int], None] | None = None) -> Inspection:
+        """Measures what ``kept`` does not have; see :func:`inspect`."""
+        self.resume(kept)
+        tell = progress or (lambda *what: None)
+        with alone():
+            for told in self.run():
+                tell(*told)
+        self._check_unchanged()
+        return self.result()
+
+    @property
+    def read(self) -> list[Path]:
+        """The files and folders that are read."""
+        return [path for one in (self.now, self.before) if one is not None for path in (one.place, *one.paths)]
+
+    def _check_unchanged(self) -> None:
+        """Figures of two contents together would be those of none."""
+        for key, one in (("files", self.now), ("against", self.before)):
+            # All but the last figure, the time of a change to the name or the mode, which is none to the content.
+            if one is not None and [file[:-1] for file in one.identity()] != [file[:-1] for file in self.settings[key]]:
+                raise DataError(f"{one.place}: this checkpoint was changed while it was measured; start again when it is written.")
+
     # ------------------------------------------------------------------------------------------------ finished tensors
 
     def resume(self, kept: Kept | None) -> None:
@@ -138,11 +172,11 @@ class _Work:
         self.kept = kept
         for one in kept.entries if kept is not None else ():
             if {key: value for key, value in one["settings"].items() if key != "first"} == self.settings:
-                self.records |= one["result"].get("records", {})
+                self.records |= _back(one["result"].get("records", {}))
 
     def _keep(self, fresh: dict[str, Record]) -> None:
         if self.kept is not None and fresh:
-            self.kept.add({**self.settings, "first": next(iter(fresh))}, {"records": dict(fresh)})
+            self.kept.add({**self.settings, "first": next(iter(fresh))}, {"records": _plain(fresh)})
         self.records |= fresh
 
     # ------------------------------------------------------------------------------------------------ measuring
@@ -221,7 +255,9 @@ class _Work:
         }  # fmt: skip
         results = {
             "inspect": _called(self.now.place), "format": self.now.kind, "guessed": self.places.guessed,
-            "against": _called(self.before.place) if self.before is not None else None, "notes": notes, "skipped": self.now.skipped,
+            "against": _called(self.before.place) if self.before is not None else None,
+            "notes": [printable(note) for note in notes],
+            "skipped": [f"{name}: {why}" for name, why in self.now.skipped.items()],
             "spectra": self.spectra is not None, "total": tables.together([r for r in records if r["role"] != BUFFER]),
             "roles": tables.by_role(records), "policy": told,
             "tensors": [{key: value for key, value in record.items() if key != "policy"} for record in records],
@@ -229,19 +265,40 @@ class _Work:
         return Inspection(results, verification)
 
 
+_NOT_FINITE = "not finite"
+
+
+def _plain(value: Any) -> Any:
+    """Figures as JSON can keep them, which knows neither NaN nor infinity."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return {_NOT_FINITE: str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _back(value: Any) -> Any:
+    """The inverse of :func:`_plain`."""
+    if isinstance(value, Mapping):
+        return float(value[_NOT_FINITE]) if list(value) == [_NOT_FINITE] else {key: _back(one) for key, one in value.items()}
+    return [_back(one) for one in value] if isinstance(value, list) else value
+
+
 def _as_read(name: str) -> list[tuple[int, int, str]]:
     """The order of a reader, for whom layer 10 comes after layer 9."""
-    return [(1, int(step), "") if step.isdecimal() else (0, 0, step) for step in name.split(".")]
+    steps = [(step, step.lstrip("0")) for step in name.split(".")]
+    # Digits are compared as words, for a number in a name may be longer than Python makes an int of.
+    return [(1, len(number), number) if step.isascii() and step.isdecimal() else (0, 0, step) for step, number in steps]
 
 
 def _called(place: Path) -> str:
     """With its folder, since most checkpoints are called ``model.safetensors``."""
     whole = place.resolve()
-    return f"{whole.parent.name}/{whole.name}".lstrip("/")
+    return printable(f"{whole.parent.name}/{whole.name}".lstrip("/"))
 
 
 def _about(name: str, shape: tuple[int, ...], dtype: str, role: str, count: int) -> Record:
-    depth = re.search(r"(?:^|\.)(\d+)\.", name)
+    depth = re.search(r"(?:^|\.)([0-9]{1,9})\.", name)
     return {
         "name": name, "kind": re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), "depth": int(depth[1]) if depth else None, "shape": list(shape),
         "dtype": dtype.removeprefix("torch."), "role": role, "entries": count,

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normwise.errors import DataError
 from normwise.inspection.adapters import Product
 from normwise.inspection.checkpoint import widest
 from normwise.inspection.spectra import Slabs, Spectra, of_product, rounding, summary
 from normwise.inspection.stored import Stored
-from normwise.inspection.tally import Numbers, Tally, tally
+from normwise.inspection.tally import Numbers, Tally, not_finite, tally
 from normwise.norms import L2
 from normwise.parameters.inventory import Entry
 from normwise.parameters.layouts import ROWS, Layout, block_view
 
 Record = dict[str, Any]
+_MOST_PRODUCT = 1e140
 
 
 class Change:
@@ -45,14 +47,28 @@ def norms_of(numbers: Numbers, layout: Layout | None, whole: Callable[[], Tensor
     }  # fmt: skip
     if layout is None or way[0] == "vector":
         return record, found
-    if way[0] == "rows":
-        units = found.rows.sqrt()
-    elif way[0] == "columns":
-        units = found.columns.sqrt() if found.columns is not None else found.rows
-    else:
-        tensor = whole()
-        units = L2().measure(block_view(layout, "unit", False).blocks(tensor.to(widest(tensor.dtype)))).double().nan_to_num()
-    return record | _units(units), found
+    if way[0] == "else":
+        return record | _units(*_units_of(layout, whole())), found
+    columns = way[0] == "columns"
+    units = found.columns if columns and found.columns is not None else found.rows
+    return record | _units(units, not_finite(numbers, way[1], columns) if found.nonfinite else None), found
+
+
+def _units_of(layout: Layout, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms of units that lie neither in rows nor in columns, and which of them have an entry that is not finite."""
+    blocks = block_view(layout, "unit", False).blocks(tensor.to(widest(tensor.dtype)))
+    bad = ~blocks.isfinite()
+    blocks = torch.where(bad, 0, blocks)
+    # A power of two, so that no digit changes; it matters where the squares of float64 numbers leave its range.
+    scale = _power_of(float(blocks.abs().max())) if blocks.dtype == torch.float64 else 1.0
+    return L2().measure(blocks / scale).double().flatten() * scale, bad.flatten(1).any(1)
+
+
+def _power_of(size: float) -> float:
+    """A power of two near ``size``; 1 for usual sizes, and for none."""
+    if not size or 1e-100 < size < 1e100:
+        return 1.0
+    return 2.0 ** (max(min(math.frexp(size)[1], 1000), -1000) if math.isfinite(size) else 1000)
 
 
 def _way(layout: Layout) -> tuple[str, int]:
@@ -60,44 +76,47 @@ def _way(layout: Layout) -> tuple[str, int]:
     own = [axis in ROWS for axis in layout.axes]
     lead = own.index(False) if False in own else len(own)
     n = math.prod(layout.shape[lead:])
-    if len(layout.axes) < 2 or n == math.prod(layout.shape) or lead == len(own):
+    if len(layout.axes) < 2 or not lead or lead == len(own):
         columns = layout.axes == "io"
         return ("columns", layout.shape[1]) if columns else ("else", math.prod(layout.shape)) if True in own[1:] else ("vector", n)
     return ("else" if any(own[lead:]) else "rows", n)
 
 
-def _units(units: Tensor) -> Record:
-    """Unit norms in short: the largest and the smallest, and those that are zero."""
-    least, most = int(units.argmin()), int(units.argmax())
+def _units(units: Tensor, bad: Tensor | None = None) -> Record:
+    """Unit norms in short: the largest and the smallest, and those that are zero. bad: the units with entries that are not finite, of
+    which none is dead, nor the smallest for want of others."""
+    dead = units == 0 if bad is None else (units == 0) & ~bad
+    least, most = int((units if bad is None else units.masked_fill((units == 0) & bad, math.inf)).argmin()), int(units.argmax())
     return {
         "units": len(units), "largest_unit": float(units[most]), "largest_unit_at": most, "smallest_unit": float(units[least]),
-        "smallest_unit_at": least, "dead_units": int((units == 0).sum()),
+        "smallest_unit_at": least, "dead_units": int(dead.sum()),
     }  # fmt: skip
 
 
 def spectrum_of(numbers: Numbers, layout: Layout, whole: Callable[[], Tensor], limit: float, spectra: Spectra, record: Record) -> None:
     """Adds a matrix's singular values to ``record`` when ``spectra`` has them. A stack of experts is one matrix each."""
+    scale = _power_of(record["l2"]) if numbers.dtype == torch.float64 else 1.0
     axes = [axis for axis, n in zip(layout.axes, layout.shape, strict=True) if n > 1]
     turns = sum((a in ROWS) != (b in ROWS) for a, b in pairwise(axes))
     if "e" not in axes and turns == 1:
         first = next(i for i, axis in enumerate(layout.axes) if (axis in ROWS) != (layout.axes[0] in ROWS)) if layout.axes else 0
         rows, n = math.prod(layout.shape[:first]), math.prod(layout.shape[first:])
-        slabs = Slabs(lambda first, count: numbers.fetch(first, count), rows, n)
-        spectra.add(slabs, limit, lambda values: record.update(summary(values[None], limit)))
+        slabs = Slabs(lambda first, count: numbers.fetch(first, count) / scale if scale != 1 else numbers.fetch(first, count), rows, n)
+        spectra.add(slabs, limit / scale, lambda values: record.update(summary(values[None], limit / scale, scale)))
         return
-    tensor = whole()
+    tensor = whole() / scale if scale != 1 else whole()
     blocks = block_view(layout, "expert" if "e" in axes else "tensor", True).blocks(tensor)
     gathered: list[Tensor] = []
 
     def note(values: Tensor) -> None:
         gathered.append(values)
         if len(gathered) == len(blocks):
-            record.update(summary(torch.stack(gathered), limit))
+            record.update(summary(torch.stack(gathered), limit / scale, scale))
 
     for block in blocks:
         m, n = block.shape
         flat = block.reshape(-1)
-        spectra.add(Slabs(lambda a, c, flat=flat: flat[a : a + c], m, n), limit, note)    # type: ignore[misc]
+        spectra.add(Slabs(lambda a, c, flat=flat: flat[a : a + c], m, n), limit / scale, note)    # type: ignore[misc]
 
 
 def is_matrix(layout: Layout) -> bool:
@@ -118,6 +137,8 @@ def change_of(now: Stored, before: Stored, entry: Entry | None, spectra: Spectra
     start = tally(before, max(before.count, 1)).l2
     told: Record = {key: value for key, value in found.items() if key not in ("rms", "zeros", "outliers")}
     told |= {"start": start, "relative": _share(found["l2"], start), "angle": angle(record["l2"], start, found["l2"])}
+    # How far a tensor moved that is no longer finite, or was not, has no number; its finite part is not the tensor.
+    told |= {"l2": None, "relative": None, "angle": None} if found["nonfinite"] else {}
     told["changed_entries"] = change.count - found["zeros"]
     record["change"] = told
     if spectra is not None and layout is not None and is_matrix(layout) and not found["nonfinite"]:
@@ -134,6 +155,8 @@ def angle(a: float, b: float, c: float) -> float | None:
     a, b = max(a, b), min(a, b)
     if not b or not math.isfinite(a + b + c):
         return None
+    if not 1e-100 < b <= a < 1e100:    # or the products below may leave float64's range
+        a, b, c = (math.ldexp(one, -math.frexp(a)[1]) for one in (a, b, c))
     c = min(max(c, a - b), a + b)
     rest = c - (a - b) if b >= c else b - (a - c)
     below = (a + (b + c)) * ((a - c) + b)
@@ -153,7 +176,11 @@ def product_record(product: Product, base: Stored | None) -> Record:
         "zeros": None, "outliers": None, "nonfinite": nonfinite,
     }  # fmt: skip
     if nonfinite:
-        return record | {"l2": None, "rms": None}
+        start = tally(base, max(base.count, 1)).l2 if base is not None else 0.0
+        change = {"change": {"l2": None, "start": start, "relative": None, "angle": None}}
+        return record | {"l2": None, "rms": None} | (change if base is not None else {})
+    if not float(b.abs().max()) * float(a.abs().max()) * abs(product.scale) < _MOST_PRODUCT:
+        raise DataError(f"the product B·A of {product.layer} has entries that float64 cannot square: its factors or its scale are damaged.")
     values, rows = of_product(a, b, product.scale)
     l2 = float(values.square().sum().sqrt())
     limit = max(rounding(float(b.norm() * a.norm()) * abs(product.scale), dtype) for dtype in (product.a.dtype, product.b.dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ _BUFFERS = re.compile(r"(running_mean|running_var|inv_freq|masked_bias|position_
 _EMBEDDING = re.compile(r"(^|[._])(wte|wpe|embed\w*|\w*embeddings?|tok_emb|pos_emb|emb)([._]|$)", re.IGNORECASE)
 _HEAD = re.compile(r"(^|\.)(lm_head|head|heads|classifier|score|output|fc_out|logits|embed_out|qa_outputs|predictions)(\.\w+)*\.weight$")
 _RECURRENT = re.compile(r"weight_[ih]h_l\d+|weight_hr_l\d+|weight_[ih]h$")
+_WEIGHT = re.compile(
+    rf"(^|\.)(weight|weight_v|\w+_proj_weight|{_RECURRENT.pattern}|parametrizations\.\w+\.original1?|lora_(embedding_)?[AB](\.\w+)*)$"
+)
 _BLOCK = re.compile(r"(^|\.)\d+\.")
 _MOST_KERNEL = 32
 """Entries along an axis of a convolution's kernel: more are the inputs of stacked experts."""
@@ -38,6 +41,8 @@ class Places:
     entries: dict[str, Entry]
     guessed: bool
     notes: tuple[str, ...] = ()
+    strange: dict[str, tuple[Entry, str]] = field(default_factory=dict)
+    """Tensors that no rule is measured on, though it may name them, each with the reason."""
 
     def role(self, name: str) -> str:
         return self.entries[name].role if name in self.entries else BUFFER
@@ -47,12 +52,27 @@ def guessed(checkpoint: Checkpoint) -> Places:
     """Places by names and shapes alone."""
     shapes = checkpoint.shapes
     transposed = _transposed(shapes)
-    entries = {}
+    entries, strange = {}, {}
     for name, one in checkpoint.tensors.items():
         role, axes = _guess(name, one.shape, transposed)
+        entry = _entry(name, one.shape, one.dtype, role, axes)
         if role != BUFFER:
-            entries[name] = _entry(name, one.shape, one.dtype, role, axes)
-    return Places(entries, True)
+            entries[name] = entry
+        elif not _BUFFERS.search(name):
+            strange[name] = entry, "it looks like a buffer, no parameter; give --config or --model if it is one"
+    return Places(entries, True, strange=strange)
+
+
+def unplaced(checkpoint: Checkpoint) -> dict[str, tuple[Entry, str]]:
+    """What has no norm, each with the reason, as entries that a selector can match; what is usually a buffer is left out."""
+    found = {}
+    for name, why in checkpoint.skipped.items():
+        shape = checkpoint.shapes.get(name, (1,))
+        if not _BUFFERS.search(name):
+            role, axes = _guess(name, shape, set())
+            # Weights are packed into small integers; wide ones are indices, which only a rule that names them means.
+            found[name] = _entry(name, shape, torch.float32, "other" if why.startswith(("int64", "bool")) else role, axes), why
+    return found
 
 
 def of_model(checkpoint: Checkpoint, model: nn.Module) -> Places:
@@ -64,24 +84,27 @@ def of_model(checkpoint: Checkpoint, model: nn.Module) -> Places:
     inventory = Inventory(model)
     known = {name: entry for entry in inventory for name in entry.names}
     buffers = {clean_name(name) for name, _ in model.named_buffers()}
-    lead = fitting_prefix(checkpoint.tensors, known)
-    entries, strange = {}, []
+    lead, unknown = fitting_prefix(checkpoint.tensors, known), list[str]()
+    entries, strange = {}, dict[str, tuple[Entry, str]]()
     for name, one in checkpoint.tensors.items():
         entry = known.get(counterpart(name, lead))
         if entry is not None and tuple(entry.shape) == one.shape:
             entries[name] = _renamed(entry, name)
         elif entry is not None or counterpart(name, lead) not in buffers:
-            strange.append(f"{name} {list(one.shape)}" + (f", where the model has {list(entry.shape)}" if entry is not None else ""))
+            said = f"{name} {list(one.shape)}" + (f", where the model has {list(entry.shape)}" if entry is not None else "")
+            unknown.append(said)
+            other = _entry(name, one.shape, one.dtype, entry.role if entry is not None else "other", "o" * max(len(one.shape), 1))
+            strange[name] = other, "no parameter of the model has its name and shape"
     if not entries:
         raise DataError(
             f"{checkpoint.place}: none of its tensors ({', '.join(list(checkpoint.tensors)[:3])}, ...) is a parameter of the model "
             f"({', '.join(list(known)[:3])}, ...); give the config or the function of the model that was saved."
         )
-    notes = [f"not in the model: {', '.join(strange[:5])}{f' and {len(strange) - 5} more' * (len(strange) > 5)}"] if strange else []
+    notes = [f"not in the model: {', '.join(unknown[:5])}{f' and {len(unknown) - 5} more' * (len(unknown) > 5)}"] if unknown else []
     held = {id(entry) for name in entries for entry in (known[counterpart(name, lead)],)}
     absent = [entry.name for entry in inventory if id(entry) not in held]
     notes += [f"not in the checkpoint: {', '.join(absent[:5])}{f' and {len(absent) - 5} more' * (len(absent) > 5)}"] if absent else []
-    return Places(entries, False, tuple(notes))
+    return Places(entries, False, tuple(notes), strange)
 
 
 def fitting_prefix(names: Iterable[str], others: Mapping[str, object]) -> tuple[str, str]:
@@ -107,10 +130,11 @@ def _guess(name: str, shape: tuple[int, ...], transposed: set[str]) -> tuple[str
     steps, dims = name.split("."), len(shape)
     if _BUFFERS.search(name) or (steps[-1] == "bias" and dims > 2):
         return BUFFER, "o" * max(dims, 1)
-    if dims <= 1:
-        return ("bias" if steps[-1].endswith("bias") or "bias" in steps[-1].split("_") else "gain"), "o"
-    if sum(n != 1 for n in shape) <= 1:
-        return "gain", "o" * dims
+    biased = steps[-1].endswith("bias") or "bias" in steps[-1].split("_")
+    # What a layer calls its weight is a matrix or a kernel, of one output or one input, too; gains of several dimensions have other names.
+    slim = sum(n != 1 for n in shape) <= 1 and not _WEIGHT.search(name)
+    if dims <= 1 or slim:
+        return ("bias" if biased else "gain"), "o" * max(dims, 1)
     if dims == 2:
         return _matrix(name), "io" if name in transposed else "oi"
     if all(n <= _MOST_KERNEL for n in shape[2:]) and "expert" not in name:

@@ -38,8 +38,9 @@ def rounding(l2: float, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 * l2
 
 
-def summary(values: Tensor, limit: float, square: bool = False) -> dict[str, Any]:
-    """What is told of a spectrum. values: of one matrix or a batch ``(b, k)``, falling; of a batch the means, and the largest σ₁.
+def summary(values: Tensor, limit: float, scale: float = 1.0) -> dict[str, Any]:
+    """What is told of a spectrum. values: of one matrix or a batch ``(b, k)``, falling; of a batch the means, and the largest σ₁. scale:
+    by which values and limit were divided.
 
     ``effective_rank`` is exp of the entropy of σᵢ / Σσ (Roy and Vetterli, 2007), ``stable_rank`` is ‖W‖_F² / σ₁² (Rudelson and Vershynin,
     2007), ``rank`` counts the values above ``limit``.
@@ -52,15 +53,15 @@ def summary(values: Tensor, limit: float, square: bool = False) -> dict[str, Any
     places = torch.linspace(0, len(largest) - 1, min(len(largest), SHOWN)).round().long()
     zero = values[:, 0] == 0
     return {
-        "sigma": float(largest[0]), "stable_rank": _mean((values / first[:, None]).square().sum(1)),
+        "sigma": float(largest[0]) * scale, "stable_rank": _mean((values / first[:, None]).square().sum(1)),
         "effective_rank": _mean(torch.where(zero, 0.0, entropy.exp())), "rank": _mean((values > limit).sum(1).double()),
-        "of": values.shape[1], "spectrum": [float(f"{v:.4g}") for v in largest[places].tolist()],
+        "of": values.shape[1], "spectrum": [float(f"{v * scale:.4g}") for v in largest[places].tolist()],
     }  # fmt: skip
 
 
 def _mean(values: Tensor) -> float | int:
     mean = float(values.mean())
-    return int(mean) if mean == int(mean) else mean
+    return int(mean) if mean.is_integer() else mean
 
 
 class Slabs:
@@ -133,7 +134,7 @@ class Spectra:
         for one, squares in zip(same, values, strict=True):
             first = float(squares[0]) if size else 0.0
             doubt = torch.finfo(torch.float64).eps * 2 * (size + 64) * first
-            unclear = bool(((squares - one.limit**2).abs() <= doubt).any())
+            unclear = bool(((squares - one.limit * one.limit).abs() <= doubt).any())
             found = _exactly(one.slabs) if unclear else squares.clamp(min=0).sqrt()
             one.done(torch.nn.functional.pad(found, (0, one.slabs.k - len(found))))
 

@@ -23,7 +23,7 @@ def together(records: Sequence[Record]) -> Record:
     """Tensors as one: sums, the extremes with where they are, and medians of ranks."""
     measured = [r for r in records if r["l2"] is not None]
     entries = sum(r["entries"] for r in records)
-    l2 = math.sqrt(sum(r["l2"] ** 2 for r in measured))
+    l2 = length(r["l2"] for r in measured)
     counted = [r for r in measured if r["zeros"] is not None]
     found: Record = {
         "tensors": len(records), "entries": entries, "l2": l2, "rms": l2 / math.sqrt(entries) if entries else 0.0,
@@ -34,11 +34,19 @@ def together(records: Sequence[Record]) -> Record:
     for rank in ("stable_rank", "effective_rank"):
         values = [r[rank] for r in records if rank in r]
         found |= {rank: statistics.median(values)} if values else {}
-    changes = [r["change"] for r in measured if "change" in r]
+    changes = [r["change"] for r in records if "change" in r]
     if changes:
-        moved, start = (math.sqrt(sum(c[key] ** 2 for c in changes)) for key in ("l2", "start"))
-        found["change"] = {"l2": moved, "start": start, "relative": moved / start if start else None}
+        moves, start = [c["l2"] for c in changes], length(c["start"] for c in changes)
+        moved = None if None in moves else length(moves)
+        found["change"] = {"l2": moved, "start": start, "relative": moved / start if moved is not None and start else None}
     return found
+
+
+def length(values: Iterable[float]) -> float:
+    """Of a vector; where squares leave float64's range, in the slower way that does without them."""
+    listed = list(values)
+    found = math.sqrt(sum(value * value for value in listed))
+    return found if 1e-100 < found < 1e100 else math.hypot(*listed)
 
 
 def _extreme(records: Iterable[Record], key: str, which: Any) -> Record:

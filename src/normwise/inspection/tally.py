@@ -22,6 +22,8 @@ BLOCK_BYTES = 1 << 22
 """Of what is read at once: a processor's last cache holds it until it is counted, and Python's share of the time is small."""
 THREADS_FROM = 1 << 22
 """Bytes of a tensor from which a second thread is worth starting."""
+_LEAST_SQUARE = 2.0**-960
+"""A sum of squares in float64 below which one of them may have been rounded to nothing, or to few digits."""
 OUTLIER = 6.0
 """Times the RMS of its tensor, above which an entry is an outlier. The six of LLM.int8() (Dettmers et al., 2022), which counts activations
 above the plain number 6; weights have no common scale, so that here it is relative."""
@@ -40,19 +42,16 @@ class Numbers(Protocol):
 
 @dataclass
 class Tally:
-    """Of one tensor. Sums are those of the finite entries."""
+    """Of one tensor. Norms are those of the finite entries."""
 
     rows: Tensor
-    """Σ x² of each row, ``(count / n,)``, float64."""
+    """The L2 norm of each row, ``(count / n,)``, float64."""
     columns: Tensor | None
-    """Σ x² of each column, ``(n,)``, float64, where they were asked for."""
+    """The L2 norm of each column, ``(n,)``, float64, where they were asked for."""
+    l2: float
     zeros: int
     nonfinite: int
     outliers: int
-
-    @property
-    def l2(self) -> float:
-        return math.sqrt(float(self.rows.sum()))
 
 
 def tally(numbers: Numbers, n: int, columns: bool = False) -> Tally:
@@ -65,13 +64,68 @@ def tally(numbers: Numbers, n: int, columns: bool = False) -> Tally:
     """
     counting = _Counting(numbers, n, columns)
     share_out(counting.look_at, counting.blocks, numbers.count * numbers.dtype.itemsize >= THREADS_FROM)
+    total = float(counting.rows.sum())
+    if numbers.dtype == torch.float64 and numbers.count and not _squares_hold(counting, total):
+        rows, across, l2 = _by_their_largest(counting)
+    else:
+        rows, across, l2 = counting.rows.sqrt(), None if counting.columns is None else counting.columns.sqrt(), math.sqrt(total)
     finite = max(numbers.count - counting.nonfinite, 1)
-    limit = OUTLIER * math.sqrt(float(counting.rows.sum()) / finite)
+    limit = OUTLIER * (math.sqrt(total / finite) if 0 < total < math.inf else l2 / math.sqrt(finite))
     outliers = 0
     for block in (counting.tops > limit).any(1).nonzero().flatten().tolist():
         x = counting.fetch(block)
         outliers += int(((x.abs() > limit) & x.isfinite()).sum())
-    return Tally(counting.rows, counting.columns, counting.zeros, counting.nonfinite, outliers)
+    return Tally(rows, across, l2, counting.zeros, counting.nonfinite, outliers)
+
+
+def _squares_hold(counting: _Counting, total: float) -> bool:
+    """Whether no sum of squares left float64's range: none is infinite, and none so small that its square may have been lost."""
+    sums = counting.rows if counting.columns is None else torch.cat([counting.rows, counting.columns])
+    return math.isfinite(total) and (float(sums.min()) > _LEAST_SQUARE or counting.zeros == counting.numbers.count)
+
+
+def _by_their_largest(counting: _Counting) -> tuple[Tensor, Tensor | None, float]:
+    """Norms of rows, of columns and of all entries, each from the quotients with its largest entry: for numbers whose squares float64 does
+    not have. It reads everything again, as next to no tensor needs it."""
+    rows = _Lengths(len(counting.rows))
+    columns = None if counting.columns is None else _Lengths(counting.n)
+    for block in range(counting.blocks):
+        x = counting.fetch(block)
+        x, place = torch.where(x.isfinite(), x, 0).abs(), torch.arange(len(x)) + block * counting.size
+        rows.add(x, place // counting.n)
+        if columns is not None:
+            columns.add(x, place % counting.n)
+    whole, norms = _Lengths(1), rows.norms()
+    whole.add(norms, torch.zeros(len(norms), dtype=torch.long))
+    l2 = float(whole.norms()) if bool(norms.isfinite().all()) else math.inf
+    return norms, None if columns is None else columns.norms(), l2
+
+
+class _Lengths:
+    """L2 norms that grow, as a largest entry and the sum of the squares of quotients with it."""
+
+    def __init__(self, count: int) -> None:
+        self.largest, self.sums = torch.zeros(2, count, dtype=torch.float64)
+
+    def add(self, x: Tensor, place: Tensor) -> None:
+        """x: not negative. place: of which norm each one is."""
+        largest = self.largest.scatter_reduce(0, place, x, "amax")
+        divisor = torch.where(largest > 0, largest, 1)
+        self.sums.mul_((self.largest / divisor).square()).index_add_(0, place, (x / divisor[place]).square())
+        self.largest = largest
+
+    def norms(self) -> Tensor:
+        return self.largest * self.sums.sqrt()
+
+
+def not_finite(numbers: Numbers, n: int, columns: bool) -> Tensor:
+    """Which rows of length n, or which columns, have an entry that is not finite, as booleans."""
+    counting = _Counting(numbers, n, columns)
+    found = torch.zeros(counting.n if columns else len(counting.rows), dtype=torch.bool)
+    for block in range(counting.blocks):
+        at = (~counting.fetch(block).to(widest(numbers.dtype)).isfinite()).nonzero().flatten() + block * counting.size
+        found[at % counting.n if columns else at // counting.n] = True
+    return found
 
 
 class _Counting:

@@ -7,9 +7,9 @@ saved before they are printed. Exit statuses are in docs/command-line.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -25,12 +25,13 @@ from normwise.experiments.framework.lock import locked
 from normwise.experiments.framework.printing import printed, tell
 from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.store import Store
-from normwise.files import check_apart, check_file, check_folder
+from normwise.files import check_apart, check_file, check_folder, check_unread
 
 # Every choice is made with this seed, or with those right after it; reported seeds count from 0, so no choice was made on their luck.
 TUNING_SEED = 1000
 MOST_SEEDS = 1000
 MOST_TIMES = 16
+_MOST_OUTPUT = 1 << 30    # bytes of a file that a command wrote
 """What a race's horizon is multiplied or divided by at most."""
 Results = Mapping[str, Any]
 Complaints = Callable[[Results], Sequence[str]]
@@ -75,8 +76,14 @@ class Options:
                 raise StudyError(f"{name} is {number}, but must be a whole number from 1 to {MOST_SEEDS}.")
         if not 1 / MOST_TIMES <= self.horizon <= MOST_TIMES:
             raise StudyError(f"the horizon's factor is {self.horizon:g}, but must be a number from 1/{MOST_TIMES} to {MOST_TIMES}.")
+        if str(self.data) == "hf:":
+            raise StudyError("data is 'hf:', but must be hf:NAME, a data set of the Hugging Face hub, or a file or folder.")
         if isinstance(self.executor, str):
             check_address(self.executor)
+
+    def read(self) -> list[Path]:
+        """The file or the folder of the user's data; nothing for bundled ones."""
+        return [] if self.data is None else [Path(str(self.data).removeprefix("hf:"))]
 
 
 def chosen(names: Sequence[str] | None, usual: Sequence[str] | None, table: Mapping[str, Any], what: str) -> list[str]:
@@ -129,25 +136,28 @@ def command(study: Callable[..., Results], show: Callable[[Results], None], opti
             complaints: Complaints = lambda results: ()) -> bool:  # fmt: skip
     """A study as a command: ``study(options, progress)``, with its finished runs kept under ``name`` unless the options say where."""
     state = options.state or outputs.default_state(name)
-    return deliver(lambda: study(replace(options, state=state), on_stderr()), show, outputs, state, complaints=complaints)
+    work = lambda: study(replace(options, state=state), on_stderr())    # noqa: E731
+    return deliver(work, show, outputs, state, complaints=complaints, read=options.read())
 
 
 def deliver(
     work: Callable[[], Results], show: Callable[[Results], None], outputs: Outputs, state: Path | None = None, *,
     complaints: Complaints = lambda results: (), units: str = "runs", more: Mapping[str, Path | None] | None = None,
+    read: Iterable[Path] = (),
 ) -> bool:  # fmt: skip
     """``work()`` with its outputs checked before it; after it they are written, and only then ``show`` prints the results, so that
     nothing that happens to a terminal or a pipe costs them. state: where finished runs stand, if any are kept. complaints: what is wrong
     with the results, for standard error; False where there is something. units: what is kept one by one.
-    more: files that ``work`` itself writes, by what they hold.
+    more: files that ``work`` itself writes, by what they hold. read: files and folders that ``work`` reads, over which nothing is written.
 
     Raises OutputError, at the end of all this, for what could not be written or printed.
     """
-    check_outputs(outputs, state, more)
-    if outputs.report is not None:
-        import_module("normwise.experiments.report")  # an extra that is missing is told now, not after the work
-    interrupts.say(partial(_how_to_go_on, state, units))
-    results = work()
+    with _no_empty_folders() as made:
+        made += check_outputs(outputs, state, more, read)
+        if outputs.report is not None:
+            import_module("normwise.experiments.report")  # an extra that is missing is told now, not after the work
+        interrupts.say(partial(_how_to_go_on, state, units))
+        results = work()
     with interrupts.held():
         written, failed = _save(results, outputs)
         interrupts.say(lambda: f"Interrupted: {_whereabouts(written, state, units)}.")
@@ -201,16 +211,63 @@ def _how_to_go_on(state: Path | None, units: str) -> str:
     return f"Interrupted: finished {units} are in {state}; the same command resumes there."
 
 
-def check_outputs(outputs: Outputs, state: Path | None, more: Mapping[str, Path | None] | None = None) -> None:
-    """DataError, before the work, where something cannot be written, or would take the place of something else. more: see `deliver`."""
+def check_outputs(
+    outputs: Outputs, state: Path | None, more: Mapping[str, Path | None] | None = None, read: Iterable[Path] = ()
+) -> list[Path]:
+    """DataError, before the work, where something cannot be written, or would take the place of something else. more, read: see `deliver`.
+
+    Gives the folders that were made, the innermost first.
+    """
     page = outputs.report
     pages = [] if page is None else [("the page", page / "index.html"), ("the results", page / "results.json")]
     places = [*(more or {}).items(), ("the finished runs", state), ("the results", outputs.json), *pages]
-    if page is not None:
-        check_folder(page)
-    for _, path in places:
-        check_file(path)
+    sources = list(read)
     check_apart(places)
+    check_unread(places, sources)
+    # Whoever opens kept runs looks at them more closely.
+    rewritten = [place for place in places if place[1] is not state]
+    _check_folders_read(rewritten, [source for source in sources if files.what_is(source) == files.FOLDER])
+    with _no_empty_folders() as made:
+        made += [] if page is None else check_folder(page)
+        for _, path in places:
+            made += check_file(path)
+    return made
+
+
+@contextmanager
+def _no_empty_folders() -> Iterator[list[Path]]:
+    """What is refused within leaves none of the folders behind that were made for its results, and put into this list."""
+    made: list[Path] = []
+    try:
+        yield made
+    except BaseException:
+        for folder in sorted(made, key=lambda one: len(one.parts), reverse=True):
+            with suppress(OSError):    # there is something in it by now
+                folder.rmdir()
+        raise
+
+
+def _check_folders_read(places: Iterable[tuple[str, Path | None]], folders: Sequence[Path]) -> None:
+    """A file in a folder of data, or of a checkpoint, may be a part of that, unless an earlier command of ours wrote it."""
+    for what, path in places:
+        within = [] if path is None or files.what_is(path) != files.FILE else [one for one in folders if files.inside(path, one)]
+        if path is not None and within and not _ours(path):
+            raise DataError(
+                f"{path}: {what} would be written over a file in {within[0]}, which this command reads, and it is none of normwise's; "
+                "give another name."
+            )
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file is empty, or looks like what a command writes."""
+    if path.suffix not in (".html", ".json", ".yaml") or not path.stat().st_size:
+        return not path.stat().st_size
+    found = files.content(path, _MOST_OUTPUT, "results, a file")
+    if path.suffix == ".html":
+        return b"<title>normwise " in found[:4096]
+    if path.suffix == ".json":
+        return found.lstrip().startswith(b"{") and b'"machine"' in found
+    return found.startswith(b"# ") and (b"\n# Trained for " in found or found.endswith(b"\n[]\n"))
 
 
 def write_json(path: Path, results: Results) -> None:

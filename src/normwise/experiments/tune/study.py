@@ -32,6 +32,7 @@ from normwise.experiments.tune.run import DONE, FAILED, GIVEN_UP, LOST, REFUSED,
 from normwise.experiments.tune.storage import Trials
 from normwise.experiments.tune.target import Target, load_target
 from normwise.experiments.tune.verdict import Tried
+from normwise.inspection.architecture import source_files
 
 # Raised by hand whenever a run's outcome changes for another reason than its settings: kept trials are then refused.
 PROTOCOL = 1
@@ -129,7 +130,7 @@ def run(options: TuneOptions, outputs: Outputs) -> bool:
         return results | {"policy_file": str(policy)}
 
     return deliver(work, show, outputs, options.file, complaints=lambda results: results["answer"]["breaches"], units="trials",
-                   more={"the policy": policy})  # fmt: skip
+                   more={"the policy": policy}, read=[*options.read(), *source_files(options.task)])  # fmt: skip
 
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
