@@ -132,14 +132,13 @@ def _add_study(commands: Any, name: str, summary: str, description: str, **helps
 
 def _study(args: argparse.Namespace) -> int:
     """Runs the study of a command. Its module stands in the package of its name, and has ``run``, which says whether all is well."""
-    from normwise.experiments.framework.study import Options, Outputs, check_outputs
+    from normwise.experiments.framework.study import Options, Outputs
 
     outputs = Outputs(args.json, args.report)
     study = import_module(f"normwise.experiments.{args.study}.study")
     if args.task is None:
         if args.state is None:
             raise _UsageError("name a TASK to race, or the finished runs to look at with --state FILE. See normwise race --help.")
-        check_outputs(outputs, None, read=[args.state])
         return 0 if study.look(args.state, outputs) else _BROKEN
     if getattr(args, "tiny", False) and getattr(args, "half", False):
         raise _UsageError("--tiny and --half are two sizes of one network: give one of them. See normwise race --help.")

@@ -31,8 +31,9 @@ from normwise.files import check_apart, check_file, check_folder, check_unread
 TUNING_SEED = 1000
 MOST_SEEDS = 1000
 MOST_TIMES = 16
-_MOST_OUTPUT = 1 << 30    # bytes of a file that a command wrote
 """What a race's horizon is multiplied or divided by at most."""
+_MOST_OUTPUT = 1 << 30
+"""Bytes of a file that a command wrote."""
 Results = Mapping[str, Any]
 Complaints = Callable[[Results], Sequence[str]]
 

@@ -56,7 +56,7 @@ def run(options: Options, outputs: Outputs) -> bool:
 
 def look(state: Path, outputs: Outputs) -> bool:
     """The command without a task: prints what the finished runs in ``state`` say, without training anything; False as for ``run``."""
-    return deliver(lambda: replay(state, on_stderr()), show, outputs, complaints=tables.breaches)
+    return deliver(lambda: replay(state, on_stderr()), show, outputs, complaints=tables.breaches, read=[state])
 
 
 def show(results: Mapping[str, Any], stream: TextIO | None = None) -> None:
