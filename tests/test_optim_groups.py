@@ -328,3 +328,36 @@ def test_a_parameter_written_in_twice_is_refused(build: Build) -> None:
     with pytest.raises(ValueError, match="more than once"):
         optimizer.step()
     assert torch.equal(params[0], torch.ones(3, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------- under two names
+
+
+class Exposed(nn.Module):
+    """Holds weights of its layers under names of its own as well, before or after them; ``names`` -> (layer, its attribute)."""
+
+    def __init__(self, names: dict[str, tuple[str, str]]) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.one = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 1)
+        for name, (layer, attribute) in names.items():
+            setattr(self, name, getattr(getattr(self, layer), attribute))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.one(self.b(self.norm(self.a(x))))
+        return out
+
+
+def test_a_weight_has_the_role_that_its_layer_gives_it_under_whatever_names() -> None:
+    """The model without the other names is the reference; a name in the parent itself comes first."""
+    names = {
+        "weight": ("a", "weight"), "w_in": ("b", "weight"), "scale": ("norm", "weight"), "gamma": ("one", "weight"), "shift": ("b", "bias"),
+    }  # fmt: skip
+    plain, exposed = Exposed({}), Exposed(names)
+    wanted = {id(p): (name, Muon(plain).routing.of[name]) for name, p in plain.named_parameters()}    # type: ignore[union-attr]
+    assert len(set(dict(wanted.values()).values())) == 3
+    routing = Muon(exposed).routing
+    assert routing is not None and set(names) <= set(routing.of), "these are the first names"
+    for name, of_plain in dict(wanted.values()).items():
+        first = next(n for n, p in exposed.named_parameters() if p is exposed.get_parameter(name))
+        assert routing.of[first] == of_plain, name
+    assert {e.name: e.role for e in routing.entries}["shift"] == "bias"
