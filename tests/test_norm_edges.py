@@ -117,6 +117,22 @@ def test_a_block_that_is_not_finite_is_left_as_it_is(name: str, bad: str, dtype:
         assert not torch.equal(moved[0], x[0]), "the block beside it was to be moved"
 
 
+@pytest.mark.parametrize("entries", [4, 128, 129, 300])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_norms_have_a_derivative_at_every_scale(name: str, dtype: str, entries: int) -> None:
+    """Long rows, zero, tiny and large ones beside an ordinary one; x/‖x‖ at unit scale is the reference, and 0 at zero."""
+    unit = gaussian((5, entries), 8)
+    unit[3] = 0
+    powers = {"float64": (-700, 0, 520, 0, -600), "float32": (-120, 0, 124, 0, -80)}[dtype]
+    x = torch.ldexp(unit, torch.tensor(powers)[:, None]).to(DTYPES[dtype]).requires_grad_()
+    get_norm(name).value(x).double().mul(torch.arange(1.0, 6.0, dtype=torch.float64)).sum().backward()
+    direction = unit.sign() if name == "l1" else unit / unit.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    want = direction * torch.arange(1.0, 6.0, dtype=torch.float64)[:, None]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), want, rtol=1e-5 if dtype == "float32" else 1e-12, atol=1e-7 if dtype == "float32" else 1e-13)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [name for name in ALL if FORMULAS[name].matrix])
 def test_matrix_norms_refuse_vectors(name: str) -> None:
