@@ -130,7 +130,8 @@ def test_norms_have_a_derivative_at_every_scale(name: str, dtype: str, entries: 
     direction = unit.sign() if name == "l1" else unit / unit.norm(dim=1, keepdim=True).clamp(min=1e-300)
     want = direction * torch.arange(1.0, 6.0, dtype=torch.float64)[:, None]
     assert x.grad is not None
-    torch.testing.assert_close(x.grad.double(), want, rtol=1e-5 if dtype == "float32" else 1e-12, atol=1e-7 if dtype == "float32" else 1e-13)
+    rtol, atol = (1e-5, 1e-7) if dtype == "float32" else (1e-12, 1e-13)
+    torch.testing.assert_close(x.grad.double(), want, rtol=rtol, atol=atol)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is written into the groups of an optimizer in training: refused as when it is built, with nothing changed, or followed as in torch."""
+"""What is written into the groups of an optimizer in training: refused by name, with nothing changed, or followed as in torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("act", "normalise", "act='normalise'. Did you mean 'normalize'"), ("scale", "orginal", "'original'"),
     ("decay", "weigth", "Did you mean 'weight'"), ("hold", "spere", "Did you mean 'sphere'"), ("direction", "adamm", "'adam'"),
     ("rounding", "stochasic", "Did you mean 'stochastic'"), ("polar", "fastt", "Did you mean 'fast'"), ("per", "matrx", "'matrix'"),
-    ("norm", "spektral", "'spectral'"), ("norm", ["l2"], "is no norm"), ("norm", "non_negative", "which is a set"), ("per", "global", "one norm of all together"),
+    ("norm", "spektral", "'spectral'"), ("norm", ["l2"], "is no norm"), ("norm", "non_negative", "which is a set"),
+    ("per", "global", "one norm of all together"),
     ("per", ["unit"], "per="), ("weight_decay", -0.1, "weight_decay=-0.1"), ("weight_decay", "0.1", "weight_decay='0.1'"),
     ("weight_decay", float("nan"), "weight_decay=nan"), ("weight_decay", None, "weight_decay=None"), ("lr", -0.1, "lr=-0.1"),
     ("lr", float("inf"), "lr=inf"), ("lr", torch.tensor(-0.1), "lr=tensor"), ("radius", -1.0, "radius=-1.0"), ("eps", -1e-8, "eps="),
@@ -108,7 +109,7 @@ def test_what_schedulers_and_users_write_beside_the_options_stays(preset: Build)
     net = model()
     optimizer = preset(net)
     train(net, optimizer, range(1))
-    keys = "initial_lr max_lr min_lr base_momentum max_momentum swa_lr step_size_up lr_scale lr_mult layer_decay tag".split()
+    keys = ["initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "step_size_up", "lr_scale", "layer_decay", "tag"]
     for group in optimizer.param_groups:
         group |= dict.fromkeys(keys, 0.5)
         group["maximize"] = np.True_
@@ -361,3 +362,53 @@ def test_a_weight_has_the_role_that_its_layer_gives_it_under_whatever_names() ->
         first = next(n for n, p in exposed.named_parameters() if p is exposed.get_parameter(name))
         assert routing.of[first] == of_plain, name
     assert {e.name: e.role for e in routing.entries}["shift"] == "bias"
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments and checkpoints
+
+
+@pytest.mark.parametrize("argument", ["override", "layouts"])
+@pytest.mark.parametrize("given", [[("0.weight", "adamw")], "adamw", 3.0])
+def test_what_is_no_table_is_refused_by_its_name(argument: str, given: Any) -> None:
+    with pytest.raises(nw.PolicyError, match=f"{argument} is a {type(given).__name__}, and must be a dict"):
+        Muon(model(), **{argument: given})
+
+
+def test_a_tensor_where_a_name_belongs_is_told_by_its_shape() -> None:
+    net = model()
+    for override in ({net[0].weight: "adamw"}, {"0.weight": torch.ones(400)}):
+        with pytest.raises(ValueError, match="a tensor of shape") as error:
+            Muon(net, override=override)
+        assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("preset", [AdamW, nw.optim.LAMB, Muon, nw.optim.NorMuon, AdamH, MuonH, nw.optim.Ridge])
+def test_a_checkpoint_with_a_gap_is_refused_and_nothing_is_loaded(preset: Build) -> None:
+    """Each buffer of the direction in turn, as long as another part of the parameter's state is there."""
+    net = model()
+    optimizer = preset(net, rounding="compensated")
+    train(net, optimizer, range(2))
+    refused = 0
+    for key in ("exp_avg", "exp_avg_sq", "step", "momentum_buffer"):
+        state = copy.deepcopy(optimizer.state_dict())
+        rest = [s for s in state["state"].values() if s.pop(key, None) is not None and s]
+        fresh = preset(model())
+        if not rest:
+            fresh.load_state_dict(state)    # nothing else is kept: as a parameter that has not stepped yet
+            continue
+        refused += 1
+        with pytest.raises(nw.PolicyError, match=f"and no {key}: a part of the checkpoint is lost"):
+            fresh.load_state_dict(state)
+        assert not fresh.state
+    assert refused >= 3, "all of Adam's, and a momentum beside a radius or the squares of units"
+
+
+def test_a_direction_that_was_changed_before_saving_is_no_gap() -> None:
+    net = model()
+    optimizer = AdamW(net)
+    train(net, optimizer, range(2))
+    optimizer.param_groups[0]["direction"] = "lion"
+    fresh = AdamW(model())
+    with pytest.warns(UserWarning, match="direction='lion'"):
+        fresh.load_state_dict(optimizer.state_dict())
+    train(net, fresh, range(2, 3))

@@ -124,17 +124,22 @@ def check_blocks(name: str, matrix: bool, x: Tensor, radius: Radius) -> None:
     if x.ndim != 3 and (matrix or x.ndim != 2):
         shapes = "(batch, m, n)" if matrix else "(batch, n) or (batch, m, n)"
         raise NormError(f"{name} is defined on blocks of shape {shapes}, given {tuple(x.shape)}")
+    check_real(name, x)
+    check_radius(name, radius, x)
+
+
+def check_real(name: str, x: Tensor) -> None:
+    """Refuses integers and complex numbers."""
     if not x.is_floating_point():
         raise NormError(f"{name} needs real floating-point blocks, given {x.dtype}: convert them, or use view_as_real")
-    check_radius(name, radius, x)
 
 
 class Norm(ABC):
     """A norm on blocks. Vectors are ``(b, n)``, matrices ``(b, m, n)`` with m outputs and n inputs; the batch is never mixed.
 
     A subclass gives ``measure``, ``project``, ``lmo`` and names its dual; the prox (Moreau) and the subgradient follow from the dual norm.
-    fp16 and bf16 blocks are computed in fp32 and rounded once. Zero blocks stay zero. ``project``, ``prox``, ``clip_norm`` and ``normalize``
-    leave a block that holds a NaN or an infinity as it is, bit for bit; the other blocks are not touched by it.
+    fp16 and bf16 blocks are computed in fp32 and rounded once. Zero blocks stay zero. ``project``, ``prox``, ``clip_norm`` and
+    ``normalize`` leave a block that holds a NaN or an infinity as it is, bit for bit; the other blocks are not touched by it.
 
     Its methods take blocks ``x`` and a ``radius`` or ``step``: a number >= 0, or one a block, ``(b,)``. They return new tensors of x's
     shape and dtype, ``value`` and ``dual`` ``(b,)``. They raise NormError for blocks of another shape, for integers and complex numbers,

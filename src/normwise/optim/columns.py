@@ -294,7 +294,8 @@ def _number(value: Any, column: str, name: str, below: float = math.inf) -> None
     number = float(value) if single or (isinstance(value, int | float) and not isinstance(value, bool)) else math.nan
     if not 0 <= number < below:
         wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
-        raise ValueError(f"{name} has {column}={value!r}, and needs {wanted}.")
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.numel() > 8 else repr(value)
+        raise ValueError(f"{name} has {column}={shown}, and needs {wanted}.")
 
 
 def needs_matrices(row: Mapping[str, Any]) -> bool:
@@ -362,7 +363,7 @@ def settle(group: Row, last: Settled | None, name: str, besides: Collection[str]
     """
     missing = [column for column in DEFAULTS if column not in group]
     if missing:
-        raise PolicyError(f"{name} has no {missing[0]!r}: give a new group to optimizer.add_param_group, which fills in what it leaves out.")
+        raise PolicyError(f"{name} has no {missing[0]!r}: give a new group to optimizer.add_param_group, which fills in the rest.")
     row = {column: as_plain(group[column], column) for column in DEFAULTS}
     check_row({**group, **row}, name, (*besides, "nesterov"), extras=True)
     if "nesterov" in group:

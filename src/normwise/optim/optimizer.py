@@ -19,8 +19,18 @@ from normwise.engine.step import OnePass, makes_state
 from normwise.errors import PolicyError
 from normwise.low_precision import NOISE
 from normwise.optim.columns import (
-    DEFAULTS, SETTLED, Radius, Row, check_row, complete, has_momentum, is_rate, refuse_unused, refused_option, settle,
-)  # fmt: skip
+    DEFAULTS,
+    SETTLED,
+    Radius,
+    Row,
+    check_row,
+    complete,
+    has_momentum,
+    is_rate,
+    refuse_unused,
+    refused_option,
+    settle,
+)
 from normwise.optim.load_state import adapt
 from normwise.optim.plan import WIDE_STATE, build, check_params, follow, layouts, members, no_matrix
 from normwise.optim.routing import Receipt, Routing, little_covered, route
@@ -31,6 +41,8 @@ from normwise.policy import Policy
 KEPT_PLANS = 32    # sets of parameters with gradients that are remembered; alternating losses have a few, not many
 BESIDES = ("params", "param_names", LAYOUTS, KEY, "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 """What a group may have besides the columns: torch's own keys, and those of its schedulers."""
+
+MAPS = {"override": "{'head.*': 'adamw'}: selector -> row", "layouts": "{'*.qkv.weight': nw.Layout(...)}: selector -> axes"}
 
 
 class NormOptimizer(Optimizer):
@@ -81,6 +93,9 @@ class NormOptimizer(Optimizer):
         policy: Any = None,
         layouts: Mapping[Any, LayoutLike] | None = None,
     ) -> None:
+        for argument, value in {"override": override, "layouts": layouts}.items():
+            if value is not None and not isinstance(value, Mapping):
+                raise PolicyError(f"{argument} is a {type(value).__name__}, and must be a dict, as {MAPS[argument]}.")
         full = {name: complete(row, f"the row {name!r}") for name, row in rows.items()}
         for name, row in full.items():
             check_row(row, f"the row {name!r}")
