@@ -343,13 +343,6 @@ WATCHED = tuple(column for column in DEFAULTS if column != "lr")
 SETTLED = operator.itemgetter(*WATCHED)
 
 
-def is_rate(value: Any) -> bool:
-    """Whether a learning rate is one, and a group need not be settled for it. Numbers on other devices are not read: that would wait."""
-    if isinstance(value, Tensor):
-        return not value.ndim and (not value.is_cpu or 0 <= float(value) < math.inf)
-    return type(value) in (float, int) and 0 <= value < math.inf
-
-
 def settle(group: Row, last: Settled | None, name: str, besides: Collection[str] = ()) -> Settled:
     """Checks a group in which something was written since ``last``, and makes it say one thing: ``momentum`` and the first of ``betas`` are
     two names of one number, whichever the step uses.

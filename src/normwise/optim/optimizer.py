@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
@@ -26,7 +27,6 @@ from normwise.optim.columns import (
     check_row,
     complete,
     has_momentum,
-    is_rate,
     refuse_unused,
     refused_option,
     settle,
@@ -304,9 +304,16 @@ class NormOptimizer(Optimizer):
 def _as_settled(group: dict[str, Any], last: Any) -> bool:
     """Whether nothing but rates was written since. An array in the place of a number cannot be compared: that is a change."""
     try:
-        return last is not None and len(group) == last[0] and SETTLED(group) == last[1] and is_rate(group["lr"])
+        return last is not None and len(group) == last[0] and SETTLED(group) == last[1] and _is_rate(group["lr"])
     except (KeyError, TypeError, ValueError, RuntimeError):
         return False
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether a learning rate is one, and a group need not be settled for it. Numbers on other devices are not read: that would wait."""
+    if isinstance(value, torch.Tensor):
+        return not value.ndim and (not value.is_cpu or 0 <= float(value) < math.inf)
+    return type(value) in (float, int) and 0 <= value < math.inf
 
 
 def _own_rate(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
