@@ -290,6 +290,8 @@ def _check_numbers(row: Mapping[str, Any], name: str) -> None:
 
 
 def _number(value: Any, column: str, name: str, below: float = math.inf) -> None:
+    if type(value) is float and 0 <= value < below:    # first, since schedules ask at every step
+        return
     single = isinstance(value, Tensor) and value.numel() == 1
     number = float(value) if single or (isinstance(value, int | float) and not isinstance(value, bool)) else math.nan
     if not 0 <= number < below:
@@ -341,6 +343,8 @@ Settled = tuple[int, tuple[Any, ...]]
 """What a group had when it was last settled: how many keys, and the columns of `WATCHED`."""
 WATCHED = tuple(column for column in DEFAULTS if column != "lr")
 SETTLED = operator.itemgetter(*WATCHED)
+FREE = frozenset(("weight_decay", "eps", "trust", "limit"))
+"""Numbers that nothing else hangs on, so that schedules may write them at every step."""
 
 
 def settle(group: Row, last: Settled | None, name: str, besides: Collection[str] = ()) -> Settled:
@@ -357,6 +361,14 @@ def settle(group: Row, last: Settled | None, name: str, besides: Collection[str]
     missing = [column for column in DEFAULTS if column not in group]
     if missing:
         raise PolicyError(f"{name} has no {missing[0]!r}: give a new group to optimizer.add_param_group, which fills in the rest.")
+    before = None if last is None else dict(zip(WATCHED, last[1], strict=True))
+    changed = [c for c in WATCHED if before is None or group[c] is not before[c]]
+    if last is not None and len(group) == last[0] and FREE.issuperset(changed) and "nesterov" not in group:
+        row = {column: as_plain(group[column], column) for column in ("lr", *changed)}
+        for column, value in row.items():
+            _number(value, column, name)
+        group.update(row)
+        return last[0], SETTLED(group)
     row = {column: as_plain(group[column], column) for column in DEFAULTS}
     check_row({**group, **row}, name, (*besides, "nesterov"), extras=True)
     if "nesterov" in group:
@@ -366,7 +378,7 @@ def settle(group: Row, last: Settled | None, name: str, besides: Collection[str]
         set_nesterov(row, wanted, name)
     if row["direction"] == "plain" and row["velocity"] and row["velocity"] is not True:
         row["momentum"], row["velocity"] = row["velocity"], True
-    _agree(row, dict(zip(WATCHED, last[1], strict=True)) if last is not None else None)
+    _agree(row, before)
     group.pop("nesterov", None)
     group.update(row)
     return len(group), SETTLED(group)
