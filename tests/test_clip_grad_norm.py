@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -215,3 +216,28 @@ def test_clipping_twice_is_clipping_once():
     once = [p.grad.clone() for p in ps]
     nw.clip_grad_norm_(ps, 1.0 + 1e-12)
     assert all(torch.equal(p.grad, g) for p, g in zip(ps, once, strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e308])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_a_norm_beyond_float64_is_clipped_rightly(order, max_norm, dtype):
+    """Fractions of Python's hold what float64 does not: 400 entries of 1.7e308, beside small ones that keep their digits."""
+    largest, small = 1.7e308, 3e100
+    grads = [torch.full((20, 20), largest, dtype=dtype), torch.full((5,), small, dtype=dtype)]
+    ours = params(*grads)
+    total = nw.clip_grad_norm_(ours, max_norm, order, error_if_nonfinite=True)
+    norm = Fraction(largest) * (1 if order == math.inf else Fraction(400 ** (1 / order)))    # the small ones add nothing
+    factor = min(Fraction(1), Fraction(max_norm) / norm)
+    for p, entry in zip(ours, (largest, small), strict=True):
+        assert p.grad.real.flatten().tolist() == pytest.approx([float(Fraction(entry) * factor)] * p.grad.numel(), rel=1e-13)
+    assert float(total) == (math.inf if order < math.inf else largest)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_float64_gradients_that_are_not_finite_stay(bad):
+    ours = params(torch.tensor([1e308, 1e308, bad], dtype=torch.float64))
+    with pytest.raises(nw.NonFiniteError):
+        nw.clip_grad_norm_(ours, 1.0, error_if_nonfinite=True)
+    nw.clip_grad_norm_(ours, 1.0)
+    assert ours[0].grad[:2].tolist() == [1e308, 1e308]

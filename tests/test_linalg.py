@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
 import cvxpy
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from linalg_cases import became, exact, gaussian, largest, log_uniform, with_values
+from normwise.errors import NormError
 from normwise.experiments.bench import polar as bench_polar
 from normwise.experiments.framework.printing import markdown
 from normwise.norms.linalg import METHODS, error_bound, paths, polar
@@ -222,3 +224,15 @@ def test_benchmark_errors_by_hand() -> None:
     x = torch.diag_embed(torch.tensor([[1.0, 0.5, 0.02, 0.001]]))
     y = torch.diag_embed(torch.tensor([[1.1, 0.8, 1.05, 5.0]]))
     assert bench_polar.errors(x, y) == pytest.approx((0.2, 0.1), abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [(), ((1.0, 2.0),), (1.0, 2.0), ((1.0, 2.0, float("nan")),), (("a", "b", "c"),), None, 3])
+def test_steps_that_are_none_are_refused_with_what_to_give(steps: Any) -> None:
+    with pytest.raises(NormError, match="three finite numbers each"):
+        polar(gaussian(2, 3, 4), steps)
+
+
+def test_the_exact_polar_factor_has_a_bound_like_the_others() -> None:
+    assert error_bound("exact") == 0
+    with pytest.raises(NormError, match="Did you mean 'exact'"):
+        error_bound("exakt")

@@ -340,3 +340,25 @@ def test_errors_say_what_was_given_or_is_allowed(call: object, words: str) -> No
     with pytest.raises(NormError) as caught:
         call()  # type: ignore[operator]
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_no_convolution_norm_as_it_is_computed_exceeds_the_bound(kernel: tuple[int, int]) -> None:
+    """In fp32, where a kernel of one entry has the operator norm and the bound equal, but for their roundings."""
+    for seed in range(40):
+        found = convolution_norms(gaussian(5, 4, *kernel, seed=seed).float(), (6, 6), steps=30)
+        bound = found["upper bound from the filter"]
+        assert max(found["operator, circular padding"], found["operator, zero padding"]) <= bound
+        assert bound == pytest.approx(found["flattened filter"] * kernel[0], rel=3e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-42, 1e-39])
+def test_a_power_iteration_on_subnormal_numbers_stays_below(scale: float) -> None:
+    x = (gaussian(300, 3, 4) * scale).float()
+    assert (x != 0).any() and (power_iteration(x, steps=50)[0].double() <= largest(x)).all()
+
+
+@pytest.mark.parametrize("tolerance", [-0.5, 0.0, 0.009, float("nan"), float("inf")])
+def test_a_tolerance_that_proofs_do_not_fit_into_is_refused(tolerance: float) -> None:
+    with pytest.raises(NormError, match=r"tolerance .*: give 0.01 or more"):
+        cap(gaussian(2, 3, 4), 1.0, tolerance=tolerance)

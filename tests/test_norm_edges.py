@@ -100,9 +100,38 @@ def test_a_block_that_is_not_finite_harms_no_other(name: str, bad: float) -> Non
     assert not bool(values[1].isfinite())
     for label, move in maps(name).items():
         assert torch.allclose(move(x)[::2], move(clean), rtol=1e-5, atol=1e-6), label
-    for label in ("clip_norm", "normalize"):
-        assert torch.equal(maps(name)[label](x)[1].nan_to_num(), x[1].nan_to_num()), f"{label} touched it"
-    assert bad == float("inf") or bool(maps(name)["project"](x)[1].isnan().any()), "project hid a NaN"
+
+
+@pytest.mark.parametrize(("name", "bad", "dtype"), list(product(ALL, ["nan", "inf", "-inf"], DTYPES)))
+@pytest.mark.parametrize("label", ["project", "prox", "clip_norm", "normalize"])
+def test_a_block_that_is_not_finite_is_left_as_it_is(name: str, bad: str, dtype: str, label: str) -> None:
+    """Bit for bit, wherever the entry stands, alone and beside a block that is moved: nothing spreads, and nothing is hidden."""
+    whole = gaussian(some_shape(name, rows=2), 6).to(DTYPES[dtype])
+    for place in (0, 7, 19):
+        x = whole.clone()
+        x[1].view(-1)[place] = float(bad)
+        moved = maps(name)[label](x)
+        assert torch.equal(torch.nan_to_num(moved[1], nan=77), torch.nan_to_num(x[1], nan=77)), place
+        alone = maps(name)[label](x[1:])
+        assert torch.equal(torch.nan_to_num(alone, nan=77), torch.nan_to_num(x[1:], nan=77)), place
+        assert not torch.equal(moved[0], x[0]), "the block beside it was to be moved"
+
+
+@pytest.mark.parametrize("entries", [4, 128, 129, 300])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_norms_have_a_derivative_at_every_scale(name: str, dtype: str, entries: int) -> None:
+    """Long rows, zero, tiny and large ones beside an ordinary one; x/‖x‖ at unit scale is the reference, and 0 at zero."""
+    unit = gaussian((5, entries), 8)
+    unit[3] = 0
+    powers = {"float64": (-700, 0, 520, 0, -600), "float32": (-120, 0, 124, 0, -80)}[dtype]
+    x = torch.ldexp(unit, torch.tensor(powers)[:, None]).to(DTYPES[dtype]).requires_grad_()
+    get_norm(name).value(x).double().mul(torch.arange(1.0, 6.0, dtype=torch.float64)).sum().backward()
+    direction = unit.sign() if name == "l1" else unit / unit.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    want = direction * torch.arange(1.0, 6.0, dtype=torch.float64)[:, None]
+    assert x.grad is not None
+    rtol, atol = (1e-5, 1e-7) if dtype == "float32" else (1e-12, 1e-13)
+    torch.testing.assert_close(x.grad.double(), want, rtol=rtol, atol=atol)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

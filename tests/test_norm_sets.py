@@ -187,3 +187,12 @@ def test_an_open_box_bounds_one_side() -> None:
 def test_a_box_that_holds_nothing_is_refused(low: float, high: float) -> None:
     with pytest.raises(NormError, match="low <= high"):
         Box(low, high)
+
+
+@pytest.mark.parametrize("name", ["box", "non_negative", "orthogonal"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_sets_refuse_what_are_no_real_numbers_as_norms_do(name: str, dtype: torch.dtype) -> None:
+    members = Box(0, 1) if name == "box" else SETS[name]()
+    for act in (members.project, members.excess):
+        with pytest.raises(NormError, match="needs real floating-point blocks"):
+            act(torch.ones(2, 3, 3, dtype=dtype))

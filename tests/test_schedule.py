@@ -97,3 +97,9 @@ def test_a_step_beyond_the_end_says_so_once() -> None:
 def test_what_is_no_schedule_is_one_error(options: dict[str, object], said: str) -> None:
     with pytest.raises(nw.PolicyError, match=said):
         made(**options)    # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [nn.Linear, nn.Linear(2, 2), None, "adamw"], ids=repr)
+def test_what_is_no_optimizer_is_refused(given: object) -> None:
+    with pytest.raises(TypeError, match="needs a torch optimizer"):
+        nw.optim.schedule(given, 5)    # type: ignore[arg-type]

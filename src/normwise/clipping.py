@@ -14,8 +14,12 @@ from normwise.engine.sharded import collectives
 from normwise.engine.sharded.norms import over_all
 from normwise.errors import NonFiniteError, NormError
 from normwise.norms import L1, L2, LInf, Norm
-from normwise.norms.base import clip_factor, two_steps
+from normwise.norms.base import clip_factor, radial_factor, two_steps
 from normwise.norms.reduce import compute_dtype, max_abs, up, wide
+
+DOUBLE = (torch.float64, torch.complex128)
+SMALLER = 2.0**-64
+"""What float64 gradients are multiplied by where their norm is beyond float64; so many of them that it still is do not exist."""
 
 
 @torch.no_grad()
@@ -66,12 +70,19 @@ def clip_grad_norm_(
     if not grads:
         return torch.tensor(0.0)
     total = over_all(grads, lambda rows: _norm(rows, float(norm_type)))
+    beyond = any(g.dtype in DOUBLE for g in grads) and not bool(total.isfinite())
+    if beyond:    # the norm may be more than float64 holds, of finite gradients
+        total = over_all([g * SMALLER for g in grads], lambda rows: _norm(rows, float(norm_type)))
     grads = [here(g) for g in grads]
     if error_if_nonfinite and not bool(total.isfinite()):
         raise NonFiniteError(f"the gradients' norm of order {norm_type} is {float(total)}: they are not finite, and were not changed.")
     if max_norm != math.inf:
-        _scale(grads, clip_factor(total.reshape(1), float(max_norm)))
-    return total.to(compute_dtype(grads[0].dtype.to_real()))
+        if beyond and bool(total.isfinite()):
+            _scale(grads, torch.full_like(total, SMALLER).reshape(1))
+            _scale(grads, radial_factor(total.reshape(1), float(max_norm)))
+        else:
+            _scale(grads, clip_factor(total.reshape(1), float(max_norm)))
+    return (total / SMALLER if beyond else total).to(compute_dtype(grads[0].dtype.to_real()))
 
 
 def _norm(rows: Tensor, order: float) -> Tensor:

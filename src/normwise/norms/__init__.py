@@ -24,6 +24,8 @@ def get_norm(norm: str | Norm | Set) -> Norm | Set:
     """The norm, form or set of that name; an object is returned as it is. An unknown name is an error with the nearest known one."""
     if isinstance(norm, Norm | Set):
         return norm
+    if not isinstance(norm, str):
+        raise NormError(f"{norm!r} is no norm: give a name, such as 'l2', or an object of normwise.norms")
     if norm in NORMS:
         return NORMS[norm]
     if norm in FORMS:

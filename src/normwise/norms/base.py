@@ -94,6 +94,17 @@ def lifted(x: Tensor, decomposed: bool = False) -> Tensor:
     return scale_blocks(x, torch.ldexp(torch.ones_like(largest, dtype=torch.float64), tiny * power)) if bool(tiny.any()) else x
 
 
+def unless_broken(x: Tensor, moved: Tensor) -> Tensor:
+    """``moved``, but blocks of ``x`` that hold a NaN or an infinity as they are: what is computed from such an entry would spread over the
+    block, or hide that it was there."""
+    if may_branch(x):
+        low, high = torch.aminmax(x.detach()) if x.numel() else (0.0, 0.0)
+        if math.isfinite(low) and math.isfinite(high):
+            return moved
+    finite = x.isfinite().flatten(1).all(1)
+    return torch.where(finite.view(-1, *[1] * (x.ndim - 1)), moved, x)
+
+
 def beyond(factor: Tensor) -> bool:
     """Whether a factor was cut at float64's largest number, as for a float64 block of norm 1e-310, so that scaling must be done again."""
     return factor.dtype == torch.float64 and may_branch(factor) and bool((factor == torch.finfo(torch.float64).max).any())
@@ -113,16 +124,22 @@ def check_blocks(name: str, matrix: bool, x: Tensor, radius: Radius) -> None:
     if x.ndim != 3 and (matrix or x.ndim != 2):
         shapes = "(batch, m, n)" if matrix else "(batch, n) or (batch, m, n)"
         raise NormError(f"{name} is defined on blocks of shape {shapes}, given {tuple(x.shape)}")
+    check_real(name, x)
+    check_radius(name, radius, x)
+
+
+def check_real(name: str, x: Tensor) -> None:
+    """Refuses integers and complex numbers."""
     if not x.is_floating_point():
         raise NormError(f"{name} needs real floating-point blocks, given {x.dtype}: convert them, or use view_as_real")
-    check_radius(name, radius, x)
 
 
 class Norm(ABC):
     """A norm on blocks. Vectors are ``(b, n)``, matrices ``(b, m, n)`` with m outputs and n inputs; the batch is never mixed.
 
     A subclass gives ``measure``, ``project``, ``lmo`` and names its dual; the prox (Moreau) and the subgradient follow from the dual norm.
-    fp16 and bf16 blocks are computed in fp32 and rounded once. Blocks that are zero or not finite are left as they are.
+    fp16 and bf16 blocks are computed in fp32 and rounded once. Zero blocks stay zero. ``project``, ``prox``, ``clip_norm`` and
+    ``normalize`` leave a block that holds a NaN or an infinity as it is, bit for bit; the other blocks are not touched by it.
 
     Its methods take blocks ``x`` and a ``radius`` or ``step``: a number >= 0, or one a block, ``(b,)``. They return new tensors of x's
     shape and dtype, ``value`` and ``dual`` ``(b,)``. They raise NormError for blocks of another shape, for integers and complex numbers,
@@ -202,7 +219,7 @@ class Norm(ABC):
         """argmin ½‖y − x‖₂² + step·‖y‖ = x − (projection of x onto the dual ball of radius step) (Moreau, 1965)."""
         self.check(x, step)
         work = up(x)
-        return (work - self.dual_norm.project(work, step)).to(x.dtype)
+        return unless_broken(x, (work - self.dual_norm.project(work, step)).to(x.dtype))
 
     def subgradient(self, x: Tensor) -> Tensor:
         """One element of ∂‖x‖: the maximiser of ⟨x, y⟩ over the dual ball; 0 at 0."""

@@ -45,7 +45,7 @@ def sum_abs(x: Tensor) -> Tensor:
     value = _chunked(x, 1.0)
     beyond = value.isinf()
     if bool(beyond.any()):    # 128 numbers may add up beyond fp32, though none of them is
-        value[beyond] = x[beyond].to(value.dtype).abs().sum(1)
+        value = value.index_put((beyond,), x[beyond].to(value.dtype).abs().sum(1))
     return value
 
 
@@ -71,7 +71,9 @@ def root_sum_squares(x: Tensor) -> Tensor:
         if not (trusted <= float(low) and float(high) < math.inf):    # squares that left the range: such rows are measured again
             doubtful = ~(value >= trusted) | value.isinf()
             again = _scaled(x[doubtful]) if x.dtype == torch.float64 else torch.linalg.vector_norm(x[doubtful].to(torch.float64), dim=1)
-            value[doubtful] = again.to(value.dtype)
+            if value.requires_grad:    # the derivative of a sum that overflowed is NaN, whatever becomes of the sum
+                value = _chunked(x.masked_fill(doubtful[:, None], 0.0), 2.0)
+            value = value.index_put((doubtful,), again.to(value.dtype))
     return value
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normwise.errors import NormError
-from normwise.norms.base import Norm, Radius, Set, check_blocks, column
+from normwise.norms.base import Norm, Radius, Set, check_blocks, check_real, column
 from normwise.norms.reduce import floor_to, max_abs, up
 from normwise.norms.spectral import Spectral, _rebuild, svd_for
 
@@ -40,9 +40,11 @@ class Box(Set):
 
     def project(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         """The clamp, its ends rounded inwards to numbers of x's dtype, so that the result is within them exactly."""
+        check_real(self.name, x)
         return x.clamp(-float(floor_to(-self.low, x.dtype)), float(floor_to(self.high, x.dtype)))
 
     def excess(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
+        check_real(self.name, x)
         work = up(x)
         return max_abs((work - work.clamp(self.low, self.high)).flatten(1))
 
@@ -55,9 +57,11 @@ class NonNegative(Set):
     interval = 0.0, math.inf
 
     def project(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
+        check_real(self.name, x)
         return x.clamp(min=0)
 
     def excess(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
+        check_real(self.name, x)
         return max_abs(x.clamp(max=0).flatten(1))
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, lifted, radial_factor, register, times
+from normwise.norms.base import Norm, Radius, beyond, clip_factor, column, lifted, radial_factor, register, times, unless_broken
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs
 from normwise.norms.vector import one_hot_direction, project_l1
 
@@ -57,7 +57,7 @@ class MaxOfUnits(_Mixed):
     def project(self, x: Tensor, radius: Radius) -> Tensor:
         self.check(x, radius)
         lengths = self.lengths(x)
-        return self.scaled(x, clip_factor(lengths, column(radius, lengths)))
+        return unless_broken(x, self.scaled(x, clip_factor(lengths, column(radius, lengths))))
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, column, register
+from normwise.norms.base import Norm, Radius, column, register, unless_broken
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs, up, wide
 
 
@@ -85,9 +85,9 @@ class LInf(Norm):
         self.check(x, radius)
         limit = column(radius, x)
         if isinstance(limit, Tensor):
-            return torch.clamp(x, -limit.to(x.dtype), limit.to(x.dtype))
+            return unless_broken(x, torch.clamp(x, -limit.to(x.dtype), limit.to(x.dtype)))
         limit = min(limit, torch.finfo(x.dtype).max)    # a number that the dtype cannot hold is refused by clamp
-        return torch.clamp(x, -limit, limit)
+        return unless_broken(x, torch.clamp(x, -limit, limit))
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)

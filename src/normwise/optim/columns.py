@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from normwise.errors import PolicyError, nearest
+from normwise.errors import NormError, PolicyError, nearest
 from normwise.low_precision import ROUNDINGS
 from normwise.norms import Norm, get_norm
 from normwise.norms.linalg import METHODS
@@ -78,7 +78,8 @@ DEFAULTS: Row = {
 """What a row leaves out. ``radius`` multiplies every scale, a tuple each block of a tensor by its own (q, k, v); ``limit`` belongs to
 ``hold``; ``row_beta`` > 0 divides each unit by the root of its second moment (NorMuon); ``velocity`` is momentum on the scaled step (LARS);
 ``rounding`` concerns weights in fp16 and bf16, ``seed`` its random numbers. ``momentum`` is 0 where neither the direction nor a velocity
-has one."""
+has one. In a group ``velocity`` is True where its number is ``momentum``, and False where a momentum, when it comes, is to be that of the
+scaled step."""
 
 STATE: dict[str, tuple[str, ...]] = {
     "plain": (), "heavy_ball": ("momentum_buffer",), "nesterov": ("momentum_buffer",), "ema": ("momentum_buffer",),
@@ -106,6 +107,9 @@ TORCHS = {
 
 NEUTRAL: tuple[Any, ...] = (None, False, 0)
 """Values of torch's options that ask for nothing."""
+
+BLOCKS = tuple(per for per in PER if per != "global")
+"""The blocks that a step may have; of all tensors together there is none."""
 
 USERS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "momentum": lambda row: has_momentum(row),
@@ -153,7 +157,9 @@ def complete(given: Mapping[str, Any], name: str, base: Mapping[str, Any] | None
     if row["direction"] not in STATE:
         return row    # check_row says which there are
     if row["direction"] == "plain" and not row["velocity"]:
-        if stated.get("momentum") and "direction" not in stated:
+        if stated.get("momentum") and row["velocity"] is False:    # LARS's, of the scaled step, where there was none
+            row["velocity"] = True
+        elif stated.get("momentum") and "direction" not in stated:
             row["direction"] = "heavy_ball"    # as in torch's SGD, where it is the momentum that says so
         elif "momentum" not in stated:
             row["momentum"] = 0.0
@@ -208,7 +214,7 @@ def as_plain(value: Any, column: str) -> Any:
         except TypeError:
             return value
     if column == "lr" and isinstance(value, Tensor):
-        return value.reshape(()) if value.numel() == 1 else value    # a view: who keeps the tensor may go on filling it
+        return value.reshape(()) if value.numel() == 1 and value.ndim else value    # a view: who keeps the tensor may go on filling it
     if (column not in DEFAULTS and column != "beta") or type(value) in (bool, int, float, str):
         return value
     single = getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1)
@@ -245,10 +251,20 @@ def check_row(row: Mapping[str, Any], name: str = "a group", besides: Collection
             raise PolicyError(f"{name} has the unknown option {unknown!r}.{nearest(unknown, DEFAULTS)}")
     polar = row["polar"] if isinstance(row["polar"], tuple | list) else ()
     own_steps = bool(polar) and all(len(s) == 3 and all(isinstance(x, int | float) and math.isfinite(x) for x in s) for s in polar)
-    for column, allowed in {**CHOICES, "per": PER, "polar": (*METHODS, "exact")}.items():
-        if row[column] not in allowed and not (column == "polar" and own_steps):
-            raise PolicyError(f"{name} has {column}={row[column]!r}.{nearest(str(row[column]), allowed)}")
-    if not isinstance(get_norm(row["norm"]), Norm):
+    if row["per"] == "global":
+        raise PolicyError(
+            f"{name} has per='global', and a step takes each tensor by itself; one norm of all together is a rule's: "
+            "policy=[nw.clip_grad_norm(...)], or nw.clip_grad_norm_ before the step. Here per='tensor' is the largest block."
+        )
+    for column, allowed in {**CHOICES, "per": BLOCKS, "polar": (*METHODS, "exact")}.items():
+        choice = row[column]
+        if not (isinstance(choice, str) and choice in allowed) and not (column == "polar" and own_steps):
+            raise PolicyError(f"{name} has {column}={choice!r}.{nearest(str(choice), allowed)}")
+    try:
+        norm = get_norm(row["norm"])
+    except NormError as error:
+        raise NormError(f"{name} has norm={row['norm']!r}: {error}") from None
+    if not isinstance(norm, Norm):
         raise PolicyError(f"{name} has norm={row['norm']!r}, which is a set: a step needs a norm.")
     _check_numbers(row, name)
 
@@ -261,7 +277,7 @@ def _check_numbers(row: Mapping[str, Any], name: str) -> None:
     if row["act"] == "ridge" and not row["damping"]:
         raise ValueError(f"{name} has act='ridge' and damping=0, and needs a damping > 0: 0.03 is the default.")
     for column in ("momentum", "row_beta", "velocity"):
-        if column != "velocity" or row[column] is not True:
+        if column != "velocity" or not isinstance(row[column], bool):
             _number(row[column], column, name, 1.0)
     if not isinstance(row["betas"], tuple | list) or len(row["betas"]) != 2:
         raise ValueError(f"{name} has betas={row['betas']!r}, and needs two numbers in [0, 1).")
@@ -274,11 +290,14 @@ def _check_numbers(row: Mapping[str, Any], name: str) -> None:
 
 
 def _number(value: Any, column: str, name: str, below: float = math.inf) -> None:
+    if type(value) is float and 0 <= value < below:    # first, since schedules ask at every step
+        return
     single = isinstance(value, Tensor) and value.numel() == 1
     number = float(value) if single or (isinstance(value, int | float) and not isinstance(value, bool)) else math.nan
     if not 0 <= number < below:
         wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
-        raise ValueError(f"{name} has {column}={value!r}, and needs {wanted}.")
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.numel() > 8 else repr(value)
+        raise ValueError(f"{name} has {column}={shown}, and needs {wanted}.")
 
 
 def needs_matrices(row: Mapping[str, Any]) -> bool:
@@ -320,44 +339,56 @@ def shape_scale(scale: str, rows: int, columns: int, kernel: int) -> float:
 # ------------------------------------------------------------------------------------------------------------ groups in training
 
 
-# What a group had when it was last settled.
-Settled = tuple[Any, ...]
-SETTLED = operator.itemgetter("direction", "momentum", "betas", "velocity")
+Settled = tuple[int, tuple[Any, ...]]
+"""What a group had when it was last settled: how many keys, and the columns of `WATCHED`."""
+WATCHED = tuple(column for column in DEFAULTS if column != "lr")
+SETTLED = operator.itemgetter(*WATCHED)
+FREE = frozenset(("weight_decay", "eps", "trust", "limit"))
+"""Numbers that nothing else hangs on, so that schedules may write them at every step."""
 
 
-def settle(group: Row, last: Settled | None, name: str) -> Settled:
-    """Makes the group say one thing: ``momentum`` and the first of ``betas`` are two names of one number, whichever the step uses.
+def settle(group: Row, last: Settled | None, name: str, besides: Collection[str] = ()) -> Settled:
+    """Checks a group in which something was written since ``last``, and makes it say one thing: ``momentum`` and the first of ``betas`` are
+    two names of one number, whichever the step uses.
 
     torch's schedulers choose one of the two names by the optimizer's ``defaults`` and write it into every group; so does a user. What was
     changed since ``last`` counts. Without it, as after loading a checkpoint, the step's own name does. ``nesterov`` becomes a direction,
     and the number of a ``velocity`` without another momentum becomes ``momentum``; numbers of numpy become plain ones.
 
-    ValueError, before any step, for a learning rate that is none.
+    PolicyError or ValueError, with nothing changed, for what no new group may have either: a misspelt choice or option, a number out of
+    range.
     """
-    now = SETTLED(group)
-    rate = group["lr"]
-    ready = type(rate) is float or (isinstance(rate, Tensor) and not rate.ndim)
-    if ready and last is not None and now == last and "nesterov" not in group:
-        return last
-    for column in ("lr", "momentum", "betas", "velocity", "weight_decay", "eps"):
-        group[column] = as_plain(group[column], column)
+    missing = [column for column in DEFAULTS if column not in group]
+    if missing:
+        raise PolicyError(f"{name} has no {missing[0]!r}: give a new group to optimizer.add_param_group, which fills in the rest.")
+    before = None if last is None else dict(zip(WATCHED, last[1], strict=True))
+    changed = [c for c in WATCHED if before is None or group[c] is not before[c]]
+    if last is not None and len(group) == last[0] and FREE.issuperset(changed) and "nesterov" not in group:
+        row = {column: as_plain(group[column], column) for column in ("lr", *changed)}
+        for column, value in row.items():
+            _number(value, column, name)
+        group.update(row)
+        return last[0], SETTLED(group)
+    row = {column: as_plain(group[column], column) for column in DEFAULTS}
+    check_row({**group, **row}, name, (*besides, "nesterov"), extras=True)
     if "nesterov" in group:
-        wanted = group.pop("nesterov")
-        if group["direction"] == "plain" and wanted and group["momentum"]:
-            group["direction"] = "heavy_ball"
-        set_nesterov(group, wanted, name)
-    if group["direction"] == "plain" and group["velocity"] and group["velocity"] is not True:
-        group["momentum"], group["velocity"] = group["velocity"], True
-    _agree(group, last)
-    check_row({**DEFAULTS, **{c: group[c] for c in DEFAULTS}}, name)
-    return SETTLED(group)
+        wanted = group["nesterov"]
+        if row["direction"] == "plain" and row["velocity"] == 0 and row["velocity"] is not False and wanted and row["momentum"]:
+            row["direction"] = "heavy_ball"
+        set_nesterov(row, wanted, name)
+    if row["direction"] == "plain" and row["velocity"] and row["velocity"] is not True:
+        row["momentum"], row["velocity"] = row["velocity"], True
+    _agree(row, before)
+    group.pop("nesterov", None)
+    group.update(row)
+    return len(group), SETTLED(group)
 
 
-def _agree(group: Row, last: Settled | None) -> None:
+def _agree(group: Row, last: Mapping[str, Any] | None) -> None:
     """The momentum by both of its names."""
-    same = last is not None and last[0] == group["direction"]    # another direction has other names: its own counts
-    new_momentum = last is not None and same and group["momentum"] != last[1]
-    new_betas = last is not None and same and group["betas"] != last[2]
+    same = last is not None and last["direction"] == group["direction"]    # another direction has other names: its own counts
+    new_momentum = last is not None and same and group["momentum"] != last["momentum"]
+    new_betas = last is not None and same and group["betas"] != last["betas"]
     if group["direction"] in ("adam", "lion"):
         if new_momentum and not new_betas:
             group["betas"] = (group["momentum"], *group["betas"][1:])
@@ -365,7 +396,7 @@ def _agree(group: Row, last: Settled | None) -> None:
     elif has_momentum(group):
         if new_betas and not new_momentum:
             group["momentum"] = group["betas"][0]
-    elif new_momentum and group["momentum"]:    # of plain descent: torch's SGD begins to have one, too
-        group["direction"] = "heavy_ball"
+    elif new_momentum and group["momentum"]:    # of plain descent: torch's SGD begins to have one, too, and LARS
+        group |= {"velocity": True} if group["velocity"] is False else {"direction": "heavy_ball"}
     else:
         group["momentum"] = 0.0

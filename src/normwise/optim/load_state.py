@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normwise.errors import PolicyError
-from normwise.low_precision import CARRY
+from normwise.low_precision import CARRY, NOISE
 from normwise.optim.columns import DEFAULTS, NESTEROV, STATE, TORCHS, Row, as_plain, check_row, newton_schulz
 from normwise.optim.plan import members, names_of
 from normwise.optim.step import LAYOUTS
@@ -172,12 +172,28 @@ def _as_muon(own: Group, saved: Mapping[str, Any], group: Group) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- what must fit
 
 
+BUFFERS = {direction: {*names, *(("step",) if direction == "adam" else ())} for direction, names in STATE.items()}
+
+
+def _refuse_gaps(name: str, direction: str, state: Mapping[str, Any]) -> None:
+    """PolicyError for a state of which a part is missing: what is not there would begin at zero, beside what goes on. A state of another
+    direction, as where the column was written after the last step, is whole; so is what only remembers roundings."""
+    missing = sorted(BUFFERS[direction] - set(state))
+    others = set().union(*BUFFERS.values()) - BUFFERS[direction]
+    if missing and set(state) - {CARRY, NOISE} and not others & set(state):
+        raise PolicyError(
+            f"the saved state of {name!r} has {', '.join(sorted(state))}, and no {', '.join(missing)}: a part of the checkpoint is lost. "
+            "Nothing was loaded: take another checkpoint, or leave this parameter's state out, so that it begins afresh."
+        )
+
+
 def _check_states(own: Group, columns: Row, states: Sequence[Mapping[str, Any]]) -> None:
     """PolicyError for a parameter's state of another shape, which the step would stumble over with half of the weights moved."""
     group = {**columns, "params": own["params"], LAYOUTS: own[LAYOUTS]}
     blocks = [i for i, s in enumerate(states) if "radius" in s or "row_squares" in s]
     views = dict(zip(blocks, (m.view for m in members(group, blocks)), strict=True)) if blocks else {}
     for i, (p, name, s) in enumerate(zip(own["params"], names_of(own), states, strict=True)):
+        _refuse_gaps(name, columns["direction"], s)
         wanted = {k: tuple(p.shape) for k in (*STATE[columns["direction"]], "velocity", CARRY)}
         if i in views:
             wanted |= {"radius": (views[i].count,), "row_squares": (views[i].count, views[i].block_shape[0])}

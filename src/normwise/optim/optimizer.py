@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -14,14 +15,24 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from normwise.engine.optimizer_state import KEY, waiting, with_part
-from normwise.engine.pack import refuse_memory
 from normwise.engine.sharded.prefetch import align, run_together
 from normwise.engine.step import OnePass, makes_state
 from normwise.errors import PolicyError
 from normwise.low_precision import NOISE
-from normwise.optim.columns import DEFAULTS, SETTLED, Radius, Row, check_row, complete, has_momentum, refuse_unused, refused_option, settle
+from normwise.optim.columns import (
+    DEFAULTS,
+    SETTLED,
+    Radius,
+    Row,
+    check_row,
+    complete,
+    has_momentum,
+    refuse_unused,
+    refused_option,
+    settle,
+)
 from normwise.optim.load_state import adapt
-from normwise.optim.plan import WIDE_STATE, build, layouts, members, names_of, no_matrix
+from normwise.optim.plan import WIDE_STATE, build, check_params, follow, layouts, members, no_matrix
 from normwise.optim.routing import Receipt, Routing, little_covered, route
 from normwise.optim.step import GRADIENT, LAYOUTS, PARTS, Plan, step_group
 from normwise.parameters.inventory import LayoutLike
@@ -30,6 +41,8 @@ from normwise.policy import Policy
 KEPT_PLANS = 32    # sets of parameters with gradients that are remembered; alternating losses have a few, not many
 BESIDES = ("params", "param_names", LAYOUTS, KEY, "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 """What a group may have besides the columns: torch's own keys, and those of its schedulers."""
+
+MAPS = {"override": "{'head.*': 'adamw'}: selector -> row", "layouts": "{'*.qkv.weight': nw.Layout(...)}: selector -> axes"}
 
 
 class NormOptimizer(Optimizer):
@@ -80,6 +93,9 @@ class NormOptimizer(Optimizer):
         policy: Any = None,
         layouts: Mapping[Any, LayoutLike] | None = None,
     ) -> None:
+        for argument, value in {"override": override, "layouts": layouts}.items():
+            if value is not None and not isinstance(value, Mapping):
+                raise PolicyError(f"{argument} is a {type(value).__name__}, and must be a dict, as {MAPS[argument]}.")
         full = {name: complete(row, f"the row {name!r}") for name, row in rows.items()}
         for name, row in full.items():
             check_row(row, f"the row {name!r}")
@@ -128,7 +144,9 @@ class NormOptimizer(Optimizer):
             _check_group(group, stated)
             copied = hasattr(self, "_plans") and stated.keys() >= DEFAULTS.keys()    # a copy of a group states every column
             refuse_unused(stated, group, group_name(group), self.param_groups[:-1] if copied else ())
-            self._settled[len(self.param_groups) - 1] = settle(group, None, group_name(group))
+            if "lr" not in stated or (self.routing is not None and not hasattr(self, "_plans")):    # one rate that was given for all
+                _own_rate(group, self.param_groups[:-1])
+            self._settled[len(self.param_groups) - 1] = settle(group, None, group_name(group), BESIDES)
         except Exception:
             self.param_groups.pop()
             raise
@@ -162,7 +180,15 @@ class NormOptimizer(Optimizer):
         stepped. No plans where the step is taken for the sake of the state alone."""
         one_pass, self._offered = self._offered, None    # now: an offer to a step that is refused does not stand
         only_state = not self.state and makes_state(self)
-        plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        self._settle()
+        known = len(self.state)
+        try:
+            plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        except Exception:    # the groups before the refused one have got states by now, the newest entries
+            for p in list(self.state)[known:]:
+                del self.state[p]
+            self._plans.clear()
+            raise
         if only_state:
             return None, one_pass
         if not self._told:    # in the first step, once: where a matrix method has little to do, which wrong roles look like
@@ -173,8 +199,6 @@ class NormOptimizer(Optimizer):
         return plans, one_pass
 
     def _plan(self, index: int, group: dict[str, Any]) -> Plan:
-        if SETTLED(group) != self._settled.get(index) or type(group["lr"]) is not float or "nesterov" in group:
-            self._settled[index] = settle(group, self._settled.get(index), group_name(group))
         grads = list(map(GRADIENT, group["params"]))
         if any([g is not None and g.layout != torch.strided for g in grads]):    # noqa: C419 - faster than a generator
             raise RuntimeError("NormOptimizer does not support sparse gradients: use Embedding(sparse=False), or SparseAdam there.")
@@ -185,6 +209,7 @@ class NormOptimizer(Optimizer):
                 align(plan.aligned)
             return plan
         align(group["params"])
+        follow(group, group_name(group))
         if len(self._plans) >= KEPT_PLANS:
             self._plans.clear()
         plan = build(group, [i for i, g in enumerate(grads) if g is not None and g.numel()], self.state)
@@ -197,9 +222,12 @@ class NormOptimizer(Optimizer):
         return Receipt.of(self)
 
     def _settle(self) -> None:
-        """See :func:`normwise.optim.columns.settle`; before every step, and before a group is saved or copied."""
+        """Checks and settles the groups that were written to, see :func:`normwise.optim.columns.settle`; before every step, and before a
+        group is saved or copied."""
         for index, group in enumerate(self.param_groups):
-            self._settled[index] = settle(group, self._settled.get(index), group_name(group))
+            last = self._settled.get(index)
+            if not _as_settled(group, last):
+                self._settled[index] = settle(group, last, group_name(group), BESIDES)
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -249,7 +277,8 @@ class NormOptimizer(Optimizer):
             )
         self._settle()
         state: dict[str, Any] = super().__getstate__()
-        return state
+        # torch keeps the groups and their state alone. Without these two a copy could not show its routing, and would take any group.
+        return {**state, "routing": self.routing and self.routing.without_modules(), "_of_matrices": getattr(self, "_of_matrices", None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -272,6 +301,28 @@ class NormOptimizer(Optimizer):
         return f"{type(self).__name__} (\n{''.join(lines)})"
 
 
+def _as_settled(group: dict[str, Any], last: Any) -> bool:
+    """Whether nothing but rates was written since. An array in the place of a number cannot be compared: that is a change."""
+    try:
+        return last is not None and len(group) == last[0] and SETTLED(group) == last[1] and _is_rate(group["lr"])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether a learning rate is one, and a group need not be settled for it. Numbers on other devices are not read: that would wait."""
+    if isinstance(value, torch.Tensor):
+        return not value.ndim and (not value.is_cpu or 0 <= float(value) < math.inf)
+    return type(value) in (float, int) and 0 <= value < math.inf
+
+
+def _own_rate(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
+    """A tensor of its own for the rate: schedulers write into it, and would multiply a shared one once for each group."""
+    rate = group["lr"]
+    if isinstance(rate, torch.Tensor) and any(isinstance(o["lr"], torch.Tensor) and o["lr"].data_ptr() == rate.data_ptr() for o in others):
+        group["lr"] = rate.clone()
+
+
 def group_name(group: dict[str, Any]) -> str:
     """What errors call a group."""
     return f"the group {group['name']!r}" if "name" in group else "a parameter group"
@@ -284,13 +335,7 @@ def _check_group(group: dict[str, Any], stated: dict[str, Any]) -> None:
     group.pop("nesterov", None)
     group |= complete({column: value for column, value in stated.items() if column in (*DEFAULTS, "nesterov")}, name, base)
     check_row(group, name, BESIDES, extras=True)
-    if len({id(p) for p in group["params"]}) < len(group["params"]):
-        twice = [n for n, p in zip(names_of(group), group["params"], strict=True) if sum(p is q for q in group["params"]) > 1]
-        raise ValueError(f"{name} has a parameter more than once ({', '.join(twice)}): it would take more than one step.")
-    for p, whose in zip(group["params"], names_of(group), strict=True):
-        refuse_memory(p, whose)
-        if not p.is_floating_point():
-            raise PolicyError(f"a parameter is {p.dtype}: steps under a norm need real floating-point numbers; train its view_as_real.")
+    check_params(group, name)
     group[LAYOUTS] = layouts(group)
     members(group, range(len(group["params"])))
     group[LAYOUTS] = [(x.axes, x.shape) for x in group[LAYOUTS]]

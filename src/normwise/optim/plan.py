@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack, is_sharded
+from normwise.engine.pack import ALONE_FROM_BYTES, SCRATCH_BYTES, Member, Pack, is_sharded, refuse_memory
 from normwise.engine.sharded.grouping import loose_pack, packs_of
 from normwise.engine.sharded.norms import simple
 from normwise.errors import LayoutError, PolicyError
@@ -84,10 +84,44 @@ def layouts(group: Group) -> list[Layout]:
     return [x.check(p.shape or (1,), name) for x, p, name in zip(stated, group["params"], names, strict=True)]
 
 
+def follow(group: MutableMapping[str, Any], name: str) -> None:
+    """Brings the group's axes to its parameters, where its list was written to: a tensor replaced, added or taken out, as torch allows.
+
+    LayoutError, by what to do instead, for a row that acts on blocks: nobody knows the axes of the new ones.
+    """
+    check_params(group, name)
+    try:
+        axes = layouts(group)
+    except LayoutError as error:
+        if acts_on_blocks(group) or needs_matrices(group):
+            raise LayoutError(
+                f"{error} The parameters of {name} were changed in their list, and its row acts on blocks, so that it needs the axes of "
+                "each. Give new ones to optimizer.add_param_group, or write group['layouts'] = [nw.Layout('oi', shape), ...], too: one a "
+                "parameter, in their order."
+            ) from None
+        axes = [_plain_layout(p, group) for p in group["params"]]
+    plain = [(x.axes, x.shape) for x in axes]    # also where the user wrote layouts: checkpoints hold plain data
+    if plain != group[LAYOUTS]:
+        group[LAYOUTS] = plain
+
+
+def check_params(group: Group, name: str) -> None:
+    """Refuses parameters that no row can step: given twice, with overlapping entries, of integers or complex numbers."""
+    params, names = group["params"], names_of(group)
+    if len({id(p) for p in params}) < len(params):
+        twice = [n for n, p in zip(names, params, strict=True) if sum(p is q for q in params) > 1]
+        raise ValueError(f"{name} has a parameter more than once ({', '.join(twice)}): it would take more than one step.")
+    for p, whose in zip(params, names, strict=True):
+        refuse_memory(p, whose)
+        if not p.is_floating_point():
+            raise PolicyError(f"a parameter is {p.dtype}: steps under a norm need real floating-point numbers; train its view_as_real.")
+
+
 def names_of(group: Group) -> list[str]:
-    """What errors call the group's parameters."""
-    names: list[str] | None = group.get("param_names")
-    return names or [f"parameter {i}" for i in range(len(group["params"]))]
+    """What errors call the group's parameters: by their places, where the names are not those of the list as it is."""
+    names: list[str] = group.get("param_names") or []
+    count = len(group["params"])
+    return names if len(names) == count else [f"parameter {i}" for i in range(count)]
 
 
 def members(group: Group, indices: Iterable[int]) -> list[Member]:
@@ -119,7 +153,7 @@ def _plain_layout(p: Tensor, group: Group) -> Layout:
         raise no_matrix(p)
     if p.ndim <= 2:
         return Layout("oi"[: max(p.ndim, 1)], tuple(p.shape) or (1,))
-    if needs_matrices(group) or (acts_on_blocks(group) and group["per"] not in ("tensor", "matrix", "global", "element")):
+    if needs_matrices(group) or (acts_on_blocks(group) and group["per"] not in ("tensor", "matrix", "element")):
         raise LayoutError(
             f"a tensor of shape {tuple(p.shape)} was given without its module, and its axes cannot be told: give the "
             "model, as nw.optim.auto(model) (they are read from its modules' types), or layouts=[nw.Layout('oikk', shape)] in its group."
@@ -175,11 +209,15 @@ def _fused(params: list[Tensor], states: list[State], group: Group) -> list[Fuse
 
 
 def _ready(state: State, p: Tensor, part: Pack, group: Group) -> State:
-    """The parameter's state with all that the group's parts keep in it."""
+    """The parameter's state with all that the group's parts keep in it, in the dtype that the parameter has now: ``model.double()`` may
+    come after the first step."""
     buffers = (*STATE[group["direction"]], *(("velocity",) if group["velocity"] else ()))
     for name in buffers:
         if name not in state:
             state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state[name] = state[name].to(p.dtype)
+    for name in {"radius", "row_squares"} & set(state):
+        state[name] = state[name].to(compute_dtype(p.dtype))
     if group["row_beta"] and "row_squares" not in state:
         rows = (part.view.count, part.view.block_shape[0])
         state["row_squares"] = torch.zeros(rows, dtype=compute_dtype(p.dtype), device=p.device)

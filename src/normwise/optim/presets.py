@@ -233,7 +233,7 @@ class LARS(NormOptimizer):
         decay: str = "gradient", hold: str = "none", limit: float = 1.0, per: str = "tensor", radius: Radius = 1.0, maximize: bool = False,
         rounding: str = "nearest", seed: int = 0, override: Override = None, policy: Rules = None, layouts: Layouts = None,
     ) -> None:  # fmt: skip
-        row = _columns(locals(), velocity=momentum, scale="lars")
+        row = _columns(locals(), velocity=momentum if momentum != 0 else False, scale="lars")    # False: one that comes is LARS's own
         del row["momentum"]
         unscaled = {column: value for column, value in row.items() if column != "trust"} | {"scale": "absolute"}
         roles = {role: "unscaled" if role in UNDECAYED else "lars" for role in ROLES}

@@ -43,6 +43,11 @@ class Routing(Loggable):
         shapes = (nn.Parameter(torch.empty_like(e.param, device="meta"), e.param.requires_grad) for e in self.entries)
         return replace(self, entries=tuple(replace(e, param=p) for e, p in zip(self.entries, shapes, strict=True)))
 
+    def without_modules(self) -> Routing:
+        """The same as plain data, for copies and pickles of the optimizer: a model that is not copied with it must not come along."""
+        blank = nn.Module()
+        return replace(self, entries=tuple(replace(e, module=blank, owners=(), computed=None, base=None) for e in self.entries))
+
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for torch: one a row that is used, named parameters in the model's order."""
         members = {name: [e for e in self.entries if self.of[e.name] == name] for name in self.rows}

@@ -38,8 +38,10 @@ def schedule(optimizer: Optimizer, steps: int, shape: str = "linear", warm_up: f
 
     Raises:
         PolicyError: no whole number of steps >= 1, an unknown shape, a warm-up outside [0, 1).
-        TypeError: torch's, for what is no optimizer.
+        TypeError: what is no optimizer, as torch's schedulers raise.
     """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"schedule was given {optimizer!r:.60}, and needs a torch optimizer: give the one that steps.")
     return LambdaLR(optimizer, Rate(steps, shape, warm_up))
 
 

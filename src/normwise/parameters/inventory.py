@@ -401,8 +401,9 @@ def _predicate(one: Any, names: Collection[str] = ()) -> Predicate:
         return lambda entry: any(isinstance(owner, one) for owner in entry.owners)
     if callable(one) and not isinstance(one, type | nn.Module):
         return lambda entry: _judged(one, entry)
+    given = f"a tensor of shape {tuple(one.shape)}" if isinstance(one, Tensor) else repr(one)
     raise PolicyError(
-        f"{one!r} selects no parameters: a selector is a glob such as 'fc*', 're:...', 'role:...', 'attention:...', "
+        f"{given} selects no parameters: a selector is a glob such as 'fc*', 're:...', 'role:...', 'attention:...', "
         "'peft:...', 'class:...', a compiled pattern, a module class, a function of an entry, or a list of these."
     )
 

@@ -62,7 +62,10 @@ def role_of(tied: list[Site], heads: Heads, stated: str | None = None) -> str:
     found = [_role(place) for place in tied]
     if "embedding" in found:
         return "embedding"
-    role = stated if stated is not None and found[0] not in ("bias", "gain") else found[0]
+    # What a layer of a known type says goes before what a bare name says, as of a Linear's weight that its parent holds, too.
+    known = [role for role, place in zip(found, tied, strict=True) if isinstance(place.home[0], (*_KNOWN, *_NORMS, nn.PReLU))]
+    own = next((role for role in (*known, *found) if role != "other"), "other")
+    role = stated if stated is not None and own not in ("bias", "gain") else own
     if role in ("hidden", "conv") and any(heads.of(place) for place in tied):
         return "head"
     return role

@@ -84,7 +84,8 @@ class Bound(BoundRule):
         entrywise = getattr(self.norm, "interval", None) is not None or (norm == "linf" and fixed)
         if entrywise and rule.action == "project" and rule.per == "tensor":
             # Where the lowest number goes, and where the highest: all others stay between.
-            ends = [self.norm.project(torch.tensor([[-math.inf, math.inf]]), self._aim(p))[0].tolist() for p in self.packs]
+            far = torch.finfo(torch.float32).max if isinstance(self.norm, Norm) else math.inf    # a norm leaves an infinity alone
+            ends = [self.norm.project(torch.tensor([[-far, far]]), self._aim(p))[0].tolist() for p in self.packs]
             return partial(self._clamp_entries, ends)
         return None
 

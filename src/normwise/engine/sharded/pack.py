@@ -134,7 +134,8 @@ class Split(Pack):
             if power == 2:
                 steps = torch.as_tensor(step, dtype=torch.float64, device=self.params[0].device).expand(self.count)
                 return self._scaled(tensors, 1 / (1 + steps))
-            return self._scaled(tensors, 1 - clip_factor(self.measure(L2(), tensors), step * base[1]))
+            length = self.measure(L2(), tensors)
+            return self._scaled(tensors, torch.where(length.isfinite(), 1 - clip_factor(length, step * base[1]), 1.0))
         form: Any = Entries(self) if norm.p == 1 else self
         blocks = form.gather(tensors)
         return form.split(actions.prox(norm, blocks, form.mine(step), power) if len(blocks) else blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,13 +82,14 @@ def polar(
         A new tensor of x's shape and dtype.
 
     Raises:
-        NormError: x is not a stack of real floating-point matrices, an unknown method, or a step count below one.
+        NormError: x is not a stack of real floating-point matrices, an unknown method, a step count below one, or steps of your own that
+            are not three finite numbers each.
     """
     batch = as_batch(x)
     if method == "exact":
         finite = batch.isfinite().flatten(1).all(1)[:, None, None]
         return like_input(torch.where(finite, -Spectral().lmo(batch), torch.nan), x) if x.numel() else x.detach().clone()
-    row = _row(method if isinstance(method, str) else "quintic")
+    row = _row(method) if isinstance(method, str) else _row_of_steps(method)
     work = dtype or row.precision(x.dtype, paths.bf16_pays(x.device))
     coefficients = row.coefficients(steps, work) if isinstance(method, str) else method
     group = min(row.steps_per_gram, paths.steps_per_gram(batch.shape))
@@ -97,7 +99,9 @@ def polar(
 
 
 def error_bound(method: str, steps: int | None = None, lower: float | None = None) -> float:
-    """max ``|σ - 1|`` of the result over input singular values in [``lower``, 1] x scale, in exact arithmetic."""
+    """max ``|σ - 1|`` of the result over input singular values in [``lower``, 1] x scale, in exact arithmetic: 0 for ``"exact"``."""
+    if method == "exact":
+        return 0.0
     row = _row(method)
     return worst_error(row.coefficients(steps, row.precision(torch.float32)), row.lower if lower is None else lower)
 
@@ -106,6 +110,20 @@ def _row(method: str) -> Method:
     if method not in METHODS:
         raise NormError(f"unknown polar method {method!r}.{nearest(method, [*METHODS, 'exact'])}")
     return METHODS[method]
+
+
+def _row_of_steps(steps: Sequence[Step]) -> Method:
+    """The quintic's, for an iteration of the user's own."""
+    try:
+        told = [[float(number) for number in step] for step in steps]
+    except (TypeError, ValueError):
+        told = []
+    if not told or not all(len(step) == 3 and all(map(math.isfinite, step)) for step in told):
+        raise NormError(
+            f"polar was given the method {steps!r}: give a name ({', '.join([*METHODS, 'exact'])}), or one step or more, three finite "
+            "numbers each, as ((3.4445, -4.775, 2.0315),) * 5"
+        )
+    return METHODS["quintic"]
 
 
 def _iterate(x: Tensor, coefficients: Sequence[Step], scale: str, dtype: torch.dtype, group: int, floor: float) -> Tensor:

@@ -37,7 +37,10 @@ def power_iteration(x: Tensor, v: Tensor | None = None, steps: int = 1) -> tuple
     for _ in range(steps):
         w = _unit(y.mT @ (y @ w), w)
     reached = torch.linalg.vector_norm(y @ w, dim=(-2, -1)) * scale[:, 0, 0]
-    return reached * (1 - _rounding(sum(y.shape[1:]) + 8, y.dtype)), w.squeeze(-1)
+    bound = reached * (1 - _rounding(sum(y.shape[1:]) + 8, y.dtype))
+    # Of subnormal numbers rounding is no share: they are a fixed distance apart.
+    bound = torch.where(bound < torch.finfo(bound.dtype).smallest_normal, torch.nextafter(bound, torch.zeros_like(bound)), bound)
+    return bound, w.squeeze(-1)
 
 
 def start_vectors(x: Tensor, count: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normwise.errors import NormError
 from normwise.norms import native
 from normwise.norms.decompose import eigh
 from normwise.norms.linalg import paths
@@ -80,7 +81,12 @@ def cap(x: Tensor, radius: float | Tensor, state: Tracked | None = None, toleran
 
     Returns:
         New tensors, or x itself where nothing exceeds.
+
+    Raises:
+        NormError: a tolerance below 0.01, a radius below zero, or x that is no stack of matrices.
     """
+    if not 0.01 <= tolerance < math.inf:
+        raise NormError(f"cap was given the tolerance {tolerance}: give 0.01 or more, since the proofs themselves need some of it")
     # The state is cloned: a caller may keep the old one, as a checkpoint does.
     batch = as_batch(x)
     own = None if state is None else Tracked(*(t.clone() for t in state))
