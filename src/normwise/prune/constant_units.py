@@ -20,37 +20,47 @@ def inputs(model: nn.Module, probe: Tensor, layers: Iterable[Layer]) -> dict[Lay
     """For each layer the value of each of its input columns over all samples and places of ``probe``; nan where it varies."""
     values: dict[Layer, Tensor] = {}
 
-    def keep(layer: Any, given: tuple[Tensor, ...]) -> None:
-        columns = given[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
+    def keep(layer: Any, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        read = given[0] if given else named["input"]
+        columns = read.movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2)
         low, high = columns.amin(0), columns.amax(0)
         # The middle of the extremes: a mean over many places would add their rounding.
         middle = (low + high) / 2
         values[layer] = torch.where(high - low <= _SAME * (1 + middle.abs()), middle, math.nan)
 
     # Measured where it is read: whatever lies between, a pooling or a padding, has then acted on it.
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     model(probe)
     for hook in hooks:
         hook.remove()
     return values
 
 
+def zero_rows(writer: Writer) -> Tensor:
+    """Which of the layer's units do not depend on its input: those whose row is zero, or the gain of each BatchNorm on them."""
+    rows = ~writer.layer.weight.detach().flatten(1).any(dim=1)
+    gains = _gains(writer)
+    return rows if gains is None else rows | (gains == 0)
+
+
 def nearest_to_zero(writer: Writer) -> float:
-    """Of all units the smallest: by the L2 norm of its weights or, behind a BatchNorm with a gain, by that where it is smaller."""
+    """Of all units the smallest: by the L2 norm of its weights or, where it is smaller, by the largest gain of the BatchNorms behind it."""
     lengths = writer.layer.weight.detach().flatten(1).norm(dim=1)
-    for norm in writer.norms:
-        if norm.affine:
-            lengths = torch.minimum(lengths, norm.weight.detach().abs().to(lengths))
-    return float(lengths.min()) if len(lengths) else 0.0
+    gains = _gains(writer)
+    return float((lengths if gains is None else torch.minimum(lengths, gains)).min()) if len(lengths) else 0.0
 
 
-def is_zero(group: Group, unit: int) -> bool:
-    """Whether the unit does not depend on the input: in every layer that writes it, its row is zero or the gain of each BatchNorm on it."""
-    return all(
-        not writer.layer.weight[unit].any()
-        or (bool(writer.norms) and all(norm.weight is not None and not norm.weight[unit] for norm in writer.norms))
-        for writer in group.writers
-    )
+def _gains(writer: Writer) -> Tensor | None:
+    """The largest gain on each unit of all BatchNorms behind the layer; None where one of them has none, or there is no BatchNorm."""
+    if not writer.norms or not all(norm.affine for norm in writer.norms):
+        return None
+    return torch.stack([norm.weight.detach().abs() for norm in writer.norms]).amax(0)
+
+
+def zero_units(group: Group) -> list[int]:
+    """The units that do not depend on the input: those that are zero in every layer that writes them. ``group``: without an obstacle."""
+    zero: list[int] = torch.stack([zero_rows(writer) for writer in group.writers]).all(0).nonzero().flatten().tolist()
+    return zero
 
 
 def is_unread(group: Group, unit: int) -> bool:
@@ -71,6 +81,17 @@ def stays_because(group: Group, unit: int, values: dict[Layer, Tensor]) -> str |
         if getattr(layer, "padding_mode", "") == "zeros" and (padding != "valid" if isinstance(padding, str) else any(padding)):
             return "a constant other than zero meets a convolution padded with zeros"
     return None
+
+
+def fates(group: Group, values: dict[Layer, Tensor]) -> dict[int, str | None]:
+    """Of each unit that is zero, or that nobody reads: why it stays, or None where it goes."""
+    if group.obstacle:
+        return {}
+    found = {unit: stays_because(group, unit, values) for unit in zero_units(group)}
+    found |= {unit: None for unit in range(group.size) if is_unread(group, unit)}
+    if list(found.values()) == [None] * group.size:
+        found[0] = "a layer needs one"
+    return dict(sorted(found.items()))
 
 
 @torch.no_grad()
