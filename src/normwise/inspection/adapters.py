@@ -75,20 +75,25 @@ def products(checkpoint: Checkpoint) -> list[Product]:
 def _pairs(checkpoint: Checkpoint) -> Iterator[tuple[tuple[str, bool], dict[str, Stored]]]:
     pairs: dict[tuple[str, bool], dict[str, Stored]] = {}
     for name in list(checkpoint.tensors):
-        if found := _FACTOR.match(name):
-            pair = pairs.setdefault((found[1], "embedding" in found[2]), {})
-            if found[3] in pair:
-                raise DataError(f"{checkpoint.place}: {pair[found[3]].name} and {name} are both the factor {found[3]} of {found[1]}.")
-            pair[found[3]] = checkpoint.tensors.pop(name)
-        elif name.startswith(_LEAD):
-            plain = name.removeprefix(_LEAD).replace(".modules_to_save", "")
-            if plain in checkpoint.tensors:    # it keeps its longer name
-                continue
-            one = checkpoint.tensors.pop(name)
-            one.name = plain
-            checkpoint.tensors[one.name] = one
-            checkpoint.shapes[one.name] = one.shape
+        found = _FACTOR.match(name)
+        if found is None:
+            _rename(checkpoint, name)
+            continue
+        pair = pairs.setdefault((found[1], "embedding" in found[2]), {})
+        if found[3] in pair:
+            raise DataError(f"{checkpoint.place}: {pair[found[3]].name} and {name} are both the factor {found[3]} of {found[1]}.")
+        pair[found[3]] = checkpoint.tensors.pop(name)
     yield from pairs.items()
+
+
+def _rename(checkpoint: Checkpoint, name: str) -> None:
+    """Calls a tensor as the base does, unless another has that name."""
+    plain = name.removeprefix(_LEAD).replace(".modules_to_save", "")
+    if name.startswith(_LEAD) and plain not in checkpoint.tensors:
+        one = checkpoint.tensors.pop(name)
+        one.name = plain
+        checkpoint.tensors[plain] = one
+        checkpoint.shapes[plain] = one.shape
 
 
 def _product_of(key: tuple[str, bool], pair: dict[str, Stored], checkpoint: Checkpoint, config: dict[str, Any]) -> Product:

@@ -65,16 +65,18 @@ def root_sum_squares(x: Tensor) -> Tensor:
     if not (x.requires_grad and torch.is_grad_enabled()) and (found := native.row_norms(x)) is not None:
         return found
     value = _chunked(x, 2.0)
-    if value.numel():
-        low, high = torch.aminmax(value)
-        trusted = TRUSTED_FROM[torch.float64 if x.dtype == torch.float64 else torch.float32]
-        if not (trusted <= float(low) and float(high) < math.inf):    # squares that left the range: such rows are measured again
-            doubtful = ~(value >= trusted) | value.isinf()
-            again = _scaled(x[doubtful]) if x.dtype == torch.float64 else torch.linalg.vector_norm(x[doubtful].to(torch.float64), dim=1)
-            if value.requires_grad:    # the derivative of a sum that overflowed is NaN, whatever becomes of the sum
-                value = _chunked(x.masked_fill(doubtful[:, None], 0.0), 2.0)
-            value = value.index_put((doubtful,), again.to(value.dtype))
-    return value
+    if not value.numel():
+        return value
+    low, high = torch.aminmax(value)
+    trusted = TRUSTED_FROM[torch.float64 if x.dtype == torch.float64 else torch.float32]
+    if trusted <= float(low) and float(high) < math.inf:
+        return value
+    # Squares left the range: such rows are measured again.
+    doubtful = ~(value >= trusted) | value.isinf()
+    again = _scaled(x[doubtful]) if x.dtype == torch.float64 else torch.linalg.vector_norm(x[doubtful].to(torch.float64), dim=1)
+    if value.requires_grad:    # the derivative of a sum that overflowed is NaN, whatever becomes of the sum
+        value = _chunked(x.masked_fill(doubtful[:, None], 0.0), 2.0)
+    return value.index_put((doubtful,), again.to(value.dtype))
 
 
 def _chunked(x: Tensor, order: float) -> Tensor:

@@ -177,10 +177,10 @@ def _remove_all(model: nn.Module, probe: Tensor, held: dict[str, str]) -> _Remov
             return _Removed(left, kept, {name: of for name, of in whole.items() if name not in left})
         for reader, units in [(reader, units) for group, units in goes for reader in group.readers]:
             constant_units.move(reader, units, values[reader.layer])
-        for group, units in goes:
-            if why := _fails_without(model, probe, group, units):
-                held[group.name] = why
-                return None
+        failed = next(((group, why) for group, units in goes if (why := _fails_without(model, probe, group, units))), None)
+        if failed is not None:
+            held[failed[0].name] = failed[1]
+            return None
         for name, size, units in [(writer.name, group.size, units) for group, units in goes for writer in group.writers]:
             before = left.get(name, list(range(size)))
             left[name] = [unit for place, unit in enumerate(before) if place not in units]

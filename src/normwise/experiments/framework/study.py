@@ -243,9 +243,13 @@ def _no_empty_folders() -> Iterator[list[Path]]:
         yield made
     except BaseException:
         for folder in sorted(made, key=lambda one: len(one.parts), reverse=True):
-            with suppress(OSError):    # there is something in it by now
-                folder.rmdir()
+            _remove_empty(folder)
         raise
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):    # there is something in it by now
+        folder.rmdir()
 
 
 def _check_folders_read(places: Iterable[tuple[str, Path | None]], folders: Sequence[Path]) -> None:
