@@ -143,6 +143,14 @@ def test_another_optimizer_is_noticed_though_its_fused_kernel_counts_no_writes(k
     assert "the weights have changed since attach" in str(control.verify())
 
 
+def test_parameters_beside_the_rules_may_be_of_any_kind():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3, device="meta"), nn.Linear(3, 2, dtype=torch.complex64))
+    model.sparse, model.empty = nn.Parameter(torch.eye(3).to_sparse()), nn.Parameter(torch.empty(0, 3))
+    model.scalar = nn.Parameter(torch.tensor(1.0, dtype=torch.float16))
+    control = nw.attach(model, SGD(model.parameters(), lr=0.1), nw.max_norm(0.3, params="0.weight"))
+    assert "has not stepped yet" in str(control.verify()) and "no step yet" in str(control.receipt())
+
+
 def test_a_weight_that_is_not_a_number_is_no_weight_that_moves():
     model = net()
     with torch.no_grad():

@@ -72,7 +72,8 @@ class Look:
 
 def _sums(params: Sequence[Tensor]) -> list[Tensor]:
     """Of plain tensors: what a tensor of another kind gives for a row, nobody knows."""
-    plain = [t for p in witnesses(params) if type(t := here(p.detach())) is Tensor and t.is_floating_point()]
+    plain = [t for p in witnesses(params) if type(t := here(p.detach())) is Tensor and t.layout == torch.strided and not t.is_meta]
+    plain = [t for t in plain if t.is_floating_point()]
     return [row.sum(dtype=row.dtype if row.dtype.itemsize > 2 else torch.float32) for row in (t[:1] if t.ndim else t for t in plain)]
 
 
