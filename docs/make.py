@@ -120,7 +120,8 @@ def of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     hours = sum(one["core_hours"] for one in results.values())
     drawn = any(one["contenders"] for one in results.values())
     seen = "![shares of all contenders by task](images/race-2.svg)\n\n" if drawn else ""
-    return f"{race_tables.hits(results)}\n\n{seen}{race_tables.by_task(results)} {hours:.1f} core-hours of training so far."
+    said = f"{race_tables.by_task(results)} {race_tables.over_hits(results)} {hours:.1f} core-hours of training so far."
+    return f"{race_tables.hits(results)}\n\n{seen}{said}"
 
 
 def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
@@ -130,7 +131,7 @@ def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     part = f"{held} of" if held < len(HELD_OUT) else "all of"
     said = f"{len(raced)} of the {len(race_tables.TWELVE)} tasks are raced so far, {part} the {len(HELD_OUT)} that are held out."
     if len(raced) == len(race_tables.TWELVE):
-        said = "All twelve tasks are raced."
+        said = f"All twelve tasks are raced. {race_tables.over_hits(results)}".strip()
     return f"{race_tables.front(results)}\n\n{said}"
 
 

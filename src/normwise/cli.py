@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from normwise import __version__
-from normwise.errors import NormwiseError, OutputError
+from normwise.errors import NormwiseError, OutputError, printable
 from normwise.experiments.framework import interrupts
 from normwise.experiments.framework.printing import in_plain_characters, printed, tell
 
@@ -64,8 +64,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _sorry(message: str, status: int = _BAD_INPUT) -> int:
-    # What is echoed of a file or an argument must not give orders to the terminal.
-    tell(f"normwise: {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)}")
+    tell(f"normwise: {printable(message)}")
     return status
 
 

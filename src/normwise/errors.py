@@ -91,6 +91,12 @@ def need_version(package: str, least: str, what: str) -> None:
         raise MissingExtraError(f"{what} needs {package} {least} or newer, and {there}: pip install '{package}>={least}'")
 
 
+def printable(text: str) -> str:
+    """What was given, as a name in a file or an argument, with everything escaped that a terminal would take for an order, or that no text
+    file can hold."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """A hint for an unknown word: ``" Did you mean 'spectral'?"`` where one is near, then the list of what is allowed.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import DataError
+from normwise.generators import same_draws
 from normwise.parameters.layouts import overlaps
 
 IN_MEMORY = 512 << 20
@@ -97,18 +98,6 @@ class Kept:
             kept = torch.from_file(str(Path(folder) / "weight"), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
             kept.copy_(there)
         stack.callback(_put, tensor, there, kept)
-
-
-@contextmanager
-def same_draws() -> Iterator[None]:
-    """Afterwards the generators of Python, NumPy and torch are as they were: what draws from them next draws the same."""
-    with ExitStack() as stack:
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        stack.callback(torch.set_rng_state, torch.get_rng_state())
-        if torch.cuda.is_initialized():    # type: ignore[no-untyped-call]
-            stack.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
-        yield
 
 
 def _size(tensor: Tensor) -> int:

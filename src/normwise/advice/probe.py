@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normwise.advice.kept import Kept, same_draws
+from normwise.advice.kept import Kept
 from normwise.advice.logits import LogitWatch, watched
 from normwise.errors import DataError, LayoutError, NormwiseError
+from normwise.generators import same_draws
 from normwise.parameters.attention_logits import find_attentions
 from normwise.parameters.inventory import Entry, Inventory
 from normwise.parameters.scale_free import scale_free

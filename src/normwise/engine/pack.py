@@ -71,10 +71,13 @@ class Look:
 
 
 def _sums(params: Sequence[Tensor]) -> list[Tensor]:
-    """Of plain tensors: what a tensor of another kind gives for a row, nobody knows."""
-    plain = [t for p in witnesses(params) if type(t := here(p.detach())) is Tensor and t.layout == torch.strided and not t.is_meta]
-    plain = [t for t in plain if t.is_floating_point()]
-    return [row.sum(dtype=row.dtype if row.dtype.itemsize > 2 else torch.float32) for row in (t[:1] if t.ndim else t for t in plain)]
+    """Of plain tensors, in fp32 at least: what a tensor of another kind gives for a row, nobody knows."""
+    rows = [t[:1] if t.ndim else t for t in (here(p.detach()) for p in witnesses(params)) if _has_rows(t)]
+    return [row.sum(dtype=row.dtype if row.dtype.itemsize > 2 else torch.float32) for row in rows]
+
+
+def _has_rows(t: Tensor) -> bool:
+    return type(t) is Tensor and t.layout == torch.strided and not t.is_meta and t.is_floating_point()
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

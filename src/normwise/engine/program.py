@@ -187,7 +187,7 @@ class Engine:
                 f"{bound.rule.action!r} has no meaning for: narrow params= to one optimizer's, or use another per=."
             )
         for bound, m in ((b, m) for b in self.rules for m in b.members):
-            bound.check_group(m.name, self._bindings.group_of[id(m.param)])
+            bound.check_group(m.name, self.group(m.param))
             _refuse_iterates(bound, self.optimizers[m.optimizer])
         for bound in self.phase("gradient")[:1]:
             bound.watches = not self.phase("penalty") and bound.flat and bound.rule.action == "clip_norm"

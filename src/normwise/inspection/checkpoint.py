@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from normwise import files
-from normwise.errors import DataError
+from normwise.errors import DataError, printable
 from normwise.inspection import formats
 from normwise.inspection.stored import EIGHT_BITS, REAL, InFile, Stored
 from normwise.parameters.names import clean_name
@@ -146,7 +146,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise DataError(f"{path}: this index has no weight_map of tensors to files beside it.")
     if not where:
         raise DataError(f"{path}: the weight_map of this index names no tensor.")
-    return {formats.printable(name): shard for name, shard in where.items()}
+    return {printable(name): shard for name, shard in where.items()}
 
 
 def _made(
@@ -236,7 +236,7 @@ def _adapter(folder: Path, names: set[str]) -> Checkpoint:
         raise DataError(f"{folder}: there is an adapter_config.json, but no adapter_model.safetensors or adapter_model.bin beside it.")
     path = folder / named
     raw, notes, left = _read(path)
-    kind = formats.printable(str(config.get("peft_type", "of an unknown type"))[:40])
+    kind = printable(str(config.get("peft_type", "of an unknown type"))[:40])
     found = _made(path, f"PEFT adapter ({kind}), {_kind(path)}", raw, notes, left, [path])
     found.adapter = config
     found.paths.append(folder / "adapter_config.json")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from normwise import files
-from normwise.errors import DataError
+from normwise.errors import DataError, printable
 from normwise.inspection.stored import File, InFile, Loaded, Stored
 from normwise.integrations.distributed_checkpoint import SafeReader, read_tensor
 
@@ -52,11 +52,6 @@ _MOST_REPEATED = 1 << 28
 
 Found = tuple[dict[tuple[str, ...], Stored], dict[str, str]]
 """Tensors by the way to them, and of what is not read why."""
-
-
-def printable(text: str) -> str:
-    """A name from a file with everything escaped that a terminal would take for an order, or that no text file can hold."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def safetensors(path: Path) -> Found:

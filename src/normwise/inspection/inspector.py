@@ -15,11 +15,10 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from normwise.engine.verify import Verification
-from normwise.errors import DataError
+from normwise.errors import DataError, printable
 from normwise.inspection import tables
 from normwise.inspection.adapters import Product, products
 from normwise.inspection.checkpoint import Checkpoint, opened
-from normwise.inspection.formats import printable
 from normwise.inspection.gate import Gate
 from normwise.inspection.measure import Record, change_of, is_matrix, norms_of, product_record, spectrum_of
 from normwise.inspection.places import BUFFER, Places, counterpart, fitting_prefix, guessed, of_model, unplaced

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normwise.errors import StudyError
+from normwise.generators import same_draws
 
 # Of a tensor's largest entry. In float64 sums in another order differ by 1e-15, which a deep network enlarges by far less than this.
 _ROUNDING = 1e-7
@@ -37,19 +37,9 @@ def outputs(model: nn.Module, batches: Sequence[Tensor], seed: int = 0) -> list[
     """The tensors that the model gives for each of the batches. What it draws at random, it draws from ``seed``."""
     found: list[Tensor] = []
     for batch in batches:
-        with _drawing(seed, batch.device):
+        with same_draws(seed):
             found += tensors(model(batch))
     return found
-
-
-@contextmanager
-def _drawing(seed: int, device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        # Not torch.manual_seed, which would also seed the devices that are not put back.
-        for generator in [torch.default_generator, *(torch.cuda.default_generators[cuda.index] for cuda in devices)]:
-            generator.manual_seed(seed)
-        yield
 
 
 def check(model: nn.Module, batches: Sequence[Tensor]) -> None:

@@ -171,6 +171,16 @@ def _hits(lines: Sequence[Results]) -> str:
     return f"{said}: {geometric_mean(shares):.2f} / {number(geometric_mean(seconds) if len(seconds) == len(lines) else None)}"
 
 
+def over_hits(results: Mapping[str, Results], name: str = "auto") -> str:
+    """Where a contender reaches the target on some tasks and not on all, its mean shares over those; empty otherwise."""
+    lines = [line for one in results.values() for line in one["contenders"] if line["name"] == name]
+    there = [line for line in lines if line["share"] is not None]
+    if len(there) in (0, len(lines)):
+        return ""
+    samples, seconds = (geometric_mean([line[key] for line in there]) for key in ("share", "seconds_share"))
+    return f"Over its {len(there)} hits `{name}` needs {samples:.2f} of the samples and {seconds:.2f} of the seconds in the mean."
+
+
 def by_task(results: Mapping[str, Results]) -> str:
     """Task × contender, as ``front`` has it, and what is not finished."""
     missing = [f"{task} (no runs)" for task in TWELVE if task not in results]
