@@ -103,6 +103,23 @@ def test_an_infinite_gradient_makes_no_nan_of_the_others() -> None:
     assert not any(g.isnan().any() for g in clipped(grads, 1.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_clip_grad_value_does_as_torch_does_with_what_is_not_finite(bad: float, dtype: torch.dtype) -> None:
+    """By the kernels (fp32) and without them: an infinity is clamped, NaN stays, and the entries beside them are clamped."""
+    layer = torch.nn.Linear(3, 2, dtype=dtype)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    nw.attach(layer, optimizer, nw.clip_grad_value(0.5))
+    given = torch.tensor([[bad, 3.0, -0.1], [-2.0, 0.2, 0.5]], dtype=dtype)
+    for _ in range(2):    # the second step is on the fast path
+        layer.weight.grad, layer.bias.grad = given.clone(), torch.zeros_like(layer.bias)
+        optimizer.step()
+        by_torch = torch.zeros(2, 3, dtype=dtype).requires_grad_()
+        by_torch.grad = given.clone()
+        torch.nn.utils.clip_grad_value_([by_torch], 0.5)
+        assert torch.equal(layer.weight.grad.nan_to_num(77), by_torch.grad.nan_to_num(77))
+
+
 def test_clipping_each_micro_batch_is_not_clipping_their_sum() -> None:
     one, two = [torch.tensor([6.0, 0.0])], [torch.tensor([0.0, 0.5])]
     naive = naive_clip([naive_clip(one, 1.0)[0] + two[0]], 1.0)

@@ -102,8 +102,13 @@ def test_a_block_that_is_not_finite_harms_no_other(name: str, bad: float) -> Non
         assert torch.allclose(move(x)[::2], move(clean), rtol=1e-5, atol=1e-6), label
 
 
-@pytest.mark.parametrize(("name", "bad", "dtype"), list(product(ALL, ["nan", "inf", "-inf"], DTYPES)))
-@pytest.mark.parametrize("label", ["project", "prox", "clip_norm", "normalize"])
+ENTRYWISE = {("project", "linf"), ("project", "sign"), ("prox", "l1")}
+"""What acts on each entry by itself."""
+BLOCKWISE = [pair for pair in product(["project", "prox", "clip_norm", "normalize"], ALL) if pair not in ENTRYWISE]
+
+
+@pytest.mark.parametrize(("bad", "dtype"), list(product(["nan", "inf", "-inf"], DTYPES)))
+@pytest.mark.parametrize(("label", "name"), BLOCKWISE)
 def test_a_block_that_is_not_finite_is_left_as_it_is(name: str, bad: str, dtype: str, label: str) -> None:
     """Bit for bit, wherever the entry stands, alone and beside a block that is moved: nothing spreads, and nothing is hidden."""
     whole = gaussian(some_shape(name, rows=2), 6).to(DTYPES[dtype])
@@ -115,6 +120,16 @@ def test_a_block_that_is_not_finite_is_left_as_it_is(name: str, bad: str, dtype:
         alone = maps(name)[label](x[1:])
         assert torch.equal(torch.nan_to_num(alone, nan=77), torch.nan_to_num(x[1:], nan=77)), place
         assert not torch.equal(moved[0], x[0]), "the block beside it was to be moved"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_acts_on_single_entries_does_as_torch_does(dtype: str) -> None:
+    """An infinity is clamped as by ``torch.clamp``, which ``clip_grad_value_`` calls, and NaN stays; neither touches another entry."""
+    x = torch.tensor([[3.0, float("inf"), -float("inf"), float("nan"), 0.1, -2.0]], dtype=DTYPES[dtype])
+    for radius in (0.5, torch.tensor([0.5])):
+        assert torch.equal(get_norm("linf").project(x, radius).nan_to_num(77), x.clamp(-0.5, 0.5).nan_to_num(77))
+        assert torch.equal(get_norm("l1").prox(x, radius).nan_to_num(77), torch.nn.functional.softshrink(x, 0.5).nan_to_num(77))
+    assert torch.equal(get_norm("linf").project(x, float("inf")).nan_to_num(77), x.nan_to_num(77))
 
 
 @pytest.mark.parametrize("entries", [4, 128, 129, 300])

@@ -71,11 +71,11 @@ def attach(
             costs nothing; the blocks concerned are left as they are, and the first norm that a rule finds not finite is told once, where
             telling needs no synchronisation. ``"raise"`` and ``"skip"`` cost one scalar synchronisation a step.
         log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each, and memory
-            for a copy of the weights, but beside ``nw.optim.AdamW``. A number keeps the totals of so many steps as its history; True keeps
+            for a copy of the weights, except with ``nw.optim.AdamW``. A number keeps the totals of so many steps as its history; True keeps
             the last step's alone.
-        timed: add up the time spent here in :attr:`Control.seconds`. The kernels, which are compiled once a machine, are so at once, and
-            count in no step.
-        replace: take earlier controls off these optimizers first, as a notebook cell that is run twice wants. Without it a second control
+        timed: add up the time spent here in :attr:`Control.seconds`. Compiles the kernels at once, so that no step pays
+            for it.
+        replace: take earlier controls off these optimizers first, for a notebook cell that you run twice. Without it a second control
             with a rule of the same kind on the same parameters is an error, and one with other rules a warning, since both act.
         in_optimizer_state: True (default): the control's state is a part of ``optimizer.state_dict()`` and comes back with
             ``optimizer.load_state_dict()``, so that whoever saves the optimizer (a Trainer, Accelerate, Lightning, you) resumes bit for
@@ -199,8 +199,7 @@ class Control:
                 elif id(m.param) not in present and self.engine.holds(m.param):
                     self._tell(
                         f"{m.name} is no longer in the model: rule '{now.rule.label()}' has stopped acting on it, though its optimizer "
-                        "still "
-                        "holds it."
+                        "still holds it."
                     )
             for m in now.members:
                 self._rested.pop((i, m.name), None)
@@ -252,8 +251,8 @@ class Control:
                     handle.remove()
                     control._tell(
                         f"the weights change from one backward pass to the next, but no step hook of the {name} ran, so that no rule "
-                        "acted: "
-                        "another optimizer steps them, or one around it that does not call its step(). Attach to the one that steps."
+                        "acted: another optimizer steps them, or one around it that does not call its step(). Attach to the one that "
+                        "steps."
                     )
 
         handle: Any = watched.register_post_accumulate_grad_hook(after_backward)  # type: ignore[no-untyped-call]

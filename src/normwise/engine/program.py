@@ -247,9 +247,9 @@ class Engine:
             shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
             raise PolicyError(
                 f"the model has another tensor as {shown} than when the rules were attached (a new layer, or "
-                "load_state_dict(assign=True)), "
-                "and the optimizer still holds the old one: its steps would change nothing that the model uses. Give the new tensor to the "
-                "optimizer (add_param_group, or a new optimizer), then attach to that; or load without assign."
+                "load_state_dict(assign=True)), and the optimizer still holds the old one: its steps would change nothing that the model "
+                "uses. Give the new tensor to the optimizer (add_param_group, or a new optimizer), then attach to that; or load without "
+                "assign."
             )
 
     def lassos_before_batch_norm(self, model: nn.Module) -> list[str]:
@@ -263,10 +263,10 @@ class Engine:
             if found:
                 name, norm = found[0]
                 told.append(
-                    f"rule '{bound.rule.label()}' shortens units of {len(found)} layers whose output a BatchNorm rescales, such as "
-                    f"{name} before "
-                    f"{norm}: there a shorter filter computes the same, so that hardly any unit becomes zero. Put it on gains and shifts, "
-                    "nw.group_lasso(s, params='class:BatchNorm2d'), and exclude these layers; nw.prune.shrink removes what is zero."
+                    f"rule '{bound.rule.label()}' shortens units of {len(found)} layers whose output a BatchNorm rescales, such as {name} "
+                    f"before {norm}: there a shorter filter computes the same, so that hardly any unit becomes zero. Put it on gains and "
+                    "shifts, nw.group_lasso(s, params='class:BatchNorm2d'), and exclude these layers; nw.prune.shrink removes what is "
+                    "zero."
                 )
         return told
 

@@ -219,7 +219,8 @@ class Norm(ABC):
         """argmin ½‖y − x‖₂² + step·‖y‖ = x − (projection of x onto the dual ball of radius step) (Moreau, 1965)."""
         self.check(x, step)
         work = up(x)
-        return unless_broken(x, (work - self.dual_norm.project(work, step)).to(x.dtype))
+        moved = (work - self.dual_norm.project(work, step)).to(x.dtype)
+        return moved if self.dual_norm.separable else unless_broken(x, moved)    # of single entries none harms another
 
     def subgradient(self, x: Tensor) -> Tensor:
         """One element of ∂‖x‖: the maximiser of ⟨x, y⟩ over the dual ball; 0 at 0."""

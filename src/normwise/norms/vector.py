@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from normwise.norms.base import Norm, Radius, column, register, unless_broken
+from normwise.norms.base import Norm, Radius, column, register
 from normwise.norms.reduce import max_abs, root_sum_squares, sum_abs, up, wide
 
 
@@ -66,7 +66,10 @@ class L1(Norm):
 
 @dataclass(frozen=True)
 class LInf(Norm):
-    """‖x‖_∞ = max|x|. Its dual is L1; its projection is the entrywise clamp, its LMO the sign."""
+    """‖x‖_∞ = max|x|. Its dual is L1; its projection is the entrywise clamp, its LMO the sign.
+
+    As with ``torch.clamp``, an infinity is clamped like every number, and NaN stays, in its own entry alone.
+    """
 
     name: ClassVar[str] = "linf"
     p: ClassVar[float | None] = math.inf
@@ -85,9 +88,10 @@ class LInf(Norm):
         self.check(x, radius)
         limit = column(radius, x)
         if isinstance(limit, Tensor):
-            return unless_broken(x, torch.clamp(x, -limit.to(x.dtype), limit.to(x.dtype)))
-        limit = min(limit, torch.finfo(x.dtype).max)    # a number that the dtype cannot hold is refused by clamp
-        return unless_broken(x, torch.clamp(x, -limit, limit))
+            return torch.clamp(x, -limit.to(x.dtype), limit.to(x.dtype))
+        if limit > torch.finfo(x.dtype).max:    # a number that the dtype cannot hold is refused by clamp
+            return x.clone()
+        return torch.clamp(x, -limit, limit)
 
     def lmo(self, x: Tensor, radius: Radius = 1.0) -> Tensor:
         self.check(x, radius)

@@ -84,8 +84,7 @@ class Bound(BoundRule):
         entrywise = getattr(self.norm, "interval", None) is not None or (norm == "linf" and fixed)
         if entrywise and rule.action == "project" and rule.per == "tensor":
             # Where the lowest number goes, and where the highest: all others stay between.
-            far = torch.finfo(torch.float32).max if isinstance(self.norm, Norm) else math.inf    # a norm leaves an infinity alone
-            ends = [self.norm.project(torch.tensor([[-far, far]]), self._aim(p))[0].tolist() for p in self.packs]
+            ends = [self.norm.project(torch.tensor([[-math.inf, math.inf]]), self._aim(p))[0].tolist() for p in self.packs]
             return partial(self._clamp_entries, ends)
         return None
 
@@ -333,9 +332,8 @@ class Bound(BoundRule):
             self._told = True
             what = {"gradient": "gradients", "update": "updates"}.get(self.phase, "weights")
             turn.tell(
-                f"rule '{self.rule.label()}' found {what} whose norm is not finite, in step {turn.step() + 1}. They are left as they "
-                "are, and "
-                "training goes on with them; attach with on_nonfinite='raise' to have the parameters named, or 'skip'."
+                f"rule '{self.rule.label()}' found {what} whose norm is not finite, in step {turn.step() + 1}. They are left as they are, "
+                "and training goes on with them; attach with on_nonfinite='raise' to have the parameters named, or 'skip'."
             )
 
     def _look_at(self, value: Tensor, turn: Turn) -> None:
@@ -358,8 +356,6 @@ class Bound(BoundRule):
         if same >= 0.9 * EARLY and bool(middle > 0):
             tell(
                 f"the gradients that rule '{self.rule.label()}' sees had the norm {float(middle):.6g} in {same} of the first {EARLY} "
-                "steps: "
-                "something clips them before, such as a trainer's max_grad_norm or gradient_clip_val, or clip_grad_norm_ in the loop. "
-                "Turn one "
-                "of the two off."
+                "steps: something clips them before, such as a trainer's max_grad_norm or gradient_clip_val, or clip_grad_norm_ in the "
+                "loop. Turn one of the two off."
             )

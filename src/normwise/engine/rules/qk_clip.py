@@ -98,8 +98,7 @@ class QKClip(BoundRule):
             if self._quiet == SILENT_STEPS:
                 turn.tell(
                     f"rule '{self.rule.label()}' has heard of no attention logits in {SILENT_STEPS} steps, so that it has never acted: "
-                    "report "
-                    "them before each step, control.report_max_logits(attention, maxima)."
+                    "report them before each step, control.report_max_logits(attention, maxima)."
                 )
 
     def _check(self, m: Member, attention: str, maxima: Tensor) -> None:
