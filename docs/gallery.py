@@ -143,7 +143,7 @@ def cost(name: str) -> str:
         share = f"{float(row['share']):.0%} of a step of a GPT-2 of 4.8M in a Trainer ([measured](../benchmarks.md))"
         return f"{share}. Within `nw.optim` it needs no copy of the weights."
     if name not in MEASURED:
-        other = "Not measured by itself. `normwise bench control` measures bounds and clips, [the figures](../benchmarks.md)."
+        other = "Not measured separately. `normwise bench control` measures bounds and clips, [the figures](../benchmarks.md)."
         return "Its share of a step of the article's CNN is in the table above." if name in COMPARED else other
     text = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
     found = []
@@ -161,7 +161,7 @@ def raced(label: str) -> str:
     """A contender in the four races."""
     shares, again = {row["contender"]: row for row in rows("results.md", "race")}, second(label)
     if label not in shares:
-        return again or "It has not raced."
+        return again or "Not included in the races."
     found = []
     for task in ("cnn", "resnet", "lstm", "gpt"):
         of = {row["contender"]: row for row in rows("results.md", f"race {task}")}

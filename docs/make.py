@@ -131,7 +131,7 @@ def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     part = f"{held} of" if held < len(HELD_OUT) else "all of"
     said = f"{len(raced)} of the {len(race_tables.TWELVE)} tasks are raced so far, {part} the {len(HELD_OUT)} that are held out."
     if len(raced) == len(race_tables.TWELVE):
-        said = f"All twelve tasks are raced. {race_tables.over_hits(results)}".strip()
+        said = f"All twelve tasks have been raced. {race_tables.over_hits(results)}".strip()
     return f"{race_tables.front(results)}\n\n{said}"
 
 
@@ -173,8 +173,8 @@ def in_full(results: dict[str, Any]) -> str:
         strength = ", ".join(f"{name} {value:.3g}" for name, value in found.items()) if len(found) > 1 else next(iter(found.values()), "-")
         lines.append(
             f"| {NAMES[c['optimizer']]} | {c['label']} | {of_seeds(c, 'test_accuracy')} | {100 * gap:.1f} | "
-            f"{reached(c['steps_to_baseline'])} | {c['step_ms']:.2f} | "
-            f"{100 * c['control_share']:.0f}% | {100 * zeros:.1f} | {c['lr']:g} | {strength} |"
+            f"{reached(c['steps_to_baseline'])} | {c['step_ms']:.2f} | {100 * c['control_share']:.0f}% | {100 * zeros:.1f} | {c['lr']:g} | "
+            f"{strength} |"
         )
     return "\n".join(lines)
 

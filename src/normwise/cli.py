@@ -109,10 +109,11 @@ def _add_command(
 
 
 def _add_study(commands: Any, name: str, summary: str, description: str, **helps: str) -> argparse.ArgumentParser:
-    """A study with the options that all have. helps: of ``task``, where it takes one, and of those that differ between studies."""
+    """A study with the options that all have. helps: of ``task``, where it takes one, and of those that differ between studies;
+    called: the name of ``task`` in the help."""
     parser = _add_command(commands, name, _study, summary, f"{description} If you start it again, it resumes where it stopped.")
     if "task" in helps:
-        parser.add_argument("task", metavar="TASK", nargs="?" if name == "race" else None, help=helps["task"])
+        parser.add_argument("task", metavar=helps.get("called", "TASK"), nargs="?" if name == "race" else None, help=helps["task"])
     parser.add_argument("--data", metavar="DIR", help=helps["data"])
     parser.add_argument("--budget", default="standard", metavar="NAME", help=helps["budget"])
     if "only" in helps:
@@ -195,7 +196,9 @@ def _add_race(commands: Any) -> None:
         "reaches at its end (docs/race.md is the protocol). Without TASK it prints what the finished runs in --state say.",
         task=_TASKS, data=_ANY_TASK, seeds="reported seeds (default: as many as the budget says)",
         budget="quick (minutes), standard (default; 2 to 5 core-hours) or long (about 20)",
-        only="only these contenders, beside the baselines (adamw and sgd)",
+        only="only these contenders, beside the baselines (adamw and sgd): schedulefree, torch_muon, muon, normuon, muonh, adamh, scion, "
+        "ridge, ridge_small, ridge_roles, adamw_max_norm, auto, auto_half_batch, auto_double_batch, adamw_untuned, sgd_untuned, "
+        "schedulefree_untuned, muon_untuned",
     )  # fmt: skip
     parser.add_argument("--horizon", type=_times, default=1.0, metavar="TIMES",
                         help="multiply the task's steps: 0.5, 2 (default %(default)g)")  # fmt: skip
@@ -205,10 +208,10 @@ def _add_race(commands: Any) -> None:
 
 def _add_gan(commands: Any) -> None:
     _add_study(
-        commands, "gan", "which norm keeps a GAN in balance: strategies and losses, each tuned equally, judged by what is drawn",
+        commands, "gan", "which norm keeps a GAN's training stable: strategies and losses, each tuned equally, judged by what is drawn",
         "Trains a small DCGAN under every strategy and loss, each tuned with the same number of trials, and judges what it draws "
         "(docs/gan.md is the protocol).",
-        budget="quick (two minutes), standard (default; 2.7 core-hours) or long (50)", seeds="reported seeds of each cell (default 5)",
+        budget="quick (two minutes), standard (default; 2 to 2.7 core-hours) or long (50)", seeds="reported seeds of each cell (default 5)",
         only="only these strategies and losses, beside the baseline 'nothing'", data="images, or hf:NAME; default: scikit-learn's digits",
     )  # fmt: skip
 
@@ -233,7 +236,7 @@ def _add_recipe(commands: Any) -> None:
              "quantise (weights of four bits)",
         data="images (plasticity, quantise) or text (spikes; finetune: the first), or hf:NAME; default: bundled data",
         budget="quick, standard (default) or long", seeds="reported seeds of each arm (default 5)",
-        only="only these arms, beside the baselines",
+        only="only these arms, beside the baselines", called="NAME",
     )  # fmt: skip
     parser.set_defaults(study="recipes")
 
@@ -246,16 +249,17 @@ def _add_tune(commands: Any) -> None:
         task=f"package.module:function of yours, or a task ({_TASKS})", data=f"for a task: {_ANY_TASK}",
         budget="quick, standard (default) or long", seeds="pairs of runs to judge with, 6 at least",
         only="only these rules and optimizers, the first optimizer yours (default: every rule; adam, momentum, muon, auto, advised)",
+        called="TARGET",
     )  # fmt: skip
-    parser.add_argument("--trials", type=_whole, metavar="N", help="of the search, in place of the budget's")
-    parser.add_argument("--steps", type=_whole, metavar="N", help="of every run, in place of the budget's; of a function 1000")
-    parser.add_argument("--seed", type=_counted, default=0, metavar="N", help="of the sampler and the runs (default 0)")
+    parser.add_argument("--trials", type=_whole, metavar="N", help="trials of the search (default: as many as the budget says)")
+    parser.add_argument("--steps", type=_whole, metavar="N", help="steps of every run (default: as the budget says; of a function 1000)")
+    parser.add_argument("--seed", type=_counted, default=0, metavar="N", help="seed of the sampler and the runs (default 0)")
     parser.add_argument("--maximize", action="store_true", help="a function's metric is better when it is higher")
     parser.add_argument("--objectives", type=_names, default=["metric"], metavar="A,B", help="metric (default), and step_ms, size or both")
     parser.add_argument("--lr", type=_range, metavar="LOW,HIGH", help="where to look for the first optimizer's learning rate")
     parser.add_argument("--storage", metavar="FILE|URL", help="an SQLite file (default: NAME.db beside --json, else in this folder), or a "
                         "database that machines share, as postgresql+psycopg://USER:PASSWORD@HOST/DATABASE")  # fmt: skip
-    parser.add_argument("--name", help="of the study (default: tune-TARGET)")
+    parser.add_argument("--name", help="name of the study (default: tune-TARGET)")
     parser.add_argument("--policy", type=Path, metavar="FILE", help="write the answer here as YAML (default: NAME.yaml)")
     parser.add_argument("--tiny", action="store_true", help="a model that trains in seconds, to see that everything works")
     parser.set_defaults(command=_tune)
@@ -337,7 +341,7 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--against", type=Path, metavar="BASE", help="another checkpoint, to measure what changed; an adapter's base")
     parser.add_argument("--policy", type=Path, metavar="FILE", help="a policy as YAML, whose bounds on weights are measured")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of transformers: tells roles and units")
-    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="a function of yours that makes the module, to the same end")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:FUNCTION", help="a function of yours that returns the module; tells the same")
     parser.add_argument("--no-spectra", action="store_false", dest="spectra", help="norms alone, as fast as the file is read")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write one self-contained HTML page here")
@@ -374,7 +378,10 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_policies(commands: Any) -> None:
-    parser = _add_command(commands, "policies", _policies, "list the named rules, explain one of them, or check a policy's YAML file")
+    parser = _add_command(
+        commands, "policies", _policies, "list the named rules, explain one of them, or check a policy's YAML file",
+        "Lists the named rules; with RULE explains that one, with FILE.yaml checks the policy in it and lists its rules.",
+    )  # fmt: skip
     parser.add_argument("what", nargs="?", metavar="RULE|FILE.yaml",
                         help="a named rule to explain, or a policy to check; without it the list of all named rules")  # fmt: skip
 

@@ -44,7 +44,7 @@ EVERYWHERE = ("maximize", "rounding", "seed")
 COMMON = {
     "params": "a module, whose parameters are routed by role; or tensors, named tensors or groups, which all take the main row.",
     "lr": "η, the learning rate; a number, or a tensor of one number.",
-    "weight_decay": "λ of ``decay``; 0 by default, as in the paper.",
+    "weight_decay": "λ of ``decay``; default 0.",
     "momentum": "μ of the running average of gradients, in [0, 1).",
     "nesterov": "whether the step looks ahead: (1 − μ)·g + μ·b instead of the average b.",
     "betas": "β₁ and β₂, of the two running averages.",
@@ -225,6 +225,7 @@ class LARS(NormOptimizer):
         lr: η; times ``trust`` it is about the relative change of each tensor. Of biases and gains it is the plain rate.
         momentum: μ of the scaled step v, so that a falling rate does not rescale what is under way.
         trust: the share of ‖w‖ that a step may change; 1e-3 is the paper's.
+        weight_decay: λ of ``decay``; default 0. The paper trains AlexNet and ResNet-50 with 5e-4.
         decay: ``"gradient"``, the paper's, is g ← g + λ·w; ``"weight"``, ``"cautious"``, ``"direction"``, ``"none"``.
     """
 
@@ -248,6 +249,7 @@ class LAMB(NormOptimizer):
 
     Args:
         lr: η, the relative change of each tensor.
+        weight_decay: λ of ``decay``; default 0. The paper trains BERT with 0.01.
         decay: ``"direction"``, the paper's, is u ← u + λ·w; ``"weight"``, ``"cautious"``, ``"gradient"``, ``"none"``.
     """
 
@@ -491,7 +493,7 @@ def over_convolutions(entries: Sequence[Entry]) -> bool:
 
 @documented
 class auto(Ridge):    # in lower case as enum.auto: it is called for what it does, and is still the class that trainers want
-    """The preset to start with where nothing is known: no number to choose. It is :class:`Ridge` with what the model itself tells.
+    """The preset to start with: nothing to tune. It is :class:`Ridge`, configured from your model.
 
     - Linear layers take Ridge's step at 0.028, and gates at 0.04 with more damping and less decay.
     - Where there are normalisation layers, of torch or of the model, convolutions take 0.04 with more damping, and the rest AdamW's 0.008.

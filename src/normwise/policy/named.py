@@ -243,7 +243,8 @@ def min_max_norm(
     Args:
         min: shorter units are stretched to it; 0 for no lower bound.
         max: longer units are shortened to it, > 0.
-        rate: the share of the way that is gone at each step, in (0, 1]; below 1 (the default) the bounds are approached, not held.
+        rate: the fraction of the correction applied at each step, in (0, 1]; default 1, which holds the bounds at once. Below 1 they are
+            approached, not held.
         params: which weights; default all but biases and gains.
         per: the blocks; default each output unit.
     """

@@ -240,7 +240,7 @@ def convert_radius(value: Any) -> radii.Radius | None:
 def convert_rate(value: Any) -> float:
     rate = schedules.number(value, "rate")
     if rate > 1:
-        raise PolicyError(f"rate is {rate:g}, but rate must be in (0, 1]: the share of the way that is gone at each step.")
+        raise PolicyError(f"rate is {rate:g}, but rate must be in (0, 1]: the fraction of the correction applied at each step.")
     return rate
 
 
@@ -323,7 +323,7 @@ class Rule:
         min_radius: for clip_norm on weights: shorter blocks are stretched to it.
         tolerance: for projecting weights under the spectral norm: the share of the radius by which σ₁ may exceed it for the sake of speed;
             default 0, exact. From 0.01 on, singular vectors are followed from step to step instead of decomposing.
-        rate: the share of the way to the wanted norm that is gone at each step; default 1, all of it (Keras's MinMaxNorm).
+        rate: the fraction of the correction applied at each step; default 1, all of it (Keras's MinMaxNorm).
         rounding: of fp16 and bf16 weights after weight_decay and prox: "nearest", which loses what is below half an ulp, "stochastic", or
             "compensated", which carries it over; see ``normwise.low_precision``.
         every, start, stop: acts on steps ``start, start + every, ...`` below ``stop``; by default on all.

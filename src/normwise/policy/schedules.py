@@ -50,7 +50,8 @@ def as_float(value: Any) -> float:
 def count(value: object, what: str, *, least: int) -> int:
     """``value`` as a whole number >= ``least`` and at most 2⁵³, beyond which floats do not count."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST_STEPS:
-        raise PolicyError(f"{what} is {value!r}, but {what} must be a whole number of steps >= {least} and <= {MOST_STEPS}.")
+        most = f" and <= {MOST_STEPS}" if isinstance(value, int) and value > MOST_STEPS else ""
+        raise PolicyError(f"{what} is {value!r}, but {what} must be a whole number of steps >= {least}{most}.")
     return value
 
 

@@ -178,7 +178,7 @@ def over_hits(results: Mapping[str, Results], name: str = "auto") -> str:
     if len(there) in (0, len(lines)):
         return ""
     samples, seconds = (geometric_mean([line[key] for line in there]) for key in ("share", "seconds_share"))
-    return f"Over its {len(there)} hits `{name}` needs {samples:.2f} of the samples and {seconds:.2f} of the seconds in the mean."
+    return f"The geometric mean of `{name}` over its {len(there)} hits is {samples:.2f} of the samples and {seconds:.2f} of the seconds."
 
 
 def by_task(results: Mapping[str, Results]) -> str:

@@ -85,7 +85,7 @@ def race(results: Results) -> Page:
         spec = ladders(results)
         sections = [
             Section("How much of the baseline’s training each needs",
-                    "Sorted by the share of samples, with the 95% bootstrap interval of its median over seeds. Below 1 is sooner.",
+                    "Sorted by the share of samples, with the 95% bootstrap interval of its median over seeds. Below 1 is less training.",
                     tables=[table_of(race_tables.rows(results))]),
             Section("Validation result against horizon",
                     "One panel for each contender, one mark for each run. The dashed line is the target; the line joins the medians.",
