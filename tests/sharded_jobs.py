@@ -132,6 +132,44 @@ def reports() -> list[str]:
     return faults
 
 
+class _Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return out
+
+
+def replicas() -> list[str]:
+    """QK-clip of DDP's replicas, each of which reports what its own batch gave: they scale alike, by the largest of all."""
+    faults, rank = [], dist.get_rank()
+    torch.manual_seed(0)
+    wrapped = nn.parallel.DistributedDataParallel(_Attending())
+    first = wrapped.module.attention.in_proj_weight.detach().clone()
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.0)
+    control = nw.attach(wrapped, optimizer, nw.qk_clip(1.0))
+    wrapped(torch.ones(2, 3, 8)).square().mean().backward()
+    control.report_max_logits(wrapped.module.attention, torch.tensor([0.5 + rank, 4.0 if rank == 1 else 0.1]))
+    optimizer.step()
+    expected = first.clone()
+    largest = [0.5 + dist.get_world_size() - 1, 4.0]
+    for part in (0, 8):
+        for head, logit in enumerate(largest):
+            expected[part + 4 * head : part + 4 * head + 4] *= min(1.0, 1.0 / logit) ** 0.5
+    if not torch.allclose(wrapped.module.attention.in_proj_weight.detach(), expected, rtol=1e-6):
+        faults.append("the heads are not scaled by the largest logits of all replicas")
+    alone = _Attending()
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.0)
+    control = nw.attach(alone, optimizer, nw.qk_clip(1.0))
+    alone(torch.ones(2, 3, 8)).square().mean().backward()
+    control.report_max_logits("attention", torch.tensor([2.0, 2.0]))
+    with pytest.warns(UserWarning, match="other processes may report something else"):
+        optimizer.step()
+    return faults
+
+
 def nothing_here() -> list[str]:
     """Parameters that lie on the first two ranks alone."""
     faults = []

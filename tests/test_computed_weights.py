@@ -797,6 +797,56 @@ def test_a_weight_that_becomes_computed_in_training_is_followed(make: Any) -> No
     assert torch.allclose(control.state_dict()["rules"][0]["radius"]["0.weight"], first)
 
 
+def _another_group(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    late = nn.Linear(2, 2)
+    model.register_module(f"late{len(optimizer.param_groups)}", late)
+    optimizer.add_param_group({"params": list(late.parameters())})
+
+
+def _unfrozen(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    model[2].weight.requires_grad_(False)
+    _steps(model, optimizer, 1)
+    model[2].weight.requires_grad_(True)
+
+
+def _steps(model: Any, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        (-model[2](model[1](model[0](torch.ones(4, 10, dtype=model[0].bias.dtype)))).square().mean()).backward()
+        optimizer.step()
+
+
+REBINDINGS: dict[str, Callable[[Any, torch.optim.Optimizer], Any]] = {
+    "a group is added": _another_group,
+    "frozen and unfrozen": _unfrozen,
+    "double": lambda model, optimizer: model.double(),
+    "saved and loaded": lambda model, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+}
+
+
+@pytest.mark.parametrize("again", REBINDINGS)
+@pytest.mark.parametrize("kind", [None, *ACTING])
+def test_what_is_known_of_a_computed_weight_outlives_every_rebinding(kind: str | None, again: str) -> None:
+    """The radius and the center are those of the weight when attached, however often the rules are bound again; so are multipliers."""
+    model = net(ACTING[kind] if kind else None)
+    first = weight(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rules = [nw.max_norm("0.9*init", "0.weight"), nw.max_norm(0.2, "0.weight", center="init", relative=True), nw.cpr(params="0.weight")]
+    control = nw.attach(model, optimizer, rules)
+    before: list[Any] = []
+    for _ in range(3):
+        _steps(model, optimizer, 2)
+        before.append(copy.deepcopy(control.state_dict()["rules"][2]["found"]["0.weight"]))
+        REBINDINGS[again](model, optimizer)
+        _steps(model, optimizer, 1)
+    now = control.state_dict()["rules"]
+    assert torch.allclose(now[0]["radius"]["0.weight"].double(), first.norm(dim=1), rtol=1e-5)
+    assert torch.allclose(now[1]["center"]["0.weight"].double(), first, atol=1e-6)
+    assert set(now[0]["radius"]) == {"0.weight"}
+    steps = [int(found["step"].max()) for found in (*before, now[2]["found"]["0.weight"])]
+    assert steps == sorted(set(steps)), "the multiplier began anew"
+
+
 def test_checkpoints_resume_bit_for_bit() -> None:
     whole = net(parametrizations.weight_norm)
     rules = lambda: [nw.max_norm("init"), nw.cpr("init", params="0.weight")]    # noqa: E731

@@ -337,6 +337,32 @@ def clipped_twin(twin: nn.Module, max_norm: float) -> float:
     return float(total)
 
 
+def test_a_norm_over_optimizers_that_step_within_backward_is_refused():
+    """There the gradients of the other optimizers are not there yet. A norm of each tensor by itself is known, and is torch's."""
+    for per, refused in (("global", True), ("tensor", False)):
+        model = mlp()
+        params = list(model.parameters())
+        optimizers = {p: SGD([p], lr=0.1) for p in params}
+        nw.attach(model, list(optimizers.values()), nw.clip_grad_norm(0.01, per=per))
+        before, norms = [p.detach().clone() for p in params], []
+
+        def step(p, optimizers=optimizers, norms=norms):
+            optimizers[p].step()
+            norms.append(float(p.grad.norm()))
+            p.grad = None
+
+        for p in params:
+            p.register_post_accumulate_grad_hook(step)
+        loss = model(torch.randn(4, params[0].shape[1], dtype=params[0].dtype)).square().sum()
+        if refused:
+            with pytest.raises(nw.PolicyError, match="not known before the backward pass ends"):
+                loss.backward()
+            assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        else:
+            loss.backward()
+            assert len(norms) == len(params) and max(norms) <= 0.01 * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("make", [SGD, AdamW])
 def test_one_global_norm_over_two_optimizers(order, make):

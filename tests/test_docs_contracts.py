@@ -50,6 +50,25 @@ def quoted(text: str) -> set[str]:
     return set(re.findall(r"`([^`]+)`", text))
 
 
+# ---------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if re.search(r"\bnw\.", PAGES[page])])
+def test_what_a_page_calls_nw_something_is_there_after_import_normwise(page: str) -> None:
+    missing = []
+    for name in sorted(set(re.findall(r"\bnw((?:\.[A-Za-z_]\w*)+)", PAGES[page]))):
+        at: Any = nw
+        for step in name[1:].split("."):
+            try:
+                at = getattr(at, step)
+            except nw.MissingExtraError:
+                break
+            except AttributeError:
+                missing.append(f"nw{name}")
+                break
+    assert missing == []
+
+
 # ------------------------------------------------------------------------------------------------------- policies
 
 FIELDS = {name: row for row in table("policies.md", "## Fields") for name in re.findall(r"`(\w+)`", row[0])}

@@ -117,6 +117,7 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) 
     reference = "".join(text for page, text in pages.items() if page.parent.name == "reference")
     shown = set(re.findall(r'id="normwise[\w.]*\.(\w+)"', reference))
     elsewhere = {*NAMED, *nw.optim.PRESETS, "auto"}    # the gallery has them
-    plain = {"PRESETS", "GOALS", "FORMS", "METHODS", "schedules", "radii", "norms", "optim", "integrations"}    # in sentences
+    modules = {"schedules", "radii", "norms", "optim", "integrations", "prune", "checkpoints"}    # in sentences
+    plain = {"PRESETS", "GOALS", "FORMS", "METHODS", *modules}
     assert {name.rpartition(".")[2] for name in PUBLIC} - shown - elsewhere - plain == set()
     assert (tmp_path / "llms.txt").read_text(encoding="utf-8").count("\n- [") > 80

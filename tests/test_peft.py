@@ -510,3 +510,32 @@ def test_the_optimizers_state_stays_and_radii_of_the_base_travel_in_it() -> None
     again.load_state_dict(saved)
     [radii], [others] = resumed.radii().of.values(), fresh.of.values()
     assert next(iter(others.values()))[0] == pytest.approx(10 * next(iter(radii.values()))[0], rel=1e-6)
+
+
+def test_what_is_known_of_a_product_outlives_every_rebinding() -> None:
+    """An adapter that is switched away and back, and a layer that is unfrozen, leave the first radii, by the products' names."""
+    model = lora(modules=("fc",))
+    model.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=4, target_modules=["fc"], init_lora_weights=False))
+    first = units(layers(model)["fc"]).norm(dim=1)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    optimizer = torch.optim.SGD(held(model), lr=0.0)
+    model.set_adapter("default")
+    control = nw.attach(model, optimizer, nw.max_norm("0.5*init", "peft:product"))
+
+    def step() -> None:
+        for p in held(model):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+
+    for _ in range(2):
+        for adapter in ("other", "default"):
+            step()
+            model.set_adapter(adapter)
+    model.base_model.model.head.weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [model.base_model.model.head.weight]})
+    step()
+    torch.testing.assert_close(units(layers(model)["fc"]).norm(dim=1), 0.5 * first, rtol=1e-5, atol=0)
+    radii = control.state_dict()["rules"][0]["radius"]
+    assert set(radii) == {f"base_model.model.fc.lora_BA.{adapter}" for adapter in ("default", "other")}
+    torch.testing.assert_close(radii["base_model.model.fc.lora_BA.default"].double(), first, rtol=1e-5, atol=0)

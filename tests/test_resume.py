@@ -408,3 +408,39 @@ def test_a_rate_changed_at_the_resume_is_the_one_that_decay_and_prox_use() -> No
     moved = w * (1 - 0.01 * 0.5) - 0.01 * other[0].weight.grad
     norm = (moved.abs() - 0.01 * 0.1).clamp(min=0) * moved.sign()
     torch.testing.assert_close(other[0].weight.detach(), norm, rtol=1e-6, atol=1e-7)
+
+
+def test_a_unit_that_became_zero_in_training_keeps_its_first_radius() -> None:
+    """When the rules are bound again, and when they are attached to a model and an optimizer that a checkpoint was loaded into. Without
+    anything known of it a zero unit is refused, and nothing stays attached."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    first = model[0].weight.detach().norm(dim=1)
+    control = nw.attach(model, optimizer, nw.max_norm("init", "*.weight"))
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+
+    step(model, optimizer)
+    with torch.no_grad():
+        model[0].weight[1].zero_()
+    model[1].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    step(model, optimizer)
+    assert torch.allclose(control.state_dict()["rules"][0]["radius"]["0.weight"].float(), first)
+
+    with torch.no_grad():
+        model[0].weight[1].zero_()
+    again = copy.deepcopy(model)
+    second = torch.optim.SGD([{"params": list(layer.parameters())} for layer in again], lr=0.1)
+    with pytest.raises(nw.PolicyError, match="1 of 5 blocks of '0.weight' are zero"):
+        nw.attach(again, second, nw.max_norm("init", "*.weight"))
+    assert not second._optimizer_step_pre_hooks and not second._optimizer_step_post_hooks
+    second.load_state_dict(optimizer.state_dict())
+    resumed = nw.attach(again, second, nw.max_norm("init", "*.weight"))
+    step(again, second)
+    assert torch.allclose(resumed.state_dict()["rules"][0]["radius"]["0.weight"].float(), first) and resumed.verify()

@@ -24,6 +24,7 @@ from normwise.parameters.inventory import (
     selector_to_data,
 )  # fmt: skip
 from normwise.parameters.layouts import Layout
+from normwise.parameters.names import module_names
 from normwise.parameters.roles import GROUPS, ROLES
 
 
@@ -108,6 +109,16 @@ def test_a_submodule_of_the_user_may_be_called_module() -> None:
 
     assert names(Inventory(Outer()).entries) == ["module.weight", "module.bias", "inner.weight"]
     assert names(Inventory(nn.DataParallel(Outer())).entries) == ["module.weight", "module.bias", "inner.weight"]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_module_has_the_name_that_it_has_in_the_unwrapped_model(wrapper: str) -> None:
+    """The model itself the empty one, also where it is the attention that reports its logits."""
+    for inner in (Net(), nn.MultiheadAttention(8, 2)):
+        found = module_names(WRAPPERS[wrapper](inner))
+        if "average" not in wrapper:    # which trains a copy
+            assert {found[id(m)] for m in inner.modules()} == {name for name, _ in inner.named_modules()}
+        assert set(found.values()) == {name for name, _ in inner.named_modules()}
 
 
 def test_clean_name_of_a_string() -> None:

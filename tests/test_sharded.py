@@ -42,7 +42,7 @@ PRESETS_BY_DEFAULT = {
 OTHERS: list[tuple[str, list[Any]]] = [
     ("regions", []), ("clip", [2.0]), ("clip", [1.0]), ("clip", [float("inf")]), ("clip", [3.0]), ("foreign_gradients", []),
     ("one_bad_rank", []), ("different_rules", []), ("reports", []), ("balance", []), ("resumed", []), ("radii", []), ("strided", []),
-    ("roundings", []),
+    ("roundings", []), ("replicas", []),
 ]  # fmt: skip
 ON_A_LINE = ("ddp", "fsdp", "tensor_parallel")
 TRAINED = {2: ON_A_LINE, 3: ON_A_LINE, 4: (*ON_A_LINE, "hsdp", "fsdp_tp")}

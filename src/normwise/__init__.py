@@ -26,6 +26,7 @@ from normwise.errors import MissingExtraError as MissingExtraError
 from normwise.errors import NonFiniteError as NonFiniteError
 from normwise.errors import NormError as NormError
 from normwise.errors import NormwiseError as NormwiseError
+from normwise.errors import OutputError as OutputError
 from normwise.errors import PolicyError as PolicyError
 from normwise.errors import StudyError as StudyError
 from normwise.parameters.layouts import Layout as Layout
@@ -37,8 +38,10 @@ from normwise.policy import radii as radii
 from normwise.policy import schedules as schedules
 
 if TYPE_CHECKING:
+    from normwise import checkpoints as checkpoints
     from normwise import integrations as integrations
     from normwise import optim as optim
+    from normwise import prune as prune
     from normwise.advice import advise as advise
     from normwise.inspection import inspect as inspect
     from normwise.policy.named import *  # noqa: F403
@@ -52,15 +55,15 @@ __version__ = "0.2.0"
 if not TYPE_CHECKING:    # for a type checker any name would exist, and the named rules would not be exported
 
     def __getattr__(name: str) -> Any:
-        """``nw.optim``, ``nw.integrations``, ``nw.inspect``, ``nw.advise``: imported where they are first used, for rules need none."""
-        if name in ("optim", "integrations"):
+        """``nw.optim``, ``nw.prune``, ``nw.inspect`` and the like: imported where they are first used, for rules need none."""
+        if name in ("checkpoints", "integrations", "optim", "prune"):
             return import_module(f"normwise.{name}")
         if name in ("advise", "inspect"):
             return getattr(import_module("normwise.advice" if name == "advise" else "normwise.inspection"), name)
         raise AttributeError(f"module 'normwise' has no attribute {name!r}")
 
     __all__ = [
-        "Control", "DataError", "Layout", "LayoutError", "MissingExtraError", "NonFiniteError", "NormError", "NormwiseError", "Policy",
-        "PolicyError", "Rule", "StudyError", "advise", "attach", "clip_grad_norm_", "inspect", "integrations", "norms", "optim", "radii",
-        "register_layout", "schedules", *NAMED,
+        "Control", "DataError", "Layout", "LayoutError", "MissingExtraError", "NonFiniteError", "NormError", "NormwiseError", "OutputError",
+        "Policy", "PolicyError", "Rule", "StudyError", "advise", "attach", "checkpoints", "clip_grad_norm_", "inspect", "integrations",
+        "norms", "optim", "prune", "radii", "register_layout", "schedules", *NAMED,
     ]  # fmt: skip

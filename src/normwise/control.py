@@ -28,7 +28,7 @@ from normwise.engine.optimizer_state import Part, Traveller, fold, unfold
 from normwise.engine.pack import Look, versions, witnesses
 from normwise.engine.program import check_model, check_ranks, optimizers_of
 from normwise.engine.rules.base import BoundRule
-from normwise.engine.rules.qk_clip import report
+from normwise.engine.rules.qk_clip import agree_on_reports, report
 from normwise.engine.sharded import reshard
 from normwise.engine.sharded.collectives import TRAFFIC, Traffic
 from normwise.engine.step import Marks, OnePass, Start, Stepper, grads, makes_state, steps_under_way
@@ -37,6 +37,7 @@ from normwise.errors import PolicyError, nearest
 from normwise.logs import Logger, logger_of
 from normwise.norms import native
 from normwise.parameters.inventory import Inventory, clean_name
+from normwise.parameters.names import module_names
 from normwise.policy import Policy, Rule
 
 Closure = Callable[[], Any]
@@ -149,6 +150,11 @@ class Control:
         self._travellers: list[Traveller] = []
         if in_optimizer_state:
             self._travel()
+        try:
+            self.engine.refuse_zeros()
+        except PolicyError:
+            self._stay()
+            raise
         for other in replaced:
             other.remove()
         self._handles = [h for k, o in enumerate(optimizers) for h in (*self._hook(k, o), *self._listen(k))]
@@ -163,7 +169,8 @@ class Control:
         engine = Engine(self._model, inventory, self.policy, self.optimizers, resting)
         self.inventory, self.engine = inventory, engine
         self._counts_cost = self._timed or engine.sharded
-        self._names = {id(module): clean_name(name) for name, module in self._model.named_modules(remove_duplicate=False)}
+        agree_on_reports(engine.rules, self._model)
+        self._names = module_names(self._model)
         self._log: NormLog | None = None
         if log:
             self._begin_log()
@@ -176,17 +183,27 @@ class Control:
     def _rebind(self) -> None:
         """Binds the rules anew where parameters were added, frozen, unfrozen, converted, replaced or taken away; what was known stays, by
         name, and by the parameter itself where that has a new name."""
-        old, known, inline = self.engine, self._states(), self.engine.inline
-        self._bind(self._log is not None, resting=True)
-        self.engine.inline = inline
+        before = {name: getattr(self, name) for name in ("inventory", "engine", "_counts_cost", "_names", "_log", "_kept")}
+        old, known = self.engine, self._states()
+        try:
+            self._bind(self._log is not None, resting=True)
+            self._take_over(old, known)
+            self.engine.refuse_zeros()
+        except BaseException:
+            vars(self).update(before)    # the next step asks again
+            raise
+        self.engine.inline = old.inline
         for stepper in self._steppers:
             stepper.ready = None
-        renamed = {m.name: e.name for b in old.rules for m in b.members for e in self.inventory if e.param is m.param and e.name != m.name}
-        known = [states.renamed(kept, renamed) for kept in known]
+        self._note_rested(old)
+
+    def _take_over(self, old: Engine, known: list[states.Saved]) -> None:
+        """Gives the rules what was known before they were bound anew."""
+        news = [_new_names(before, now, self.inventory) for before, now in zip(old.rules, self.engine.rules, strict=True)]
+        known = [states.renamed(kept, names) for kept, names in zip(known, news, strict=True)]
         self._kept = [states.beyond(kept, b) for kept, b in zip(known, self.engine.rules, strict=True)]
         for bound, kept in zip(self.engine.rules, known, strict=True):
             states.carry_over(bound, kept)
-        self._note_rested(old)
 
     def _note_rested(self, old: Engine) -> None:
         """Remembers at which step a rule last acted on what is frozen from now on, so that ``verify`` can measure it still."""
@@ -450,6 +467,11 @@ class Control:
         Another optimizer finds its gradients prepared when it steps, unless they were computed or changed since.
         """
         spanning = self.engine.spanning
+        if spanning and torch._C._current_graph_task_id() != -1:
+            raise PolicyError(
+                "a gradient norm over several optimizers is not known before the backward pass ends, and this step is taken within it: "
+                "step after backward(), or bound the gradient of each tensor by itself, nw.clip_grad_norm(..., per='tensor')."
+            )
         concerned = list(range(len(self.optimizers))) if spanning else [k]
         # A fused GradScaler skips the step by itself; reading whether it does would synchronise.
         looks = self.on_nonfinite != "ignore" and turn.happened is None
@@ -520,7 +542,8 @@ class Control:
         """Tells ``nw.qk_clip`` the largest attention logit of each query head in this step's batches, after scaling, before softmax.
 
         ``attention`` is the attention module, or its clean name; ``maxima`` has the shape ``(heads,)``. Of several reports before a step
-        (gradient accumulation) the larger ones count; the step uses them up, also where the rule rests or the step is skipped. Raises
+        (gradient accumulation) the larger ones count; the step uses them up, also where the rule rests or the step is skipped. Under FSDP2,
+        tensor parallelism and DDP (attach to the wrapped model) the largest of all ranks counts, so each rank must report. Raises
         PolicyError for a module without such a rule.
         """
         known = f"a {type(attention).__name__} outside of the model" if isinstance(attention, nn.Module) else attention
@@ -836,6 +859,24 @@ def _same_kind(new: Control, other: Control) -> tuple[str, str, str] | None:
             if mine.rule.kind() == theirs.rule.kind() and shared:
                 return mine.rule.label(), theirs.rule.label(), shared[0]
     return None
+
+
+def _new_names(before: BoundRule, now: BoundRule, inventory: Inventory) -> dict[str, str]:
+    """Old name -> new name of what a rule was bound to, where the same tensor has another name now: behind a parametrization, say.
+
+    A weight that is computed is told by its name alone, as long as that exists: its ``param`` is a tensor that it is computed from, which
+    always has another name.
+    """
+    held, found = {m.name for m in now.members}, dict[str, str]()
+    for m in before.members:
+        if m.name in held:
+            continue
+        alike = [n.name for n in now.members if n.param is m.param and (n.computed is None) == (m.computed is None)]
+        if not alike and m.name not in inventory.by_name:    # frozen, and under another name
+            alike = [e.name for e in inventory.weights if e.param is m.param and (e.computed is None) == (m.computed is None)]
+        if alike:
+            found[m.name] = alike[0]
+    return found
 
 
 def _renormalised(inventory: Inventory, param: nn.Parameter) -> bool:

@@ -400,6 +400,11 @@ class Engine:
         """One rule on other parameters, beside those that it is bound to: what is frozen now."""
         return bind(self.policy[index], entries, self.owner, index)
 
+    def refuse_zeros(self) -> None:
+        """PolicyError where a radius that is the first norm of a block is zero."""
+        for bound in self.rules:
+            bound.refuse_zeros()
+
     def handle_nonfinite(self, optimizers: Sequence[int], mode: str) -> bool:
         """See :func:`normwise.engine.nonfinite.handle`."""
         if mode == "ignore":

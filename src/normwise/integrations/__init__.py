@@ -6,15 +6,16 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-TRAINERS = ("lightning", "transformers")
+MODULES = ("distributed_checkpoint", "lightning", "transformers")
 
 if TYPE_CHECKING:
+    from normwise.integrations import distributed_checkpoint as distributed_checkpoint
     from normwise.integrations import lightning as lightning
     from normwise.integrations import transformers as transformers
 else:
 
     def __getattr__(name: str) -> ModuleType:
         """``nw.integrations.transformers``, without an import of its own."""
-        if name in TRAINERS:
+        if name in MODULES:
             return import_module(f"normwise.integrations.{name}")
-        raise AttributeError(f"module 'normwise.integrations' has no attribute {name!r}; there are {', '.join(TRAINERS)}")
+        raise AttributeError(f"module 'normwise.integrations' has no attribute {name!r}; there are {', '.join(MODULES)}")

@@ -40,6 +40,19 @@ def clean_name(name: str) -> str:
     return ".".join(parts)
 
 
+def module_names(model: nn.Module) -> dict[int, str]:
+    """The clean name of every module by its id; of the model itself, however it is wrapped, the empty name."""
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        owner, kept = model, list[str]()
+        for step in name.split(".") if name else ():
+            if not is_wrapper(owner, step):
+                kept.append(step)
+            owner = owner._modules[step]    # type: ignore[assignment]
+        names[id(module)] = ".".join(kept)
+    return names
+
+
 def is_wrapper(owner: nn.Module, child: str) -> bool:
     """Whether ``owner`` only wraps its submodule ``child``, which then adds nothing to a clean name."""
     return child in _MARKS or any(cls.__name__ in _WRAPPERS.get(child, ()) for cls in type(owner).__mro__)

@@ -81,8 +81,6 @@ class BoundRule:
         self.computes = any(p.computed for p in self.packs)
         """Whether some of the weights are computed from other tensors."""
         self._acted: dict[int, list[tuple[Pack, Tensor]]] = {}
-        if self.flat and isinstance(rule.radius, Init) and rule.floor is None:
-            self._refuse_zero(self._stored(self.packs[0]), f"the {len(members)} parameters together")
         self.store: dict[str, dict[str, Tensor]] = {}
         """What the rule found in training, by parameter and name: a part of the control's state."""
 
@@ -175,16 +173,27 @@ class BoundRule:
         value = self._norms(member, weight).to(wide(weight.device))
         if self.flat:    # one block of all members: only a zero of all of them is one
             return value
-        if self.rule.floor is not None:
-            return value.clamp(min=self.rule.floor)
-        self._refuse_zero(value, repr(member.name))
-        return value
+        return value if self.rule.floor is None else value.clamp(min=self.rule.floor)
+
+    def refuse_zeros(self) -> None:
+        """PolicyError where the first norm of a block is zero: asked when a state has brought what it knows, since a block that became zero
+        in training has a first norm that is not."""
+        if not isinstance(self.rule.radius, Init) or isinstance(self.rule.radius, Base) or self.rule.floor is not None:
+            return
+        if self.flat:
+            for part in self.packs:
+                self._refuse_zero(self._stored(part), f"the {len(self.members)} parameters together")
+            return
+        for m in self.members:
+            assert m.radius is not None
+            self._refuse_zero(m.radius, repr(m.name))
 
     def _refuse_zero(self, value: Tensor, whose: str, kind: str = "init") -> None:
         if value.numel() and not bool((value > 0).all()):
             raise PolicyError(
                 f"radius={kind!r} in rule '{self.rule.label()}': {int((value <= 0).sum())} of {value.numel()} blocks of {whose} are "
-                "zero when attached, and a radius of zero would keep them there. Give floor= (a smallest radius), or exclude it."
+                "zero when attached, and a radius of zero would keep them there. Give floor= (a smallest radius), or exclude it; where a "
+                "checkpoint knows the first norms, load the optimizer's state before you attach."
             )
 
     # ------------------------------------------------------------------------------------------------ one step

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from normwise.engine.block_tensors import weights_of
-from normwise.engine.pack import Member, Pack
+from normwise.engine.pack import Member, Pack, is_sharded
 from normwise.engine.rules.base import BoundRule, runs
+from normwise.engine.sharded import collectives
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError, nearest
 from normwise.norms.base import clip_factor
@@ -41,6 +44,8 @@ class QKClip(BoundRule):
                 )
         self._reports: dict[str, Tensor] = {}
         self._ever, self._quiet = False, 0
+        self.group: Any = None
+        """The process group of a DDP model, whose replicas have each seen a batch of their own."""
         self._passed: list[bool] | None = None
 
     def _parts(self, m: Member) -> tuple[str, ...]:
@@ -114,10 +119,33 @@ class QKClip(BoundRule):
         if reported is None:
             return
         tau = self.radius(reported, turn)
-        maxima = reported.largest([self._reports.pop(m.name) for m in reported.members])
+        maxima = self._agreed(reported.largest([self._reports.pop(m.name) for m in reported.members]), reported, turn)
         shares = [clip_factor(logits, tau).sqrt() ** self.rule.power for logits in maxima]
         factor = torch.cat([self._over_stack(m, share) for m, share in zip(reported.members, shares, strict=True)])
         self.multiply(reported, weights_of(reported), factor, turn)
+
+
+    def _agreed(self, maxima: list[Tensor], reported: Pack, turn: Turn) -> list[Tensor]:
+        """The largest that any replica has seen: with its own maxima each would scale otherwise, and nothing brings them together again."""
+        if self.group is not None:
+            rows = collectives.all_rows(torch.cat(maxima), self.group)
+            return list(torch.split(rows.amax(0), [len(m) for m in maxima]))
+        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+        if not alone and not any(is_sharded(m.param) for m in reported.members):
+            turn.tell(
+                f"rule '{self.rule.label()}' scales by what this process reported, and other processes may report something else, after which "
+                "their weights differ. Attach to the DistributedDataParallel model, which lets them agree, or report the largest of all "
+                "processes on each."
+            )
+        return maxima
+
+
+def agree_on_reports(rules: Iterable[BoundRule], model: nn.Module) -> None:
+    """Lets the replicas of a DDP model agree on what was reported."""
+    group = next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    for bound in rules:
+        if isinstance(bound, QKClip):
+            bound.group = group
 
 
 def _places_of(name: str) -> list[str]:
@@ -133,7 +161,8 @@ def report(rules: Iterable[BoundRule], attention: str, maxima: Any) -> None:
         raise PolicyError("no rule asks for attention logits: add nw.qk_clip(tau) to the policy.")
     known = {name for b in asking for name in b.attentions()}
     if attention not in known:
-        raise PolicyError(f"qk_clip scales nothing in {attention!r}.{nearest(attention, known)}")
+        where = "the model itself" if attention == "" else repr(attention)
+        raise PolicyError(f"qk_clip scales nothing in {where}.{nearest(attention, {name or 'the model itself' for name in known})}")
     numbers = torch.as_tensor(maxima).detach()
     for b in asking:
         b.report(attention, numbers.to(wide(numbers.device)))
