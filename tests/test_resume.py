@@ -437,7 +437,7 @@ def test_a_unit_that_became_zero_in_training_keeps_its_first_radius() -> None:
         model[0].weight[1].zero_()
     again = copy.deepcopy(model)
     second = torch.optim.SGD([{"params": list(layer.parameters())} for layer in again], lr=0.1)
-    with pytest.raises(nw.PolicyError, match="1 of 5 blocks of '0.weight' are zero"):
+    with pytest.raises(nw.PolicyError, match=r"1 of 5 blocks of '0\.weight' are zero"):
         nw.attach(again, second, nw.max_norm("init", "*.weight"))
     assert not second._optimizer_step_pre_hooks and not second._optimizer_step_post_hooks
     second.load_state_dict(optimizer.state_dict())

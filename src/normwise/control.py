@@ -188,7 +188,7 @@ class Control:
         try:
             self._bind(self._log is not None, resting=True)
             self._take_over(old, known)
-            self.engine.refuse_zeros()
+            self.engine.refuse_zeros(old)
         except BaseException:
             vars(self).update(before)    # the next step asks again
             raise

@@ -400,10 +400,11 @@ class Engine:
         """One rule on other parameters, beside those that it is bound to: what is frozen now."""
         return bind(self.policy[index], entries, self.owner, index)
 
-    def refuse_zeros(self) -> None:
-        """PolicyError where a radius that is the first norm of a block is zero."""
-        for bound in self.rules:
-            bound.refuse_zeros()
+    def refuse_zeros(self, before: Engine | None = None) -> None:
+        """PolicyError where a radius that is the first norm of a block is zero. before: what the same rules were bound to."""
+        known = [{m.name for m in b.members} for b in before.rules] if before else [set[str]()] * len(self.rules)
+        for bound, names in zip(self.rules, known, strict=True):
+            bound.refuse_zeros(names)
 
     def handle_nonfinite(self, optimizers: Sequence[int], mode: str) -> bool:
         """See :func:`normwise.engine.nonfinite.handle`."""

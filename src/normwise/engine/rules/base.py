@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -175,9 +175,9 @@ class BoundRule:
             return value
         return value if self.rule.floor is None else value.clamp(min=self.rule.floor)
 
-    def refuse_zeros(self) -> None:
+    def refuse_zeros(self, bound_before: Container[str] = ()) -> None:
         """PolicyError where the first norm of a block is zero: asked when a state has brought what it knows, since a block that became zero
-        in training has a first norm that is not."""
+        in training has a first norm that is not. bound_before: the names of members that are bound again."""
         if not isinstance(self.rule.radius, Init) or isinstance(self.rule.radius, Base) or self.rule.floor is not None:
             return
         if self.flat:

@@ -133,9 +133,9 @@ class QKClip(BoundRule):
         alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
         if not alone and not any(is_sharded(m.param) for m in reported.members):
             turn.tell(
-                f"rule '{self.rule.label()}' scales by what this process reported, and other processes may report something else, after which "
-                "their weights differ. Attach to the DistributedDataParallel model, which lets them agree, or report the largest of all "
-                "processes on each."
+                f"rule '{self.rule.label()}' scales by what this process reported, and other processes may report something else, after "
+                "which their weights differ. Attach to the DistributedDataParallel model, which lets them agree, or report the largest of "
+                "all processes on each."
             )
         return maxima
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -42,10 +42,19 @@ class Stepped(Bound):
         member = super()._member(entry, optimizer)
         kind = self.rule.radius
         assert isinstance(kind, StepLength)
-        if kind.of != "number":
-            first = self._initial_norm(member)    # which refuses a block that could never move
-            member.radius = first if kind.of == "init" else None
+        if kind.of == "init":
+            member.radius = self._initial_norm(member)
         return member
+
+    def refuse_zeros(self, bound_before: Container[str] = ()) -> None:
+        """A block of zero would never move."""
+        kind = self.rule.radius
+        assert isinstance(kind, StepLength)
+        for m in self.members if kind.of != "number" and self.rule.floor is None else ():
+            if m.radius is not None:
+                self._refuse_zero(m.radius, repr(m.name))
+            elif m.name not in bound_before:
+                self._refuse_zero(self._initial_norm(m), repr(m.name))
 
     def _measures_starts(self) -> bool:
         return getattr(self.rule.radius, "of", None) == "weight"
