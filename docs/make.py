@@ -120,8 +120,13 @@ def of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     hours = sum(one["core_hours"] for one in results.values())
     drawn = any(one["contenders"] for one in results.values())
     seen = "![shares of all contenders by task](images/race-2.svg)\n\n" if drawn else ""
-    said = f"{race_tables.by_task(results)} {race_tables.over_hits(results)} {hours:.1f} core-hours of training so far."
+    said = f"{race_tables.by_task(results)} {_means(results)} {hours:.1f} core-hours of training so far."
     return f"{race_tables.hits(results)}\n\n{seen}{said}"
+
+
+def _means(results: dict[str, dict[str, Any]]) -> str:
+    """Of ``auto``, and of the family of ours that was tuned."""
+    return " ".join(filter(None, (race_tables.over_hits(results, name) for name in ("auto", "ridge_roles"))))
 
 
 def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
@@ -131,7 +136,7 @@ def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     part = f"{held} of" if held < len(HELD_OUT) else "all of"
     said = f"{len(raced)} of the {len(race_tables.TWELVE)} tasks are raced so far, {part} the {len(HELD_OUT)} that are held out."
     if len(raced) == len(race_tables.TWELVE):
-        said = f"All twelve tasks have been raced. {race_tables.over_hits(results)}".strip()
+        said = f"All twelve tasks have been raced. {_means(results)}".strip()
     return f"{race_tables.front(results)}\n\n{said}"
 
 

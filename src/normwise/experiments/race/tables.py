@@ -178,7 +178,12 @@ def over_hits(results: Mapping[str, Results], name: str = "auto") -> str:
     if len(there) in (0, len(lines)):
         return ""
     samples, seconds = (geometric_mean([line[key] for line in there]) for key in ("share", "seconds_share"))
-    return f"The geometric mean of `{name}` over its {len(there)} hits is {samples:.2f} of the samples and {seconds:.2f} of the seconds."
+    return f"The geometric mean of `{_called(there[0])}` over its {len(there)} hits is {samples:.2f} of the samples and {seconds:.2f} of the seconds."
+
+
+def _called(line: Results) -> str:
+    """A contender's label, with a word where it was tuned."""
+    return f"{line['label']}, tuned" if line["tuned"]["trials"] > 1 else str(line["label"])
 
 
 def by_task(results: Mapping[str, Results]) -> str:
@@ -192,7 +197,7 @@ def by_task(results: Mapping[str, Results]) -> str:
 def front(results: Mapping[str, Results]) -> str:
     """Task × contender, shares of samples / of seconds, and the hits of each; empty where nothing is raced."""
     names, table = ranked(results), []
-    labels = {line["name"]: line["label"] for one in results.values() for line in one["contenders"]}
+    labels = {line["name"]: _called(line) for one in results.values() for line in one["contenders"]}
     hit: dict[str, list[bool]] = {name: [] for name in names}
     for task in TWELVE:
         lines = {line["name"]: line for line in results[task]["contenders"]} if task in results else {}
