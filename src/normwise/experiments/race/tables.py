@@ -178,7 +178,8 @@ def over_hits(results: Mapping[str, Results], name: str = "auto") -> str:
     if len(there) in (0, len(lines)):
         return ""
     samples, seconds = (geometric_mean([line[key] for line in there]) for key in ("share", "seconds_share"))
-    return f"The geometric mean of `{_called(there[0])}` over its {len(there)} hits is {samples:.2f} of the samples and {seconds:.2f} of the seconds."
+    name = f"`{_called(there[0])}` over its {len(there)} hits"
+    return f"The geometric mean of {name} is {samples:.2f} of the samples and {seconds:.2f} of the seconds."
 
 
 def _called(line: Results) -> str:
