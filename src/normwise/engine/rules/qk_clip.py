@@ -134,6 +134,6 @@ def report(rules: Iterable[BoundRule], attention: str, maxima: Any) -> None:
     known = {name for b in asking for name in b.attentions()}
     if attention not in known:
         raise PolicyError(f"qk_clip scales nothing in {attention!r}.{nearest(attention, known)}")
-    numbers = torch.as_tensor(maxima).detach()
+    numbers = torch.as_tensor(maxima, dtype=None if isinstance(maxima, Tensor) else torch.float64).detach()    # a list would be fp32
     for b in asking:
         b.report(attention, numbers.to(wide(numbers.device)))
