@@ -33,8 +33,8 @@ def put_back(part: Pack) -> None:
 
 def computed_again(part: Pack) -> list[Tensor]:
     """What a proof measures: the weights as the model computes them now, minus their center; no memory that rules work in is touched."""
-    exact = [m.param.detach() if m.computed is None else m.computed.fresh() for m in part.members]
-    return part.local([w.double() if m.center is None else w.double() - m.center.double() for m, w in zip(part.members, exact, strict=True)])
+    exact = [(m.param.detach() if m.computed is None else m.computed.fresh()).double() for m in part.members]
+    return part.local([w if m.center is None else w - m.center.double() for m, w in zip(part.members, exact, strict=True)])
 
 
 def noise_of(part: Pack, norm: Norm) -> Tensor | float:

@@ -155,7 +155,8 @@ class Products:
     def read(self) -> None:
         """As `Computed.read` of each."""
         scales = [way.scale for way in self.ways]
-        scale: Any = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, dtype=wide(self._x.device), device=self._x.device)[:, None, None]
+        device = self._x.device
+        scale: Any = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, dtype=wide(device), device=device)[:, None, None]
         self._factor, other = self.ways[0].factors(torch.stack(self._changed), torch.stack(self._others))
         self._r = _triangle(other).mul_(scale)
         self._x.copy_((self._r @ self._factor.to(self._r.dtype).mT).mT)

@@ -68,8 +68,8 @@ class Bound(BoundRule):
 
     @torch.no_grad()
     def hold(self, part: Pack, turn: Turn) -> None:
-        """Measures float64 weights again as a proof does, and shrinks what is outside: there is nothing wider to compute them in, so how far
-        rounding moves them depends on the condition of what they are computed from, which training changes."""
+        """Measures float64 weights again as a proof does, and shrinks what is outside: there is nothing wider to compute them in, so how
+        far rounding moves them depends on the condition of what they are computed from, which training changes."""
         bounds = isinstance(self.norm, Norm) and self.rule.action in ("clip_norm", "project") and self.nothing_to_verify is None
         for _ in range(LOOKS if bounds and part.coarsest == torch.float64 else 0):
             assert isinstance(self.norm, Norm)
