@@ -361,5 +361,53 @@ def by_torch(folder: str, how: str, full: bool, flattened: bool, dtype: str) -> 
     return faults + _other_bits(_weights(model), _weights(resumed))
 
 
+def saved_by_torch(folder: str, split: bool, dtype: str) -> list[str]:
+    """Trains for half of the steps, split or whole, and saves with ``get_state_dict``, nested; rank 0 keeps beside it what is in there."""
+    run = _Across(split, dtype)
+    run.train(0, STEPS // 2)
+    dcp.save(run.parts(), checkpoint_id=Path(folder, dtype))
+    kept = {"weights": _weights(run.model), "rules": run.known()}
+    if dist.get_rank() == 0:
+        torch.save(kept, Path(folder, f"{dtype}.pt"))
+    return []
+
+
+def loaded_by_torch(folder: str, split: bool, dtype: str) -> list[str]:
+    """The same bits in a run whose weights lie elsewhere; in float64 it ends as one process does that was never interrupted."""
+    run = _Across(split, dtype, seed=4)
+    parts = run.parts()
+    dcp.load(parts, checkpoint_id=Path(folder, dtype))
+    set_state_dict(run.model, run.optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    kept = torch.load(Path(folder, f"{dtype}.pt"), weights_only=True)
+    faults = _other_bits(kept["weights"], _weights(run.model)) + _other_bits(kept["rules"], run.known())
+    faults += [] if kept["rules"].keys() == run.known().keys() else [f"rules know {sorted(run.known())}"]
+    run.train(STEPS // 2, STEPS)
+    plain = _Across(False, dtype)
+    plain.train(0, STEPS)
+    return faults + (_differences(_weights(plain.model), _weights(run.model), 1e-9) if dtype == "float64" else [])
+
+
+class _Across(Saved):
+    """Rules that keep copies of weights, on a model of any dtype."""
+
+    def __init__(self, split: bool, dtype: str, seed: int = 3) -> None:
+        self.way, self.split = way("fsdp"), split
+        model = reader(getattr(torch, dtype), seed=seed)
+        self.model = self.way.place(model, self.way.mesh) if split else model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.02, foreach=False)
+        near = [nw.decay_to_init(0.1, params="blocks.0.*"), nw.l2_penalty(0.1, params="*norm*", center="init", exclude=None)]
+        rules = [*_remembering(), *near]
+        self.control = nw.attach(self.model, self.optimizer, [r for r in rules if r.rounding != "stochastic"])
+
+    def parts(self) -> dict[str, Any]:
+        return dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer), strict=True))
+
+    def known(self) -> dict[str, Tensor]:
+        """All that the rules keep, by rule, kind and parameter."""
+        tensors, _ = flat({"rules": self.control.state_dict()["rules"]})
+        exact = {name: t.double() for name, t in tensors.items()}    # gloo gathers no int16
+        return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in exact.items()}
+
+
 def _other_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [f"{name} differs" for name, w in one.items() if not torch.equal(w, other[name]) or not bool(w.isfinite().all())]

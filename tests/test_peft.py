@@ -137,7 +137,7 @@ def test_a_product_in_the_weakest_direction_of_a_is_met() -> None:
 
 
 @pytest.mark.parametrize("name", ["max_norm", "frobenius", "cap"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_bounds_hold_in_training_as_peft_computes_the_product(name: str, dtype: torch.dtype) -> None:
     limit, measure = {
         "max_norm": (0.05, lambda w: w.norm(dim=1).max()), "frobenius": (0.2, lambda w: w.norm()), "cap": (0.1, spectral),
@@ -153,8 +153,40 @@ def test_bounds_hold_in_training_as_peft_computes_the_product(name: str, dtype: 
         nn.functional.cross_entropy(model(x).float(), x[:, 0] % 5).backward()
         optimizer.step()
         seen.append(float(measure(units(layers(model)["fc"]))))
+        assert control.verify()
     assert max(seen) <= limit and seen[-1] > 0.9 * limit
-    assert control.verify()
+
+
+EQUAL_SHAPES: dict[str, tuple[Callable[..., Any], float, Callable[[Tensor], Tensor]]] = {
+    "max_norm": (nw.max_norm, 0.3, lambda w: w.norm(dim=1).max()),
+    "frobenius": (nw.clip_weight_norm, 0.9, lambda w: w.norm()),
+    "cap": (nw.spectral_cap, 0.3, spectral),
+    "sphere": (nw.unit_norm, 0.3, lambda w: w.norm(dim=1).max()),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha_pattern": {"2": 5}}, {"use_rslora": True, "alpha_pattern": {"0": 2.3, "2": 5}}], ids=str)
+@pytest.mark.parametrize("condition", [1, 1e5])
+@pytest.mark.parametrize("name", EQUAL_SHAPES)
+def test_float64_bounds_hold_on_layers_of_equal_shape_whatever_their_scales(name: str, condition: float, options: Any) -> None:
+    """The layers are one batch. A's rows are of unequal length, and steps are long, so that the product's digits cancel."""
+    rule, limit, measure = EQUAL_SHAPES[name]
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["0", "2"], init_lora_weights=False, **options)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), config).double()
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.lora_A["default"].weight[1] /= condition
+    optimizer = torch.optim.SGD(held(model), lr=1.0, momentum=0.9)
+    control = nw.attach(model, optimizer, rule(limit, "peft:product"))
+    for _ in range(15):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        assert control.verify(), str(control.verify())
+        largest = [float(measure(units(layer))) for layer in layers(model).values()]
+        near = 1e-12 * condition * limit
+        assert all(0.9 * limit < value <= limit + (near if name == "sphere" else 0.0) for value in largest)
 
 
 # ------------------------------------------------------------------------------------------- penalties, prox and decay

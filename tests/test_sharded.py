@@ -143,6 +143,16 @@ def test_torchs_distributed_checkpoint_carries_the_rules_of_split_weights(world,
     assert all(faults == [] for ranks in found.values() for faults in ranks), found
 
 
+@pytest.mark.parametrize("first, later", [((2, True), (1, False)), ((1, False), (2, True)), ((2, True), (2, False))], ids=str)
+def test_centers_and_carries_saved_by_split_weights_are_loaded_by_whole_ones_and_back(first, later, tmp_path):
+    """(processes, split?). Which entries a checkpoint has does not depend on where the weights lie."""
+    for (world, split), job in ((first, "saved_by_torch"), (later, "loaded_by_torch")):
+        (folder := tmp_path / job).mkdir()
+        jobs = [(dtype, f"sharded_training:{job}", [str(tmp_path), split, dtype]) for dtype in ("float64", "bfloat16")]
+        found = run(world, jobs, folder)
+        assert all(faults == [] for ranks in found.values() for faults in ranks), found
+
+
 def test_a_flat_shard_is_refused():
     model = nn.Sequential(nn.Linear(4, 3))
     model[0].weight._fsdp_flattened = True

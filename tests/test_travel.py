@@ -8,6 +8,7 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -606,3 +607,52 @@ def test_names_of_users_own_and_of_peft_are_kept() -> None:
     owner.module = owner.base_model = nn.Linear(2, 2)
     assert {s.name for s in sites(owner)} == {"module.weight", "module.bias", "base_model.weight", "base_model.bias"}
     assert clean_name("base_model.model.q.lora_A.default.weight") == "base_model.model.q.lora_A.default.weight"
+
+
+# ------------------------------------------------------------------------------------------------- what lies by itself
+
+
+BY_THEMSELVES = [
+    nw.max_norm(0.2, params="0.weight", center="init"), nw.decay_to_init(0.1, params="2.*"),
+    nw.weight_decay(0.1, params="4.*", rounding="compensated"), nw.unit_norm("init", params="2.weight"),
+]  # fmt: skip
+
+
+def test_centers_and_carries_lie_by_themselves_as_those_of_split_weights_do() -> None:
+    model = net().bfloat16()
+    optimizer = AdamW(model.parameters(), lr=0.02)
+    nw.attach(model, optimizer, BY_THEMSELVES)
+    part = optimizer.state_dict()["param_groups"][0][KEY][0]
+    shapes = {name: list(t.shape) for name, t in part.items() if isinstance(t, Tensor)}
+    assert shapes == {
+        "kept_whole_0": [8, 6], "kept_whole_1": [8, 8], "kept_whole_2": [8], "found_whole_3": [3, 8], "found_whole_4": [3],
+        "kept_float64": [8],
+    }  # fmt: skip
+
+
+def test_a_state_that_has_them_end_to_end_is_resumed_bit_for_bit() -> None:
+    """Version 0.2 and later ones wrote whole weights so; the file is theirs. The control's own state names each tensor, then as now."""
+    old = torch.load(Path(__file__).parent / "data" / "rules_before_whole_centers.pt", weights_only=True)
+    part = old["optimizer"]["param_groups"][0][KEY][0]
+    assert not any("whole" in name for name in part) and part["found_int16"].numel() == 27
+
+    def resumed(in_optimizer_state: bool) -> tuple[nn.Module, nw.Control]:
+        model = net(5).bfloat16()
+        optimizer = AdamW(model.parameters(), lr=0.02)
+        control = nw.attach(model, optimizer, BY_THEMSELVES, in_optimizer_state=in_optimizer_state)
+        model.load_state_dict(old["model"])
+        optimizer.load_state_dict(copy.deepcopy(old["optimizer"]))
+        if not in_optimizer_state:
+            control.load_state_dict(old["control"])
+        return model, control
+
+    runs = [resumed(True), resumed(False)]
+    assert equal(runs[0][1].state_dict(), old["control"])
+    for seed in range(3, 6):
+        for model, control in runs:
+            x = torch.randn(10, 6, generator=torch.Generator().manual_seed(seed)).bfloat16()
+            [optimizer] = control.optimizers
+            optimizer.zero_grad()
+            (model(x) - x[:, :3]).square().mean().backward()
+            optimizer.step()
+    assert same(runs[0][0], runs[1][0]) and equal(runs[0][1].state_dict(), runs[1][1].state_dict())

@@ -768,7 +768,7 @@ class Control:
             away = {what: {name: t for name, t in known.items() if among(name)} for what, known in kept.items()}
             rules.append(states.saved_of(bound, away, among))
         device = self.engine.params(k)[0].device if self.engine.params(k) else torch.device("cpu")
-        folded = fold(rules, [b.growing for b in self.engine.rules], device)
+        folded = fold(rules, [b.growing for b in self.engine.rules], device, [e.name for e in self.inventory.entries])
         return {"version": VERSION, "steps": self._steppers[k].steps(), "inside": self.engine.inline, **folded}
 
     def _unpack(self, k: int, part: Part) -> Callable[[], None]:

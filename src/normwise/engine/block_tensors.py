@@ -12,6 +12,7 @@ from normwise.engine.pack import Pack, here
 from normwise.engine.sharded.grouping import placed_like
 from normwise.engine.step import Turn
 from normwise.errors import PolicyError
+from normwise.norms import Norm
 from normwise.parameters.layouts import overlaps
 from normwise.parameters.names import clean_name
 from normwise.policy import Rule
@@ -28,6 +29,21 @@ def put_back(part: Pack) -> None:
     """Makes the computed weights what a rule has made of those that `weights_of` gave."""
     for computed in part.computed:
         computed.write()
+
+
+def computed_again(part: Pack) -> list[Tensor]:
+    """What a proof measures: the weights as the model computes them now, minus their center; no memory that rules work in is touched."""
+    exact = [(m.param.detach() if m.computed is None else m.computed.fresh()).double() for m in part.members]
+    return part.local([w if m.center is None else w - m.center.double() for m, w in zip(part.members, exact, strict=True)])
+
+
+def noise_of(part: Pack, norm: Norm) -> Tensor | float:
+    """By how much the norm of each block may differ where another order of operations computes its weight, in float64."""
+    found = [None if m.computed is None else m.computed.way.noise() for m in part.members]
+    if all(noise is None for noise in found):
+        return 0.0
+    filled = [torch.zeros_like(m.weight) if noise is None else noise for m, noise in zip(part.members, found, strict=True)]
+    return part.measure_whole(norm, part.local(filled)).double()
 
 
 def grads_of(part: Pack) -> list[Tensor]:

@@ -23,10 +23,13 @@ from torch.optim import Optimizer
 from normwise.engine.pack import is_sharded
 from normwise.engine.state import KEPT, Saved
 from normwise.errors import PolicyError
+from normwise.low_precision import CARRY
 
 KEY = "normwise"
 """Of the parameter group. While a control is attached the group itself has it, with nothing in it: ``flatten_optimizer_state_dict`` loads
 only the keys that the groups of the optimizer have."""
+OWN_SHAPE = ("center", CARRY)
+"""Of what is stored and found the names of what has the shape of its parameter."""
 Part = dict[str, Any]
 Group = MutableMapping[str, Any]
 
@@ -144,20 +147,22 @@ def _mark(optimizer: Optimizer) -> None:
 # ---------------------------------------------------------------------------------------------------- few tensors
 
 
-def fold(rules: Sequence[Saved], growing: Sequence[Sequence[str]], device: torch.device) -> Part:
-    """The states of rules as one JSON text and a tensor a dtype, end to end; DTensors stay by themselves.
+def fold(rules: Sequence[Saved], growing: Sequence[Sequence[str]], device: torch.device, names: Sequence[str]) -> Part:
+    """The states of rules as one JSON text and a tensor a dtype, end to end. What has a parameter's own shape stays by itself.
 
-    Few entries, since flattened distributed checkpoints repeat those of a group for each of its parameters. growing: of each rule what is
-    found with shapes that change in training. It is in the text: distributed checkpoints read tensors into ones of equal shape.
+    Few entries, since flattened distributed checkpoints repeat those of a group for each of its parameters. Which entries there are depends
+    on the parameters alone and not on where they lie, so that split ones are saved and whole ones loaded, and the other way round.
+    growing: of each rule what is found with shapes that change in training. It is in the text: distributed checkpoints read tensors into
+    ones of equal shape. names: of all parameters, in the model's order.
     """
     ends: dict[str, int] = {}
     parts: dict[str, list[Tensor]] = {}
     whole: dict[str, Tensor] = {}
 
-    def put(kind: str, t: Tensor) -> list[Any]:
-        if is_sharded(t):
+    def put(kind: str, what: str, t: Tensor) -> list[Any]:
+        if what in OWN_SHAPE or is_sharded(t):
             wide = t.int() if t.dtype == torch.int16 else t    # a carry; neither gloo nor NCCL can gather int16
-            whole[f"{kind}_whole_{len(whole)}"] = wide
+            whole[f"{kind}_whole_{len(whole)}"] = wide.detach().contiguous()
             return [list(whole)[-1]]
         name = f"{kind}_{_dtype(t)}"
         start = ends.get(name, 0)
@@ -167,10 +172,25 @@ def fold(rules: Sequence[Saved], growing: Sequence[Sequence[str]], device: torch
 
     tree = []
     for rule, texts in zip(rules, growing, strict=True):
-        kept = {what: {n: put("kept", t) for n, t in rule[what].items()} for what in KEPT}
-        found = {n: {w: as_text(t) if w in texts else put("found", t) for w, t in own.items()} for n, own in rule["found"].items()}
+        kept = {what: {n: put("kept", what, t) for n, t in _in_order(rule[what], names).items()} for what in KEPT}
+        found = {
+            n: {w: as_text(t) if w in texts else put("found", w, t) for w, t in own.items()}
+            for n, own in _in_order(rule["found"], names).items()
+        }
         tree.append({"rule": rule["rule"], **kept, "found": found})
     return {"rules": json.dumps(tree), **{name: torch.cat(each) for name, each in parts.items()}, **whole}
+
+
+def _in_order(known: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What is known by name: equal shapes together, in the model's order. Packs have it, too, unless some parameters are split in another
+    way; so distributed checkpoints of before, which follow the packs, mostly have these entries."""
+    place = {name: i for i, name in enumerate(names)}
+    ordered = sorted(known, key=lambda name: (place.get(name, len(place)), name))
+    groups: dict[Any, list[str]] = {}
+    for name in ordered:
+        tensors = known[name].values() if isinstance(known[name], Mapping) else [known[name]]
+        groups.setdefault(tuple(t.shape for t in tensors), []).append(name)
+    return {name: known[name] for group in groups.values() for name in group}
 
 
 def unfold(part: Mapping[str, Any]) -> list[Saved]:

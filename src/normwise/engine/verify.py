@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from normwise.engine.block_tensors import computed_again, noise_of
 from normwise.engine.margins import inside, least, relative_margin, subnormal
-from normwise.engine.pack import Member, Pack
+from normwise.engine.pack import Pack
 from normwise.engine.program import Engine
 from normwise.engine.rules.base import BoundRule
 from normwise.low_precision import ulp
@@ -204,7 +205,7 @@ def measure_all(acted: Sequence[tuple[BoundRule, Pack, int]], label: str, result
     """Adds what the blocks of these packs are at this step to ``result``: breaches, counts, and the one nearest to its bound."""
     nearest: list[tuple[float, Largest]] = []
     for bound, part, step in acted:
-        radius, exact = bound.radius(part, None, step), part.local([_exact(m) for m in part.members])
+        radius, exact = bound.radius(part, None, step), computed_again(part)
         limit = torch.as_tensor(radius, dtype=torch.float64, device=exact[0].device).expand(part.count)
         value = _value(bound, part, exact, limit)
         excess = _excess(bound, part, value, limit)
@@ -226,11 +227,6 @@ def _has_least(bound: BoundRule) -> bool:
     return isinstance(bound.norm, Norm) and (bound.rule.action == "normalize" or bound.rule.min_radius is not None)
 
 
-def _exact(member: Member) -> Tensor:
-    weight = member.now().double()
-    return weight if member.center is None else weight - member.center.double()
-
-
 def _value(bound: BoundRule, part: Pack, exact: list[Tensor], limit: Tensor) -> Tensor:
     """Each block's norm, or how far it is outside of a set; of split parameters by the owners of whole blocks, and known to every rank."""
     if isinstance(bound.norm, Set):
@@ -241,7 +237,8 @@ def _value(bound: BoundRule, part: Pack, exact: list[Tensor], limit: Tensor) -> 
 def _excess(bound: BoundRule, part: Pack, value: Tensor, limit: Tensor) -> Tensor:
     """By how much each block is outside: at most 0 where the bound holds."""
     if isinstance(bound.norm, Set):
-        return value - (_set_tolerance(limit, part.coarsest) if bound.norm.matrix else 0.0) - part.margin * limit
+        rounding = noise_of(part, bound.norm.sphere) if bound.norm.sphere is not None else 0.0
+        return value - (_set_tolerance(limit, part.coarsest) if bound.norm.matrix else 0.0) - part.margin * limit - rounding
     if not _has_least(bound):
         return value - limit * (1 + bound.rule.tolerance)
     low = limit if bound.rule.min_radius is None else torch.full_like(limit, bound.rule.min_radius)
@@ -261,6 +258,7 @@ def _sphere_tolerance(bound: BoundRule, part: Pack, low: Tensor, limit: Tensor) 
     drift = (torch.cat(norms) + limit) * torch.finfo(dtype).eps / 2 if norms else 0.0
     measuring = limit * margin if dtype == torch.float64 else 0.0
     measuring = measuring + part.margin * (limit + (torch.cat(norms) if norms else 0.0))    # of computed weights, see member.margin
+    measuring = measuring + noise_of(part, bound.norm)
     measuring = measuring + subnormal(bound.norm, dtype, part.block_shape)    # entries there are rounded to multiples, not to a share
     return torch.where(thin, SPHERE_ULP * ulp(limit, dtype) + measuring, 0.0) + drift
 

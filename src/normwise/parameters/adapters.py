@@ -94,7 +94,7 @@ class LowRank(Way):
     def inverse(self, parts: Sequence[Tensor], old: Tensor, new: Tensor) -> list[Tensor]:
         self.refuse_merged()
         changed, other = self.factors(*parts)
-        found = _moved(changed, self.scale * _triangle(other), new - old)
+        found = _moved(changed, self.scale * _triangle(other), old, new)
         return [(found.mT if self.flipped else found).reshape(parts[0].shape), parts[1]]
 
     def refuse_merged(self) -> None:
@@ -118,6 +118,13 @@ class LowRank(Way):
 
     def margin(self, new: Tensor) -> float:
         return 2 * torch.finfo(self.parts()[0].dtype).eps
+
+    def noise(self) -> Tensor | None:
+        changed, other = self.factors(*self.parts())
+        if changed.dtype != torch.float64:    # X is computed wider than it is kept, which `margin` covers
+            return None
+        sizes = abs(self.scale) * _triangle(other).abs() @ changed.abs().mT
+        return (8 + 2 * changed.shape[-1]) * torch.finfo(changed.dtype).eps * sizes.mT
 
     def base_weight(self) -> Tensor:
         """W₀ as numbers; of a quantised base as PEFT's own function dequantises it."""
@@ -148,7 +155,8 @@ class Products:
     def read(self) -> None:
         """As `Computed.read` of each."""
         scales = [way.scale for way in self.ways]
-        scale: Any = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, device=self._x.device)[:, None, None]
+        device = self._x.device
+        scale: Any = scales[0] if len(set(scales)) == 1 else torch.tensor(scales, dtype=wide(device), device=device)[:, None, None]
         self._factor, other = self.ways[0].factors(torch.stack(self._changed), torch.stack(self._others))
         self._r = _triangle(other).mul_(scale)
         self._x.copy_((self._r @ self._factor.to(self._r.dtype).mT).mT)
@@ -161,7 +169,7 @@ class Products:
         if [x._version for x in self.tensors] == self._versions:
             return
         self.refuse_merged()
-        found = _moved(self._factor, self._r, self._x - self._seen)
+        found = _moved(self._factor, self._r, self._seen, self._x)
         found = (found.mT if self.ways[0].flipped else found).reshape(-1, *self._changed[0].shape)
         torch._foreach_copy_(self._changed, list(found.unbind()))
 
@@ -194,13 +202,17 @@ def _triangle(other: Tensor) -> Tensor:
     return torch.linalg.qr(other.to(wide(other.device)), mode="r").R
 
 
-def _moved(changed: Tensor, r: Tensor, change: Tensor) -> Tensor:
-    """The factor plus change·R⁺ᵀ, in its own dtype: bit for bit the same where nothing changes, and where that is not finite."""
+def _moved(changed: Tensor, r: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """The factor plus (new − old)·R⁺ᵀ, in its own dtype: bit for bit the same where nothing changes, and where that is not finite."""
     back, failed = torch.linalg.inv_ex(r) if r.shape[-2] == r.shape[-1] else (r, None)
     # A triangle that is all but singular has no inverse worth having; on a device, where looking would wait, the pseudoinverse is taken.
     fits = failed is not None and may_branch(r) and bool((back.norm(dim=(-2, -1)) * r.norm(dim=(-2, -1)) < WELL_CONDITIONED).all())
     back = back if fits else torch.linalg.pinv(r.nan_to_num(0, 0, 0))
-    found = (changed.to(r.dtype).mT + back @ change.to(r.dtype).mT).mT
+    change = (new - old).to(r.dtype).mT
+    found = changed.to(r.dtype).mT + back @ change
+    if changed.dtype == r.dtype:    # float64: no rounding to a narrower dtype hides the errors of the inverse and of a long way to go
+        found = found + torch.where((change != 0).any(-2, keepdim=True), back @ (new.mT - r @ found), 0.0)
+    found = found.mT
     return torch.where(found.isfinite(), found, changed.to(r.dtype)).to(changed.dtype)
 
 

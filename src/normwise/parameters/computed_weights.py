@@ -81,6 +81,11 @@ class Way:
         """By what share a norm of the weight may differ from that of what was assigned, because of rounding in ``forward``."""
         return 0.0
 
+    def noise(self) -> Tensor | None:
+        """How far each entry of the present weight may be from what another order of the same float64 operations gives, shaped as the
+        weight. None where that is no more than a share of the entry."""
+        return None
+
     def refresh(self) -> None:
         """Tells the module that its raw tensors have changed."""
 
@@ -320,9 +325,14 @@ class Computed:
         return "" if phase == "penalty" and self.way.differentiable and not self.failure else self.refusal
 
     @torch.no_grad()
+    def fresh(self) -> Tensor:
+        """The weight as the module computes it now."""
+        return self.way.forward(*self.way.parts()).detach()
+
+    @torch.no_grad()
     def read(self) -> Tensor:
-        """The weight as the module computes it now, in memory that the next ``read`` overwrites."""
-        now = self.way.forward(*self.way.parts()).detach()
+        """As ``fresh``, in memory that the next ``read`` overwrites."""
+        now = self.fresh()
         kind = now.shape, now.dtype, now.device
         if self.tensor is None or self._seen is None or (self.tensor.shape, self.tensor.dtype, self.tensor.device) != kind:
             self.tensor, self._seen = torch.empty_like(now), torch.empty_like(now)

@@ -217,6 +217,9 @@ class BoundRule:
         """Acts on updates that are not applied yet: what is about to be added to the parameters of ``part``, in place."""
         raise NotImplementedError
 
+    def hold(self, part: Pack, turn: Turn) -> None:
+        """After computed weights are put back: looks again where rounding may have taken them out of a bound."""
+
     def commit(self, turn: Turn) -> None:
         """After a step that happened."""
 
@@ -245,6 +248,7 @@ class BoundRule:
                 self.run_pack(part, turn)
                 if part.computed and self.writes:
                     put_back(part)
+                    self.hold(part, turn)
 
     def prepared(self, optimizer: int) -> Callable[[Turn], None]:
         """What each step of ``optimizer`` runs: :meth:`run`, or the same in fewer calls where nothing varies from step to step."""

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.engine.block_tensors import centers_of, grads_of, make_dense, offsets_of, recenter_, starts_of, weights_of
+from normwise.engine.block_tensors import (
+    centers_of,
+    computed_again,
+    grads_of,
+    make_dense,
+    noise_of,
+    offsets_of,
+    put_back,
+    recenter_,
+    starts_of,
+    weights_of,
+)
 from normwise.engine.margins import inside, least, relative_margin, room, shy
 from normwise.engine.pack import Pack, nothing_to_do
 from normwise.engine.rules.base import BoundRule, runs
@@ -23,6 +34,8 @@ from normwise.policy import actions
 from normwise.policy.radii import Init, Relative
 from normwise.policy.schedules import is_number
 
+LOOKS = 3
+"""How often float64 weights that are computed from others are measured again at most. The second look nearly always finds them inside."""
 EARLY = 20
 """Norms of gradients that are looked at for a threshold that something else has put on them."""
 
@@ -52,6 +65,36 @@ class Bound(BoundRule):
             self._around(part, centers_of(part), self._aimed(part, self.radius(part, turn)), turn)
         else:
             self._act(part, weights_of(part), self._aimed(part, self.radius(part, turn)), turn)
+
+    @torch.no_grad()
+    def hold(self, part: Pack, turn: Turn) -> None:
+        """Measures float64 weights again as a proof does, and shrinks what is outside: there is nothing wider to compute them in, so how
+        far rounding moves them depends on the condition of what they are computed from, which training changes."""
+        bounds = isinstance(self.norm, Norm) and self.rule.action in ("clip_norm", "project") and self.nothing_to_verify is None
+        for _ in range(LOOKS if bounds and part.coarsest == torch.float64 else 0):
+            assert isinstance(self.norm, Norm)
+            value, noise = part.measure_whole(self.norm, computed_again(part)).double(), noise_of(part, self.norm)
+            limit = torch.as_tensor(self.radius(part, turn), dtype=value.dtype, device=value.device) * (1 + self.rule.tolerance)
+            low = 0.0 if self.rule.min_radius is None else self.rule.min_radius
+            hair = relative_margin(self.norm, part.coarsest, part.block_shape)
+            factor = torch.where((value > 0) & (value - noise < low), low / (value - noise) * (1 + hair), 1.0)
+            factor = torch.where((value + noise > limit) & value.isfinite(), limit / (value + noise) * (1 - hair), factor)
+            factor = factor if turn.happened is None else torch.where(turn.happened.to(factor.device) > 0, factor, 1.0)
+            if nothing_to_do(factor):
+                return
+            self._times(part, factor)
+            put_back(part)
+
+    def _times(self, part: Pack, factor: Tensor) -> None:
+        """Each block's distance from its center, times its factor."""
+        weights, centers = weights_of(part), centers_of(part)
+        if not centers:
+            part.scale_(weights, factor)
+            return
+        old = torch._foreach_sub(weights, centers)
+        new = [o.clone() for o in old]
+        part.scale_(new, factor)
+        recenter_(weights, centers, old, new)
 
     # ------------------------------------------------------------------------------------------------ in few calls
 

@@ -163,6 +163,6 @@ def report(rules: Iterable[BoundRule], attention: str, maxima: Any) -> None:
     if attention not in known:
         where = "the model itself" if attention == "" else repr(attention)
         raise PolicyError(f"qk_clip scales nothing in {where}.{nearest(attention, {name or 'the model itself' for name in known})}")
-    numbers = torch.as_tensor(maxima).detach()
+    numbers = torch.as_tensor(maxima, dtype=None if isinstance(maxima, Tensor) else torch.float64).detach()    # a list would be fp32
     for b in asking:
         b.report(attention, numbers.to(wide(numbers.device)))
