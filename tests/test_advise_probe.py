@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -693,3 +693,87 @@ def test_the_benchmark_has_the_columns_of_its_bars(monkeypatch: pytest.MonkeyPat
     for bar in bench.BARS:
         assert any(bar.value in row and bar.bar in row for row in (timed, remembered))
     assert 0 < timed["share"] < 1 and remembered["over_mb"] >= 0
+
+
+# --------------------------------------------------------------------------------------------------- losses of every kind
+
+
+class Hidden(nn.Module):
+    """A normalisation that the code does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 32, bias=False), nn.Linear(32, 5)
+
+    def normed(self, h: Tensor) -> Tensor:
+        return h / h.square().mean(-1, keepdim=True).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.relu(self.normed(self.layer(x))))
+        return out
+
+
+def popping(model: nn.Module, batch: Any) -> Tensor:
+    labels = batch["target"].pop("labels") if "target" in batch else batch.pop("labels")
+    return F.cross_entropy(model(batch["x"]), labels)
+
+
+def penalised(model: nn.Module, batch: Any) -> Tensor:
+    x = batch["x"].clone().requires_grad_()
+    out = model(x)
+    [slope] = torch.autograd.grad(out.sum(), x, create_graph=True)
+    return F.cross_entropy(out, batch["labels"]) + 0.0 * slope.square().sum()
+
+
+def needs_gradients(model: nn.Module, batch: Any) -> Tensor:
+    assert torch.is_grad_enabled()
+    return F.cross_entropy(model(batch["x"]), batch["labels"])
+
+
+def named(nested: bool = False) -> list[dict[str, Any]]:
+    given = batches("mlp", 9)
+    return [{"x": x, "target": {"labels": y}} if nested else {"x": x, "labels": y} for x, y in given]
+
+
+@pytest.mark.parametrize(("of", "nested"), [(popping, False), (popping, True), (penalised, False), (needs_gradients, False)])
+def test_scale_free_weights_are_measured_under_losses_of_every_kind(of: Any, nested: bool) -> None:
+    """Under those that take from their batch, or ask for gradients, too; and what the user gave is as it was."""
+    torch.manual_seed(0)
+    given = named(nested)
+    advice = nw.advise(Hidden(), "lipschitz", batches=given, loss=of, steps=9)
+    assert advice.probe is not None and dict(advice.probe.scale_free) == {"layer.weight": True, "head.weight": False}
+    assert advice.calls[0].arguments["params"] == ["role:head"]
+    assert [list(one) for one in given] == [["x", "target" if nested else "labels"]] * 9
+    assert not nested or all("labels" in one["target"] for one in given)
+
+
+@pytest.mark.parametrize("answer", ["raises", "nan"])
+def test_no_answer_is_no_measurement(answer: str) -> None:
+    """A loss that refuses longer weights says neither that they are scale-free nor that they are not."""
+    torch.manual_seed(0)
+
+    def of(model: nn.Module, batch: Any) -> Tensor:
+        value = F.cross_entropy(model(batch["x"]), batch["labels"])
+        if float(model.layer.weight.detach().norm()) > 30:
+            assert answer != "raises"
+            return value * math.nan
+        return value
+
+    found = probe(Hidden(), named(), of, steps=9)
+    assert dict(found.scale_free) == {"head.weight": False}
+
+
+def test_containers_of_a_batch_are_copied_and_tensors_are_not() -> None:
+    pair = SimpleNamespace(x=1)
+    for given in ([torch.ones(2), {"a": [1]}], (torch.ones(2), [3]), {"x": (torch.ones(1), [2]), "y": pair}, Pair([1], 2)):
+        made_of = probing._own(given)
+        assert type(made_of) is type(given) and str(made_of) == str(given) and made_of is not given
+    assert probing._own(pair) is pair and probing._own(plain := (torch.ones(2), 3)) is plain
+    assert probing._own(given := [torch.ones(2)])[0] is given[0]
+
+
+class Pair(NamedTuple):
+    """A named tuple."""
+
+    x: Any
+    y: Any

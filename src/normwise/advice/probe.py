@@ -9,7 +9,7 @@ import copy as copying
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import compress
@@ -264,7 +264,7 @@ class _Probing:
 
     def _value(self, k: int, batch: Any) -> Tensor:
         try:
-            value = self.loss(self.model, batch)
+            value = self.loss(self.model, _own(batch))
         except NormwiseError:
             raise
         except Exception as error:    # the user's own code
@@ -308,22 +308,29 @@ class _Probing:
         kinds: dict[str, list[Entry]] = {}
         for e in (e for e in found if e.name not in known):
             kinds.setdefault(re.sub(r"\d+", "", e.name), []).append(e)
-        if kinds and not self._bears_any_length([e for entries in kinds.values() for e in entries], batch):
-            for e in (e for entries in kinds.values() if not self._bears_any_length(entries, batch) for e in entries):
-                self.judged[e.name].append(False)
+        if not kinds or self._bears_any_length([e for entries in kinds.values() for e in entries], batch):
+            return
+        for entries in kinds.values():
+            bears = self._bears_any_length(entries, batch)
+            for e in entries:
+                if bears is None:    # neither has been measured
+                    del self.judged[e.name]
+                elif not bears:
+                    self.judged[e.name].append(False)
 
-    def _bears_any_length(self, entries: Sequence[Entry], batch: Any) -> bool:
-        """Whether the loss is the same when they are 16 times as long and 256 times: both are far above a normalisation's eps."""
+    def _bears_any_length(self, entries: Sequence[Entry], batch: Any) -> bool | None:
+        """Whether the loss is the same when they are 16 times as long and 256 times: both are far above a normalisation's eps. None where
+        the loss gives no answer."""
         one, other = (self._loss_of_longer(entries, factor, batch) for factor in (16, 256))
-        return abs(other - one) <= 1e-5 * abs(one)
+        return abs(other - one) <= 1e-5 * abs(one) if math.isfinite(one) and math.isfinite(other) else None
 
     def _loss_of_longer(self, entries: Sequence[Entry], factor: float, batch: Any) -> float:
-        """NaN where the user's own code raises: no answer is no measurement."""
+        """NaN where the user's own code raises. It may ask for gradients, as of its inputs."""
         was = [e.param.clone() for e in entries]
         torch._foreach_mul_([e.param for e in entries], factor)
         try:
-            with same_draws():
-                return float(self.loss(self.model, batch))
+            with same_draws(), torch.enable_grad():
+                return float(self.loss(self.model, _own(batch)).detach())
         except Exception:
             return math.nan
         finally:
@@ -422,6 +429,25 @@ def _halves(batch: Any) -> tuple[Any, Any] | None:
         return None
     middle = sizes[0] // 2
     return _cut(batch, sizes[0], 0, middle), _cut(batch, sizes[0], middle, 2 * middle)
+
+
+def _own(batch: Any, depth: int = 2) -> Any:
+    """A batch whose dicts and lists the loss may change (``batch.pop("labels")``): the batch is needed again, and may be the user's. Tensors
+    and what is no container are the same."""
+    if not depth or not isinstance(batch, MutableMapping | list | tuple):
+        return batch
+    try:
+        if isinstance(batch, tuple):
+            parts = [_own(part, depth - 1) for part in batch]
+            same = all(part is before for part, before in zip(parts, batch, strict=True))
+            return batch if same else type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        made = copying.copy(batch)
+        for key, part in batch.items() if isinstance(batch, MutableMapping) else enumerate(batch):
+            if isinstance(part, MutableMapping | list | tuple):
+                made[key] = _own(part, depth - 1)
+        return made
+    except Exception:    # a container that is not made like its kind
+        return batch
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
