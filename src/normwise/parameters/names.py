@@ -113,6 +113,13 @@ def sites(model: nn.Module) -> list[Site]:
     return list(found.values())
 
 
+def carries_adapter(module: nn.Module) -> bool:
+    """Whether it is a layer with an adapter beside it: what it adds is that layer's own weight."""
+    held = {name for named in (module.named_children(), module.named_parameters(recurse=False)) for name, _ in named}
+    known = {*ADAPTED, "lora_layer", *(name for names in _ADAPTERS.values() for name in names)}
+    return bool(held & known) or ({"down", "up"} <= held and "lora" in class_of(module).__name__.lower())
+
+
 def adapter_of(place: Site) -> str:
     """"A" or "B" where the parameter is one matrix of a low-rank product: told by the names on its path."""
     steps = place.name.split(".")
