@@ -768,8 +768,8 @@ def test_containers_of_a_batch_are_copied_and_tensors_are_not() -> None:
     for given in ([torch.ones(2), {"a": [1]}], (torch.ones(2), [3]), {"x": (torch.ones(1), [2]), "y": pair}, Pair([1], 2)):
         made_of = probing._own(given)
         assert type(made_of) is type(given) and str(made_of) == str(given) and made_of is not given
-    assert probing._own(pair) is pair and probing._own(plain := (torch.ones(2), 3)) is plain
-    assert probing._own(given := [torch.ones(2)])[0] is given[0]
+    plain, listed = (torch.ones(2), 3), [torch.ones(2)]
+    assert probing._own(pair) is pair and probing._own(plain) is plain and probing._own(listed)[0] is listed[0]
 
 
 class Pair(NamedTuple):

@@ -432,8 +432,8 @@ def _halves(batch: Any) -> tuple[Any, Any] | None:
 
 
 def _own(batch: Any, depth: int = 2) -> Any:
-    """A batch whose dicts and lists the loss may change (``batch.pop("labels")``): the batch is needed again, and may be the user's. Tensors
-    and what is no container are the same."""
+    """A batch whose dicts and lists the loss may change (``batch.pop("labels")``): the batch is needed again, and may be the user's.
+    Tensors and what is no container are the same."""
     if not depth or not isinstance(batch, MutableMapping | list | tuple):
         return batch
     try:
