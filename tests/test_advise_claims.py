@@ -16,7 +16,7 @@ import normwise as nw
 from normwise import cli
 from normwise.advice import Advice
 from normwise.advice.facts import Facts
-from normwise.prune import shrink
+from normwise.prune import shrink, targets
 
 
 class Residual(nn.Module):
@@ -162,6 +162,18 @@ def test_a_chain_is_claimed_where_it_is_plain_to_see(model: nn.Module, chained: 
 def test_frozen_matrices_are_told_where_a_product_is() -> None:
     [told] = [one for one in nw.advise(frozen(), "lipschitz").lines if one.what == "what is frozen is not capped"]
     assert told.tensors == 1 and "0.weight" in told.on
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantised_layers_without_parameters_are_told() -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(
+        nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.LSTM(6, 6), nn.Embedding(3, 6)), {nn.Linear, nn.LSTM}
+    )
+    model = nn.Sequential(quantised, nn.Linear(6, 3))
+    assert Facts.of(model).packed == ["0.0", "0.2"]
+    [told] = [one for one in nw.advise(model, "lipschitz").lines if one.what == "what is frozen is not capped"]
+    assert told.on == "0.0, 0.2" and told.tensors == 0
+    assert Facts.of(frozen()).packed == []
 
 
 class Recurrent(nn.Module):
@@ -634,6 +646,104 @@ def test_the_lasso_leaves_out_what_shrink_leaves_whole() -> None:
             model[k].bias[:2] = 0
     smaller, _ = shrink(model, torch.randn(2, 2, 5, 5))
     assert (smaller[0].out_channels, smaller[2].out_channels) == (4, 4)
+
+
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down, self.head = nn.Linear(6, 6), nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.down(F.relu(self.up(x)))
+        out: Tensor = self.head(x)
+        return out
+
+
+class Augmented(Stem):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.down(F.relu(self.up(x)))
+        h += self.stem(x)
+        out: Tensor = self.head(h)
+        return out
+
+
+class GatedUnits(Stem):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x) * torch.sigmoid(self.down(F.relu(self.up(x))))
+        out: Tensor = self.head(h)
+        return out
+
+
+class ScaledUnits(Stem):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.down(F.relu(self.up(self.stem(x))) * self.gamma))
+        return out
+
+
+class Straightly(Stem):
+    factor = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Constants and numbers of the module's own mix nothing."""
+        x = 0.5 * F.relu(self.stem(x) + 1)
+        out: Tensor = self.head(self.down(F.relu(self.up(x)) * self.factor))
+        return out
+
+
+class Experts(nn.Module):
+    """A router, and experts whose outputs are summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Sequential(nn.Linear(6, 2), nn.Softmax(-1)), nn.Linear(6, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.gate(x)
+        out: Tensor = self.head(sum(shares[:, i : i + 1] * expert(x) for i, expert in enumerate(self.experts)))
+        return out
+
+
+class Shortcuts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Stem()
+        self.body.head = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.body(x)
+        return out
+
+
+def routed() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.Softmax(-1), nn.Linear(6, 6), Shortcuts(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+UNITS: dict[Any, set[str]] = {
+    Stem: {"up"}, Augmented: {"up"}, GatedUnits: {"up"}, Straightly: {"stem", "up", "down"},
+    ScaledUnits: {"stem", "down"}, Experts: {"experts.0.0", "experts.1.0"},
+    Joined: set(), routed: {"3.body.up", "4"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_the_lasso_is_for_units_that_a_smaller_network_can_do_without(kind: Any) -> None:
+    """Against what `prune.targets` finds by autograd, where shortcuts count, since their layers lose units together."""
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model = kind()
+    advice = nw.advise(model, "sparsity")
+    chosen = {name for call in advice.calls for name in call.arguments["params"]}
+    assert chosen == {f"{name}.weight" for name in UNITS[kind]}
+    assert chosen <= set(targets(model, torch.randn(3, 6)))
+    left = [line for line in advice.lines if line.what == "group lasso on units that others are mixed with"]
+    assert bool(left) is (kind is not Straightly)
+    assert bool(chosen) is any("train the smaller shape" in line.what for line in advice.lines)
 
 
 @pytest.mark.parametrize("goal", ["speed", "stability", "finetuning"])

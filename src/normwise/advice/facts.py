@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from normwise.advice.costs import size_of
+from normwise.advice.costs import a_kind_of, size_of
 from normwise.advice.multiplied import multiplies, recurs
 from normwise.advice.probe import Probe
 from normwise.errors import PolicyError
@@ -39,7 +39,7 @@ class Facts:
     def of(cls, model: object) -> Facts:
         """PolicyError for what is no module and for a model without trainable parameters."""
         if not isinstance(model, nn.Module):
-            raise PolicyError(f"advise was given a {type(model).__name__}: give the model, a torch.nn.Module.")
+            raise PolicyError(f"advise was given {a_kind_of(model)}: give the model, a torch.nn.Module.")
         facts = cls(model, Inventory(model))
         if not facts.trainable:
             raise PolicyError("the model has no trainable parameters: unfreeze what you want to train before you ask for advice.")
@@ -141,7 +141,7 @@ class Facts:
 
     @cached_property
     def chained(self) -> bool:
-        """Whether the model is a chain of linear layers, all trained and real, and nothing between takes two inputs further apart; proven."""
+        """Whether the model is a chain of linear layers, all trained, real, and nothing between takes two inputs further apart; proven."""
         return not self.computed and not self.frozen and not self.complex and _is_chain(self.model)
 
     @cached_property
@@ -149,6 +149,15 @@ class Facts:
         """Matrices that do not train, so that no rule bounds them, but LoRA's base."""
         still = (e for e in self.inventory.weights if e.role in WEIGHTS and not e.trained and not e.adapter and len(e.shape) >= 2)
         return [e for e in still if not set(ADAPTED) & set(e.name.split("."))]
+
+    @cached_property
+    def packed(self) -> list[str]:
+        """Paths of layers whose quantised weights are no parameters, as torch's dynamic quantisation makes them."""
+        found: list[str] = []
+        for path, module in self.model.named_modules():
+            if _is_packed(module) and not any(path.startswith(f"{outer}.") for outer in found if outer):
+                found.append(path)
+        return found
 
     @cached_property
     def sparse(self) -> list[str]:
@@ -215,6 +224,13 @@ class Facts:
         if "conv" in self.roles and all(_cuts_patches(e.module) for e in self.trainable if e.role == "conv"):    # an MLP-Mixer
             return "patches"
         return "linear layers" if not self.roles & {"conv", "embedding"} else "mixed"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Of torch's quantised layers one with weights: a Linear, a convolution, a recurrent layer, a cell, a table."""
+    where = class_of(module).__module__ or ""
+    held = ("_packed_params", "_weight_bias", "_all_weight_values", "_packed_weight_ih")
+    return where.startswith(("torch.ao.nn.", "torch.nn.quantized")) and any(hasattr(module, name) for name in held)
 
 
 def _is_complex(e: Entry) -> bool:

@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
 from normwise.advice import costs
 from normwise.advice.answer import Basis, Call, Line, Recipe, Verdict
 from normwise.advice.facts import WEIGHTS, Facts
 from normwise.advice.sentences import SAID
+from normwise.advice.tied_units import tied_units
 from normwise.optim.presets import MATRICES
 from normwise.parameters.inventory import Entry
+from normwise.prune.dependency_groups import LAYERS
 
 SHARES = {
     "cnn": (0.57, 0.60), "plain": (0.25, 0.30), "unet": (0.19, 0.23), "resnet": (0.29, 0.30), "resnet_gn": (0.25, 0.28),
@@ -111,12 +111,12 @@ def generalisation(facts: Facts) -> Answer:
 
 def sparsity(facts: Facts) -> Answer:
     """The group lasso where it was seen to work: convolutions and MLPs that nothing normalises."""
-    shrinkable = [
-        e for e in facts.weights(("conv", "hidden"))
-        if e.layout.certain and e.param.ndim >= 2 and e.computed is None and not _is_kept_whole(e.module)
-    ]  # fmt: skip
+    units = [e for e in facts.weights(("conv", "hidden")) if e.layout.certain and e.param.ndim >= 2 and not _is_kept_whole(e)]
+    tied = tied_units(facts.model)
+    held = [e for e in units if id(e.module) in tied]
+    shrinkable = [e for e in units if e not in held]
     blocks = facts.factors or facts.attentions or facts.complex or "recurrent" in facts.roles
-    why = "blocks" if blocks else "normalised" if facts.normalised else "" if shrinkable else "nothing"
+    why = "blocks" if blocks else "normalised" if facts.normalised else "" if shrinkable else "tied" if held else "nothing"
     if why:
         recipe, lines = fast_step(facts)
         return recipe, [line("leave", f"not sparse, {why}", "everything"), *lines]
@@ -128,12 +128,15 @@ def sparsity(facts: Facts) -> Answer:
     for size, entries in by_size.items():
         strength = round(0.01 * math.sqrt(size), 4)
         lines.append(do("lasso", Call("group_lasso", {"strength": strength, "params": _names(entries), "start": 250}), entries))
+    if held:
+        lines.append(line("leave", "not sparse, tied", ", ".join(_names(held)[:2]), held, basis="guess"))
     return recipe, [*lines, line("know", "smaller shape", "the smaller network")]
 
 
-def _is_kept_whole(module: nn.Module) -> bool:
+def _is_kept_whole(e: Entry) -> bool:
     """Whether shrink() leaves a layer's units alone, whatever stands around it."""
-    return getattr(module, "groups", 1) > 1 or isinstance(module, nn.modules.conv._ConvTransposeNd | nn.Bilinear)
+    plain = isinstance(e.module, LAYERS) and e.local_name == "weight" and e.computed is None and not e.tied
+    return not plain or getattr(e.module, "groups", 1) > 1
 
 
 def stability(facts: Facts) -> Answer:
@@ -160,8 +163,8 @@ def lipschitz(facts: Facts) -> Answer:
     if left:
         measured = all(e.name in facts.judged for e in left)
         lines.append(line("leave", "no caps", "scale-free weights", left, basis="probe" if measured else "guess"))
-    if facts.frozen:
-        lines.append(line("know", "frozen", ", ".join(_names(facts.frozen)[:2]), facts.frozen))
+    if still := [*facts.packed, *_names(facts.frozen)]:
+        lines.append(line("know", "frozen", ", ".join(still[:2]) + (" ..." if len(still) > 2 else ""), facts.frozen))
     if capped:
         return recipe, [*lines, *_beyond_caps(facts)]
     return recipe, [*lines, *([] if left or facts.factors or facts.complex else [line("leave", "nothing to cap", "everything")])]

@@ -93,7 +93,14 @@ SAID: dict[str, Said] = {
         "normalisations shrink() keeps the units. A narrower network, trained from the start, is the better way.", "docs/pruning.md",
     ),
     "not sparse, nothing": Said(
-        "group lasso and L1", "There are no hidden units: all weights are heads or tables.", "docs/pruning.md",
+        "group lasso and L1",
+        "There are no hidden units that shrink() could remove: all weights are heads, tables, or of layers that are grouped, transposed, "
+        "shared or computed.", "docs/pruning.md",
+    ),
+    "not sparse, tied": Said(
+        "group lasso on units that others are mixed with",
+        "What these give is summed or multiplied with other units, put through a softmax, joined or split, as of routers, experts and "
+        "branches: a unit that is zero cannot be removed there by itself.", "docs/pruning.md",
     ),
     "no product bounds": Said(
         "bounds on the product s·B·A",
@@ -246,7 +253,9 @@ SAID: dict[str, Said] = {
         needs="spectral_cap",
     ),
     "frozen": Said(
-        "what is frozen is not capped", "No rule bounds a weight that does not train: it amplifies by its own largest singular value.",
+        "what is frozen is not capped",
+        "No rule bounds a weight that does not train, or that is quantised and no parameter: it amplifies by its own largest singular "
+        "value.",
         "Gouk et al., 2021",
     ),
     "magnitudes": Said(

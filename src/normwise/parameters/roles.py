@@ -277,6 +277,14 @@ def _followed(module: nn.Module, kinds: set[int], bare: set[int], depth: int = 0
     return found if found or None not in inside else None
 
 
+def output_layers(module: nn.Module, path: str, kinds: set[int]) -> set[int] | None:
+    """Those layers of ``kinds``, by their ids, that give the results of ``module``'s child at ``path``, or of each in a list. None where
+    that cannot be read."""
+    found = [_followed(child, kinds, set()) for child in _children_at(module, path)]
+    known = [one for one in found if one is not None]
+    return set().union(*known) if known and len(known) == len(found) else None
+
+
 def _has_weights(module: nn.Module) -> bool:
     """A result that went through a layer without any is still that result: dropout, a softmax, pooling."""
     return next(module.parameters(), None) is not None
