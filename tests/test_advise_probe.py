@@ -499,10 +499,26 @@ def broken() -> Iterator[Any]:
     raise FileNotFoundError("picture 17")
 
 
-def twice(model: nn.Module, batch: Any) -> Tensor:
+def twice(model: nn.Module, batch: Any, again: bool = False) -> Tensor:
     value = loss(model, batch)
-    value.backward()
+    value.backward(retain_graph=again)
     return value
+
+
+def long_words(model: nn.Module, batch: Any) -> Tensor:
+    raise ValueError("many words " * 40)
+
+
+class Stuck(torch.autograd.Function):
+    """A backward pass that fails with many words."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise ValueError("many words\n" * 40)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +527,10 @@ def twice(model: nn.Module, batch: Any) -> Tensor:
         (broken(), loss, "batch 4 raised FileNotFoundError: picture 17"),
         (list, loss, "the class list"),
         (batches("mlp"), lambda m, b: loss(m, b) * (1 + 1j), "complex"),
-        (batches("mlp"), twice, "leave its backward pass to the probe"),
+        (batches("mlp"), twice, "calls backward.* itself.*leave its backward pass to the probe"),
+        (batches("mlp"), lambda m, b: twice(m, b, True), "calls backward.* itself.*leave its backward pass to the probe"),
+        (batches("mlp"), long_words, r"ValueError: many words( many words| many)+ …$"),
+        (batches("mlp"), lambda m, b: Stuck.apply(loss(m, b)), r"many words( many words| many)+ … Return the loss"),
     ],
 )
 def test_what_a_probe_cannot_use_is_one_sentence(given: Any, of: Any, says: str) -> None:
@@ -520,6 +539,41 @@ def test_what_a_probe_cannot_use_is_one_sentence(given: Any, of: Any, says: str)
     with pytest.raises(DataError, match=says):
         nw.advise(model, batches=given, loss=of)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_inference_mode_is_named() -> None:
+    with torch.inference_mode():
+        born_there = made("mlp")
+        with pytest.raises(DataError, match=r"under torch.inference_mode\(\) nothing has gradients"):
+            probe(made("mlp"), batches("mlp"), loss)
+    with pytest.raises(DataError, match=r"under torch.inference_mode\(\) nothing has gradients"):
+        probe(born_there, batches("mlp"), loss)
+
+
+class Replaces(nn.Module):
+    """A forward pass that registers, replaces and takes away members."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gone, self.calls = nn.Linear(6, 5), nn.Linear(2, 2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            self.layer.weight = nn.Parameter(self.layer.weight.detach() * 2)
+            self.extra, self.more = nn.Parameter(torch.zeros(5)), nn.Linear(5, 5)
+            self.register_buffer("seen", torch.zeros(1))
+            del self.gone
+        out: Tensor = self.layer(x)
+        return self.more(out) + self.extra if self.calls >= 3 else out
+
+
+def test_members_that_the_forward_pass_changes_come_back() -> None:
+    model = Replaces()
+    before, weight = dict(model.named_parameters()), model.layer.weight.detach().clone()
+    probe(model, batches("mlp"), loss)
+    assert list(dict(model.named_parameters())) == list(before) and list(model._modules) == ["layer", "gone"] and not model._buffers
+    assert all(p is before[name] for name, p in model.named_parameters()) and torch.equal(model.layer.weight, weight)
 
 
 def test_buffers_without_a_shape_are_refused() -> None:
@@ -632,8 +686,8 @@ def nothing_trained(model: nn.Module, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize(("data", "of", "steps", "says"), [
     (batches("mlp", 12), loss, 30, "ended after 12, and the probe asks for 30"),
-    (7, loss, 30, "the batches are a int"),
-    (endless(), 3, 30, "the loss is a int"),
+    (7, loss, 30, "the batches are an int"),
+    (endless(), 3, 30, "the loss is an int"),
     (endless(), loss, 3, "steps=3"),
     (endless(), lambda m, b: loss(m, b) * math.nan, 30, "of the first batch is nan"),
     (endless(), lambda m, b: m(b[0]), 30, "of shape (8, 5)"),

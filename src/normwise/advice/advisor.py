@@ -16,8 +16,8 @@ from normwise.advice import costs
 from normwise.advice.answer import Advice, Call, Line, Recipe
 from normwise.advice.facts import Facts
 from normwise.advice.goals import ADAMW, GOALS, do, line
-from normwise.advice.sentences import SAID
 from normwise.advice.probe import STEPS, Loss, Probe, probe
+from normwise.advice.sentences import SAID
 from normwise.control import attach
 from normwise.engine.nonfinite import all_finite
 from normwise.errors import NormwiseError, PolicyError, nearest

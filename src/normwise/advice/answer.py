@@ -70,8 +70,8 @@ class Line:
     """One piece of advice.
 
     verdict: ``"do"`` (it is in the policy or the optimizer), ``"leave"`` (you need not), ``"know"`` (nothing here does it for you).
-    on: which parameters, with ``tensors`` and ``numbers`` how many. basis: what tells it, the model, a guess from its code, or the probe. needs: the rule or optimizer
-    without which it says nothing, "" for none.
+    on: which parameters, with ``tensors`` and ``numbers`` how many. basis: what tells it, the model, a guess from its code, or the probe.
+    needs: the rule or optimizer without which it says nothing, "" for none.
     """
 
     verdict: Verdict
