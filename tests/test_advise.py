@@ -266,6 +266,7 @@ def test_a_new_head_and_empty_weights_are_not_held() -> None:
 
 @pytest.mark.parametrize(("model", "goal", "more", "says"), [
     ([1], "speed", {}, "given a list"),
+    (torch.optim.Adam([torch.zeros(1)]), "speed", {}, "given an Adam"),
     ("mlp", "fast", {}, "Allowed: finetuning, generalisation, lipschitz, plasticity, quantisation, sparsity, speed, stability"),
     ("mlp", 3, {}, "is unknown"),
     ("mlp", "speed", {"batches": []}, "without loss="),

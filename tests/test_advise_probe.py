@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -499,10 +499,26 @@ def broken() -> Iterator[Any]:
     raise FileNotFoundError("picture 17")
 
 
-def twice(model: nn.Module, batch: Any) -> Tensor:
+def twice(model: nn.Module, batch: Any, again: bool = False) -> Tensor:
     value = loss(model, batch)
-    value.backward()
+    value.backward(retain_graph=again)
     return value
+
+
+def long_words(model: nn.Module, batch: Any) -> Tensor:
+    raise ValueError("many words " * 40)
+
+
+class Stuck(torch.autograd.Function):
+    """A backward pass that fails with many words."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise ValueError("many words\n" * 40)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +527,10 @@ def twice(model: nn.Module, batch: Any) -> Tensor:
         (broken(), loss, "batch 4 raised FileNotFoundError: picture 17"),
         (list, loss, "the class list"),
         (batches("mlp"), lambda m, b: loss(m, b) * (1 + 1j), "complex"),
-        (batches("mlp"), twice, "leave its backward pass to the probe"),
+        (batches("mlp"), twice, "calls backward.* itself.*leave its backward pass to the probe"),
+        (batches("mlp"), lambda m, b: twice(m, b, True), "calls backward.* itself.*leave its backward pass to the probe"),
+        (batches("mlp"), long_words, r"ValueError: many words( many words| many)+ …$"),
+        (batches("mlp"), lambda m, b: Stuck.apply(loss(m, b)), r"many words( many words| many)+ … Return the loss"),
     ],
 )
 def test_what_a_probe_cannot_use_is_one_sentence(given: Any, of: Any, says: str) -> None:
@@ -520,6 +539,41 @@ def test_what_a_probe_cannot_use_is_one_sentence(given: Any, of: Any, says: str)
     with pytest.raises(DataError, match=says):
         nw.advise(model, batches=given, loss=of)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_inference_mode_is_named() -> None:
+    with torch.inference_mode():
+        born_there = made("mlp")
+        with pytest.raises(DataError, match=r"under torch.inference_mode\(\) nothing has gradients"):
+            probe(made("mlp"), batches("mlp"), loss)
+    with pytest.raises(DataError, match=r"under torch.inference_mode\(\) nothing has gradients"):
+        probe(born_there, batches("mlp"), loss)
+
+
+class Replaces(nn.Module):
+    """A forward pass that registers, replaces and takes away members."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gone, self.calls = nn.Linear(6, 5), nn.Linear(2, 2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            self.layer.weight = nn.Parameter(self.layer.weight.detach() * 2)
+            self.extra, self.more = nn.Parameter(torch.zeros(5)), nn.Linear(5, 5)
+            self.register_buffer("seen", torch.zeros(1))
+            del self.gone
+        out: Tensor = self.layer(x)
+        return self.more(out) + self.extra if self.calls >= 3 else out
+
+
+def test_members_that_the_forward_pass_changes_come_back() -> None:
+    model = Replaces()
+    before, weight = dict(model.named_parameters()), model.layer.weight.detach().clone()
+    probe(model, batches("mlp"), loss)
+    assert list(dict(model.named_parameters())) == list(before) and list(model._modules) == ["layer", "gone"] and not model._buffers
+    assert all(p is before[name] for name, p in model.named_parameters()) and torch.equal(model.layer.weight, weight)
 
 
 def test_buffers_without_a_shape_are_refused() -> None:
@@ -632,8 +686,8 @@ def nothing_trained(model: nn.Module, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize(("data", "of", "steps", "says"), [
     (batches("mlp", 12), loss, 30, "ended after 12, and the probe asks for 30"),
-    (7, loss, 30, "the batches are a int"),
-    (endless(), 3, 30, "the loss is a int"),
+    (7, loss, 30, "the batches are an int"),
+    (endless(), 3, 30, "the loss is an int"),
     (endless(), loss, 3, "steps=3"),
     (endless(), lambda m, b: loss(m, b) * math.nan, 30, "of the first batch is nan"),
     (endless(), lambda m, b: m(b[0]), 30, "of shape (8, 5)"),
@@ -693,3 +747,87 @@ def test_the_benchmark_has_the_columns_of_its_bars(monkeypatch: pytest.MonkeyPat
     for bar in bench.BARS:
         assert any(bar.value in row and bar.bar in row for row in (timed, remembered))
     assert 0 < timed["share"] < 1 and remembered["over_mb"] >= 0
+
+
+# --------------------------------------------------------------------------------------------------- losses of every kind
+
+
+class Hidden(nn.Module):
+    """A normalisation that the code does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 32, bias=False), nn.Linear(32, 5)
+
+    def normed(self, h: Tensor) -> Tensor:
+        return h / h.square().mean(-1, keepdim=True).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.relu(self.normed(self.layer(x))))
+        return out
+
+
+def popping(model: nn.Module, batch: Any) -> Tensor:
+    labels = batch["target"].pop("labels") if "target" in batch else batch.pop("labels")
+    return F.cross_entropy(model(batch["x"]), labels)
+
+
+def penalised(model: nn.Module, batch: Any) -> Tensor:
+    x = batch["x"].clone().requires_grad_()
+    out = model(x)
+    [slope] = torch.autograd.grad(out.sum(), x, create_graph=True)
+    return F.cross_entropy(out, batch["labels"]) + 0.0 * slope.square().sum()
+
+
+def needs_gradients(model: nn.Module, batch: Any) -> Tensor:
+    assert torch.is_grad_enabled()
+    return F.cross_entropy(model(batch["x"]), batch["labels"])
+
+
+def named(nested: bool = False) -> list[dict[str, Any]]:
+    given = batches("mlp", 9)
+    return [{"x": x, "target": {"labels": y}} if nested else {"x": x, "labels": y} for x, y in given]
+
+
+@pytest.mark.parametrize(("of", "nested"), [(popping, False), (popping, True), (penalised, False), (needs_gradients, False)])
+def test_scale_free_weights_are_measured_under_losses_of_every_kind(of: Any, nested: bool) -> None:
+    """Under those that take from their batch, or ask for gradients, too; and what the user gave is as it was."""
+    torch.manual_seed(0)
+    given = named(nested)
+    advice = nw.advise(Hidden(), "lipschitz", batches=given, loss=of, steps=9)
+    assert advice.probe is not None and dict(advice.probe.scale_free) == {"layer.weight": True, "head.weight": False}
+    assert advice.calls[0].arguments["params"] == ["role:head"]
+    assert [list(one) for one in given] == [["x", "target" if nested else "labels"]] * 9
+    assert not nested or all("labels" in one["target"] for one in given)
+
+
+@pytest.mark.parametrize("answer", ["raises", "nan"])
+def test_no_answer_is_no_measurement(answer: str) -> None:
+    """A loss that refuses longer weights says neither that they are scale-free nor that they are not."""
+    torch.manual_seed(0)
+
+    def of(model: nn.Module, batch: Any) -> Tensor:
+        value = F.cross_entropy(model(batch["x"]), batch["labels"])
+        if float(model.layer.weight.detach().norm()) > 30:
+            assert answer != "raises"
+            return value * math.nan
+        return value
+
+    found = probe(Hidden(), named(), of, steps=9)
+    assert dict(found.scale_free) == {"head.weight": False}
+
+
+def test_containers_of_a_batch_are_copied_and_tensors_are_not() -> None:
+    pair = SimpleNamespace(x=1)
+    for given in ([torch.ones(2), {"a": [1]}], (torch.ones(2), [3]), {"x": (torch.ones(1), [2]), "y": pair}, Pair([1], 2)):
+        made_of = probing._own(given)
+        assert type(made_of) is type(given) and str(made_of) == str(given) and made_of is not given
+    plain, listed = (torch.ones(2), 3), [torch.ones(2)]
+    assert probing._own(pair) is pair and probing._own(plain) is plain and probing._own(listed)[0] is listed[0]
+
+
+class Pair(NamedTuple):
+    """A named tuple."""
+
+    x: Any
+    y: Any

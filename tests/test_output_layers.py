@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 import normwise as nw
@@ -177,6 +178,55 @@ CASES = [
 @pytest.mark.parametrize(("make", "expected"), CASES)
 def test_heads_are_what_gives_the_outputs(make: Any, expected: list[str]) -> None:
     assert heads(make()) == expected
+
+
+class Reaching(nn.Module):
+    """It calls a layer of its child."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.out(self.net.body(x))
+
+
+class DistributedDataParallel(nn.Module):
+    """Of torch's what can be had without a process group."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class Sharded(nn.Module):
+    """As FSDP1 holds what it shards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+WRAPPERS = [nn.DataParallel, torch.compile, checkpoint_wrapper, DistributedDataParallel, Sharded]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_heads_are_found_within_wrappers_at_every_level(wrap: Any) -> None:
+    def layers(between: Any = lambda module: module) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), between(nn.Linear(8, 3)))
+
+    twice = (one for one in WRAPPERS if not (one is wrap is torch.compile))    # what is compiled twice is no module
+    for again in (lambda module: module, *twice):
+        assert heads(nn.Sequential(again(wrap(layers())))) == ["0.4"]
+        assert heads(again(nn.Sequential(wrap(layers(wrap))))) == ["0.4"]
+    assert heads(Wrapped(wrap(DefinedFirst()))) == heads(Reaching(wrap(DefinedFirst()))) == ["net.out"]
+    several = Detector()
+    several.boxes, several.classes = wrap(several.boxes), wrap(several.classes)
+    several.several = nn.ModuleList(wrap(one) for one in several.several)
+    assert heads(several) == heads(Detector())
+    unread = nn.Module()
+    unread.body, unread.head = wrap(nn.Linear(4, 4)), wrap(nn.Linear(4, 3))
+    assert heads(unread) == ["head"]
 
 
 def test_the_forward_pass_is_read_and_never_run() -> None:

@@ -15,8 +15,9 @@ from torch import nn
 from normwise.advice import costs
 from normwise.advice.answer import Advice, Call, Line, Recipe
 from normwise.advice.facts import Facts
-from normwise.advice.goals import ADAMW, GOALS, bound_of_chain, do, line
+from normwise.advice.goals import ADAMW, GOALS, do, line
 from normwise.advice.probe import STEPS, Loss, Probe, probe
+from normwise.advice.sentences import SAID
 from normwise.control import attach
 from normwise.engine.nonfinite import all_finite
 from normwise.errors import NormwiseError, PolicyError, nearest
@@ -30,6 +31,9 @@ PACE = 0.1
 """Of a weight's length, moved in a step of AdamW: more than this is told; our own rule of thumb."""
 SPREAD = 30.0
 """How far apart ‖gradient‖ / ‖weight‖ of matrices may be before one plain rate cannot suit them; our own rule of thumb."""
+
+COMPLEX = ("stability", "lipschitz", "finetuning", "plasticity")
+"""The goals with rules that would take complex parameters, were they real."""
 
 
 def advise(
@@ -74,6 +78,8 @@ def advise(
     fast = [role for role, share in pace.items() if share > PACE]
     if fast:
         found.append(line("know", "pace", ", ".join(f"role:{role}" for role in fast), shown=", ".join(f"{r} {pace[r]:.0%}" for r in fast)))
+    if facts.complex and goal in COMPLEX and not any(one.what == SAID["complex"].what for one in found):
+        found.append(line("leave", "complex", ", ".join(e.name for e in facts.complex[:2]), facts.complex))
     lines = [*_first(facts), *found, *(_measured(facts, seen, found) if seen is not None else []), *_known(facts, seen, goal)]
     recipe, lines = _fitting(facts, recipe, lines)
     lines.sort(key=lambda one: ("do", "leave", "know").index(one.verdict))
@@ -222,7 +228,7 @@ def _qk_clip(members: Sequence[Attention], fused: bool, heads: int, key_heads: i
 def _fitting(facts: Facts, recipe: Recipe, lines: Sequence[Line]) -> tuple[Recipe, list[Line]]:
     """The optimizer and the rules that this model takes, each tried; what is refused becomes a line that says why."""
     if any(e.param.is_meta for e in facts.inventory):
-        return recipe, [*lines, line("know", "not tried", "weights on the meta device")]
+        return recipe, [*_needed(recipe, lines), line("know", "not tried", "weights on the meta device")]
     kept: list[Line] = []
     if error := _says(lambda: recipe.build(facts.model)):
         kept.append(line("leave", "refused", "everything", rule=recipe, error=error))
@@ -235,7 +241,13 @@ def _fitting(facts: Facts, recipe: Recipe, lines: Sequence[Line]) -> tuple[Recip
         calls = [call for other in kept for call in other.rules]
         why = _refused(facts, [*calls, *one.rules]) if refused and one.rules else ""
         kept += _without(facts, one, calls, why) if why else [one]
-    return recipe, kept
+    return recipe, _needed(recipe, kept)
+
+
+def _needed(recipe: Recipe, lines: Sequence[Line]) -> list[Line]:
+    """The lines without those that say something of a rule which is not there."""
+    there = {recipe.name, *(call.name for one in lines for call in one.rules)}
+    return [one for one in lines if not one.needs or one.needs in there]
 
 
 def _without(facts: Facts, one: Line, calls: Sequence[Call], why: str) -> list[Line]:
@@ -253,9 +265,8 @@ def _without(facts: Facts, one: Line, calls: Sequence[Call], why: str) -> list[L
         return [line("leave", "refused", one.on, rule=one.what, error=why)]
     tensors, numbers = one.tensors - len(computed), one.numbers - sum(e.shape.numel() for e in computed)
     on = f"{one.on.rpartition(': ')[0]}: {costs.count_of(tensors, 'tensor')}, {costs.size_of(numbers)}"
-    said = one.why.replace(bound_of_chain(one.tensors), bound_of_chain(tensors))
     return [
-        replace(one, what="; ".join(map(str, fewer)), rules=fewer, on=on, tensors=tensors, numbers=numbers, why=said),
+        replace(one, what="; ".join(map(str, fewer)), rules=fewer, on=on, tensors=tensors, numbers=numbers),
         line("leave", "refused", ", ".join(raw[:2]), computed, rule=one.what, error=apart[raw[0]]),
     ]  # fmt: skip
 

@@ -71,6 +71,7 @@ class Line:
 
     verdict: ``"do"`` (it is in the policy or the optimizer), ``"leave"`` (you need not), ``"know"`` (nothing here does it for you).
     on: which parameters, with ``tensors`` and ``numbers`` how many. basis: what tells it, the model, a guess from its code, or the probe.
+    needs: the rule or optimizer without which it says nothing, "" for none.
     """
 
     verdict: Verdict
@@ -83,6 +84,7 @@ class Line:
     rules: tuple[Call, ...] = ()
     tensors: int = 0
     numbers: int = 0
+    needs: str = ""
 
     def data(self) -> dict[str, Any]:
         """Plain data."""

@@ -10,15 +10,16 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from normwise.advice.costs import size_of
+from normwise.advice.costs import a_kind_of, size_of
+from normwise.advice.multiplied import multiplies, recurs
 from normwise.advice.probe import Probe
 from normwise.errors import PolicyError
 from normwise.optim.presets import MATRICES
 from normwise.parameters import forward_source
 from normwise.parameters.attention_logits import Attention, find_attentions
 from normwise.parameters.inventory import Entry, Inventory
-from normwise.parameters.names import ADAPTED, class_of
-from normwise.parameters.roles import normalises
+from normwise.parameters.names import ADAPTED, carries_adapter, class_of
+from normwise.parameters.roles import is_normalisation, normalises
 from normwise.parameters.scale_free import scale_free
 
 WEIGHTS = ("hidden", "conv", "recurrent", "head")
@@ -38,7 +39,7 @@ class Facts:
     def of(cls, model: object) -> Facts:
         """PolicyError for what is no module and for a model without trainable parameters."""
         if not isinstance(model, nn.Module):
-            raise PolicyError(f"advise was given a {type(model).__name__}: give the model, a torch.nn.Module.")
+            raise PolicyError(f"advise was given {a_kind_of(model)}: give the model, a torch.nn.Module.")
         facts = cls(model, Inventory(model))
         if not facts.trainable:
             raise PolicyError("the model has no trainable parameters: unfreeze what you want to train before you ask for advice.")
@@ -85,6 +86,11 @@ class Facts:
         return [e for e in self.trainable if e.param.is_complex()]
 
     @cached_property
+    def complex_weights(self) -> list[Entry]:
+        """What no rule on weights takes, whatever its role."""
+        return [e for e in self.inventory.weights if e.trained and _is_complex(e)]
+
+    @cached_property
     def normalised(self) -> bool:
         return normalises(self.model)
 
@@ -110,22 +116,48 @@ class Facts:
         return find_attentions(self.model, self.inventory)
 
     @cached_property
+    def _unadapted(self) -> list[nn.Module]:
+        """The modules but those that add an adapter to a layer, W·x + s·B·A·x, which is one matrix."""
+        own = (module for module in self.model.modules() if not (class_of(module).__module__ or "").startswith("peft."))
+        return [module for module in own if not carries_adapter(module)]
+
+    @cached_property
     def branches(self) -> int:
         """How many modules add to a stream that goes by them; guessed."""
         # Where a module has tokens and positions, these are what it adds.
-        inner = (m for m in self.model.modules() if sum(isinstance(child, nn.Embedding) for child in m.children()) < 2)
+        inner = (m for m in self._unadapted if sum(isinstance(child, nn.Embedding) for child in m.children()) < 2)
         return sum(forward_source.adds_to_stream(class_of(module)) for module in inner)
 
     @cached_property
+    def recurrences(self) -> int:
+        return sum(recurs(module) for module in self.model.modules())
+
+    @cached_property
+    def multiplied(self) -> int:
+        """How many modules multiply activations by each other, attentions and normalisations aside; guessed."""
+        attending = {id(a.module) for a in self.attentions}
+        others = (module for module in self._unadapted if id(module) not in attending and not is_normalisation(module))
+        return sum(multiplies(module) for module in others)
+
+    @cached_property
     def chained(self) -> bool:
-        """Whether the model is a chain of linear layers, all trained, and nothing between takes two inputs further apart; proven."""
-        return not self.computed and not self.frozen and _is_chain(self.model)
+        """Whether the model is a chain of linear layers, all trained, real, and nothing between takes two inputs further apart; proven."""
+        return not self.computed and not self.frozen and not self.complex and _is_chain(self.model)
 
     @cached_property
     def frozen(self) -> list[Entry]:
         """Matrices that do not train, so that no rule bounds them, but LoRA's base."""
         still = (e for e in self.inventory.weights if e.role in WEIGHTS and not e.trained and not e.adapter and len(e.shape) >= 2)
         return [e for e in still if not set(ADAPTED) & set(e.name.split("."))]
+
+    @cached_property
+    def packed(self) -> list[str]:
+        """Paths of layers whose quantised weights are no parameters, as torch's dynamic quantisation makes them."""
+        found: list[str] = []
+        for path, module in self.model.named_modules():
+            if _is_packed(module) and not any(path.startswith(f"{outer}.") for outer in found if outer):
+                found.append(path)
+        return found
 
     @cached_property
     def sparse(self) -> list[str]:
@@ -156,9 +188,10 @@ class Facts:
         return [e for e in self.weights(WEIGHTS) if not e.param.is_meta and not bool(e.param.any())]
 
     def weights(self, roles: Collection[str]) -> list[Entry]:
-        """What rules on weights act on, of these roles: computed weights in the place of their raw tensors, without LoRA's factors."""
+        """What rules on weights act on, of these roles: computed weights in the place of their raw tensors, without LoRA's factors and
+        without complex ones."""
         whole = ("", "modules_to_save")
-        return [e for e in self.inventory.weights if e.role in roles and e.adapter in whole and e.trained]
+        return [e for e in self.inventory.weights if e.role in roles and e.adapter in whole and e.trained and not _is_complex(e)]
 
     @cached_property
     def matrix_share(self) -> float:
@@ -170,7 +203,8 @@ class Facts:
         """Role -> by what share of their length AdamW's first steps at this rate move its weights: each entry moves by about the rate."""
         found: dict[str, float] = {}
         for role in (*WEIGHTS, "embedding"):
-            known = [e.param.detach() for e in self.weights((role,)) if not e.param.is_meta and e.computed is None]
+            stepped = [*self.weights((role,)), *(e for e in self.complex_weights if e.role == role)]
+            known = [e.param.detach() for e in stepped if not e.param.is_meta and e.computed is None]
             # Float8 has no norm of its own.
             length = math.hypot(*(float(torch.linalg.vector_norm(p.float() if p.itemsize == 1 else p)) for p in known))
             if length:
@@ -190,6 +224,17 @@ class Facts:
         if "conv" in self.roles and all(_cuts_patches(e.module) for e in self.trainable if e.role == "conv"):    # an MLP-Mixer
             return "patches"
         return "linear layers" if not self.roles & {"conv", "embedding"} else "mixed"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Of torch's quantised layers one with weights: a Linear, a convolution, a recurrent layer, a cell, a table."""
+    where = class_of(module).__module__ or ""
+    held = ("_packed_params", "_weight_bias", "_all_weight_values", "_packed_weight_ih")
+    return where.startswith(("torch.ao.nn.", "torch.nn.quantized")) and any(hasattr(module, name) for name in held)
+
+
+def _is_complex(e: Entry) -> bool:
+    return e.param.is_complex() or (e.computed is not None and e.computed.site.param.is_complex())
 
 
 def _cuts_patches(module: nn.Module) -> bool:

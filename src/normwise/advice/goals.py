@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
 from normwise.advice import costs
 from normwise.advice.answer import Basis, Call, Line, Recipe, Verdict
 from normwise.advice.facts import WEIGHTS, Facts
 from normwise.advice.sentences import SAID
+from normwise.advice.tied_units import tied_units
 from normwise.optim.presets import MATRICES
 from normwise.parameters.inventory import Entry
+from normwise.prune.dependency_groups import LAYERS
 
 SHARES = {
     "cnn": (0.57, 0.60), "plain": (0.25, 0.30), "unet": (0.19, 0.23), "resnet": (0.29, 0.30), "resnet_gn": (0.25, 0.28),
@@ -39,7 +39,7 @@ def line(
     numbers = sum(e.shape.numel() for e in entries)
     where = f"{on}: {costs.count_of(len(entries), 'tensor')}, {costs.size_of(numbers)}" if entries else on
     what, why = said.what.format(**values), said.why.format(**values)
-    return Line(verdict, what, where, why, said.source, cost or said.cost, basis, rules, len(entries), numbers)
+    return Line(verdict, what, where, why, said.source, cost or said.cost, basis, rules, len(entries), numbers, said.needs)
 
 
 def do(key: str, call: Call, entries: Sequence[Entry], cost: str = "", basis: Basis = "model", **values: Any) -> Line:
@@ -49,7 +49,7 @@ def do(key: str, call: Call, entries: Sequence[Entry], cost: str = "", basis: Ba
         call = Call(call.name, {**call.arguments, "exclude": [*call.arguments.get("exclude", ()), *mixed]})
         entries = [e for e in entries if e.name not in mixed]
         if not entries:
-            return line("leave", "complex", ", ".join(mixed[:2]), rule=call.name)
+            return line("leave", "complex", ", ".join(mixed[:2]))
     params = call.arguments.get("params", "all")
     on = params if isinstance(params, str) else ", ".join(params[:2]) + (" ..." if len(params) > 2 else "")
     return line("do", key, on, entries, cost=cost, basis=basis, rules=(call,), rule=str(call), **values)
@@ -111,12 +111,12 @@ def generalisation(facts: Facts) -> Answer:
 
 def sparsity(facts: Facts) -> Answer:
     """The group lasso where it was seen to work: convolutions and MLPs that nothing normalises."""
-    shrinkable = [
-        e for e in facts.weights(("conv", "hidden"))
-        if e.layout.certain and e.param.ndim >= 2 and e.computed is None and not _is_kept_whole(e.module)
-    ]  # fmt: skip
+    units = [e for e in facts.weights(("conv", "hidden")) if e.layout.certain and e.param.ndim >= 2 and not _is_kept_whole(e)]
+    tied = tied_units(facts.model)
+    held = [e for e in units if id(e.module) in tied]
+    shrinkable = [e for e in units if e not in held]
     blocks = facts.factors or facts.attentions or facts.complex or "recurrent" in facts.roles
-    why = "blocks" if blocks else "normalised" if facts.normalised else "" if shrinkable else "nothing"
+    why = "blocks" if blocks else "normalised" if facts.normalised else "" if shrinkable else "tied" if held else "nothing"
     if why:
         recipe, lines = fast_step(facts)
         return recipe, [line("leave", f"not sparse, {why}", "everything"), *lines]
@@ -128,12 +128,15 @@ def sparsity(facts: Facts) -> Answer:
     for size, entries in by_size.items():
         strength = round(0.01 * math.sqrt(size), 4)
         lines.append(do("lasso", Call("group_lasso", {"strength": strength, "params": _names(entries), "start": 250}), entries))
+    if held:
+        lines.append(line("leave", "not sparse, tied", ", ".join(_names(held)[:2]), held, basis="guess"))
     return recipe, [*lines, line("know", "smaller shape", "the smaller network")]
 
 
-def _is_kept_whole(module: nn.Module) -> bool:
+def _is_kept_whole(e: Entry) -> bool:
     """Whether shrink() leaves a layer's units alone, whatever stands around it."""
-    return getattr(module, "groups", 1) > 1 or isinstance(module, nn.modules.conv._ConvTransposeNd | nn.Bilinear)
+    plain = isinstance(e.module, LAYERS) and e.local_name == "weight" and e.computed is None and not e.tied
+    return not plain or getattr(e.module, "groups", 1) > 1
 
 
 def stability(facts: Facts) -> Answer:
@@ -141,7 +144,7 @@ def stability(facts: Facts) -> Answer:
     lines.append(do("zclip", Call("zclip", {"z": 2.5}), facts.trainable, costs.measured("clip")))
     decayed = facts.weights((*WEIGHTS, "embedding"))
     if decayed:
-        lines.append(do("decay", Call("weight_decay", {"strength": 0.1, "params": _on(facts, decayed)}), decayed, "one pass over them."))
+        lines.append(do("decay", Call("weight_decay", {"strength": 0.1, **_on(facts, decayed)}), decayed, "one pass over them."))
     return recipe, lines
 
 
@@ -151,20 +154,20 @@ def lipschitz(facts: Facts) -> Answer:
     capped = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e.name not in facts.scale_free]
     left = [e for e in facts.inventory.weights if e.name in facts.scale_free]
     if facts.chained and capped and not left:
-        call = Call("spectral_cap", {"radius": 1.0, "params": _on(facts, capped)})
+        call = Call("spectral_cap", {"radius": 1.0, **_on(facts, capped)})
         lines.append(do("cap, chain", call, capped, f"{costs.measured('exact cap')} Less with tolerance=0.01."))
         return recipe, [*lines, line("know", "scaled logits", "the loss")]
     if capped:
-        arguments = {"radius": 2.0, "params": _on(facts, capped), "tolerance": 0.01, **_excluding(facts, left, capped)}
-        lines.append(do("cap", Call("spectral_cap", arguments), capped, costs.measured("cap"), product=bound_of_chain(len(capped))))
+        arguments = {"radius": 2.0, **_on(facts, capped, left), "tolerance": 0.01}
+        lines.append(do("cap", Call("spectral_cap", arguments), capped, costs.measured("cap")))
     if left:
         measured = all(e.name in facts.judged for e in left)
         lines.append(line("leave", "no caps", "scale-free weights", left, basis="probe" if measured else "guess"))
-    if facts.frozen:
-        lines.append(line("know", "frozen", ", ".join(_names(facts.frozen)[:2]), facts.frozen))
+    if still := [*facts.packed, *_names(facts.frozen)]:
+        lines.append(line("know", "frozen", ", ".join(still[:2]) + (" ..." if len(still) > 2 else ""), facts.frozen))
     if capped:
         return recipe, [*lines, *_beyond_caps(facts)]
-    return recipe, [*lines, *([] if left or facts.factors else [line("leave", "nothing to cap", "everything")])]
+    return recipe, [*lines, *([] if left or facts.factors or facts.complex else [line("leave", "nothing to cap", "everything")])]
 
 
 def _low_rank_caps(facts: Facts) -> list[Line]:
@@ -185,6 +188,10 @@ def _beyond_caps(facts: Facts) -> list[Line]:
     lines = []
     if facts.attentions:
         lines.append(line("know", "no Lipschitz", costs.count_of(len(facts.attentions), "attention")))
+    if facts.recurrences:
+        lines.append(line("know", "recurrence", costs.count_of(facts.recurrences, "recurrent layer")))
+    if facts.multiplied:
+        lines.append(line("know", "products", costs.count_of(facts.multiplied, "module"), basis="guess"))
     if facts.branches:
         lines.append(line("know", "branches", costs.count_of(facts.branches, "module"), basis="guess"))
     if facts.normalised:
@@ -192,11 +199,6 @@ def _beyond_caps(facts: Facts) -> list[Line]:
     elif "conv" in facts.roles:
         lines.append(line("know", "critic", "role:all"))
     return lines
-
-
-def bound_of_chain(layers: int) -> str:
-    """What so many capped matrices, one after the other, amplify by at most."""
-    return f"2.02^{layers}" + (f" = {2.02**layers:.2g}" if layers < 1000 else "")
 
 
 def quantisation(facts: Facts) -> Answer:
@@ -222,8 +224,7 @@ def finetuning(facts: Facts) -> Answer:
     if held:
         # A unit of zeros, such as a padding token, has no length of its own: a thousandth of √n is about 1/20 of a fresh unit's.
         floor = round(1e-3 * math.sqrt(min(e.layout.size("Hik") for e in held)), 6)
-        arguments = {"radius": 0.0333, "params": _on(facts, held), "center": "init", "relative": True, "floor": floor}
-        call = Call("max_norm", {**arguments, **_excluding(facts, left, held)})
+        call = Call("max_norm", {"radius": 0.0333, **_on(facts, held, left), "center": "init", "relative": True, "floor": floor})
         lines.append(do("ball", call, held, f"{costs.measured('bound')} A copy of these weights.", floor=floor))
     if facts.new_heads:
         lines.append(line("know", "new heads", ", ".join(_names(facts.new_heads)[:2]), facts.new_heads))
@@ -234,12 +235,11 @@ def plasticity(facts: Facts) -> Answer:
     recipe, lines = adamw(facts)
     held = [e for e in facts.weights(WEIGHTS) if e.layout.certain and e.param.ndim >= 2 and e not in facts.empty]
     if not held:
-        return recipe, [*lines, line("leave", "nothing to keep", "everything")]
+        return recipe, [*lines, *([] if facts.complex else [line("leave", "nothing to keep", "everything")])]
     free = [e for e in held if e.name in facts.scale_free]
     others = [e for e in held if e not in free]
     if others:
-        left = _excluding(facts, [*free, *facts.empty], others)
-        call = Call("spectral_cap", {"radius": "2.25*init", "params": _on(facts, others), "every": 8, **left})
+        call = Call("spectral_cap", {"radius": "2.25*init", **_on(facts, others, [*free, *facts.empty]), "every": 8})
         lines.append(do("cap, plasticity", call, others, "an exact decomposition every 8th step."))
     if free:
         call = Call("unit_norm", {"radius": "init", "params": _names(free), "per": "tensor"})
@@ -257,14 +257,11 @@ def _names(entries: Sequence[Entry]) -> list[str]:
     return [e.name for e in entries]
 
 
-def _on(facts: Facts, entries: Sequence[Entry]) -> list[str]:
-    """Selectors of their roles; their names beside LoRA's factors, which have roles, too."""
+def _on(facts: Facts, entries: Sequence[Entry], left: Sequence[Entry] = ()) -> dict[str, list[str]]:
+    """``params=`` of their roles, and ``exclude=`` for those of ``left`` and the complex weights that these would select; their names
+    beside LoRA's factors, which have roles, too."""
     if facts.factors:
-        return _names(entries)
-    return [f"role:{role}" for role in dict.fromkeys(e.role for e in entries)]
-
-
-def _excluding(facts: Facts, left: Sequence[Entry], held: Sequence[Entry]) -> dict[str, list[str]]:
-    """``exclude=`` for those of ``left`` that the roles of ``held`` would select."""
-    names = [] if facts.factors else [e.name for e in left if e.role in {h.role for h in held}]
-    return {"exclude": names} if names else {}
+        return {"params": _names(entries)}
+    roles = dict.fromkeys(e.role for e in entries)
+    out = [e.name for e in (*left, *facts.complex_weights) if e.role in roles]
+    return {"params": [f"role:{role}" for role in roles], **({"exclude": list(dict.fromkeys(out))} if out else {})}

@@ -73,8 +73,9 @@ class Kept:
     def _keep_modules(self, stack: ExitStack) -> None:
         for module in self.model.modules():
             stack.callback(setattr, module, "training", module.training)
-            if not isinstance(module, torch.jit.ScriptModule):    # whose buffers cannot be exchanged
-                stack.callback(_put_buffers, module, dict(module._buffers))
+            if not isinstance(module, torch.jit.ScriptModule):    # of which nothing can be exchanged
+                for held in (module._parameters, module._buffers, module._modules):
+                    stack.callback(_put_members, held, dict(held))
 
     def _keep_tensors(self, stack: ExitStack) -> None:
         params = list(self.model.parameters()) if self.weights else []
@@ -134,9 +135,11 @@ def _same(tensor: Tensor, kept: Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8)) if one.numel() else True
 
 
-def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
-    module._buffers.clear()
-    module._buffers.update(buffers)
+def _put_members(held: dict[str, Any], before: dict[str, Any]) -> None:
+    """What code has registered, replaced or taken away; what is as it was is not written to, since a compiled model watches it."""
+    if list(held) != list(before) or any(held[name] is not one for name, one in before.items()):
+        held.clear()
+        held.update(before)
 
 
 def _print(p: Tensor) -> tuple[int, int, float]:

@@ -9,7 +9,7 @@ import copy as copying
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import compress
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from normwise.advice.costs import a_kind_of
 from normwise.advice.kept import Kept
 from normwise.advice.logits import LogitWatch, watched
 from normwise.errors import DataError, LayoutError, NormwiseError
@@ -36,6 +37,7 @@ STEPS = 25
 """Batches of a probe, at most 2% of a run of 1500 steps (`normwise bench probe`)."""
 LEAST = 8
 """Batches below which medians and halves say nothing."""
+BACKWARD = "Return the loss from loss(model, batch), and leave its backward pass to the probe."
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -113,16 +115,18 @@ def probe(model: nn.Module, batches: Iterable[Any], loss: Loss, steps: int = STE
         copy: trains a deep copy instead of ``model``.
 
     Raises:
-        DataError: a sharded model, or one without values; a loss that raises, is no scalar, depends on no parameter or is not finite at
-            once; batches that end early.
+        DataError: a sharded model, or one without values; inference mode; a loss that raises, is no scalar, depends on no parameter, calls
+            ``backward()`` itself or is not finite at once; batches that end early.
     """
     if type(steps) is not int or steps < LEAST:
         raise DataError(f"the probe was given steps={steps!r}: it takes a whole number of at least {LEAST}, {STEPS} by default.")
     if not callable(loss):
-        raise DataError(f"the loss is a {type(loss).__name__}: give a function of (model, batch) that returns a scalar.")
+        raise DataError(f"the loss is {a_kind_of(loss)}: give a function of (model, batch) that returns a scalar.")
     if not hasattr(batches, "__iter__") or isinstance(batches, type):
-        what = f"the class {batches.__name__}" if isinstance(batches, type) else f"a {type(batches).__name__}"
+        what = f"the class {batches.__name__}" if isinstance(batches, type) else a_kind_of(batches)
         raise DataError(f"the batches are {what}: give a list, a DataLoader or another iterable.")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise DataError("under torch.inference_mode() nothing has gradients: make the model and run the probe outside of it.")
     if lazy := [name for name, buffer in model.named_buffers() if is_lazy(buffer)]:
         raise LayoutError(f"buffer {lazy[0]!r} has no shape yet: run the model once on a batch before you probe it.")
     if any(p.is_meta or hasattr(p, "device_mesh") for p in model.parameters()):
@@ -149,14 +153,21 @@ def _next(source: Iterator[Any], k: int, steps: int) -> Any:
     except NormwiseError:
         raise
     except Exception as error:    # the user's own code
-        raise DataError(f"batch {k + 1} raised {type(error).__name__}: {str(error)[:200]}") from error
+        raise DataError(f"batch {k + 1} raised {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """Its class and its words, on one line, cut at a word."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    short = said if len(said) <= 240 else said[:240].rpartition(" ")[0] + " …"
+    return short if short.endswith((".", "!", "?", "…")) else f"{short}."
 
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
         made = copying.deepcopy(model)
     except Exception as error:    # whatever the user's modules hold
-        raise DataError(f"the model cannot be copied ({type(error).__name__}: {error}): probe it with copy=False.") from error
+        raise DataError(f"the model cannot be copied ({_said(error).rstrip('.')}): probe it with copy=False.") from error
     if not all(p.is_leaf for p in made.parameters()):    # of a scripted model, whose copies get no gradients
         raise DataError("a copy of this model does not train, as of scripted ones: probe it with copy=False.")
     return made
@@ -223,6 +234,7 @@ class _Probing:
         if halves is not None:
             try:
                 values = [self.loss(self.model, half) for half in halves]
+                self._refuse_gradients()
                 sizes = [self._size_of_backward(value) for value in values]
             except Exception:    # a batch that is more than its tensors: it is taken whole from now on
                 self.splits = False
@@ -246,8 +258,7 @@ class _Probing:
         try:
             torch.autograd.backward(value)
         except Exception as error:    # through the user's own code
-            raise DataError(f"the backward pass of batch {k + 1} raised {type(error).__name__}: {str(error)[:200]} Return the loss from "
-                            "loss(model, batch), and leave its backward pass to the probe.") from error    # fmt: skip
+            raise DataError(f"the backward pass of batch {k + 1} raised {_said(error)} {BACKWARD}") from error
 
     def _size_of_backward(self, value: Tensor) -> float:
         """The norm of what this backward pass adds to the gradients, seen before it is added: no copy of the others is needed."""
@@ -262,15 +273,21 @@ class _Probing:
                 handle.remove()
         return math.hypot(*_read(sizes))
 
+    def _refuse_gradients(self) -> None:
+        """Of a loss that has run the backward pass itself: the probe's would be added to them."""
+        if any(e.param.grad is not None for e in self.entries):
+            raise DataError(f"the loss has left gradients: it calls backward() itself. {BACKWARD}")
+
     def _value(self, k: int, batch: Any) -> Tensor:
         try:
-            value = self.loss(self.model, batch)
+            value = self.loss(self.model, _own(batch))
         except NormwiseError:
             raise
         except Exception as error:    # the user's own code
-            raise DataError(f"the loss raised on batch {k + 1}: {type(error).__name__}: {str(error)[:200]}") from error
+            raise DataError(f"the loss raised on batch {k + 1}: {_said(error)}") from error
+        self._refuse_gradients()
         if not isinstance(value, Tensor) or value.numel() != 1:
-            what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else a_kind_of(value)
             raise DataError(f"the loss is {what}: loss(model, batch) must return a tensor of one number.")
         if value.is_complex():
             raise DataError("the loss is complex: loss(model, batch) must return a real number.")
@@ -308,22 +325,29 @@ class _Probing:
         kinds: dict[str, list[Entry]] = {}
         for e in (e for e in found if e.name not in known):
             kinds.setdefault(re.sub(r"\d+", "", e.name), []).append(e)
-        if kinds and not self._bears_any_length([e for entries in kinds.values() for e in entries], batch):
-            for e in (e for entries in kinds.values() if not self._bears_any_length(entries, batch) for e in entries):
-                self.judged[e.name].append(False)
+        if not kinds or self._bears_any_length([e for entries in kinds.values() for e in entries], batch):
+            return
+        for entries in kinds.values():
+            bears = self._bears_any_length(entries, batch)
+            for e in entries:
+                if bears is None:    # neither has been measured
+                    del self.judged[e.name]
+                elif not bears:
+                    self.judged[e.name].append(False)
 
-    def _bears_any_length(self, entries: Sequence[Entry], batch: Any) -> bool:
-        """Whether the loss is the same when they are 16 times as long and 256 times: both are far above a normalisation's eps."""
+    def _bears_any_length(self, entries: Sequence[Entry], batch: Any) -> bool | None:
+        """Whether the loss is the same when they are 16 times as long and 256 times: both are far above a normalisation's eps. None where
+        the loss gives no answer."""
         one, other = (self._loss_of_longer(entries, factor, batch) for factor in (16, 256))
-        return abs(other - one) <= 1e-5 * abs(one)
+        return abs(other - one) <= 1e-5 * abs(one) if math.isfinite(one) and math.isfinite(other) else None
 
     def _loss_of_longer(self, entries: Sequence[Entry], factor: float, batch: Any) -> float:
-        """NaN where the user's own code raises: no answer is no measurement."""
+        """NaN where the user's own code raises. It may ask for gradients, as of its inputs."""
         was = [e.param.clone() for e in entries]
         torch._foreach_mul_([e.param for e in entries], factor)
         try:
-            with same_draws():
-                return float(self.loss(self.model, batch))
+            with same_draws(), torch.enable_grad():
+                return float(self.loss(self.model, _own(batch)).detach())
         except Exception:
             return math.nan
         finally:
@@ -422,6 +446,25 @@ def _halves(batch: Any) -> tuple[Any, Any] | None:
         return None
     middle = sizes[0] // 2
     return _cut(batch, sizes[0], 0, middle), _cut(batch, sizes[0], middle, 2 * middle)
+
+
+def _own(batch: Any, depth: int = 2) -> Any:
+    """A batch whose dicts and lists the loss may change (``batch.pop("labels")``): the batch is needed again, and may be the user's.
+    Tensors and what is no container are the same."""
+    if not depth or not isinstance(batch, MutableMapping | list | tuple):
+        return batch
+    try:
+        if isinstance(batch, tuple):
+            parts = [_own(part, depth - 1) for part in batch]
+            same = all(part is before for part, before in zip(parts, batch, strict=True))
+            return batch if same else type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        made = copying.copy(batch)
+        for key, part in batch.items() if isinstance(batch, MutableMapping) else enumerate(batch):
+            if isinstance(part, MutableMapping | list | tuple):
+                made[key] = _own(part, depth - 1)
+        return made
+    except Exception:    # a container that is not made like its kind
+        return batch
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -16,6 +16,8 @@ class Said:
     why: str
     source: str
     cost: str = ""
+    needs: str = ""
+    """The rule or optimizer without which it says nothing."""
 
 
 TUNE = "Tune its rate first: no rule makes up for a wrong one."
@@ -32,11 +34,12 @@ SAID: dict[str, Said] = {
     "auto, circuits": Said(
         "auto: queries and keys step 3 times as far, values half",
         "An attention's two circuits bear different steps. Where q, k and v are one tensor whose parts nobody states, it keeps one step.",
-        "docs/results.md, found on small GPTs",
+        "docs/results.md, found on small GPTs", needs="auto",
     ),
     "auto, raw tensors": Said(
         "auto: AdamW for the raw tensors of computed weights",
         "The layer's weight is computed from these, and a matrix step would act on the raw tensor.", "docs/optimizers.md#routing",
+        needs="auto",
     ),
     "adamw, complex": Said(
         "{recipe}", f"Some parameters are complex, which steps under a norm do not take. {TUNE}", "docs/optimizers.md#routing", STATE,
@@ -72,7 +75,7 @@ SAID: dict[str, Said] = {
     "no clipping": Said(
         "gradient clipping and bounds on weights",
         "auto was measured without either. In our comparison no bound, penalty or decay gained more than chance over a tuned rate.",
-        "docs/results.md, docs/compare.md",
+        "docs/results.md, docs/compare.md", needs="auto",
     ),
     "no penalties": Said(
         "penalties, bounds and caps on weights",
@@ -90,7 +93,14 @@ SAID: dict[str, Said] = {
         "normalisations shrink() keeps the units. A narrower network, trained from the start, is the better way.", "docs/pruning.md",
     ),
     "not sparse, nothing": Said(
-        "group lasso and L1", "There are no hidden units: all weights are heads or tables.", "docs/pruning.md",
+        "group lasso and L1",
+        "There are no hidden units that shrink() could remove: all weights are heads, tables, or of layers that are grouped, transposed, "
+        "shared or computed.", "docs/pruning.md",
+    ),
+    "not sparse, tied": Said(
+        "group lasso on units that others are mixed with",
+        "What these give is summed or multiplied with other units, put through a softmax, joined or split, as of routers, experts and "
+        "branches: a unit that is zero cannot be removed there by itself.", "docs/pruning.md",
     ),
     "no product bounds": Said(
         "bounds on the product s·B·A",
@@ -122,7 +132,10 @@ SAID: dict[str, Said] = {
         "bounds on weights", "The base is frozen, or there are no matrices: nothing here can lose its plasticity.",
         "docs/recipes.md#plasticity",
     ),
-    "complex": Said("nw.{rule}", "These are complex, and the rule needs real numbers.", "docs/optimizers.md#routing"),
+    "complex": Said(
+        "rules on complex parameters",
+        "Rules need real numbers: these are left out, and nothing of what is said here holds for them.", "docs/optimizers.md#routing",
+    ),
     "qk_clip, bounded": Said(
         "nw.qk_clip",
         "The model itself bounds their logits: under QK-norm the scale of the queries is divided out, so that the rule would do nothing.",
@@ -159,8 +172,9 @@ SAID: dict[str, Said] = {
     ),
     "cap": Said(
         "{rule}",
-        "Each of these matrices then amplifies by at most 2.02. Searches of ours chose radii of 1 to 4; smaller is tighter, learns less. "
-        "A chain of them is bounded by the product, here {product}; a convolution up to the overlap of its patches.",
+        "Each of these matrices then amplifies by at most 2.02, a convolution up to the overlap of its patches. No bound on the network "
+        "follows: only a chain of linear layers, plain to see, has one. Searches of ours chose radii of 1 to 4; smaller is tighter, learns "
+        "less.",
         "Yoshida and Miyato, 2017; Gouk et al., 2021; docs/compare.md",
     ),
     "cap, lora": Said(
@@ -206,32 +220,48 @@ SAID: dict[str, Said] = {
     "stop early": Said(
         "stop where validation is best",
         "auto reaches the baseline's validation result with about the same test result, earlier. What it does afterwards was not measured, "
-        "and on a thousand digits seen 47 times it missed the target.", "docs/results.md",
+        "and on a thousand digits seen 47 times it missed the target.", "docs/results.md", needs="auto",
     ),
     "smaller shape": Said(
         "then train the smaller shape from fresh weights",
         "It did as well as the shrunk network or better: the lasso finds a shape.", "docs/pruning.md",
+        needs="group_lasso",
     ),
     "no Lipschitz": Said(
         "no bound on the network: dot-product attention has none", "Its output is not Lipschitz in its input, whatever the weights.",
-        "Kim, Papamakarios and Mnih, 2021",
+        "Kim, Papamakarios and Mnih, 2021", needs="spectral_cap",
     ),
     "branches": Said(
         "residual branches add up",
         "x + f(x) is bounded by 1 + the bound on f, so the product of the caps alone is too small.",
-        "Gouk et al., 2021",
+        "Gouk et al., 2021", needs="spectral_cap",
+    ),
+    "recurrence": Said(
+        "a recurrence multiplies by its matrix at each step",
+        "Over T steps a largest singular value σ counts as σ^T, so that the caps bound one step alone. Where a bound over time matters, a "
+        "plain RNN with ReLU or tanh needs σ below 1.",
+        "Pascanu, Mikolov and Bengio, 2013", needs="spectral_cap",
+    ),
+    "products": Said(
+        "products of activations have no bound of their own",
+        "A gate, a mixture or a bilinear layer multiplies what comes from the input by what comes from the input: it amplifies as its "
+        "factors grow, whatever the caps. Only bounded factors, as those of a sigmoid, keep it within the other's size.",
+        "the product rule", needs="spectral_cap",
     ),
     "normalisations": Said(
         "normalisations have no bound of their own", "They divide by what they see, which may be small.", "Gouk et al., 2021",
+        needs="spectral_cap",
     ),
     "frozen": Said(
-        "what is frozen is not capped", "No rule bounds a weight that does not train: its largest singular value multiplies the product.",
+        "what is frozen is not capped",
+        "No rule bounds a weight that does not train, or that is quantised and no parameter: it amplifies by its own largest singular "
+        "value.",
         "Gouk et al., 2021",
     ),
     "magnitudes": Said(
         "DoRA's magnitudes train, too: nw.clip_weight_value(0.5, 2.0, \"peft:magnitude\")",
         "They set the length of each unit anew, and the cap on the product bounds its direction alone. A clip keeps them in an interval; "
-        "choose one around their values.", "docs/peft.md",
+        "choose one around their values.", "docs/peft.md", needs="spectral_cap",
     ),
     "critic": Said(
         "for a GAN's critic: nw.clip_weight_value(0.15, params=\"role:all\")",
@@ -246,7 +276,7 @@ SAID: dict[str, Said] = {
     "scaled logits": Said(
         "multiply the logits by 10 or so in the loss",
         "Those of a 1-Lipschitz network are close together: without a scale it learns little.",
-        "docs/lipschitz.md",
+        "docs/lipschitz.md", needs="spectral_cap",
     ),
     "outliers": Said(
         "look at outliers afterwards: normwise inspect",
@@ -255,7 +285,7 @@ SAID: dict[str, Said] = {
     ),
     "new heads": Said(
         "heads are not held", "A new task's head starts from fresh weights. If yours is pretrained too, hold it like the rest.",
-        "docs/advise.md",
+        "docs/advise.md", needs="max_norm",
     ),
     "scale-free": Said(
         "decay of scale-free weights sets their step, not their size",

@@ -58,6 +58,16 @@ def is_wrapper(owner: nn.Module, child: str) -> bool:
     return child in _MARKS or any(cls.__name__ in _WRAPPERS.get(child, ()) for cls in type(owner).__mro__)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module within what only wraps it, within wrappers within wrappers."""
+    for _ in range(16):    # a module that holds itself would never end
+        inner = next((child for name, child in module.named_children() if is_wrapper(module, name)), None)
+        if inner is None or inner is module:
+            break
+        module = inner
+    return module
+
+
 # Names under which PEFT keeps the layer that an adapter, or a trained copy, takes the place of.
 ADAPTED = ("base_layer", "original_module")
 # The names under which PEFT, kohya and diffusers keep the two matrices of a low-rank product B·A, B zero at the start.
@@ -124,6 +134,13 @@ def sites(model: nn.Module) -> list[Site]:
 
     walk(model, "", (), ())
     return list(found.values())
+
+
+def carries_adapter(module: nn.Module) -> bool:
+    """Whether it is a layer with an adapter beside it: what it adds is that layer's own weight."""
+    held = {name for named in (module.named_children(), module.named_parameters(recurse=False)) for name, _ in named}
+    known = {*ADAPTED, "lora_layer", *(name for names in _ADAPTERS.values() for name in names)}
+    return bool(held & known) or ({"down", "up"} <= held and "lora" in class_of(module).__name__.lower())
 
 
 def adapter_of(place: Site) -> str:

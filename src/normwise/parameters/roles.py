@@ -28,7 +28,7 @@ from torch.nn.parameter import is_lazy
 
 from normwise.errors import PolicyError
 from normwise.parameters import forward_source
-from normwise.parameters.names import ADAPTED, Site, adapter_of, class_of, is_wrapper
+from normwise.parameters.names import ADAPTED, Site, adapter_of, class_of, unwrapped
 
 ROLES = ("hidden", "conv", "embedding", "head", "recurrent", "bias", "gain", "other")
 GROUPS = {"matrix": ("hidden", "conv", "embedding", "head", "recurrent"), "all": ROLES}
@@ -179,18 +179,17 @@ class Heads:
     def _repeated(self, place: Site) -> bool:
         """Whether the place lies inside a class of block that the model has several of; plain containers and adapters are no blocks."""
         blocks = [module for module in place.parents[1:] if class_of(module) not in _CONTAINERS and module is not place.home[0]]
-        return any(self._many[class_of(block)] > 1 for block in blocks if _layer(block) is block)
+        return any(self._many[class_of(block)] > 1 for block in blocks if _layer(block) is block and unwrapped(block) is block)
 
 
 def _core(model: nn.Module) -> nn.Module:
     """The model within what only wraps it: data parallelism, a compiler, PEFT."""
     # Wrappers within wrappers; a model that holds itself would never end.
     for _ in range(16):
-        inner = next((child for name, child in model.named_children() if is_wrapper(model, name)), None)
+        model = unwrapped(model)
         of_peft = any((cls.__module__ or "").startswith("peft.") for cls in class_of(model).__mro__)
-        if inner is None and of_peft and hasattr(model, "base_model"):
-            base: Any = model.base_model
-            inner = getattr(base, "model", base)
+        base: Any = getattr(model, "base_model", None) if of_peft else None
+        inner = getattr(base, "model", base)
         if inner is None or inner is model:
             return model
         model = inner
@@ -219,6 +218,7 @@ def _base(module: Any) -> nn.Module | None:
     if not isinstance(getattr(module, "base_model_prefix", None), str) or not hasattr(module, "config"):
         return None
     inner = getattr(module, module.base_model_prefix, module) if module.base_model_prefix else module
+    inner = unwrapped(inner) if isinstance(inner, nn.Module) else inner
     task = inner is module and re.search(r".(For|With|LMHead)[A-Z]", class_of(module).__name__)
     return inner if isinstance(inner, nn.Module) and not task else None
 
@@ -255,8 +255,8 @@ def _steps(place: Site) -> list[str]:
 
 def _followed(module: nn.Module, kinds: set[int], bare: set[int], depth: int = 0) -> set[int] | None:
     """The layers of ``kinds`` whose results ``module`` returns; none of a bare model; None where its forward pass cannot be read."""
-    inner = _layer(module)
-    if inner is not None and inner is not module:
+    inner = _layer(unwrapped(module))
+    if inner is not None and inner is not module and id(module) not in bare:
         return _followed(inner, kinds, bare, depth)
     if id(module) in kinds:
         return {id(module)}
@@ -277,21 +277,33 @@ def _followed(module: nn.Module, kinds: set[int], bare: set[int], depth: int = 0
     return found if found or None not in inside else None
 
 
+def output_layers(module: nn.Module, path: str, kinds: set[int]) -> set[int] | None:
+    """Those layers of ``kinds``, by their ids, that give the results of ``module``'s child at ``path``, or of each in a list. None where
+    that cannot be read."""
+    found = [_followed(child, kinds, set()) for child in _children_at(module, path)]
+    known = [one for one in found if one is not None]
+    return set().union(*known) if known and len(known) == len(found) else None
+
+
 def _has_weights(module: nn.Module) -> bool:
     """A result that went through a layer without any is still that result: dropout, a softmax, pooling."""
     return next(module.parameters(), None) is not None
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
+    """By a path in the user's own words, whatever wraps the steps."""
+    found: Any = module
+    for step in path.split(".") if path else ():
+        found = getattr(found, step, None) if hasattr(found, step) else getattr(unwrapped(found), step, None)
+        if not isinstance(found, nn.Module):
+            return None
+    return cast(nn.Module, found)
 
 
 def _children_at(module: nn.Module, path: str) -> list[nn.Module]:
     """The child of that path; of a list of children each, or the last where one gets what the other gave."""
-    child = _submodule(module, path.removesuffix("[-1]"))
+    found = _submodule(module, path.removesuffix("[-1]"))
+    child = None if found is None else unwrapped(found)
     listed = list(child.children()) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child] if child is not None else []
     return listed[-1:] if path.endswith("[-1]") else listed
 
