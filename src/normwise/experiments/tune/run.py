@@ -27,7 +27,7 @@ DONE, GIVEN_UP, REFUSED, FAILED = "done", "given up", "refused", "failed"
 
 LOST: Result = {
     "state": FAILED, "value": None, "reason": "its worker process was killed, and killed again when it was repeated", "step_ms": None,
-    "size": None, "seconds": 0.0, "breaches": [], "rules": "[]\n", "stepper": "",
+    "size": None, "seconds": 0.0, "breaches": [], "rules": "[]\n", "stepper": "", "code": "",
 }  # fmt: skip
 """The result of a run that takes its process along."""
 
@@ -78,7 +78,7 @@ class TuneRun(Run):
 
     def train(self, target: Target, /) -> Result:
         """``state``, ``value`` (None where it is not ``done``), ``reason``, ``step_ms``, ``size``, ``seconds``, ``breaches``, ``rules`` as
-        YAML, and ``stepper``, the advised optimizer."""
+        YAML, ``stepper``, the advised optimizer, and ``code``, what makes the optimizer again."""
         watch = functools.partial(self.watched, self.steps) if self.watched else None
         if self.watched:    # a storage out of reach is the study's failure, not the target's
             trial_of(self.watched.url, self.watched.study, self.watched.id, self.steps)
@@ -97,7 +97,7 @@ class TuneRun(Run):
         return {
             "state": state, "value": value, "reason": reason, "step_ms": trial.step_ms(), "size": size,
             "seconds": seconds, "breaches": breaches,
-            "rules": trial.rules, "stepper": trial.stepper,
+            "rules": trial.rules, "stepper": trial.stepper, "code": trial.code,
         }  # fmt: skip
 
 

@@ -61,6 +61,7 @@ class Trial:
     ended: GivenUp | None = None
     policies: list[tuple[str, nw.Policy]] = field(default_factory=list)
     steppers: list[tuple[str, str]] = field(default_factory=list)
+    codes: list[tuple[str, str]] = field(default_factory=list)
     ticks: list[float] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
 
@@ -85,9 +86,16 @@ class Trial:
         told = dict.fromkeys(text for _, text in self.steppers)
         return next(iter(told)) if len(told) == 1 else "; ".join(f"{name}: {text}" for name, text in self.steppers)
 
+    @property
+    def code(self) -> str:
+        """What makes the optimizer again, of several models each one's after its name."""
+        told = dict.fromkeys(text for _, text in self.codes)
+        return next(iter(told)) if len(told) == 1 else "\n".join(f"# {name}\n{text}" for name, text in self.codes)
+
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of ``model``'s parameters, without rules: attach :meth:`policy` to it, or use :meth:`attach`."""
         self.asked.add("optimizer")
+        self.codes.append((type(model).__name__, space.code(self.numbers, model)))
         made = space.built(self.numbers, model)
         if self.numbers["optimizer"] == space.ADVISED:
             self.steppers.append((type(model).__name__, str(nw.advise(model).optimizer)))
