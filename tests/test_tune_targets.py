@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -310,3 +312,52 @@ def test_a_busy_file_names_the_option_that_tune_has(capfd: pytest.CaptureFixture
     with locked(Path("busy.db")):
         assert cli.main(["tune", "test_tune_targets:heedless", *QUICK, "--storage", "busy.db"]) == 2
     assert "give another --storage" in capfd.readouterr().err
+
+
+WRITTEN = """
+from torch import nn
+
+def train(trial):
+    model = nn.Linear(2, 2)
+    trial.attach(model).step()
+    return {value}
+"""
+
+
+def test_an_edited_function_gets_no_answer_of_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused in one sentence, also where it goes on after an interruption; under another name it is a study of its own."""
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    options = TuneOptions("edited_target:train", only=FEW, steps=8)
+
+    def written(value: str) -> None:
+        Path("edited_target.py").write_text(WRITTEN.format(value=value))
+        sys.modules.pop("edited_target", None)
+        importlib.invalidate_caches()
+        shutil.rmtree("__pycache__", ignore_errors=True)
+
+    written("1 / 0")
+    with pytest.raises(StudyError, match="ZeroDivisionError"):
+        tuned(options)
+    written("3 + trial.numbers['lr']    # mended, as the sentence asks for")
+    mended = tuned(options)
+    assert mended["answer"]["nothing"] >= 0
+    assert tuned(options)["answer"] == mended["answer"]
+    written("-3 + trial.numbers['lr']")
+    with pytest.raises(StudyError, match="file of edited_target:train has changed since the study .* give another --name or --storage"):
+        tuned(options)
+    assert tuned(replace(options, name="anew"))["trials"][0]["value"] < 0
+
+
+def test_a_study_from_before_hashes_goes_on() -> None:
+    import optuna
+
+    options = ask("noise", name="old")
+    tuned(options)
+    study = optuna.load_study(study_name="old", storage="sqlite:///old.db")
+    assert len(study.user_attrs["source"]) == 64
+    with closing(sqlite3.connect("old.db")) as database:
+        database.execute("delete from study_user_attributes where key = 'source'")
+        database.commit()
+    tuned(options)
+    attributes = optuna.load_study(study_name="old", storage="sqlite:///old.db").user_attrs
+    assert "asked" in attributes and "source" not in attributes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import os
@@ -9,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, pairwise
@@ -147,7 +149,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Target:
-    """call: trains a trial and gives its metric. name, key, facts: what it is, and what decides a run of it. steps: the usual ones."""
+    """call: trains a trial and gives its metric. name, key, facts: what it is, and what decides a run of it. steps: the usual ones.
+    source: a hash of the file that has the function; "" for a built-in task, whose version says it, and where no file is to be found."""
 
     call: Callable[[Trial], Any]
     name: str
@@ -156,6 +159,7 @@ class Target:
     facts: dict[str, Any]
     steps: int
     maximize: bool = False
+    source: str = ""
 
 
 def load_target(name: str, data: Path | str | None = None, size: str = "standard") -> Target:
@@ -184,7 +188,18 @@ def load_target(name: str, data: Path | str | None = None, size: str = "standard
     except TypeError:
         taken = inspect.signature(function)
         raise StudyError(f"the target {name!r} takes {taken}, but must take one argument, the trial: def train(trial).") from None
-    return Target(function, name, "metric", name, {"name": name}, STEPS_OF_A_FUNCTION)
+    return Target(function, name, "metric", name, {"name": name}, STEPS_OF_A_FUNCTION, source=_hash_of(function))
+
+
+def _hash_of(function: Callable[..., Any]) -> str:
+    """Of the file in which a function, what a partial calls, or an object's class is written; "" where there is none."""
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    for one in (function, type(function)):
+        with suppress(TypeError, OSError):    # built in, compiled, or made without a file
+            return hashlib.sha256(Path(inspect.getsourcefile(one) or "").read_bytes()).hexdigest()
+    return ""
 
 
 def _on_task(task: Task, trial: Trial) -> float:
