@@ -28,7 +28,7 @@ from normwise.experiments.tune import storage, tables, verdict
 from normwise.experiments.tune.space import space_of
 from normwise.experiments.tune.study import Budget, TuneOptions
 from normwise.experiments.tune.target import Trial
-from test_tune import FEW, alone, counselled, noise, sentence, tuned
+from test_tune import FEW, alone, counselled, noise, sentence, stepped, tuned
 
 __all__ = ["alone", "counselled", "noise"]    # the fixture, and targets
 
@@ -55,7 +55,7 @@ def falls(trial: Trial) -> float:
         with open("fallen.txt", "a") as file:
             file.write("x")
         os._exit(9)
-    trial.optimizer(model)
+    trial.optimizer(model).step()
     return 1.0 + 0.1 * trial.numbers["lr"] + 1e-3 * trial.seed
 
 
@@ -79,7 +79,7 @@ def wordier(trial: Trial) -> float:
 
 def takes_away(trial: Trial) -> float:
     model = nn.Linear(2, 2)
-    rate = trial.attach(model).param_groups[0]["lr"]
+    rate = stepped(trial, model).param_groups[0]["lr"]
     model.to("meta")
     return float(rate)
 
@@ -134,7 +134,7 @@ def mended(trial: Trial) -> float:
     """Best at the middle rate under plain Adam, by far; once broken it raises."""
     if broken:
         raise ValueError("a typo")
-    trial.attach(nn.Linear(2, 2))
+    stepped(trial)
     return 1 + math.log(3 * trial.numbers["lr"]) ** 2 + 1e-3 * trial.seed % 7 + (trial.numbers["optimizer"] != "adam")
 
 
@@ -154,7 +154,7 @@ def test_a_target_that_was_mended_has_all_its_first_trials() -> None:
 
 def lives_under_rules(trial: Trial) -> float:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    trial.attach(model)
+    stepped(trial, model)
     return 1.0 + trial.numbers["lr"] if trial.policy(model).rules else math.nan
 
 
@@ -169,7 +169,7 @@ def test_a_training_that_lives_only_under_rules_is_searched(monkeypatch: pytest.
 
 def ties_but_for_rounding(trial: Trial) -> float:
     model = nn.Linear(2, 2)
-    trial.attach(model)
+    stepped(trial, model)
     slow = max(0.0, trial.numbers["lr"] - 0.4)
     return 1.0 + 0.1 * (trial.seed % 7) + slow - (4e-16 if trial.policy(model).rules else 0.0)
 
@@ -343,7 +343,7 @@ def test_an_edited_function_gets_no_answer_of_the_old_one(monkeypatch: pytest.Mo
     assert mended["answer"]["nothing"] >= 0
     assert tuned(options)["answer"] == mended["answer"]
     written("-3 + trial.numbers['lr']")
-    with pytest.raises(StudyError, match="file of edited_target:train has changed since the study .* give another --name or --storage"):
+    with pytest.raises(StudyError, match=r"file of edited_target:train has changed since the study .* give another --name or --storage"):
         tuned(options)
     assert tuned(replace(options, name="anew"))["trials"][0]["value"] < 0
 

@@ -100,7 +100,7 @@ ADVISED = "advised"
 CHOICES: dict[str, Optimizer] = {
     **OPTIMIZERS,
     "auto": Optimizer(
-        "auto", CONTENDERS["auto"].own[0], _auto, "normwise.optim.auto with its decays, all its rates multiplied; 0.028 is auto as it stands"
+        "auto", CONTENDERS["auto"].own[0], _auto, "normwise.optim.auto with its decays, all rates multiplied; 0.028 is auto as it stands"
     ),
     ADVISED: Optimizer(ADVISED, Axis("lr", (3.0,)), _advised, "nw.advise's optimizer and rules; the rate multiplies its own"),
 }  # fmt: skip

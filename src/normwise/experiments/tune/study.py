@@ -213,8 +213,8 @@ class _Search:
         if not source or source == before or (before is None and study.get_trials(deepcopy=False)):
             return
         if any(trial.user_attrs["result"]["state"] in (DONE, GIVEN_UP) for trial in self.first.finished()):
-            raise StudyError(f"the file of {self.options.task} has changed since the study {self.options.called!r} was begun, whose trials are "
-                             "of the function as it was; give another --name or --storage, or undo the change.")  # fmt: skip
+            raise StudyError(f"the file of {self.options.task} has changed since the study {self.options.called!r} was begun, whose trials "
+                             "are of the function as it was; give another --name or --storage, or undo the change.")  # fmt: skip
         study.set_user_attr("source", source)
 
     def results(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
+from normwise.control import _at_work
 from normwise.errors import StudyError
 from normwise.experiments.framework.provenance import data_name
 from normwise.experiments.tasks.load import load_task
@@ -66,6 +67,9 @@ class Trial:
     codes: list[tuple[str, str]] = field(default_factory=list)
     ticks: list[float] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
+    stepped: bool = False
+    ruled: bool = False
+    told_for: float = 0.0
 
     def policy(self, model: nn.Module) -> nw.Policy:
         """The rules for ``model``; none for "nothing"."""
@@ -101,8 +105,9 @@ class Trial:
         made = space.built(self.numbers, model)
         if self.numbers["optimizer"] == space.ADVISED:
             self.steppers.append((type(model).__name__, str(nw.advise(model).optimizer)))
+        made.register_step_post_hook(self._after_step)
         if not self.models:    # of several, as in a GAN, the first one's steps are timed
-            made.register_step_post_hook(lambda *_: self.ticks.append(time.perf_counter()))
+            made.register_step_post_hook(lambda *_: self.ticks.append(time.perf_counter() - self.told_for))
         self.models.append(model)
         return made
 
@@ -113,11 +118,23 @@ class Trial:
             self.controls.append(nw.attach(model, made, rules))
         return made
 
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Steps are what tells that a candidate trained, and rules have to be at work in one: trainers take them off at their end."""
+        self.stepped = True
+        self.ruled = self.ruled or bool(_at_work([optimizer]))
+
     def missed(self) -> str:
-        """What the target never asked for, so that its metric says nothing about the candidate; "" for nothing."""
+        """What the target never asked for, or asked for and did not use, so that its metric says nothing about the candidate; "" for
+        nothing."""
         lacks = {"optimizer": "its optimizer (trial.attach, or trial.optimizer)", "policy": "its rules (trial.attach, or trial.policy)"}
         named = [text for name, text in lacks.items() if name not in self.asked]
-        return f"the target never asked the trial for {' and for '.join(named)}" if named else ""
+        if named:
+            return f"the target never asked the trial for {' and for '.join(named)}"
+        if not self.stepped:
+            return "the trial's optimizer was never stepped"
+        if any(policy.rules for _, policy in self.policies) and not self.ruled:
+            return "the trial's rules were never attached to its optimizer: call trial.attach, or nw.attach(model, optimizer, policy)"
+        return ""
 
     def report(self, step: int, value: float | Tensor) -> None:
         """Tells the metric after ``step`` steps, a whole number from 0 to 2³¹ - 1.
@@ -126,6 +143,7 @@ class Trial:
             GivenUp: where the run is of no more use. Let it pass through.
             StudyError: for another step.
         """
+        started = time.perf_counter()
         value = float(value.detach() if isinstance(value, Tensor) else value)
         if not 0 <= int(step) < 1 << 31:
             raise StudyError(f"report was given step {step}: give a whole number from 0 to {(1 << 31) - 1}")
@@ -133,6 +151,7 @@ class Trial:
             self.ended = GivenUp(f"the metric is {value} at step {step}")
         elif self.watch is not None and self.watch(int(step), value):
             self.ended = GivenUp()
+        self.told_for += time.perf_counter() - started    # no part of a step
         if self.ended is not None:
             raise self.ended
 
