@@ -52,7 +52,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def stepped(trial: Trial, model: nn.Module | None = None) -> torch.optim.Optimizer:
     """The trial's optimizer under its rules, after a step that moves nothing."""
-    optimizer = trial.attach(nn.Linear(2, 2) if model is None else model)
+    optimizer = trial.attach(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) if model is None else model)
     optimizer.step()
     return optimizer
 
