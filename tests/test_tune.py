@@ -50,10 +50,16 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+def stepped(trial: Trial, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The trial's optimizer under its rules, after a step that moves nothing."""
+    optimizer = trial.attach(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) if model is None else model)
+    optimizer.step()
+    return optimizer
+
+
 def noise(trial: Trial, gain: float = 0.0) -> float:
     """A number that only the seed and the candidate decide."""
-    model = nn.Linear(2, 2)
-    rate, rules = trial.optimizer(model).param_groups[0]["lr"], trial.policy(model)
+    rate, rules = stepped(trial).param_groups[0]["lr"], trial.policies[-1][1]
     calls.append(trial)
     drawn = np.random.default_rng([trial.seed, *json.dumps([rate, rules.to_yaml() if rules.rules else ""]).encode()]).normal()
     for part in (0.25, 0.5):
@@ -245,8 +251,7 @@ def test_what_is_advised_is_tried_as_it_is_and_its_rates_are_multiplied() -> Non
 
 def counselled(trial: Trial) -> float:
     """Better under the advised optimizer, the more so the larger its rates; what is its own comes from the seed alone."""
-    model = nn.Linear(2, 2)
-    trial.attach(model)
+    stepped(trial)
     gain = 1.0 + trial.numbers["lr"] if trial.stepper else 0.0
     trial.report(trial.steps // 2, 3 - gain)
     return 3 - gain + 1e-6 * trial.seed * (1 + trial.numbers["lr"])
@@ -286,8 +291,7 @@ def test_the_advice_is_judged_where_nothing_wins_and_is_told_to_be_worse() -> No
 
 def ill_advised(trial: Trial) -> float:
     """Worse by one under whatever is not plain Adam."""
-    model = nn.Linear(2, 2)
-    trial.attach(model)
+    stepped(trial, model := nn.Linear(2, 2))
     return 3.0 + bool(trial.stepper or trial.policy(model).rules) + 0.01 * trial.seed
 
 
@@ -405,7 +409,7 @@ def raises(trial: Trial) -> float:
 
 
 def constant(trial: Trial) -> float:
-    trial.attach(nn.Linear(2, 2))
+    stepped(trial)
     return 0.5
 
 
@@ -427,7 +431,7 @@ def wordy(trial: Trial) -> Any:
         ("test_tune:two", "takes (one: 'Any', other: 'Any') -> 'float', but must take one argument"),
         ("test_tune:noise --data x", "--data is for built-in tasks"),
         ("test_tune:raises", "failed in its first trial (RuntimeError: no such data (test_tune.py, line"),
-        ("test_tune:wordy", "could not convert string to float"),
+        ("test_tune:wordy", "failed in its first trial (wordy returned the text 'better': return one number)"),
         ("test_tune:undefined", "gave no metric in any of 6 trials: the metric is nan"),
         ("test_tune:constant", "was 0.5 in all of 6 trials"),
         ("test_tune:noise --seeds 5", "must be 6 or more"),
@@ -560,7 +564,7 @@ def test_the_trainers_of_the_page_train(tmp_path: Path) -> None:
         tried = trials()
         losses = [space["train"](trial) for trial in tried]
         assert losses[0] != losses[1] and all(map(math.isfinite, losses))
-        assert all(len(trial.ticks) == 4 for trial in tried)
+        assert all(len(trial.ticks) == 4 and trial.missed() == "" for trial in tried)
         norms = [[w.norm(dim=1).max().item() for w in trial.models[0].parameters() if w.ndim == 2] for trial in tried if trial.models]
         assert all(bounded < free for free, bounded in zip(*norms, strict=True))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from normwise.experiments.tune import storage, tables, verdict
 from normwise.experiments.tune.space import space_of
 from normwise.experiments.tune.study import Budget, TuneOptions
 from normwise.experiments.tune.target import Trial
-from test_tune import FEW, alone, counselled, noise, sentence, tuned
+from test_tune import FEW, alone, counselled, noise, sentence, stepped, tuned
 
 __all__ = ["alone", "counselled", "noise"]    # the fixture, and targets
 
@@ -53,7 +55,7 @@ def falls(trial: Trial) -> float:
         with open("fallen.txt", "a") as file:
             file.write("x")
         os._exit(9)
-    trial.optimizer(model)
+    trial.optimizer(model).step()
     return 1.0 + 0.1 * trial.numbers["lr"] + 1e-3 * trial.seed
 
 
@@ -77,7 +79,7 @@ def wordier(trial: Trial) -> float:
 
 def takes_away(trial: Trial) -> float:
     model = nn.Linear(2, 2)
-    rate = trial.attach(model).param_groups[0]["lr"]
+    rate = stepped(trial, model).param_groups[0]["lr"]
     model.to("meta")
     return float(rate)
 
@@ -132,7 +134,7 @@ def mended(trial: Trial) -> float:
     """Best at the middle rate under plain Adam, by far; once broken it raises."""
     if broken:
         raise ValueError("a typo")
-    trial.attach(nn.Linear(2, 2))
+    stepped(trial)
     return 1 + math.log(3 * trial.numbers["lr"]) ** 2 + 1e-3 * trial.seed % 7 + (trial.numbers["optimizer"] != "adam")
 
 
@@ -152,7 +154,7 @@ def test_a_target_that_was_mended_has_all_its_first_trials() -> None:
 
 def lives_under_rules(trial: Trial) -> float:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    trial.attach(model)
+    stepped(trial, model)
     return 1.0 + trial.numbers["lr"] if trial.policy(model).rules else math.nan
 
 
@@ -167,7 +169,7 @@ def test_a_training_that_lives_only_under_rules_is_searched(monkeypatch: pytest.
 
 def ties_but_for_rounding(trial: Trial) -> float:
     model = nn.Linear(2, 2)
-    trial.attach(model)
+    stepped(trial, model)
     slow = max(0.0, trial.numbers["lr"] - 0.4)
     return 1.0 + 0.1 * (trial.seed % 7) + slow - (4e-16 if trial.policy(model).rules else 0.0)
 
@@ -310,3 +312,52 @@ def test_a_busy_file_names_the_option_that_tune_has(capfd: pytest.CaptureFixture
     with locked(Path("busy.db")):
         assert cli.main(["tune", "test_tune_targets:heedless", *QUICK, "--storage", "busy.db"]) == 2
     assert "give another --storage" in capfd.readouterr().err
+
+
+WRITTEN = """
+from torch import nn
+
+def train(trial):
+    model = nn.Linear(2, 2)
+    trial.attach(model).step()
+    return {value}
+"""
+
+
+def test_an_edited_function_gets_no_answer_of_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused in one sentence, also where it goes on after an interruption; under another name it is a study of its own."""
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    options = TuneOptions("edited_target:train", only=FEW, steps=8)
+
+    def written(value: str) -> None:
+        Path("edited_target.py").write_text(WRITTEN.format(value=value))
+        sys.modules.pop("edited_target", None)
+        importlib.invalidate_caches()
+        shutil.rmtree("__pycache__", ignore_errors=True)
+
+    written("1 / 0")
+    with pytest.raises(StudyError, match="ZeroDivisionError"):
+        tuned(options)
+    written("3 + trial.numbers['lr']    # mended, as the sentence asks for")
+    mended = tuned(options)
+    assert mended["answer"]["nothing"] >= 0
+    assert tuned(options)["answer"] == mended["answer"]
+    written("-3 + trial.numbers['lr']")
+    with pytest.raises(StudyError, match=r"file of edited_target:train has changed since the study .* give another --name or --storage"):
+        tuned(options)
+    assert tuned(replace(options, name="anew"))["trials"][0]["value"] < 0
+
+
+def test_a_study_from_before_hashes_goes_on() -> None:
+    import optuna
+
+    options = ask("noise", name="old")
+    tuned(options)
+    study = optuna.load_study(study_name="old", storage="sqlite:///old.db")
+    assert len(study.user_attrs["source"]) == 64
+    with closing(sqlite3.connect("old.db")) as database:
+        database.execute("delete from study_user_attributes where key = 'source'")
+        database.commit()
+    tuned(options)
+    attributes = optuna.load_study(study_name="old", storage="sqlite:///old.db").user_attrs
+    assert "asked" in attributes and "source" not in attributes

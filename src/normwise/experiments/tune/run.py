@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import math
 import os
 import sysconfig
@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
+import normwise
 from normwise.errors import NormwiseError
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 from normwise.experiments.tune import space
-from normwise.experiments.tune.storage import trial_of
+from normwise.experiments.tune.apart import apart
+from normwise.experiments.tune.storage import REDUCTION, first_rung, trial_of
 from normwise.experiments.tune.target import Target, Trial
 
 DONE, GIVEN_UP, REFUSED, FAILED = "done", "given up", "refused", "failed"
@@ -27,7 +30,7 @@ DONE, GIVEN_UP, REFUSED, FAILED = "done", "given up", "refused", "failed"
 
 LOST: Result = {
     "state": FAILED, "value": None, "reason": "its worker process was killed, and killed again when it was repeated", "step_ms": None,
-    "size": None, "seconds": 0.0, "breaches": [], "rules": "[]\n", "stepper": "",
+    "size": None, "seconds": 0.0, "breaches": [], "rules": "[]\n", "stepper": "", "code": "",
 }  # fmt: skip
 """The result of a run that takes its process along."""
 
@@ -41,13 +44,44 @@ class Watched:
     id: int
     spared: bool
 
-    def __call__(self, steps: int, step: int, value: float) -> bool:
-        """Whether to give up: successive halving asks at a quarter and at half of the steps."""
+    def write(self, steps: int, step: int, value: float) -> Any:
+        """Into the storage. Gives the trial there."""
         trial = trial_of(self.url, self.study, self.id, steps)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")    # a trial that is done again has reported before
             trial.report(value, step)
+        return trial
+
+    def __call__(self, steps: int, step: int, value: float) -> bool:
+        """Whether to give up."""
+        trial = self.write(steps, step, value)
         return step < steps and bool(trial.should_prune()) and not self.spared
+
+
+@dataclass
+class Reports:
+    """What a run reports. Successive halving decides at its rungs alone, and a report costs a commit and a look at all trials: the first
+    one at or after each rung is told, and the last one. rung: the next. kept: the last report, where it was not told."""
+
+    watched: Watched
+    steps: int
+    rung: int
+    kept: tuple[int, float] | None = None
+
+    def __call__(self, step: int, value: float) -> bool:
+        """Whether to give up."""
+        if step < self.rung:
+            self.kept = (step, value)
+            return False
+        while self.rung <= step:
+            self.rung *= REDUCTION
+        self.kept = None
+        return self.watched(self.steps, step, value)
+
+    def close(self) -> None:
+        """At the end of the run."""
+        if self.kept is not None:
+            self.watched.write(self.steps, *self.kept)
 
 
 @dataclass(frozen=True)
@@ -78,14 +112,16 @@ class TuneRun(Run):
 
     def train(self, target: Target, /) -> Result:
         """``state``, ``value`` (None where it is not ``done``), ``reason``, ``step_ms``, ``size``, ``seconds``, ``breaches``, ``rules`` as
-        YAML, and ``stepper``, the advised optimizer."""
-        watch = functools.partial(self.watched, self.steps) if self.watched else None
+        YAML, ``stepper``, the advised optimizer, and ``code``, what makes the optimizer again."""
+        watch = Reports(self.watched, self.steps, first_rung(self.steps)) if self.watched else None
         if self.watched:    # a storage out of reach is the study's failure, not the target's
             trial_of(self.watched.url, self.watched.study, self.watched.id, self.steps)
         trial = Trial(self.numbers, self.seed, self.steps, self.final, watch)
-        started, folder = time.perf_counter(), Path.cwd()
-        state, value, reason = _outcome(target, trial)
-        os.chdir(folder)    # a target that went elsewhere would take the study's files along
+        started = time.perf_counter()
+        with apart(self.seed):
+            state, value, reason = _outcome(target, trial)
+        if watch is not None:
+            watch.close()
         seconds = round(time.perf_counter() - started, 2)
         breaches: list[str] = []
         size = None
@@ -97,14 +133,14 @@ class TuneRun(Run):
         return {
             "state": state, "value": value, "reason": reason, "step_ms": trial.step_ms(), "size": size,
             "seconds": seconds, "breaches": breaches,
-            "rules": trial.rules, "stepper": trial.stepper,
+            "rules": trial.rules, "stepper": trial.stepper, "code": trial.code,
         }  # fmt: skip
 
 
 def _outcome(target: Target, trial: Trial) -> tuple[str, float | None, str]:
+    found: Any = None
     try:
         found = target.call(trial)
-        value = float(found.detach() if isinstance(found, Tensor) else found)
     except (Exception, SystemExit) as error:    # the target's own code
         # GivenUp, too, is kept in the trial: the target may have turned it into another.
         if trial.ended is None:
@@ -112,6 +148,9 @@ def _outcome(target: Target, trial: Trial) -> tuple[str, float | None, str]:
             return REFUSED if refused else FAILED, None, f"{_said(error)}{'' if refused else f' ({_line(error)})'}"
     if trial.ended is not None:    # also where the target swallowed it
         return REFUSED if trial.ended.reason else GIVEN_UP, None, trial.ended.reason
+    value = _number(found)
+    if value is None:
+        return FAILED, None, f"{target.name.rpartition(':')[2]} returned {_kind(found)}: return one number"
     if not math.isfinite(value):
         return REFUSED, None, f"the metric is {value}"
     if missed := trial.missed():
@@ -121,6 +160,30 @@ def _outcome(target: Target, trial: Trial) -> tuple[str, float | None, str]:
 
 LARGEST = 1e100
 """Metrics beyond this have no mean and no difference in floating point that could be trusted."""
+
+
+def _number(found: Any) -> float | None:
+    """What a target returned as a number, if it is one; a text is none, whatever it says."""
+    if isinstance(found, str | bytes | bytearray):
+        return None
+    try:
+        return float(found.detach() if isinstance(found, Tensor) else found)
+    except Exception:    # also what a __float__ of the user's raises
+        return None
+
+
+def _kind(found: Any) -> str:
+    """In words, for a message."""
+    if inspect.iscoroutine(found):
+        found.close()    # or Python warns that nobody awaited it
+        return "a coroutine, as an async function does"
+    if inspect.isgenerator(found) or inspect.isasyncgen(found):
+        return "a generator, as a function with yield does"
+    if found is None or isinstance(found, str | bytes):
+        return f"{'the text ' * (found is not None)}{found!r:.40}"
+    if isinstance(found, Tensor | np.ndarray):
+        return f"a {type(found).__name__} of shape {tuple(found.shape)}"
+    return f"{'an' if type(found).__name__[0] in 'aeiou' else 'a'} {type(found).__name__} that is no float"
 
 
 def _said(error: BaseException) -> str:
@@ -134,10 +197,11 @@ def _said(error: BaseException) -> str:
 
 def _line(error: BaseException) -> str:
     """Where it was raised: the last line of the user's own code, if there is one, else the last that is not ours."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "normwise" not in frame.filename]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
     own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<frozen")]
     last = [*traceback.extract_tb(error.__traceback__), *frames, *own][-1]
     return f"{last.filename.rsplit('/', 1)[-1]}, line {last.lineno}"
 
 
-_LIBRARIES = tuple({sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")})
+_OURS = str(Path(normwise.__file__).parent) + os.sep
+_LIBRARIES = tuple({sysconfig.get_path(kind) + os.sep for kind in ("purelib", "platlib", "stdlib", "platstdlib")})

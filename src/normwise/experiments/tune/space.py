@@ -98,9 +98,35 @@ def _advised(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 ADVISED = "advised"
 CHOICES: dict[str, Optimizer] = {
-    **OPTIMIZERS, "auto": Optimizer("auto", CONTENDERS["auto"].own[0], _auto, "normwise.optim.auto, all its rates multiplied"),
+    **OPTIMIZERS,
+    "auto": Optimizer(
+        "auto", CONTENDERS["auto"].own[0], _auto, "normwise.optim.auto with its decays, all rates multiplied; 0.028 is auto as it stands"
+    ),
     ADVISED: Optimizer(ADVISED, Axis("lr", (3.0,)), _advised, "nw.advise's optimizer and rules; the rate multiplies its own"),
 }  # fmt: skip
+_MULTIPLIED = """
+for group in optimizer.param_groups:
+    group["lr"] *= """
+_ON_SPHERES = """for w in (module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)):
+    w.data *= (2 / w[0].numel()) ** 0.5 / w.detach().square().mean().sqrt()
+"""
+_CODES = {
+    "gd": "optimizer = torch.optim.SGD(model.parameters(), lr={lr})",
+    "momentum": "optimizer = torch.optim.SGD(model.parameters(), lr={lr}, momentum=0.9)",
+    "adam": "optimizer = torch.optim.AdamW(model.parameters(), lr={lr}, weight_decay=0.0)",
+    "normalized_sgd": "optimizer = nw.optim.NormalizedSGD(model, lr={lr})",
+    "signum": "optimizer = nw.optim.Signum(model, lr={lr})",
+    "lion": "optimizer = nw.optim.Lion(model, lr={lr})",
+    "lars": "optimizer = nw.optim.LARS(model, lr={lr}, trust=0.02)",
+    "lamb": "optimizer = nw.optim.LAMB(model, lr={lr})",
+    "muon": 'optimizer = nw.optim.Muon(model, lr={lr}, adamw={{"lr": {lr}}}, adjust_lr_fn="match_rms_adamw", weight_decay=0.0)',
+    "normuon": 'optimizer = nw.optim.NorMuon(model, lr={lr}, adamw={{"lr": {lr}}}, weight_decay=0.0)',
+    "scion": "optimizer = nw.optim.Scion(model, lr={lr}, radius=8.0, head_radius=1.0)",
+    "adamh": _ON_SPHERES + 'optimizer = nw.optim.AdamH(model, lr={lr}, adamw={{"lr": {lr}}})',
+    "muonh": _ON_SPHERES + 'optimizer = nw.optim.MuonH(model, lr={lr}, adamw={{"lr": {lr}}})',
+    "auto": "optimizer = nw.optim.auto(model)" + _MULTIPLIED + "{lr} / 0.028",
+}
+"""What the entries of ``CHOICES`` build, as a user would write it; the advised optimizer's depends on the model."""
 USUAL = ("adam", "momentum", "muon", "auto", ADVISED)
 START = 1 / 3
 """Where the advised rates are as they are advised."""
@@ -152,7 +178,10 @@ class Space:
         """As data, with the ranges: two studies of equal spaces may share their trials."""
         axes = {name: dict(SLOTS[slot][name].axes) for slot, names in self.slots.items() for name in names}
         rates = {name: CHOICES[name].lr.values[0] for name in self.optimizers}
-        return {**asdict(self), "axes": axes, "rates": rates}
+        # In studies from before, auto kept its decays under these rules and was refused each time.
+        lengths = [name for slot, names in self.slots.items() for name in names if SLOTS[slot][name].lr is not None]
+        undecayed = {"undecayed": lengths} if lengths and "auto" in self.optimizers else {}
+        return {**asdict(self), "axes": axes, "rates": rates, **undecayed}
 
 
 def space_of(names: Sequence[str] | None, lr: tuple[float, float] | None = None) -> Space:
@@ -202,8 +231,25 @@ def rate(numbers: Numbers) -> float:
 
 
 def built(numbers: Numbers, model: nn.Module) -> torch.optim.Optimizer:
-    """The candidate's optimizer for a model, which decays nothing by itself."""
-    return CHOICES[numbers["optimizer"]].build(model, rate(numbers))
+    """The candidate's optimizer for a model. Only auto and what is advised decay by themselves; a rule's decay comes on top of that."""
+    made = CHOICES[numbers["optimizer"]].build(model, rate(numbers))
+    for group in made.param_groups if _undecayed(numbers) else ():
+        group["weight_decay"] = 0.0
+    return made
+
+
+def code(numbers: Numbers, model: nn.Module) -> str:
+    """What :func:`built` does, to paste: from ``model``, which is asked before it is built for, to ``optimizer``."""
+    lr = rate(numbers)
+    if numbers["optimizer"] != ADVISED:
+        return _CODES[numbers["optimizer"]].format(lr=lr) + ('\n    group["weight_decay"] = 0.0' if _undecayed(numbers) else "")
+    sparse = "".join(f"model.get_submodule({path!r}).sparse = False\n" for path in Facts.of(model).sparse)
+    return f"{sparse}optimizer = {nw.advise(model).optimizer}" + (f"{_MULTIPLIED}{lr}" if lr != 1 else "")
+
+
+def _undecayed(numbers: Numbers) -> bool:
+    """Whether auto goes without its decays: a rule that sets the length of a step would undo them, and is refused beside them."""
+    return bool(numbers["optimizer"] == "auto" and any(option.lr is not None for option in _chosen(numbers).values()))
 
 
 def policy(numbers: Numbers, model: nn.Module) -> nw.Policy:

@@ -30,6 +30,8 @@ RETRIES = 2
 CLAIM = 1.0
 """Seconds in which a claim is to be seen by everybody who came at the same time."""
 STARTUP = 10
+REDUCTION = 2
+"""One of so many trials goes on."""
 
 
 def url_of(storage: str) -> str:
@@ -172,6 +174,11 @@ def in_reach(url: str, file: Path | None) -> Iterator[optuna.storages.RDBStorage
             _in_one_file(file)
 
 
+def first_rung(steps: int) -> int:
+    """The step at or after which it is first asked whether a trial goes on; each further rung is ``REDUCTION`` times as far."""
+    return max(1, steps // 4)
+
+
 @functools.lru_cache(maxsize=1)
 def trial_of(url: str, name: str, id: int, steps: int) -> optuna.trial.Trial:
     """A trial of the study ``name`` in a process that trains it. The better half goes on, at a quarter and at half of the steps.
@@ -183,7 +190,7 @@ def trial_of(url: str, name: str, id: int, steps: int) -> optuna.trial.Trial:
 
     if url not in _here:
         _here[url] = opened(url)
-    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 4), reduction_factor=2)
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=first_rung(steps), reduction_factor=REDUCTION)
     try:
         study = optuna.load_study(study_name=name, storage=_here[url], sampler=optuna.samplers.RandomSampler(), pruner=halving)
     except KeyError:    # a file of another machine, which is empty here

@@ -200,8 +200,22 @@ class _Search:
         asked = json.loads(json.dumps(asked))    # as it is read again
         directions = [first, *["minimize"] * (len(self.options.objectives) - 1)]
         self.first = Trials(kept.study_of(self.storage, name, asked, directions), LOST, self.alone)
+        self._check_source()
         self.second = Trials(kept.study_of(self.storage, f"{name}, fresh seeds", asked, [first]), LOST, self.alone)
         self.first.study.sampler = kept.sampler(self.options.seed)
+
+    def _check_source(self) -> None:
+        """StudyError where the target's file is another one than when the study was begun, if one of its trials has told anything.
+
+        A study of which no trial has waits for a target that is mended. One that never had a hash, or no file, goes on as it is."""
+        study, source = self.first.study, self.target.source
+        before = study.user_attrs.get("source")
+        if not source or source == before or (before is None and study.get_trials(deepcopy=False)):
+            return
+        if any(trial.user_attrs["result"]["state"] in (DONE, GIVEN_UP) for trial in self.first.finished()):
+            raise StudyError(f"the file of {self.options.task} has changed since the study {self.options.called!r} was begun, whose trials "
+                             "are of the function as it was; give another --name or --storage, or undo the change.")  # fmt: skip
+        study.set_user_attr("source", source)
 
     def results(self) -> dict[str, Any]:
         """All of it, one part after the other."""

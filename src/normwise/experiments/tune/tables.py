@@ -28,7 +28,8 @@ def candidate_of(numbers: spaces.Numbers, result: Results) -> dict[str, Any]:
     optimizer = spaces.CHOICES[numbers["optimizer"]]
     told = result["stepper"] or f"{optimizer.label} ({optimizer.about})"
     return {
-        "label": spaces.label(numbers), "optimizer": told, "lr": spaces.rate(numbers), "policy_yaml": result["rules"]
+        "label": spaces.label(numbers), "optimizer": told, "lr": spaces.rate(numbers), "policy_yaml": result["rules"],
+        "code": result.get("code", ""),    # no run of an older study has it
     }  # fmt: skip
 
 
@@ -258,7 +259,9 @@ def policy_file(results: Results) -> str:
     answer = results["answer"]
     if answer["nothing"] < 0:
         return f"# {headline(results)}\n[]\n"
-    rate = f"{answer['lr']:g}" + (" times the advised one" if answer["label"] == spaces.ADVISED else ", no decay of its own")
-    lines = [headline(results), f"Optimizer: {answer['optimizer']}, learning rate {rate}.",
+    rate = f"{answer['lr']:g}" + (" times the advised one" if answer["label"] == spaces.ADVISED else "")
+    code = answer.get("code", "").splitlines()    # no study from before has it
+    lines = [headline(results), f"Optimizer: {answer['optimizer']}, learning rate {rate}{':' if code else '.'}",
+             *(f"    {line}" for line in code),
              f"Trained for {results['protocol']['steps']} steps; {where(results['machine'])}."]  # fmt: skip
     return "".join(f"# {line}\n" for line in lines) + answer["policy_yaml"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import os
@@ -9,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, pairwise
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
+from normwise.control import _at_work
 from normwise.errors import StudyError
 from normwise.experiments.framework.provenance import data_name
 from normwise.experiments.tasks.load import load_task
@@ -61,8 +64,12 @@ class Trial:
     ended: GivenUp | None = None
     policies: list[tuple[str, nw.Policy]] = field(default_factory=list)
     steppers: list[tuple[str, str]] = field(default_factory=list)
+    codes: list[tuple[str, str]] = field(default_factory=list)
     ticks: list[float] = field(default_factory=list)
     asked: set[str] = field(default_factory=set)
+    stepped: bool = False
+    ruled: bool = False
+    told_for: float = 0.0
 
     def policy(self, model: nn.Module) -> nw.Policy:
         """The rules for ``model``; none for "nothing"."""
@@ -85,14 +92,22 @@ class Trial:
         told = dict.fromkeys(text for _, text in self.steppers)
         return next(iter(told)) if len(told) == 1 else "; ".join(f"{name}: {text}" for name, text in self.steppers)
 
+    @property
+    def code(self) -> str:
+        """What makes the optimizer again, of several models each one's after its name."""
+        told = dict.fromkeys(text for _, text in self.codes)
+        return next(iter(told)) if len(told) == 1 else "\n".join(f"# {name}\n{text}" for name, text in self.codes)
+
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of ``model``'s parameters, without rules: attach :meth:`policy` to it, or use :meth:`attach`."""
         self.asked.add("optimizer")
+        self.codes.append((type(model).__name__, space.code(self.numbers, model)))
         made = space.built(self.numbers, model)
         if self.numbers["optimizer"] == space.ADVISED:
             self.steppers.append((type(model).__name__, str(nw.advise(model).optimizer)))
+        made.register_step_post_hook(self._after_step)
         if not self.models:    # of several, as in a GAN, the first one's steps are timed
-            made.register_step_post_hook(lambda *_: self.ticks.append(time.perf_counter()))
+            made.register_step_post_hook(lambda *_: self.ticks.append(time.perf_counter() - self.told_for))
         self.models.append(model)
         return made
 
@@ -103,11 +118,23 @@ class Trial:
             self.controls.append(nw.attach(model, made, rules))
         return made
 
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Steps are what tells that a candidate trained, and rules have to be at work in one: trainers take them off at their end."""
+        self.stepped = True
+        self.ruled = self.ruled or bool(_at_work([optimizer]))
+
     def missed(self) -> str:
-        """What the target never asked for, so that its metric says nothing about the candidate; "" for nothing."""
+        """What the target never asked for, or asked for and did not use, so that its metric says nothing about the candidate; "" for
+        nothing."""
         lacks = {"optimizer": "its optimizer (trial.attach, or trial.optimizer)", "policy": "its rules (trial.attach, or trial.policy)"}
         named = [text for name, text in lacks.items() if name not in self.asked]
-        return f"the target never asked the trial for {' and for '.join(named)}" if named else ""
+        if named:
+            return f"the target never asked the trial for {' and for '.join(named)}"
+        if not self.stepped:
+            return "the trial's optimizer was never stepped"
+        if any(policy.rules for _, policy in self.policies) and not self.ruled:
+            return "the trial's rules were never attached to its optimizer: call trial.attach, or nw.attach(model, optimizer, policy)"
+        return ""
 
     def report(self, step: int, value: float | Tensor) -> None:
         """Tells the metric after ``step`` steps, a whole number from 0 to 2³¹ - 1.
@@ -116,6 +143,7 @@ class Trial:
             GivenUp: where the run is of no more use. Let it pass through.
             StudyError: for another step.
         """
+        started = time.perf_counter()
         value = float(value.detach() if isinstance(value, Tensor) else value)
         if not 0 <= int(step) < 1 << 31:
             raise StudyError(f"report was given step {step}: give a whole number from 0 to {(1 << 31) - 1}")
@@ -123,6 +151,7 @@ class Trial:
             self.ended = GivenUp(f"the metric is {value} at step {step}")
         elif self.watch is not None and self.watch(int(step), value):
             self.ended = GivenUp()
+        self.told_for += time.perf_counter() - started    # no part of a step
         if self.ended is not None:
             raise self.ended
 
@@ -139,7 +168,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Target:
-    """call: trains a trial and gives its metric. name, key, facts: what it is, and what decides a run of it. steps: the usual ones."""
+    """call: trains a trial and gives its metric. name, key, facts: what it is, and what decides a run of it. steps: the usual ones.
+    source: a hash of the file that has the function; "" for a built-in task, whose version says it, and where no file is to be found."""
 
     call: Callable[[Trial], Any]
     name: str
@@ -148,6 +178,7 @@ class Target:
     facts: dict[str, Any]
     steps: int
     maximize: bool = False
+    source: str = ""
 
 
 def load_target(name: str, data: Path | str | None = None, size: str = "standard") -> Target:
@@ -176,7 +207,18 @@ def load_target(name: str, data: Path | str | None = None, size: str = "standard
     except TypeError:
         taken = inspect.signature(function)
         raise StudyError(f"the target {name!r} takes {taken}, but must take one argument, the trial: def train(trial).") from None
-    return Target(function, name, "metric", name, {"name": name}, STEPS_OF_A_FUNCTION)
+    return Target(function, name, "metric", name, {"name": name}, STEPS_OF_A_FUNCTION, source=_hash_of(function))
+
+
+def _hash_of(function: Callable[..., Any]) -> str:
+    """Of the file in which a function, what a partial calls, or an object's class is written; "" where there is none."""
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    for one in (function, type(function)):
+        with suppress(TypeError, OSError):    # built in, compiled, or made without a file
+            return hashlib.sha256(Path(inspect.getsourcefile(one) or "").read_bytes()).hexdigest()
+    return ""
 
 
 def _on_task(task: Task, trial: Trial) -> float:
