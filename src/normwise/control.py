@@ -135,7 +135,7 @@ class Control:
         self._always, self._loggers = bool(log), list[Logger]()
         self._bind(self._always, resting=False)
         self._told: set[str] = set()
-        others = _at_work(optimizers)
+        others = controls_of(optimizers)
         replaced = [o for o in others if replace and not o.built_in]
         # All that warns or refuses comes before anything is hooked or taken off: a warning may be an error.
         _check_beside(self, [o for o in others if o not in replaced])
@@ -426,7 +426,7 @@ class Control:
             return None
         optimizer = self.optimizers[turn.optimizer]
         first = next(iter(optimizer._optimizer_step_post_hooks), None)
-        return one_pass if first == self._afters[turn.optimizer] and len(_at_work([optimizer])) == 1 else None
+        return one_pass if first == self._afters[turn.optimizer] and len(controls_of([optimizer])) == 1 else None
 
     def _offer(self, turn: Turn) -> None:
         known = self.engine.program(turn.optimizer).one_pass
@@ -823,7 +823,7 @@ class Control:
         return f"Control({len(self.optimizers)} optimizer(s), {self.steps} steps: {rules})"
 
 
-def _at_work(optimizers: Iterable[Optimizer]) -> list[Control]:
+def controls_of(optimizers: Iterable[Optimizer]) -> list[Control]:
     """The controls that are attached to any of these optimizers."""
     found = {id(c): c for o in optimizers for ref in _AT_WORK.get(o, ()) if (c := ref()) is not None and c._handles}
     return list(found.values())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise as nw
-from normwise.control import _at_work
+from normwise.control import controls_of
 from normwise.errors import StudyError
 from normwise.experiments.framework.provenance import data_name
 from normwise.experiments.tasks.load import load_task
@@ -121,7 +121,7 @@ class Trial:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Steps are what tells that a candidate trained, and rules have to be at work in one: trainers take them off at their end."""
         self.stepped = True
-        self.ruled = self.ruled or bool(_at_work([optimizer]))
+        self.ruled = self.ruled or bool(controls_of([optimizer]))
 
     def missed(self) -> str:
         """What the target never asked for, or asked for and did not use, so that its metric says nothing about the candidate; "" for
