@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from normwise import files
-from normwise.errors import NormwiseError
+from normwise.errors import NormwiseError, a_kind_of
 
 # Of the one entry of the metadata.
 KEY = "normwise"
@@ -182,7 +182,7 @@ def _told(value: Any, what: str) -> Any:
         return _plain(value)
     except TypeError as error:
         raise NormwiseError(
-            f"{what} is a {type(value).__name__}, and a state without pickle holds tensors, numbers, texts, bytes, lists and dicts."
+            f"{what} is {a_kind_of(value)}, and a state without pickle holds tensors, numbers, texts, bytes, lists and dicts."
         ) from error
 
 

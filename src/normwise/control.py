@@ -33,7 +33,7 @@ from normwise.engine.sharded import reshard
 from normwise.engine.sharded.collectives import TRAFFIC, Traffic
 from normwise.engine.step import Marks, OnePass, Start, Stepper, grads, makes_state, steps_under_way
 from normwise.engine.verify import Rested, Verification, verify
-from normwise.errors import PolicyError, nearest
+from normwise.errors import PolicyError, a_kind_of, nearest
 from normwise.logs import Logger, logger_of
 from normwise.norms import native
 from normwise.parameters.inventory import Inventory, clean_name
@@ -546,7 +546,7 @@ class Control:
         tensor parallelism and DDP (attach to the wrapped model) the largest of all ranks counts, so each rank must report. Raises
         PolicyError for a module without such a rule.
         """
-        known = f"a {type(attention).__name__} outside of the model" if isinstance(attention, nn.Module) else attention
+        known = f"{a_kind_of(attention)} outside of the model" if isinstance(attention, nn.Module) else attention
         report(self.engine.rules, self._names.get(id(attention), clean_name(known)), maxima)
 
     # ------------------------------------------------------------------------------------------------ logs

@@ -111,3 +111,9 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     close = begun[:1] or [folded[o] for o in like if o[0] == given.lower()[0] or likeness[o] >= 0.75]
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Allowed: {', '.join(options)}."
+
+
+def a_kind_of(thing: object) -> str:
+    """Its class with its article, by the letter: an Adam, a list."""
+    name = type(thing).__name__
+    return f"a{'n' * name.lower().startswith(tuple('aeio'))} {name}"

@@ -42,12 +42,6 @@ def count_of(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"
 
 
-def a_kind_of(thing: object) -> str:
-    """Its class with its article, by the letter: an Adam, a list."""
-    name = type(thing).__name__
-    return f"a{'n' * name.lower().startswith(tuple('aeio'))} {name}"
-
-
 def _short(value: float) -> str:
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:

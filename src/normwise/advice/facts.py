@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from normwise.advice.costs import a_kind_of, size_of
+from normwise.advice.costs import size_of
 from normwise.advice.multiplied import multiplies, recurs
 from normwise.advice.probe import Probe
-from normwise.errors import PolicyError
+from normwise.errors import PolicyError, a_kind_of
 from normwise.optim.presets import MATRICES
 from normwise.parameters import forward_source
 from normwise.parameters.attention_logits import Attention, find_attentions

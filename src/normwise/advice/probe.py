@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normwise.advice.costs import a_kind_of
 from normwise.advice.kept import Kept
 from normwise.advice.logits import LogitWatch, watched
-from normwise.errors import DataError, LayoutError, NormwiseError
+from normwise.errors import DataError, LayoutError, NormwiseError, a_kind_of
 from normwise.generators import same_draws
 from normwise.parameters.attention_logits import find_attentions
 from normwise.parameters.inventory import Entry, Inventory

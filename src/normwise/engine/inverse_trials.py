@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from normwise.engine.pack import is_sharded
-from normwise.errors import PolicyError
+from normwise.errors import PolicyError, a_kind_of
 from normwise.norms import Norm, Set
 from normwise.norms.reduce import HALF, up
 from normwise.parameters.layouts import BlockView
@@ -106,7 +106,7 @@ def _refuse_stored_otherwise(e: Entry, rule: Rule) -> None:
     """Quantised tensors pass for floating-point ones, and keep other numbers than those written to them."""
     p: Any = e.param
     if is_traceable_wrapper_subclass(p) and not is_sharded(p) and not _keeps_what_is_written(p):
-        raise _refused(e, rule, f"a {type(p).__name__} stores its numbers in another form, and rounds what is written to it", "Exclude it")
+        raise _refused(e, rule, f"{a_kind_of(p)} stores its numbers in another form, and rounds what is written to it", "Exclude it")
     if rule.phase == "weight" and isinstance(getattr(e.module, f"{e.local_name}_fake_quant", None), nn.Module):
         raise _refused(e, rule, "fake quantisation rounds it to a grid before it is used, which may take it over a bound", "Exclude it")
 

@@ -23,7 +23,7 @@ from normwise.engine.rules.base import BoundRule, bind
 from normwise.engine.sharded import collectives, reshard
 from normwise.engine.sharded.prefetch import align, fulfil, run_all
 from normwise.engine.step import WORTH, OnePass, Turn
-from normwise.errors import PolicyError
+from normwise.errors import PolicyError, a_kind_of
 from normwise.norms import native
 from normwise.norms.reduce import may_branch
 from normwise.parameters.inventory import Entry, Inventory
@@ -496,8 +496,8 @@ def check_model(model: Any, optimizer: Any) -> None:
     if isinstance(model, nn.Module):
         return
     if isinstance(optimizer, nn.Module):
-        raise PolicyError(f"the arguments are swapped, a {type(model).__name__} before a model. Write attach(model, optimizer, rules).")
-    what = "parameters" if isinstance(model, Iterable) and not isinstance(model, str) else f"a {type(model).__name__}"
+        raise PolicyError(f"the arguments are swapped, {a_kind_of(model)} before a model. Write attach(model, optimizer, rules).")
+    what = "parameters" if isinstance(model, Iterable) and not isinstance(model, str) else f"{a_kind_of(model)}"
     raise PolicyError(
         f"attach needs the model, given {what}: rules name parameters and ask module types for their axes. Write attach(model, "
         "optimizer, rules)."
@@ -549,7 +549,7 @@ def _why_not(given: Any) -> str:
         return f"{given!r} is no optimizer with step hooks: attach(model, optimizer, policy) needs a torch.optim.Optimizer.{created}"
     name = type(given).__name__
     inside = [(where, getattr(given, where, None)) for where in INNER]
-    driven = [f".{where} (a {type(one).__name__})" for where, one in inside if isinstance(one, Optimizer)]
+    driven = [f".{where} ({a_kind_of(one)})" for where, one in inside if isinstance(one, Optimizer)]
     instead = f" Attach to the optimizer that it drives, {driven[0]}." if driven else " Attach to the optimizer that it drives."
     return f"torch runs no step hooks for this {name}, which does not call Optimizer.__init__, so that no rule would ever act.{instead}"
 

@@ -14,7 +14,7 @@ from torch import nn
 from normwise import files
 from normwise.advice import Advice, advise
 from normwise.advice.advisor import check_goal
-from normwise.errors import DataError, need
+from normwise.errors import DataError, a_kind_of, need
 from normwise.experiments.framework.printing import for_stream
 from normwise.experiments.framework.progress import Progress, on_stderr
 from normwise.experiments.framework.study import Outputs, Results, deliver
@@ -80,7 +80,7 @@ def _parts(made: Any, where: str) -> tuple[nn.Module, Any, Any]:
         return made, None, None
     if isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module):
         return made
-    what = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
+    what = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"{a_kind_of(made)}"
     raise DataError(f"{where!r} returned {what}: {WANTED}.")
 
 

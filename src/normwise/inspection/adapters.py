@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from normwise.errors import DataError, PolicyError
+from normwise.errors import DataError, PolicyError, a_kind_of
 from normwise.inspection.checkpoint import Checkpoint
 from normwise.inspection.stored import Stored
 from normwise.parameters.regex import finder
@@ -121,7 +121,7 @@ def _of_pattern(what: str, layer: str, usual: Any, checkpoint: Checkpoint) -> An
     """PEFT's rule: the first key of ``rank_pattern`` or ``alpha_pattern`` that is the end of the layer's name, as a regular expression."""
     patterns = (checkpoint.adapter or {}).get(f"{what}_pattern") or {}
     if not isinstance(patterns, dict):
-        raise DataError(f"{checkpoint.place}: {what}_pattern in adapter_config.json is a {type(patterns).__name__}, but must be an object.")
+        raise DataError(f"{checkpoint.place}: {what}_pattern in adapter_config.json is {a_kind_of(patterns)}, but must be an object.")
     try:
         # The file may be a stranger's, and Python's own search for some patterns does not end.
         return next((value for pattern, value in patterns.items() if finder(rf"^(.*\.)?({pattern})$")(layer)), usual)

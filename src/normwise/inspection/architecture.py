@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from normwise import files
-from normwise.errors import DataError, NormwiseError, need
+from normwise.errors import DataError, NormwiseError, a_kind_of, need
 
 
 def from_config(path: str | Path) -> nn.Module:
@@ -54,7 +54,7 @@ def from_function(where: str) -> nn.Module:
     """
     model = called(where, "meta")
     if not isinstance(model, nn.Module):
-        raise DataError(f"the model {where!r} is a {type(model).__name__}: the function must return a torch.nn.Module.")
+        raise DataError(f"the model {where!r} is {a_kind_of(model)}: the function must return a torch.nn.Module.")
     return model
 
 
@@ -116,5 +116,5 @@ def function_of(where: str, what: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:    # the user's own code
         raise DataError(f"the {what} {where!r} cannot be imported: {type(error).__name__}: {str(error)[:200]}.") from error
     if not callable(function):
-        raise DataError(f"the {what} {where!r} is a {type(function).__name__}: give a function.")
+        raise DataError(f"the {what} {where!r} is {a_kind_of(function)}: give a function.")
     return function

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from normwise.engine.verify import Verification
-from normwise.errors import DataError, printable
+from normwise.errors import DataError, a_kind_of, printable
 from normwise.inspection import tables
 from normwise.inspection.adapters import Product, products
 from normwise.inspection.checkpoint import Checkpoint, opened
@@ -107,7 +107,7 @@ def prepared(
 ) -> Work:
     """What :func:`inspect` finds out before it measures anything, and so everything that it refuses for what was given."""
     if model is not None and not isinstance(model, nn.Module):
-        raise DataError(f"model is a {type(model).__name__}, but must be a torch.nn.Module, the one whose weights were saved, or None.")
+        raise DataError(f"model is {a_kind_of(model)}, but must be a torch.nn.Module, the one whose weights were saved, or None.")
     now = opened(checkpoint)
     before = opened(against) if against is not None else None
     pairs = products(now) if now.adapter is not None else []

@@ -17,7 +17,7 @@ from normwise.control import Control
 from normwise.control import attach as attach_to_optimizer
 from normwise.engine.nonfinite import OnNonFinite
 from normwise.engine.program import optimizers_of
-from normwise.errors import PolicyError, nearest, need_version
+from normwise.errors import PolicyError, a_kind_of, nearest, need_version
 from normwise.integrations.own_clipping import replaced
 from normwise.logs import Logger
 from normwise.policy import Policy
@@ -52,7 +52,7 @@ def attach(trainer: Any, rules: Any, *, log: bool = True, on_nonfinite: OnNonFin
         PolicyError: what is no Trainer, one that has rules already, one that trains by DeepSpeed; rules that do not fit its model.
     """
     if not isinstance(trainer, _library.Trainer):
-        raise PolicyError(f"attach takes a transformers.Trainer, given a {type(trainer).__name__}. For an optimizer there is nw.attach.")
+        raise PolicyError(f"attach takes a transformers.Trainer, given {a_kind_of(trainer)}. For an optimizer there is nw.attach.")
     if not hasattr(trainer, "_load_optimizer_and_scheduler"):
         raise PolicyError(
             f"rules attach before the Trainer loads states, in a method that transformers {_library.__version__} does not have; 5.24 does."

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from normwise.engine.optimizer_state import KEY, waiting, with_part
 from normwise.engine.sharded.prefetch import align, run_together
 from normwise.engine.step import OnePass, makes_state
-from normwise.errors import PolicyError
+from normwise.errors import PolicyError, a_kind_of
 from normwise.low_precision import NOISE
 from normwise.optim.columns import (
     DEFAULTS,
@@ -95,7 +95,7 @@ class NormOptimizer(Optimizer):
     ) -> None:
         for argument, value in {"override": override, "layouts": layouts}.items():
             if value is not None and not isinstance(value, Mapping):
-                raise PolicyError(f"{argument} is a {type(value).__name__}, and must be a dict, as {MAPS[argument]}.")
+                raise PolicyError(f"{argument} is {a_kind_of(value)}, and must be a dict, as {MAPS[argument]}.")
         full = {name: complete(row, f"the row {name!r}") for name, row in rows.items()}
         for name, row in full.items():
             check_row(row, f"the row {name!r}")

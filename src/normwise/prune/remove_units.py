@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normwise.errors import StudyError
+from normwise.errors import StudyError, a_kind_of
 from normwise.policy.schedules import is_number
 from normwise.prune import constant_units
 from normwise.prune.constant_units import zero_rows
@@ -251,7 +251,7 @@ def _units(gone: Mapping[str, Sequence[int]]) -> str:
 def _asked(units: Mapping[str, Sequence[int]], found: Mapping[str, Group]) -> dict[str, list[int]]:
     """``units``, in order. StudyError where they are not what `cut` can remove."""
     if not isinstance(units, Mapping):
-        raise StudyError(f"units is a {type(units).__name__}, but it must be a dict of lists, such as {{'conv1': [0, 3]}}.")
+        raise StudyError(f"units is {a_kind_of(units)}, but it must be a dict of lists, such as {{'conv1': [0, 3]}}.")
     if unknown := sorted(map(str, set(units) - set(found))):
         there = ", ".join(sorted(found)) or "none"
         raise StudyError(f"units of {', '.join(unknown)} cannot be removed; layers with units to remove: {there}.")
@@ -309,7 +309,7 @@ def _batches(opened: nn.Module, example: Tensor) -> tuple[Tensor, Tensor]:
     StudyError where it is no batch, or the model does not take it.
     """
     if not isinstance(example, Tensor) or example.ndim < 2 or not example.numel():
-        given = f"a tensor of shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"a {type(example).__name__}"
+        given = f"a tensor of shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"{a_kind_of(example)}"
         raise StudyError(f"example_input is {given}, but it must be one batch as the model takes it, (n, …), and not empty.")
     batches = (example, example)
     if example.is_floating_point():

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 import normwise
-from normwise.errors import NormwiseError
+from normwise.errors import NormwiseError, a_kind_of
 from normwise.experiments.framework.store import MAYBE, NUMBER, Form, Result, Run
 from normwise.experiments.tune import space
 from normwise.experiments.tune.apart import apart
@@ -182,7 +182,7 @@ def _kind(found: Any) -> str:
     if found is None or isinstance(found, str | bytes):
         return f"{'the text ' * (found is not None)}{found!r:.40}"
     if isinstance(found, Tensor | np.ndarray):
-        return f"a {type(found).__name__} of shape {tuple(found.shape)}"
+        return f"{a_kind_of(found)} of shape {tuple(found.shape)}"
     return f"{'an' if type(found).__name__[0] in 'aeiou' else 'a'} {type(found).__name__} that is no float"
 
 
