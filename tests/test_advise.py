@@ -349,7 +349,7 @@ def test_the_command_writes_what_it_says(mine: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(("arguments", "says"), [
     ("mine_to_advise:plain --goal fast", "Allowed: finetuning"), ("mine_to_advise:few", "ended after 3"),
-    ("mine_to_advise:asks", "missing 1 required positional argument"), ("mine_to_advise:three", "returned a int"),
+    ("mine_to_advise:asks", "missing 1 required positional argument"), ("mine_to_advise:three", "returned an int"),
     ("mine_to_advise:pair", "returned a tuple of 2"), ("mine_to_advise:raises", "ValueError: no way"),
     ("mine_to_advise:none", "no attribute"),
     ("nowhere_at_all:plain", "No module named"), ("mine_to_advise", "is no function"), ("mine_to_advise:plain --yaml .", "to a folder"),
