@@ -28,7 +28,7 @@ from normwise.engine.optimizer_state import Part, Traveller, fold, unfold
 from normwise.engine.pack import Look, versions, witnesses
 from normwise.engine.program import check_model, check_ranks, optimizers_of
 from normwise.engine.rules.base import BoundRule
-from normwise.engine.rules.qk_clip import agree_on_reports, report
+from normwise.engine.rules.qk_clip import report
 from normwise.engine.sharded import reshard
 from normwise.engine.sharded.collectives import TRAFFIC, Traffic
 from normwise.engine.step import Marks, OnePass, Start, Stepper, grads, makes_state, steps_under_way
@@ -169,7 +169,6 @@ class Control:
         engine = Engine(self._model, inventory, self.policy, self.optimizers, resting)
         self.inventory, self.engine = inventory, engine
         self._counts_cost = self._timed or engine.sharded
-        agree_on_reports(engine.rules, self._model)
         self._names = module_names(self._model)
         self._log: NormLog | None = None
         if log:
@@ -547,7 +546,7 @@ class Control:
         PolicyError for a module without such a rule.
         """
         known = f"{a_kind_of(attention)} outside of the model" if isinstance(attention, nn.Module) else attention
-        report(self.engine.rules, self._names.get(id(attention), clean_name(known)), maxima)
+        report(self.engine.rules, self._names.get(id(attention), clean_name(known)), maxima, self._model)
 
     # ------------------------------------------------------------------------------------------------ logs
 

@@ -73,9 +73,9 @@ class Kept:
     def _keep_modules(self, stack: ExitStack) -> None:
         for module in self.model.modules():
             stack.callback(setattr, module, "training", module.training)
-            if not isinstance(module, torch.jit.ScriptModule):    # of which nothing can be exchanged
-                for held in (module._parameters, module._buffers, module._modules):
-                    stack.callback(_put_members, held, dict(held))
+            fixed = isinstance(module, torch.jit.ScriptModule)    # of which nothing can be exchanged
+            for held in () if fixed else (module._parameters, module._buffers, module._modules):
+                stack.callback(_put_members, held, dict(held))
 
     def _keep_tensors(self, stack: ExitStack) -> None:
         params = list(self.model.parameters()) if self.weights else []

@@ -328,11 +328,10 @@ class _Probing:
             return
         for entries in kinds.values():
             bears = self._bears_any_length(entries, batch)
-            for e in entries:
-                if bears is None:    # neither has been measured
-                    del self.judged[e.name]
-                elif not bears:
-                    self.judged[e.name].append(False)
+            if bears is None:    # neither has been measured
+                self.judged = {name: found for name, found in self.judged.items() if name not in {e.name for e in entries}}
+            for e in () if bears is None or bears else entries:
+                self.judged[e.name].append(False)
 
     def _bears_any_length(self, entries: Sequence[Entry], batch: Any) -> bool | None:
         """Whether the loss is the same when they are 16 times as long and 256 times: both are far above a normalisation's eps. None where
@@ -458,9 +457,8 @@ def _own(batch: Any, depth: int = 2) -> Any:
             same = all(part is before for part, before in zip(parts, batch, strict=True))
             return batch if same else type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
         made = copying.copy(batch)
-        for key, part in batch.items() if isinstance(batch, MutableMapping) else enumerate(batch):
-            if isinstance(part, MutableMapping | list | tuple):
-                made[key] = _own(part, depth - 1)
+        for key, part in list(batch.items()) if isinstance(batch, MutableMapping) else enumerate(batch):
+            made[key] = _own(part, depth - 1)
         return made
     except Exception:    # a container that is not made like its kind
         return batch

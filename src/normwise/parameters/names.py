@@ -42,15 +42,13 @@ def clean_name(name: str) -> str:
 
 def module_names(model: nn.Module) -> dict[int, str]:
     """The clean name of every module by its id; of the model itself, however it is wrapped, the empty name."""
-    names = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        owner, kept = model, list[str]()
-        for step in name.split(".") if name else ():
-            if not is_wrapper(owner, step):
-                kept.append(step)
-            owner = owner._modules[step]    # type: ignore[assignment]
-        names[id(module)] = ".".join(kept)
-    return names
+    paths = dict(model.named_modules(remove_duplicate=False))
+    clean = {"": ""}
+    for path in filter(None, paths):    # an owner comes before what it holds
+        owner, _, step = path.rpartition(".")
+        own = [] if is_wrapper(paths[owner], step) else [step]
+        clean[path] = ".".join(filter(None, [clean[owner], *own]))
+    return {id(module): clean[path] for path, module in paths.items()}
 
 
 def is_wrapper(owner: nn.Module, child: str) -> bool:

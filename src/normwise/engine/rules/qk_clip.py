@@ -140,22 +140,14 @@ class QKClip(BoundRule):
         return maxima
 
 
-def agree_on_reports(rules: Iterable[BoundRule], model: nn.Module) -> None:
-    """Lets the replicas of a DDP model agree on what was reported."""
-    group = next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-    for bound in rules:
-        if isinstance(bound, QKClip):
-            bound.group = group
-
-
 def _places_of(name: str) -> list[str]:
     """The module of a parameter and the one above: ``a.attn.q_proj.weight`` may be reported as ``a.attn.q_proj`` and ``a.attn``."""
     holder = name.rpartition(".")[0]
     return [holder, holder.rpartition(".")[0]]
 
 
-def report(rules: Iterable[BoundRule], attention: str, maxima: Any) -> None:
-    """Hands the largest attention logits of a module's heads to the rules that ask for them."""
+def report(rules: Iterable[BoundRule], attention: str, maxima: Any, model: nn.Module) -> None:
+    """Hands the largest attention logits of a module's heads to the rules that ask for them. Those of a DDP model learn its group, too."""
     asking = [b for b in rules if isinstance(b, QKClip)]
     if not asking:
         raise PolicyError("no rule asks for attention logits: add nw.qk_clip(tau) to the policy.")
@@ -164,5 +156,7 @@ def report(rules: Iterable[BoundRule], attention: str, maxima: Any) -> None:
         where = "the model itself" if attention == "" else repr(attention)
         raise PolicyError(f"qk_clip scales nothing in {where}.{nearest(attention, {name or 'the model itself' for name in known})}")
     numbers = torch.as_tensor(maxima, dtype=None if isinstance(maxima, Tensor) else torch.float64).detach()    # a list would be fp32
+    group = next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
     for b in asking:
+        b.group = group
         b.report(attention, numbers.to(wide(numbers.device)))
