@@ -137,7 +137,7 @@ def front_of_protocol_2(results: dict[str, dict[str, Any]]) -> str:
     said = f"{len(raced)} of the {len(race_tables.TWELVE)} tasks are raced so far, {part} the {len(HELD_OUT)} that are held out."
     if len(raced) == len(race_tables.TWELVE):
         said = f"All twelve tasks have been raced. {_means(results)}".strip()
-    return f"{race_tables.front(results)}\n\n{said}"
+    return f"{race_tables.front(results, everywhere=True)}\n\n{said}"
 
 
 def task_by_task(results: dict[str, dict[str, Any]]) -> str:

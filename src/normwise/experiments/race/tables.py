@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -195,16 +196,21 @@ def by_task(results: Mapping[str, Results]) -> str:
     return "\n\n".join(filter(None, [front(results), end]))
 
 
-def front(results: Mapping[str, Results]) -> str:
-    """Task × contender, shares of samples / of seconds, and the hits of each; empty where nothing is raced."""
-    names, table = ranked(results), []
+def front(results: Mapping[str, Results], everywhere: bool = False) -> str:
+    """Task × contender, shares of samples / of seconds, and the hits of each; empty where nothing is raced. everywhere: without those that
+    were not raced on all of these tasks, which otherwise come last. What is not tuned comes first."""
+    every = [line for one in results.values() for line in one["contenders"]]
+    raced, tuned = Counter(line["name"] for line in every), {line["name"] for line in every if line["tuned"]["trials"] > 1}
+    most = max(raced.values(), default=0)
+    names = sorted(ranked(results), key=lambda name: (raced[name] < most, name in tuned))
+    names, table = [name for name in names if raced[name] == most or not everywhere], []
     labels = {line["name"]: _called(line) for one in results.values() for line in one["contenders"]}
     hit: dict[str, list[bool]] = {name: [] for name in names}
     for task in TWELVE:
         lines = {line["name"]: line for line in results[task]["contenders"]} if task in results else {}
         shares = {labels[name]: _shares(lines[name]) if name in lines else "-" for name in names}
         table += [{"task": f"`{task}`{' (held out)' * (task in HELD_OUT)}", **shares}] if lines else []
-        for name in lines:
+        for name in filter(lines.__contains__, names):
             hit[name].append(lines[name]["share"] is not None)
     if not table:
         return ""
