@@ -21,7 +21,10 @@ import normwise as nw
 import trainer_cases
 from normwise import cli, files
 from normwise.errors import DataError, NormwiseError, OutputError, PolicyError
+from normwise.experiments.catalog.contenders import CONTENDERS
 from normwise.experiments.catalog.gan import GAN_STRATEGIES as STRATEGIES
+from normwise.experiments.catalog.optimizers import PRESETS, TORCH
+from normwise.experiments.catalog.strategies import STRATEGIES as STRATEGIES_OF_COMPARE
 from normwise.experiments.gan import tables as results
 from normwise.experiments.tasks.data import readers
 from normwise.low_precision import ROUNDINGS
@@ -387,3 +390,13 @@ def test_the_modules_on_the_page_of_design_exist() -> None:
                 thing = getattr(thing, part, None) or importlib.import_module(with_module)
             assert thing is not None, (page, name)
     assert files.__doc__
+
+
+@pytest.mark.parametrize("study", ["race", "compare"])
+def test_the_help_names_everything_that_only_may_name(study: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line has its own lists, since the catalogue takes seconds to import."""
+    with pytest.raises(SystemExit):
+        cli.main([study, "--help"])
+    told = re.sub(r"-\n\s*", "-", capsys.readouterr().out)
+    words = set(re.findall(r"[\w+]+", told))
+    assert set(CONTENDERS if study == "race" else {**STRATEGIES_OF_COMPARE, **TORCH, **PRESETS}) - {"adamw", "sgd", "nothing"} <= words

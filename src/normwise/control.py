@@ -15,6 +15,7 @@ from typing import Any, Self, get_args
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from normwise.engine import Engine, Turn
@@ -74,8 +75,7 @@ def attach(
         log: record norms before and after at every step for :meth:`Control.norms`; costs a pass over weights and gradients each, and memory
             for a copy of the weights, except with ``nw.optim.AdamW``. A number keeps the totals of so many steps as its history; True keeps
             the last step's alone.
-        timed: add up the time spent here in :attr:`Control.seconds`. Compiles the kernels at once, so that no step pays
-            for it.
+        timed: add up the time spent here in :attr:`Control.seconds`. Compiles the kernels at once, so that no step pays for it.
         replace: take earlier controls off these optimizers first, for a notebook cell that you run twice. Without it a second control
             with a rule of the same kind on the same parameters is an error, and one with other rules a warning, since both act.
         in_optimizer_state: True (default): the control's state is a part of ``optimizer.state_dict()`` and comes back with
@@ -148,11 +148,11 @@ class Control:
         self._nests = [_steps_within(type(o)) for o in optimizers]
         self._born = [Look(self.engine.params(k)) for k in range(len(optimizers))]
         self._travellers: list[Traveller] = []
-        if in_optimizer_state:
-            self._travel()
         try:
+            if in_optimizer_state:
+                self._travel()
             self.engine.refuse_zeros()
-        except PolicyError:
+        except BaseException:
             self._stay()
             raise
         for other in replaced:
@@ -170,6 +170,7 @@ class Control:
         self.inventory, self.engine = inventory, engine
         self._counts_cost = self._timed or engine.sharded
         self._names = module_names(self._model)
+        self._replicas = next((m.process_group for m in self._model.modules() if isinstance(m, DistributedDataParallel)), None)
         self._log: NormLog | None = None
         if log:
             self._begin_log()
@@ -546,7 +547,7 @@ class Control:
         PolicyError for a module without such a rule.
         """
         known = f"{a_kind_of(attention)} outside of the model" if isinstance(attention, nn.Module) else attention
-        report(self.engine.rules, self._names.get(id(attention), clean_name(known)), maxima, self._model)
+        report(self.engine.rules, self._names.get(id(attention), clean_name(known)), maxima, self._replicas)
 
     # ------------------------------------------------------------------------------------------------ logs
 
@@ -741,13 +742,9 @@ class Control:
 
     def _travel(self) -> None:
         """Puts the state into the optimizers' own."""
-        try:
-            for k, optimizer in enumerate(self.optimizers):
-                pack, unpack = partial(self._pack, k), partial(self._unpack, k)
-                self._travellers.append(Traveller(optimizer, pack, unpack, self._forgets))
-        except BaseException:
-            self._stay()
-            raise
+        for k, optimizer in enumerate(self.optimizers):
+            pack, unpack = partial(self._pack, k), partial(self._unpack, k)
+            self._travellers.append(Traveller(optimizer, pack, unpack, self._forgets))
 
     def _stay(self) -> None:
         for traveller in self._travellers:

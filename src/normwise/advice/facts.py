@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from normwise.advice.costs import size_of
-from normwise.advice.multiplied import multiplies, recurs
 from normwise.advice.probe import Probe
 from normwise.errors import PolicyError, a_kind_of
 from normwise.optim.presets import MATRICES
@@ -130,14 +129,15 @@ class Facts:
 
     @cached_property
     def recurrences(self) -> int:
-        return sum(recurs(module) for module in self.model.modules())
+        """How many of torch's recurrent layers there are, which multiply by one matrix at each step."""
+        return sum(issubclass(class_of(module), nn.RNNBase | nn.RNNCellBase) for module in self.model.modules())
 
     @cached_property
     def multiplied(self) -> int:
         """How many modules multiply activations by each other, attentions and normalisations aside; guessed."""
         attending = {id(a.module) for a in self.attentions}
         others = (module for module in self._unadapted if id(module) not in attending and not is_normalisation(module))
-        return sum(multiplies(module) for module in others)
+        return sum(forward_source.multiplies(class_of(module)) for module in others)
 
     @cached_property
     def chained(self) -> bool:

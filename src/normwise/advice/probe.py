@@ -328,9 +328,9 @@ class _Probing:
             return
         for entries in kinds.values():
             bears = self._bears_any_length(entries, batch)
-            if bears is None:    # neither has been measured
-                self.judged = {name: found for name, found in self.judged.items() if name not in {e.name for e in entries}}
-            for e in () if bears is None or bears else entries:
+            for e in entries if bears is None else ():    # neither has been measured
+                del self.judged[e.name]
+            for e in entries if bears is False else ():
                 self.judged[e.name].append(False)
 
     def _bears_any_length(self, entries: Sequence[Entry], batch: Any) -> bool | None:

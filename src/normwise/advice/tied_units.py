@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from normwise.parameters import forward_source
-from normwise.parameters.forward_source.flow import _Flow
 from normwise.parameters.names import class_of, unwrapped
 from normwise.parameters.roles import output_layers
 
@@ -60,7 +59,7 @@ def _mixes_its_input(module: nn.Module) -> bool:
     return isinstance(module, _SOFT) or forward_source.adds_to_stream(class_of(module))
 
 
-class _Mixing(_Flow):
+class _Mixing(forward_source.Flow):
     """``mixed``: the children whose results meet others. tensors: the module's own parameters and buffers, which have the units' size."""
 
     def __init__(self, cls: type, known: frozenset[str], tensors: set[str]) -> None:
@@ -81,7 +80,7 @@ class _Mixing(_Flow):
 
     def call(self, node: ast.Call) -> frozenset[str]:
         given = super().call(node)
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+        name = forward_source.name_of(node)
         if (name in _MIXES or (name == "sum" and isinstance(node.func, ast.Name))) and not self.child(node.func):
             self.mixed |= given
         return given

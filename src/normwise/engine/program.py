@@ -497,7 +497,7 @@ def check_model(model: Any, optimizer: Any) -> None:
         return
     if isinstance(optimizer, nn.Module):
         raise PolicyError(f"the arguments are swapped, {a_kind_of(model)} before a model. Write attach(model, optimizer, rules).")
-    what = "parameters" if isinstance(model, Iterable) and not isinstance(model, str) else f"{a_kind_of(model)}"
+    what = "parameters" if isinstance(model, Iterable) and not isinstance(model, str) else a_kind_of(model)
     raise PolicyError(
         f"attach needs the model, given {what}: rules name parameters and ask module types for their axes. Write attach(model, "
         "optimizer, rules)."

@@ -80,7 +80,7 @@ def _parts(made: Any, where: str) -> tuple[nn.Module, Any, Any]:
         return made, None, None
     if isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module):
         return made
-    what = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"{a_kind_of(made)}"
+    what = f"a tuple of {len(made)}" if isinstance(made, tuple) else a_kind_of(made)
     raise DataError(f"{where!r} returned {what}: {WANTED}.")
 
 

@@ -317,7 +317,7 @@ def _check_piece(folder: Path, name: str, info: _StorageInfo, dtype: torch.dtype
         except Exception as error:    # a damaged or planted piece raises whatever it likes
             raise DataError(f"{wrong}cannot be read ({_first_line(error)}).") from error
     if not isinstance(found, Tensor) or found.layout != torch.strided or found.dtype != dtype or found.size() != sizes:
-        told = f"{list(found.size())} of {found.dtype}" if isinstance(found, Tensor) else f"{a_kind_of(found)}"
+        told = f"{list(found.size())} of {found.dtype}" if isinstance(found, Tensor) else a_kind_of(found)
         raise DataError(f"{wrong}is {told}, but the metadata says {list(sizes)} of {dtype}.")
 
 

@@ -225,7 +225,7 @@ class LARS(NormOptimizer):
         lr: η; times ``trust`` it is about the relative change of each tensor. Of biases and gains it is the plain rate.
         momentum: μ of the scaled step v, so that a falling rate does not rescale what is under way.
         trust: the share of ‖w‖ that a step may change; 1e-3 is the paper's.
-        weight_decay: λ of ``decay``; default 0. The paper trains AlexNet and ResNet-50 with 5e-4.
+        weight_decay: λ of ``decay``; default 0. The paper trains AlexNet with 5e-4.
         decay: ``"gradient"``, the paper's, is g ← g + λ·w; ``"weight"``, ``"cautious"``, ``"direction"``, ``"none"``.
     """
 

@@ -309,7 +309,7 @@ def _batches(opened: nn.Module, example: Tensor) -> tuple[Tensor, Tensor]:
     StudyError where it is no batch, or the model does not take it.
     """
     if not isinstance(example, Tensor) or example.ndim < 2 or not example.numel():
-        given = f"a tensor of shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"{a_kind_of(example)}"
+        given = f"a tensor of shape {tuple(example.shape)}" if isinstance(example, Tensor) else a_kind_of(example)
         raise StudyError(f"example_input is {given}, but it must be one batch as the model takes it, (n, …), and not empty.")
     batches = (example, example)
     if example.is_floating_point():

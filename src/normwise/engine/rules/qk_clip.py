@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from normwise.engine.block_tensors import weights_of
 from normwise.engine.pack import Member, Pack, is_sharded
@@ -124,14 +122,11 @@ class QKClip(BoundRule):
         factor = torch.cat([self._over_stack(m, share) for m, share in zip(reported.members, shares, strict=True)])
         self.multiply(reported, weights_of(reported), factor, turn)
 
-
     def _agreed(self, maxima: list[Tensor], reported: Pack, turn: Turn) -> list[Tensor]:
         """The largest that any replica has seen: with its own maxima each would scale otherwise, and nothing brings them together again."""
         if self.group is not None:
-            rows = collectives.all_rows(torch.cat(maxima), self.group)
-            return list(torch.split(rows.amax(0), [len(m) for m in maxima]))
-        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-        if not alone and not any(is_sharded(m.param) for m in reported.members):
+            return collectives.largest_on_any(maxima, self.group)
+        if collectives.many_processes() and not any(is_sharded(m.param) for m in reported.members):
             turn.tell(
                 f"rule '{self.rule.label()}' scales by what this process reported, and other processes may report something else, after "
                 "which their weights differ. Attach to the DistributedDataParallel model, which lets them agree, or report the largest of "
@@ -146,8 +141,8 @@ def _places_of(name: str) -> list[str]:
     return [holder, holder.rpartition(".")[0]]
 
 
-def report(rules: Iterable[BoundRule], attention: str, maxima: Any, model: nn.Module) -> None:
-    """Hands the largest attention logits of a module's heads to the rules that ask for them. Those of a DDP model learn its group, too."""
+def report(rules: Iterable[BoundRule], attention: str, maxima: Any, replicas: Any) -> None:
+    """Hands the largest attention logits of a module's heads to the rules that ask for them. replicas: a DDP model's group, or None."""
     asking = [b for b in rules if isinstance(b, QKClip)]
     if not asking:
         raise PolicyError("no rule asks for attention logits: add nw.qk_clip(tau) to the policy.")
@@ -156,7 +151,6 @@ def report(rules: Iterable[BoundRule], attention: str, maxima: Any, model: nn.Mo
         where = "the model itself" if attention == "" else repr(attention)
         raise PolicyError(f"qk_clip scales nothing in {where}.{nearest(attention, {name or 'the model itself' for name in known})}")
     numbers = torch.as_tensor(maxima, dtype=None if isinstance(maxima, Tensor) else torch.float64).detach()    # a list would be fp32
-    group = next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
     for b in asking:
-        b.group = group
+        b.group = replicas
         b.report(attention, numbers.to(wide(numbers.device)))

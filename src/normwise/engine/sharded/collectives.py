@@ -96,6 +96,17 @@ def all_rows(t: Tensor, group: Any) -> Tensor:
     return rows
 
 
+def largest_on_any(values: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """The largest that any rank has of each number, in one collective."""
+    rows = all_rows(torch.cat(list(values)), group)
+    return list(torch.split(rows.amax(0), [len(v) for v in values]))
+
+
+def many_processes() -> bool:
+    """Whether this is one of several processes that know of each other."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def texts_if_different(text: str, mesh: Any) -> list[str]:
     """The texts of all ranks of a mesh, in the order of its ranks, where they are not all the same; empty where they are."""
     if mesh.get_coordinate() is None or mesh.size() == 1:

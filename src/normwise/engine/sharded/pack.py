@@ -291,8 +291,7 @@ class SplitPack(Split):
     def largest(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The largest of what all ranks of the mesh know: each has seen its own part of the batch, or of the heads."""
         mesh = self.place.mesh
-        rows = collectives.all_rows(torch.cat(list(values)), collectives.group_of(mesh, tuple(range(mesh.ndim))))
-        return list(torch.split(rows.amax(0), [len(v) for v in values]))
+        return collectives.largest_on_any(values, collectives.group_of(mesh, tuple(range(mesh.ndim))))
 
     def told(self, acted: Tensor) -> Tensor:
         return 1 - self.spread(1 - acted)

@@ -183,7 +183,7 @@ def _kind(found: Any) -> str:
         return f"{'the text ' * (found is not None)}{found!r:.40}"
     if isinstance(found, Tensor | np.ndarray):
         return f"{a_kind_of(found)} of shape {tuple(found.shape)}"
-    return f"{'an' if type(found).__name__[0] in 'aeiou' else 'a'} {type(found).__name__} that is no float"
+    return f"{a_kind_of(found)} that is no float"
 
 
 def _said(error: BaseException) -> str:

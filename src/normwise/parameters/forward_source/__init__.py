@@ -3,11 +3,15 @@
 A class without readable source (compiled, typed into a prompt, traced) says nothing, and neither does a line that is not understood.
 """
 
-from normwise.parameters.forward_source.flow import outputs
+from normwise.parameters.forward_source.flow import Flow, outputs
+from normwise.parameters.forward_source.multiplications import multiplies
 from normwise.parameters.forward_source.passage import called, handed_on, is_chain
 from normwise.parameters.forward_source.products import contractions, uses
 from normwise.parameters.forward_source.splits import Split, number, splits
 from normwise.parameters.forward_source.sums import adds_to_stream
-from normwise.parameters.forward_source.trees import functions
+from normwise.parameters.forward_source.trees import functions, name_of
 
-__all__ = ["Split", "adds_to_stream", "called", "contractions", "functions", "handed_on", "is_chain", "number", "outputs", "splits", "uses"]
+__all__ = [
+    "Flow", "Split", "adds_to_stream", "called", "contractions", "functions", "handed_on", "is_chain", "multiplies", "name_of", "number",
+    "outputs", "splits", "uses",
+]  # fmt: skip

@@ -21,7 +21,7 @@ def outputs(cls: type[nn.Module], children: frozenset[str]) -> frozenset[str] | 
     """
     forward = forward_of(cls)
     returned: set[str] = set()
-    flow = _Flow(cls, children)
+    flow = Flow(cls, children)
     for function in functions(cls) if forward is None else [forward]:
         if function.name != "__init__":
             returned |= flow.called(function)
@@ -30,7 +30,7 @@ def outputs(cls: type[nn.Module], children: frozenset[str]) -> frozenset[str] | 
     return frozenset(f"{name}[-1]" if name in chained else name for name in last) or None
 
 
-class _Flow:
+class Flow:
     """Follows which child gave what a local name holds; every branch is taken. ``consumed``: (child, the child that got its result)."""
 
     def __init__(self, cls: type, known: frozenset[str]) -> None:

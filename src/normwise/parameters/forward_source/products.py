@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from normwise.parameters.forward_source.trees import KEPT, cached, functions
+from normwise.parameters.forward_source.trees import KEPT, cached, functions, name_of
 
 FLIPPED = ("t", "mT", "T", "transpose", "swapaxes")
 LINEAR = ("linear", "_linear", "_batched_linear")
@@ -36,7 +36,7 @@ def _products(node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
         yield node.right, "io"
     if not isinstance(node, ast.Call):
         return
-    called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+    called = name_of(node)
     weight = next((k.value for k in node.keywords if k.arg == "weight"), None)
     method = isinstance(node.func, ast.Attribute) and not isinstance(node.func.value, ast.Name | ast.Attribute)
     tensor = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.func.value.id not in ("torch", "F")

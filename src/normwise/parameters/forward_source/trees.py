@@ -78,3 +78,8 @@ def method_of(cls: type, name: str) -> ast.FunctionDef | None:
 
 def is_self(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def name_of(call: ast.Call) -> str:
+    """The last name of what is called: ``add`` of ``torch.add(...)`` and of ``x.add(...)``; "" where it has none."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id if isinstance(call.func, ast.Name) else ""
