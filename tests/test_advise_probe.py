@@ -287,6 +287,32 @@ def test_generators_of_wrapped_datasets_come_back(wrap: Any) -> None:
     assert data.states() == before
 
 
+class Noisy(nn.Sequential):
+    """A model that draws from generators of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.of_torch = torch.Generator().manual_seed(1)
+        self.others: list[Any] = [random.Random(2), np.random.default_rng(3)]
+        self.named = {"legacy": np.random.RandomState(4)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = self.others[0].random() * self.others[1].random() * self.named["legacy"].rand()
+        return super().forward(x + drawn * torch.randn(x.shape, generator=self.of_torch))
+
+    def draws(self) -> list[float]:
+        return self(torch.zeros(2, 6)).flatten().tolist()
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_generators_of_the_model_come_back(copy: bool) -> None:
+    torch.manual_seed(0)
+    model, same = Noisy(), Noisy()
+    same.load_state_dict(model.state_dict())
+    probe(model, [torch.randn(4, 6) for _ in range(25)], lambda m, x: m(x).square().mean(), copy=copy)
+    assert model.draws() == same.draws()
+
+
 # ------------------------------------------------------------------------------------------------------ what it measures
 
 

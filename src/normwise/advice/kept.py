@@ -22,8 +22,8 @@ IN_MEMORY = 512 << 20
 
 
 class Kept:
-    """Within, a model may be trained. At its end weights, buffers and gradients of ``model`` and the random generators are bit for bit as
-    before, whatever was raised.
+    """Within, a model may be trained. At its end weights, buffers and gradients of ``model`` and the random generators, its own among them,
+    are bit for bit as before, whatever was raised.
 
     Frozen weights are kept, too, where all that is kept fits into host memory. Where it does not, they are only watched.
 
@@ -38,7 +38,7 @@ class Kept:
     def __init__(self, model: nn.Module, weights: bool, sources: Any = None) -> None:
         self.model, self.weights = model, weights
         self.bytes = 0
-        self._generators = list(_generators(sources))
+        self._generators = [*(one for module in model.modules() for one in _owned(module)), *_generators(sources)]
 
     def __enter__(self) -> Kept:
         # Last in, first out, and each whether or not the others could be: generators come back last.
@@ -162,7 +162,6 @@ def _alike(now: tuple[int, int, float], before: list[Any]) -> bool:
 
 def _generators(source: Any) -> Iterator[Any]:
     """The generators of a DataLoader, its samplers and its dataset."""
-    seen: dict[int, Any] = {}
     owners = [source, *(getattr(source, name, None) for name in ("sampler", "batch_sampler", "dataset"))]
     known: set[int] = set()
     for owner in owners:
@@ -173,10 +172,18 @@ def _generators(source: Any) -> Iterator[Any]:
         inner = getattr(owner, "datasets", None)
         owners += [getattr(owner, "dataset", None), *(inner if isinstance(inner, list | tuple) else ())]
         for one in (owner, getattr(owner, "sampler", None)):
-            own = vars(one).values() if hasattr(one, "__dict__") and not isinstance(one, type) else ()
-            held = [*own, getattr(one, "generator", None)]    # a wrapper hands on what it wraps
-            seen |= {id(g): g for g in held if isinstance(g, torch.Generator | random.Random | np.random.Generator | np.random.RandomState)}
-    yield from seen.values()
+            yield from _owned(one)
+            yield from _among(getattr(one, "generator", None))    # a wrapper hands on what it wraps
+
+
+def _owned(owner: Any) -> Iterator[Any]:
+    """The generators among the attributes of ``owner``."""
+    for held in vars(owner).values() if hasattr(owner, "__dict__") and not isinstance(owner, type) else ():
+        yield from _among(*held.values()) if isinstance(held, dict) else _among(*held) if isinstance(held, list | tuple) else _among(held)
+
+
+def _among(*things: Any) -> Iterator[Any]:
+    return (one for one in things if isinstance(one, torch.Generator | random.Random | np.random.Generator | np.random.RandomState))
 
 
 def _put_back(generator: Any) -> Callable[[], Any]:
