@@ -157,9 +157,28 @@ def test_failures_claim_nothing_and_nothing_wins_ties() -> None:
     assert verdict.judged(good, [1.0] * 8, maximize=False).significant
     assert not verdict.judged(good, [1.0] * 8, maximize=True).significant
     assert not verdict.judged([None, *good[1:]], [1.0] * 8, maximize=False).significant
-    assert not verdict.judged(good, [None] * 8, maximize=False).significant
+    assert not verdict.judged([None] * 8, [None] * 8, maximize=False).significant
     found = verdict.judged(good, [1.0] * 8, maximize=False)
     assert found.mean == pytest.approx(0.1625) and found.relative == pytest.approx(0.1625)
+
+
+@pytest.mark.parametrize(("gains", "low", "mean", "high"), [
+    ([math.inf] * 6, math.inf, math.inf, math.inf),
+    ([-math.inf] * 6, -math.inf, -math.inf, -math.inf),
+    ([math.inf, *[-0.1] * 5], -0.1, math.inf, math.inf),    # once is no proof: half of the subsets are without it
+    ([-math.inf, *[0.1] * 5], -math.inf, -math.inf, 0.1),
+    ([math.inf] * 2 + [-math.inf] * 4, -math.inf, -math.inf, math.inf),
+    ([math.inf, -math.inf, 0.0, 0.0, 0.0, 0.0], -math.inf, 0.0, math.inf),    # they balance each other
+    ([math.inf] * 5 + [0.2], 0.2, math.inf, math.inf),
+])  # fmt: skip
+def test_a_run_that_fails_is_worse_than_any_that_does_not(gains: list[float], low: float, mean: float, high: float) -> None:
+    leader = [None if gain == -math.inf else 1.0 - (gain if math.isfinite(gain) else 0) for gain in gains]
+    nothing = [None if gain == math.inf else 1.0 for gain in gains]
+    found = verdict.judged(leader, nothing, maximize=False)
+    for value, sign, wanted in zip((found.interval[0], found.mean, found.interval[1]), found.beyond, (low, mean, high), strict=True):
+        assert (value is None, sign) == ((True, np.sign(wanted)) if math.isinf(wanted) else (False, 0))
+        assert value is None or value == pytest.approx(wanted)
+    assert found.significant == (low > 0) and found.failed == (gains.count(-math.inf), gains.count(math.inf))
 
 
 def test_only_the_best_trial_of_a_combination_counts() -> None:

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Traveller:
         self._pending: Callable[[], None] | None = None
         self._warned = False
         self._adopt()
-        _ATTACHED.setdefault(optimizer, []).append(self)
+        _ATTACHED.setdefault(optimizer, []).append(ref(self))
         _mark(optimizer)
         self._handles = [
             optimizer.register_state_dict_post_hook(self._save),
@@ -61,9 +61,8 @@ class Traveller:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        left = _ATTACHED.get(self.optimizer, [])
-        if self in left:
-            left.remove(self)
+        left = [one for one in _attached(self.optimizer) if one is not self]
+        _ATTACHED[self.optimizer] = [ref(one) for one in left]
         group = _home(self.optimizer.param_groups)
         if not left and group is not None and group.get(KEY) == []:
             del group[KEY]
@@ -80,7 +79,7 @@ class Traveller:
         group = _home(state["param_groups"])
         if group is not None:
             parts = list(group.get(KEY) or [])
-            parts.insert(_ATTACHED[optimizer].index(self), self._pack())
+            parts.insert(_attached(optimizer).index(self), self._pack())
             group[KEY] = parts
 
     def _before_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -109,8 +108,13 @@ class Traveller:
         _mark(optimizer)
 
 
-_ATTACHED: WeakKeyDictionary[Optimizer, list[Traveller]] = WeakKeyDictionary()
-"""The travellers of each optimizer, in the order in which their hooks run."""
+_ATTACHED: WeakKeyDictionary[Optimizer, list[ref[Traveller]]] = WeakKeyDictionary()
+"""The travellers of each optimizer, in the order in which their hooks run. Weak: they hold the optimizer, which would never be freed. Its
+hooks hold them."""
+
+
+def _attached(optimizer: Optimizer) -> list[Traveller]:
+    return [one for known in _ATTACHED.get(optimizer, ()) if (one := known()) is not None]
 
 
 def waiting(optimizer: Optimizer) -> list[Part]:

@@ -99,11 +99,15 @@ def named(one: Results) -> str:
 
 def gain(results: Results, of: str = "answer") -> str:
     """The judgement in words: the gain, its interval, and over what. of: ``"answer"`` for the leader, ``"advice"``."""
-    found = results[of]["verdict"]
-    low, high = ("-inf" if end is None else f"{end:+.4g}" for end in found["interval"])
-    mean = "a failed run" if found["mean"] is None else f"{found['mean']:+.4g}"
+    found, pairs = results[of]["verdict"], len(results[of]["verdict"]["gains"])
+    own, others = found.get("failed", (0, 0))
+    low, mean, high = (
+        f"{sign:+d}"[0] + "inf" if value is None else f"{value:+.4g}"
+        for value, sign in zip((found["interval"][0], found["mean"], found["interval"][1]), found.get("beyond", (-1, -1, -1)), strict=True)
+    )
     share = "" if found["relative"] is None else f" ({100 * found['relative']:+.1f}%)"
-    return f"gain in {results['metric']} {mean}{share}, 95% interval {low} to {high} over {len(found['gains'])} pairs of seeds"
+    told = f"gain in {results['metric']} {mean}{share}, 95% interval {low} to {high} over {pairs} pairs of seeds"
+    return f"{told}; its runs failed on {own} of the seeds, those of nothing on {others}" if own or others else told
 
 
 def setting(results: Results) -> str:
@@ -248,9 +252,10 @@ def _advice_cells(results: Results) -> dict[str, str]:
     if found is None:
         return {"advice as it stands": "-"}
     kept, mean, (_, high) = share_kept(results), found["verdict"]["mean"], found["verdict"]["interval"]
-    worse = high is not None and high < 0
+    worse = high < 0 if high is not None else found["verdict"].get("beyond", (0, 0, -1))[2] < 0
     sign = "better than nothing" if found["verdict"]["significant"] else "worse than nothing" if worse else "level"
-    return {"advice as it stands": f"{'failed' if mean is None else format(mean, '+.4g')}, {sign}"
+    told = format(mean, "+.4g") if mean is not None else "failed" if found["verdict"].get("failed", (1, 0))[0] else "nothing failed"
+    return {"advice as it stands": f"{told}, {sign}"
             + ("" if kept is None else f"; {100 * kept:.0f}% of the gain")}  # fmt: skip
 
 

@@ -27,13 +27,16 @@ class Tried:
 @dataclass(frozen=True)
 class Verdict:
     """The mean gain of the leader over nothing, in the metric's unit and above zero where it is better, with its 95% interval; per pair of
-    seeds in ``gains``. relative: the gain over the size of nothing's mean."""
+    seeds in ``gains``. relative: the gain over the size of nothing's mean. None is infinite: a run of one of the two failed.
+    failed: on how many seeds the leader did, and nothing. beyond: of lower end, mean and upper end the sign where it is infinite, or 0."""
 
     mean: Value
     interval: tuple[Value, Value]
     relative: Value
     gains: list[Value]
     significant: bool
+    failed: tuple[int, int] = (0, 0)
+    beyond: tuple[int, int, int] = (0, 0, 0)
 
 
 def finalists(tried: Sequence[Tried], space: Space, maximize: bool) -> tuple[Tried | None, list[Tried]]:
@@ -59,20 +62,26 @@ def _equal(one: float, other: float) -> bool:
 
 
 def judged(leader: Sequence[Value], nothing: Sequence[Value], maximize: bool) -> Verdict:
-    """The leader against nothing, seed by seed. Where nothing alone failed the pair counts as equal, which claims less than it might."""
+    """The leader against nothing, seed by seed. Who trains where the other fails is better by more than any number."""
     gains = [_gain(one, other, maximize) for one, other in zip(leader, nothing, strict=True)]
-    low, high = paired_interval(gains)
-    mean = statistics.fmean(gains)
+    # Failures on either side balance each other, which infinities do not: a number stands for them that no gain comes near.
+    far = 1e6 * max([1.0, *(abs(gain) for gain in gains if math.isfinite(gain))])
+    held = [gain if math.isfinite(gain) else math.copysign(far, gain) for gain in gains]
+    low, high = paired_interval(held)
+    mean = statistics.fmean(held)
+    beyond = tuple(0 if abs(one) < far / (2 * len(held)) else round(math.copysign(1, one)) for one in (low, mean, high))
+    low, mean, high = (one if not sign else sign * math.inf for one, sign in zip((low, mean, high), beyond, strict=True))
     known = [value for value in nothing if value is not None]
     scale = abs(statistics.fmean(known)) if known else 0.0
-    ends = finite(low), finite(high)
-    return Verdict(finite(mean), ends, finite(mean / scale) if scale else None, [finite(gain) for gain in gains], low > 0)
+    failed = leader.count(None), nothing.count(None)
+    relative = finite(mean / scale) if scale else None
+    return Verdict(finite(mean), (finite(low), finite(high)), relative, [finite(gain) for gain in gains], low > 0, failed, beyond)
 
 
 def _gain(leader: Value, nothing: Value, maximize: bool) -> float:
-    if leader is None:
-        return -math.inf if nothing is not None else 0.0
-    return 0.0 if nothing is None or _equal(leader, nothing) else (leader - nothing) * (1 if maximize else -1)
+    if leader is None or nothing is None:
+        return math.inf * ((nothing is None) - (leader is None)) if leader is not nothing else 0.0
+    return 0.0 if _equal(leader, nothing) else (leader - nothing) * (1 if maximize else -1)
 
 
 def _mean(values: Sequence[Value], maximize: bool) -> float:
