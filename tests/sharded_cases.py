@@ -108,9 +108,10 @@ def _fsdp_tp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return held
 
 
-def _part_of(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """On the first two ranks only; the others hold nothing."""
-    return _place(model, DeviceMesh("cpu", [0, 1]), lambda name, p: [Shard(0)] if name.startswith(("even", "odd")) else None)
+def _part_of(model: nn.Module, grid: bool = False) -> nn.Module:
+    """On the first two ranks only, as one pipeline stage; the others hold nothing. grid: the mesh has two dimensions, and no names."""
+    ranks, split = ([[0], [1]], [Shard(0), Shard(1)]) if grid else ([0, 1], [Shard(0)])
+    return _place(model, DeviceMesh("cpu", ranks), lambda name, p: split[: p.ndim] if name in ("even.weight", "odd.weight") else None)
 
 
 def placements(world: int) -> dict[str, Callable[[nn.Module], nn.Module]]:

@@ -173,10 +173,11 @@ def replicas() -> list[str]:
 def nothing_here() -> list[str]:
     """Parameters that lie on the first two ranks alone."""
     faults = []
-    for case in (c for c in cases() if c.name in ("max_norm tensor", "hyperball", "spectral_cap", "l1_penalty")):
+    wanted = ("max_norm tensor", "hyperball", "spectral_cap", "l1_penalty")
+    for case, grid in ((c, grid) for c in cases() if c.name in wanted for grid in (False, True)):
         case.policy = _narrowed(case.policy())
         whole, _, _ = train(net(), case)
-        model = _part_of(net(), None)
+        model = _part_of(net(), grid)
         _, control, _ = train_on_part(model, case)
         for n in ("even.weight", "odd.weight"):
             p = model.get_parameter(n)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -334,6 +335,32 @@ class BaseOnly(Forwarding):
 
     def step(self, closure=None):
         return self.base_optimizer.step(closure)
+
+
+class HalfHooked(Lookahead):
+    """As pytorch_optimizer's: step hooks of its own making, and none of the state."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._patch_step_function()
+
+
+def test_a_wrapper_with_step_hooks_alone_has_its_rules_and_tells_that_their_state_stays_here():
+    model = net()
+    optimizer = HalfHooked(SGD(model.parameters(), lr=0.5))
+    with pytest.warns(UserWarning, match="HalfHooked has step hooks and no hooks of its state_dict"):
+        control = nw.attach(model, optimizer, nw.max_norm("0.5*init"))
+    for seed in range(7):
+        backward(model, seed)
+        optimizer.step()
+        assert control.verify(), "after the step of the wrapper, not of what it drives"
+    again = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = nw.attach(again, HalfHooked(SGD(again.parameters(), lr=0.5)), nw.max_norm("0.5*init"), in_optimizer_state=False)
+    other.load_state_dict(control.state_dict())
+    assert other.steps == 7 and other.radii().flat() == control.radii().flat()
 
 
 def test_a_forwarding_wrapper_is_opened(told):

@@ -64,7 +64,7 @@ def _default(world: int) -> list[Job]:
     few = [job for job in OTHERS if job[0] in ("regions", "strided") or job == ("clip", [2.0])]
     others = {
         2: [job for job in OTHERS if job[0] != "roundings"], 3: [*few, ("nothing_here", [])],
-        4: [*few[:2], ("different_rules", [])],
+        4: [*few[:2], ("different_rules", []), ("nothing_here", [])],
     }[world]  # fmt: skip
     rules = [("equal", [*pair, "float32"]) for pair in RULES_BY_DEFAULT[world]]
     return _jobs([*rules, *(("preset", list(p)) for p in PRESETS_BY_DEFAULT[world]), *RUNS_BY_DEFAULT[world], *others])

@@ -25,7 +25,7 @@ from normwise.engine.detached_control import Detached, yaml_of
 from normwise.engine.nonfinite import OnNonFinite
 from normwise.engine.norm_log import NormLog
 from normwise.engine.norm_report import NormReport, Radii, Zeros, unit_norms
-from normwise.engine.optimizer_state import Part, Traveller, fold, unfold
+from normwise.engine.optimizer_state import Part, Traveller, carries, fold, unfold
 from normwise.engine.pack import Look, versions, witnesses
 from normwise.engine.program import check_model, check_ranks, optimizers_of
 from normwise.engine.rules.base import BoundRule
@@ -743,6 +743,13 @@ class Control:
     def _travel(self) -> None:
         """Puts the state into the optimizers' own."""
         for k, optimizer in enumerate(self.optimizers):
+            if not carries(optimizer):
+                self._tell(
+                    f"{type(optimizer).__name__} has step hooks and no hooks of its state_dict(), as it never calls Optimizer.__init__: the "
+                    "rules act, and their state is not in the optimizer's. Save control.state_dict() too; in_optimizer_state=False says "
+                    "that you do."
+                )
+                continue
             pack, unpack = partial(self._pack, k), partial(self._unpack, k)
             self._travellers.append(Traveller(optimizer, pack, unpack, self._forgets))
 

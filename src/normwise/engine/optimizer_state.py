@@ -34,6 +34,15 @@ Part = dict[str, Any]
 Group = MutableMapping[str, Any]
 
 
+_HOOKS = ("state_dict_post_hook", "load_state_dict_pre_hook", "load_state_dict_post_hook")
+
+
+def carries(optimizer: Any) -> bool:
+    """Whether a state can travel in the optimizer's: not in a wrapper's that sets up its step hooks by itself and knows no others."""
+    kept = isinstance(optimizer, Optimizer)
+    return all(hasattr(optimizer, f"_optimizer_{hook}s" if kept else f"register_{hook}") for hook in _HOOKS)
+
+
 class Traveller:
     """What one control has in one optimizer's ``state_dict()``: made by ``pack``, given back by ``unpack``.
 

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normwise.errors import PolicyError
+
 
 @dataclass
 class Traffic:
@@ -54,16 +56,40 @@ def _bytes(t: Tensor) -> int:
 
 
 def group_of(mesh: Any, dims: tuple[int, ...]) -> Any:
-    """The process group of the ranks that differ from this one in the mesh dimensions ``dims`` alone. Made once; every rank must ask."""
+    """The process group of the ranks that differ from this one in the mesh dimensions ``dims`` alone. Made once; every rank of the mesh must
+    ask."""
     if len(dims) == 1:
         return mesh.get_group(dims[0])
     # Making a group takes a collective of its own; the world's is there already.
     if math.prod(mesh.size(d) for d in dims) == dist.get_world_size():
         return dist.group.WORLD
     key = (mesh, dims)
-    if key not in _GROUPS:
-        _GROUPS[key] = mesh[tuple(mesh.mesh_dim_names[d] for d in dims)]._flatten().get_group()
+    if key not in _GROUPS or not _exists(_GROUPS[key]):
+        _GROUPS[key] = _made(mesh, dims)
     return _GROUPS[key]
+
+
+def _exists(group: Any) -> bool:
+    """Not where all was destroyed and begun anew: a mesh of the same ranks is equal to the one before."""
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError):
+        return False
+
+
+def _made(mesh: Any, dims: tuple[int, ...]) -> Any:
+    """Meshes need no names of their dimensions, and may be of a part of all ranks, of which the others know nothing."""
+    others = [d for d in range(mesh.ndim) if d not in dims]
+    groups = mesh.mesh.permute(*others, *dims).flatten(len(others)).view(-1, math.prod(mesh.size(d) for d in dims)).tolist()
+    if mesh.size() == dist.get_world_size():
+        made = [dist.new_group(ranks) for ranks in groups]    # all ranks make all of them
+        return next(group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)
+    if getattr(dist.group.WORLD, "bound_device_id", None) is not None:    # NCCL then splits the world's communicator, which waits for all
+        raise PolicyError(
+            f"a mesh of {mesh.size()} of {dist.get_world_size()} ranks and {mesh.ndim} dimensions needs a process group of its own, which "
+            "waits for the ranks outside where init_process_group() was given a device_id: leave device_id out."
+        )
+    return dist.new_group(next(ranks for ranks in groups if dist.get_rank() in ranks), use_local_synchronization=True)
 
 
 def ranks_of(group: Any) -> list[int]:
