@@ -662,3 +662,13 @@ def test_strikes_at_random(strikes: int, tmp_path: Path, coverage: Callable[...,
                 sentence(*rnd.choice(COMMANDS[:4]), kind, path)
         assert state_of(path) == before
         coverage("strikes at files: refused in one sentence", place, kind)
+
+
+@pytest.mark.parametrize("given", [{"model": 1}, None, 3, b"x.pt", io.BytesIO(), ["x.pt"], torch.ones(2)], ids=lambda given: type(given).__name__)
+@pytest.mark.parametrize("work", [
+    lambda path: checkpoints.save({"model": 1}, path), checkpoints.load, nw.Policy.load, nw.Policy([nw.max_norm(1.0)]).save, nw.inspect,
+], ids=["save", "load", "Policy.load", "Policy.save", "inspect"])  # fmt: skip
+def test_what_is_no_path_is_told_so(work: Callable[[Any], Any], given: Any) -> None:
+    """As arguments in another order are: ``save(path, state)``."""
+    with pytest.raises(DataError, match=f"str or a pathlib.Path.*; given .*{type(given).__name__}"):
+        work(given)

@@ -71,6 +71,20 @@ def check(record: dict[str, Any], w: Tensor) -> None:
     assert record["rank"] == int((s > torch.finfo(w.dtype).eps / 2 * x.norm()).sum())
 
 
+def test_a_bias_has_no_units_also_where_it_is_of_a_fused_layer_or_of_experts(tmp_path: Path) -> None:
+    """A unit's weights are those that go into one output; zeros at the start are no dead units."""
+    model = nn.Module()
+    model.attention, model.gates, model.plain = nn.MultiheadAttention(8, 2), nn.LSTM(4, 4), nn.Linear(8, 8)
+    for name, p in model.named_parameters():
+        if "bias" in name:
+            p.data.zero_()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    found = by_name(nw.inspect(tmp_path / "model.safetensors", model=model))
+    biases = {name for name in found if "bias" in name}
+    assert len(biases) == 5 and not any("units" in found[name] for name in biases)
+    assert all(found[name]["dead_units"] == 0 and found[name]["units"] for name in found.keys() - biases)
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_figures_are_those_of_the_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kernels: bool) -> None:

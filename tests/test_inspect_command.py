@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,13 @@ def test_the_command_writes_tables_json_and_a_page(tmp_path: Path, capsys: pytes
     html = (page / "index.html").read_text()
     assert "What changed" in html and "h.2.mlp.weight" in html and "http://" not in html.replace("http://www.w3.org", "")
     assert "h.*.mlp.weight (3)" in capsys.readouterr().out
+
+
+def test_a_strangers_pickle_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    """In a process of its own: torch warns once in each."""
+    (tmp_path / "m.pt").write_bytes(pickle.dumps({"a": 1, "b": print}, protocol=4))
+    done = subprocess.run([sys.executable, "-m", "normwise", "inspect", str(tmp_path / "m.pt")], capture_output=True, text=True)
+    assert done.returncode == 2 and "nothing in it was run" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_broken_bound_is_status_1_and_bad_input_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -304,6 +304,7 @@ def test_the_command_races_tells_and_writes(micro: None, tmp_path: Path, capsys:
     assert "Tuning adamw, sgd, muon: 2 trials each (adamw: 3)" in told.err and " of 0 runs" not in told.err
     results = json.loads(out.read_text())
     assert {line["name"] for line in results["contenders"]} == {"adamw", "sgd", "muon"} and results["unfinished"] == []
+    assert sorted(results["protocol"]["contenders"]) == ["adamw", "muon", "sgd"], "those that raced, not the budget's"
     assert results["protocol"]["seeds"] == 2 and all(line["step_ms"] > 0 for line in results["contenders"])
     state = out.with_suffix(".runs.jsonl")
     written = state.read_text()

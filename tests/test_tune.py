@@ -268,6 +268,27 @@ def test_what_is_advised_is_tried_as_it_is_and_its_rates_are_multiplied() -> Non
     assert as_it_is.policy(model) == advice.policy and as_it_is.stepper == str(advice.optimizer)
 
 
+def blows_up(trial: Trial) -> float:
+    """Without a clip it fails on every seed that judges."""
+    stepped(trial)
+    clipped = bool(trial.rules) and "clip" in trial.rules
+    if trial.final and not clipped:
+        raise FloatingPointError("the loss is no number")
+    return 1.0 + 1e-3 * trial.seed + 0.1 * trial.numbers["lr"] - 0.5 * clipped
+
+
+def test_nothing_that_failed_on_every_seed_is_not_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    options = TuneOptions("test_tune:blows_up", only=("adam", "clip_grad_norm"), steps=8)
+    results = tuned(options, Budget(trials=10, scale=1.0, choosing=1, judging=6))
+    answer = results["answer"]
+    assert "clip_grad_norm" in answer["label"] and answer["number"] == answer["leader"] != answer["nothing"]
+    assert answer["verdict"]["significant"] and answer["verdict"]["failed"] == [0, 6]
+    study.show(results)
+    said = capsys.readouterr().out
+    assert "gain in metric +inf, 95% interval +inf to +inf over 6 pairs of seeds; its runs failed on 0 of the seeds" in said
+    assert "Failed on 6 fresh seeds: adam: " in said and "the loss is no number" in said
+
+
 def counselled(trial: Trial) -> float:
     """Better under the advised optimizer, the more so the larger its rates; what is its own comes from the seed alone."""
     stepped(trial)

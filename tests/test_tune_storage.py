@@ -170,3 +170,13 @@ def test_workers_of_a_cluster_give_what_one_process_gives(tmp_path: Path) -> Non
         more: Any = tuned(ask("planted", storage=f"sqlite:///{tmp_path}/more.db", executor=address, workers=2), replace(SMALL, trials=12))
     assert lasting({**there, "tune": ""}) == lasting({**here, "tune": ""})
     assert len(more["trials"]) >= 12
+
+
+def test_a_study_that_somebody_made_for_another_direction_is_refused(tmp_path: Path) -> None:
+    """An empty one has nothing that says what it was begun with, and would be searched the wrong way."""
+    optuna = pytest.importorskip("optuna")
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/one.db", study_name="E", direction="maximize")
+    opened = storage.opened(f"sqlite:///{tmp_path}/one.db")
+    with pytest.raises(StudyError, match="is there with the directions maximize, and minimize is asked for"):
+        storage.study_of(opened, "E", {}, ["minimize"])
+    assert storage.study_of(opened, "E", {}, ["maximize"]).user_attrs["asked"] == {}

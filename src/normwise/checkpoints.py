@@ -43,8 +43,10 @@ def save(state: Any, path: str | os.PathLike[str], refuse_nonfinite: bool | Iter
 
     Raises:
         OutputError: if writing fails, or ``path`` is something other than a regular file, such as a device or a pipe.
+        DataError: if ``path`` is no path.
         NormwiseError: under ``refuse_nonfinite``, naming the tensors with an entry that is infinite or NaN; the file stays as it is.
     """
+    files.check_path(path, " save(state, path) takes the state first.")
     if refuse_nonfinite is not False:
         _refuse_nonfinite(state, path, None if refuse_nonfinite is True else list(refuse_nonfinite))
     with files.whole(path, beside=f"{Path(path).name}.new") as file:
@@ -105,7 +107,7 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
 
     Raises:
         FileNotFoundError: if there is none.
-        DataError: for anything but a regular file; a pipe is not waited for.
+        DataError: for anything but a path of a regular file; a pipe is not waited for.
     """
     if files.what_is(path) == files.NOTHING:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))

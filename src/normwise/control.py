@@ -745,9 +745,9 @@ class Control:
         for k, optimizer in enumerate(self.optimizers):
             if not carries(optimizer):
                 self._tell(
-                    f"{type(optimizer).__name__} has step hooks and no hooks of its state_dict(), as it never calls Optimizer.__init__: the "
-                    "rules act, and their state is not in the optimizer's. Save control.state_dict() too; in_optimizer_state=False says "
-                    "that you do."
+                    f"{type(optimizer).__name__} has step hooks and no hooks of its state_dict(), as it never calls Optimizer.__init__: "
+                    "the rules act, and their state is not in the optimizer's. Save control.state_dict() too; in_optimizer_state=False "
+                    "says that you do."
                 )
                 continue
             pack, unpack = partial(self._pack, k), partial(self._unpack, k)

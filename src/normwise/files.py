@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from normwise.errors import DataError, OutputError
+from normwise.errors import DataError, OutputError, a_kind_of
 
 __all__ = [
     "append_to", "cache_folder", "check_apart", "check_file", "check_folder", "check_unread", "content", "inside", "names_in", "opened",
@@ -40,8 +40,15 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normwise"
 
 
+def check_path(path: Any, hint: str = "") -> None:
+    """DataError for what is no path: another order of arguments, as a rule. ``os`` would take a number for an open file."""
+    if not isinstance(path, str | os.PathLike):
+        raise DataError(f"a path is a str or a pathlib.Path; given {a_kind_of(path)}.{hint}")
+
+
 def what_is(path: str | os.PathLike[str]) -> str:
     """``"a file"``, ``"a folder"``, ``"nothing"``, or what else stands there, in words. Follows links, opens nothing, never waits."""
+    check_path(path)
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:

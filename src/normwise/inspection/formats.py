@@ -133,13 +133,18 @@ def torch_file(path: Path) -> Found:
 
 def _unpickled(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="meta", weights_only=True)
+        return _loaded(path, map_location="meta")
     except (NotImplementedError, RuntimeError) as error:
         # Quantised and nested tensors cannot be on the meta device. Mapped, they take no memory before they are read.
         if "meta" not in str(error).lower():
             raise
-        with warnings.catch_warnings(action="ignore"):    # torch's own, on how torch reads such tensors
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _loaded(path, map_location="cpu", mmap=True)
+
+
+def _loaded(file: Any, **how: Any) -> Any:
+    """Without torch's warnings on how it reads: what is wrong with the file is told in one sentence."""
+    with warnings.catch_warnings(action="ignore"):
+        return torch.load(file, weights_only=True, **how)
 
 
 def _where_it_lies(name: str, t: Tensor, file: File) -> Stored:
@@ -158,7 +163,7 @@ def _old_torch_file(path: Path) -> Found:
     """Of torch before 1.6: no archive, so that it is loaded as a whole."""
     try:
         with files.opened(path, "a checkpoint") as opened:
-            content = torch.load(opened, map_location="cpu", weights_only=True)
+            content = _loaded(opened, map_location="cpu")
     except DataError:
         raise
     except Exception as error:    # as above

@@ -74,9 +74,11 @@ def _power_of(size: float) -> float:
 def _way(layout: Layout) -> tuple[str, int]:
     """Where the units of a tensor lie, and how long the rows are that its squares are summed over."""
     own = [axis in ROWS for axis in layout.axes]
-    lead = own.index(False) if False in own else len(own)
+    if all(own):    # each unit is one entry: a bias, also one of heads, experts or a fused layer
+        return "vector", math.prod(layout.shape)
+    lead = own.index(False)
     n = math.prod(layout.shape[lead:])
-    if len(layout.axes) < 2 or not lead or lead == len(own):
+    if len(layout.axes) < 2 or not lead:
         columns = layout.axes == "io"
         return ("columns", layout.shape[1]) if columns else ("else", math.prod(layout.shape)) if True in own[1:] else ("vector", n)
     return ("else" if any(own[lead:]) else "rows", n)

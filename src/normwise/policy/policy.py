@@ -107,7 +107,8 @@ class Policy:
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
-        """A policy from a YAML file; PolicyError names the file and the line."""
+        """A policy from a YAML file; PolicyError names the file and the line. DataError for what is no path."""
+        files.check_path(path, " from_yaml() takes the text itself.")
         try:
             text = files.content(path, yaml_form.MOST_BYTES, "a policy").decode()
         except UnicodeDecodeError as error:
@@ -120,6 +121,7 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Writes :meth:`to_yaml` to a file, whole or not at all."""
+        files.check_path(path)
         text = self.to_yaml()
         try:
             with files.whole(path) as file:

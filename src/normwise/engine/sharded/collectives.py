@@ -56,8 +56,8 @@ def _bytes(t: Tensor) -> int:
 
 
 def group_of(mesh: Any, dims: tuple[int, ...]) -> Any:
-    """The process group of the ranks that differ from this one in the mesh dimensions ``dims`` alone. Made once; every rank of the mesh must
-    ask."""
+    """The process group of the ranks that differ from this one in the mesh dimensions ``dims`` alone. Made once; every rank of the mesh
+    must ask."""
     if len(dims) == 1:
         return mesh.get_group(dims[0])
     # Making a group takes a collective of its own; the world's is there already.

@@ -161,7 +161,9 @@ class _Race:
     def run(self) -> dict[str, Any]:
         told = {
             "race": self.facts.name, "task": self.facts.key, "scale": self.facts.scale, "metric": self.facts.metric,
-            "budget": self.facts.budget, "protocol": {"number": self.protocol.number, **asdict(self.plan), "seeds": self.seeds},
+            "budget": self.facts.budget, "protocol": {
+                "number": self.protocol.number, **asdict(self.plan), "seeds": self.seeds, "contenders": list(self.facts.contenders)
+            },
         }  # fmt: skip
         horizon = self._horizon()
         nothing_yet = {"target": None, "contenders": [], "unfinished": list(self.facts.contenders)}

@@ -28,7 +28,7 @@ def costs(results: Mapping[str, Any]) -> dict[str, Any]:
     base = alt.Chart().encode(y=alt.Y("name:N", title=None, sort=names, axis=alt.Axis(labelLimit=260)))
 
     def x(field: str) -> alt.X:
-        return alt.X(f"{field}:Q", title="Added to a step, µs", scale=scale, axis=alt.Axis(format="~s", tickCount=5))
+        return alt.X(f"{field}:Q", title="Added to a step, µs", scale=scale, axis=alt.Axis(format=",~r", tickCount=5))
 
     def at(mark: Any, field: str) -> Any:
         colour = alt.Color("what:N", title=None, scale=colours)

@@ -24,18 +24,13 @@ def page_of(results: Results) -> Page | None:
         return None
     found, answer = results["answer"]["verdict"], results["answer"]
     gained = found is not None and found["significant"]
-    fronts = tables.front_rows(results)
     policy = [("The policy to load", tables.policy_file(results).strip())]
     sections = [
         Section("The finalists", "Means over the seeds: those of the search, those to choose by, those to judge by.",
                 tables=[table_of(tables.finalist_rows(results))], details=policy),
         Section("The search", "One mark for each trial that was not given up, nothing in grey; the line is the best so far.",
                 svg(_history(results)), "The metric of each trial against its number."),
-        Section("What mattered", "The share of each choice in whether a trial was among the best (PED-ANOVA).",
-                svg(_bars(results)) if results["importances"] else None, "The importance of each choice."),
-        Section("Metric against step time", "Each trial that is done; the circled ones are beaten by no other in everything.",
-                svg(_trade(results)), "The metric of each trial against the milliseconds of its step.",
-                [table_of(fronts, "On the front")] if fronts else []),
+        *_mattered(results), _against_time(results),
         Section("Every trial", " ".join(tables.remarks(results)), tables=[table_of(tables.trial_rows(results))]),
         Section("What to try next", " ".join(line.removeprefix("Next: ") for line in results["next"]) or "Nothing stands out."),
     ]  # fmt: skip
@@ -47,6 +42,21 @@ def page_of(results: Results) -> Page | None:
         "about": about(results, Setting=tables.setting(results)), "sections": sections,
         "warning": "Bounds were broken.", "warnings": answer["breaches"],
     }  # fmt: skip
+
+
+def _mattered(results: Results) -> list[Section]:
+    """Nothing where too few trials were done to tell."""
+    said = "The share of each choice in whether a trial was among the best (PED-ANOVA)."
+    return [Section("What mattered", said, svg(_bars(results)), "The importance of each choice.")] if results["importances"] else []
+
+
+def _against_time(results: Results) -> Section:
+    title, fronts = "Metric against step time", tables.front_rows(results)
+    shown = [table_of(fronts, "On the front")] if fronts else []
+    if all(row["ms"] is None for row in _rows(results)):
+        return Section(title, "No step was timed: a run needs three steps for that.", tables=shown)
+    said = "Each trial that is done; the circled ones are beaten by no other in everything."
+    return Section(title, said, svg(_trade(results)), "The metric of each trial against the milliseconds of its step.", shown)
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
@@ -80,7 +90,7 @@ def _bars(results: Results) -> dict[str, Any]:
 
 def _trade(results: Results) -> dict[str, Any]:
     base = alt.Chart(alt.InlineData(values=[row for row in _rows(results) if row["ms"] is not None])).encode(
-        x=alt.X("ms:Q", title="Step, ms", scale=alt.Scale(type="log", nice=False, padding=20), axis=alt.Axis(format="~s", tickCount=5)),
+        x=alt.X("ms:Q", title="Step, ms", scale=alt.Scale(type="log", nice=False, padding=20), axis=alt.Axis(format=",~r", tickCount=5)),
         y=alt.Y("value:Q", title=results["metric"].capitalize(), scale=alt.Scale(zero=False)), color=_grey("nothing"),
     )  # fmt: skip
     circled = base.mark_point(size=190, strokeWidth=1.6).transform_filter("datum.front")

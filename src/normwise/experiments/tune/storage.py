@@ -208,6 +208,9 @@ def study_of(storage: optuna.storages.RDBStorage, name: str, asked: Mapping[str,
 
     study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
     begun = study.user_attrs.get("asked")
+    if [one.name.lower() for one in study.directions] != list(directions):    # one that is there keeps its own, unasked
+        raise StudyError(f"the study {name!r} is there with the directions {', '.join(one.name.lower() for one in study.directions)}, and "
+                         f"{', '.join(directions)} is asked for; give another --name or --storage.")  # fmt: skip
     if begun is None and not study.get_trials(deepcopy=False):
         study.set_user_attr("asked", dict(asked))
     elif begun != asked:

@@ -376,6 +376,7 @@ class _Search:
                 "number": advice.number, **what[advice.number], "judging": judging[advice.number],
                 "verdict": asdict(gains[advice.number]),
             },
+            "fresh_failures": tables.fresh_failures(finals, {n: str(one["label"]) for n, one in what.items()}),
             "importances": tables.importances(self.first.study, list(self.space.slots), self.target.maximize),
             "seconds": sum(t.user_attrs["result"]["seconds"] for t in [*self.first.finished(), *finals]),
         }  # fmt: skip

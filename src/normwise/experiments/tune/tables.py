@@ -187,11 +187,21 @@ def front_rows(results: Results) -> list[dict[str, str]]:
     return [{"on the front": row.pop("trial"), **row} for row in trial_rows({**results, "trials": front(results)})]
 
 
+def fresh_failures(finals: Sequence[Any], labels: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Which finalist failed on fresh seeds, on how many of them, and why."""
+    failed = Counter(
+        (t.params["finalist"], t.user_attrs["result"]["reason"]) for t in finals if t.user_attrs["result"]["state"] in (FAILED, REFUSED)
+    )
+    return [{"number": n, "label": labels.get(n, str(n)), "seeds": k, "reason": reason} for (n, reason), k in failed.most_common()]
+
+
 def remarks(results: Results) -> list[str]:
     """What failed and why, by reason."""
     reasons = Counter(t["reason"] for t in results["trials"] if t["state"] in (FAILED, REFUSED))
     numbers = {reason: [str(t["number"]) for t in results["trials"] if t["reason"] == reason] for reason in reasons}
-    return [f"Failed: trial{'s' * (count > 1)} {', '.join(numbers[reason])}: {reason}." for reason, count in reasons.most_common()]
+    said = [f"Failed: trial{'s' * (count > 1)} {', '.join(numbers[reason])}: {reason}." for reason, count in reasons.most_common()]
+    fresh = results.get("fresh_failures", [])    # results from before have none
+    return said + [f"Failed on {one['seeds']} fresh seed{'s' * (one['seeds'] > 1)}: {one['label']}: {one['reason']}." for one in fresh]
 
 
 def next_steps(results: Results) -> list[str]:
