@@ -664,7 +664,10 @@ def test_strikes_at_random(strikes: int, tmp_path: Path, coverage: Callable[...,
         coverage("strikes at files: refused in one sentence", place, kind)
 
 
-@pytest.mark.parametrize("given", [{"model": 1}, None, 3, b"x.pt", io.BytesIO(), ["x.pt"], torch.ones(2)], ids=lambda given: type(given).__name__)
+NO_PATHS = [{"model": 1}, None, 3, b"x.pt", io.BytesIO(), ["x.pt"], torch.ones(2)]
+
+
+@pytest.mark.parametrize("given", NO_PATHS, ids=lambda given: type(given).__name__)
 @pytest.mark.parametrize("work", [
     lambda path: checkpoints.save({"model": 1}, path), checkpoints.load, nw.Policy.load, nw.Policy([nw.max_norm(1.0)]).save, nw.inspect,
 ], ids=["save", "load", "Policy.load", "Policy.save", "inspect"])  # fmt: skip

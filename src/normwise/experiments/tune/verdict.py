@@ -67,20 +67,28 @@ def judged(leader: Sequence[Value], nothing: Sequence[Value], maximize: bool) ->
     # Failures on either side balance each other, which infinities do not: a number stands for them that no gain comes near.
     far = 1e6 * max([1.0, *(abs(gain) for gain in gains if math.isfinite(gain))])
     held = [gain if math.isfinite(gain) else math.copysign(far, gain) for gain in gains]
-    low, high = paired_interval(held)
-    mean = statistics.fmean(held)
-    beyond = tuple(0 if abs(one) < far / (2 * len(held)) else round(math.copysign(1, one)) for one in (low, mean, high))
-    low, mean, high = (one if not sign else sign * math.inf for one, sign in zip((low, mean, high), beyond, strict=True))
+    ends = paired_interval(held)
+    low, mean, high = (_beyond(one, far / (2 * len(held))) for one in (ends[0], statistics.fmean(held), ends[1]))
     known = [value for value in nothing if value is not None]
     scale = abs(statistics.fmean(known)) if known else 0.0
     failed = leader.count(None), nothing.count(None)
     relative = finite(mean / scale) if scale else None
-    return Verdict(finite(mean), (finite(low), finite(high)), relative, [finite(gain) for gain in gains], low > 0, failed, beyond)
+    signs = _sign(low), _sign(mean), _sign(high)
+    return Verdict(finite(mean), (finite(low), finite(high)), relative, [finite(gain) for gain in gains], low > 0, failed, signs)
+
+
+def _beyond(value: float, limit: float) -> float:
+    """Infinite where failures decide it. Below six pairs the ends of an interval are infinite anyway."""
+    return value if abs(value) < limit else math.copysign(math.inf, value)
+
+
+def _sign(value: float) -> int:
+    return round(math.copysign(1, value)) if math.isinf(value) else 0
 
 
 def _gain(leader: Value, nothing: Value, maximize: bool) -> float:
     if leader is None or nothing is None:
-        return math.inf * ((nothing is None) - (leader is None)) if leader is not nothing else 0.0
+        return 0.0 if leader is nothing else math.inf if nothing is None else -math.inf
     return 0.0 if _equal(leader, nothing) else (leader - nothing) * (1 if maximize else -1)
 
 
