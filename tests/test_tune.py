@@ -23,6 +23,7 @@ from torch import nn
 
 import normwise as nw
 from normwise import cli
+from normwise.errors import StudyError
 from normwise.experiments.framework.figures import paired_interval
 from normwise.experiments.framework.pool import one_thread
 from normwise.experiments.tune import space as spaces
@@ -287,6 +288,19 @@ def test_nothing_that_failed_on_every_seed_is_not_the_answer(capsys: pytest.Capt
     said = capsys.readouterr().out
     assert "gain in metric +inf, 95% interval +inf to +inf over 6 pairs of seeds; its runs failed on 0 of the seeds" in said
     assert "Failed on 6 fresh seeds: adam: " in said and "the loss is no number" in said
+
+
+def reports_alone(trial: Trial) -> float:
+    """What it reports is sound, and what it returns is not: half of the trials are given up before that is seen."""
+    stepped(trial)
+    trial.report(trial.steps // 2, 1.0 + 0.1 * trial.numbers["lr"])
+    return math.nan
+
+
+def test_a_study_without_any_metric_ends_in_one_sentence_though_some_trials_were_given_up() -> None:
+    options = TuneOptions("test_tune:reports_alone", only=FEW, steps=8)
+    with pytest.raises(StudyError, match=r"reports_alone gave no metric in any of \d+ trials: the metric is nan"):
+        tuned(options, Budget(trials=8, scale=1.0, choosing=1, judging=6))
 
 
 def counselled(trial: Trial) -> float:

@@ -316,8 +316,9 @@ class _Search:
         if results and all(result["state"] == FAILED for result in results):
             raise StudyError(f"{name} failed in its first trial ({failed[-1]['reason']}); mend it and start the same command again.")
         # The first trials are nothing at all rates: that a training lives only under rules must be seen.
-        if len(failed) == len(results) >= (1 if over else kept.STARTUP):
-            raise StudyError(f"{name} gave no metric in any of {len(results)} trials: {failed[-1]['reason']}.")
+        if results and not values and (over or len(failed) == len(results) >= kept.STARTUP):
+            why = failed[-1]["reason"] if failed else "all were given up"
+            raise StudyError(f"{name} gave no metric in any of {len(results)} trials: {why}.")
         if len(values) >= (2 if over else kept.STARTUP) and len(set(values)) == 1:
             raise StudyError(f"the metric of {name} was {values[0]:g} in all of {len(values)} trials, so there is nothing to choose by; "
                              "return a number that training changes.")  # fmt: skip
