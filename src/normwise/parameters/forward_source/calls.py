@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ class Code:
 
     tree: ast.FunctionDef
     method: bool = False
-    function: FunctionType | None = None
+    function: Any = None    # a FunctionType, whose __get__ mypy would call
 
     def filled(self, given: Sequence[tuple[Way, bool]], named: Mapping[str, Way]) -> dict[str, Way]:
         """Argument -> the ways of what it gets. given: in their order, each with whether it is a ``*list``, which may fill all
