@@ -81,7 +81,7 @@ def fast_step(facts: Facts) -> Answer:
     return recipe, lines
 
 
-def _shares(facts: Facts) -> dict[str, str]:
+def _shares(facts: Facts) -> dict[str, Any]:
     """Words for "{takes} ... would take{others}"."""
     others = [f"{_percent(share)} are {why}" for why, share in facts.shares.items() if why]
     takes = f"Only {_percent(facts.matrix_share)} of the weights are matrices" if facts.matrix_share else "None of the weights is a matrix"
