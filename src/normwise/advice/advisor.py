@@ -31,6 +31,8 @@ PACE = 0.1
 """Of a weight's length, moved in a step of AdamW: more than this is told; our own rule of thumb."""
 SPREAD = 30.0
 """How far apart ‖gradient‖ / ‖weight‖ of matrices may be before one plain rate cannot suit them; our own rule of thumb."""
+HOLDING = ("group_lasso", "max_norm", "spectral_cap", "unit_norm", "weight_decay")
+"""Rules that work against weights that grow."""
 
 COMPLEX = ("stability", "lipschitz", "finetuning", "plasticity")
 """The goals with rules that would take complex parameters, were they real."""
@@ -80,7 +82,7 @@ def advise(
         found.append(line("know", "pace", ", ".join(f"role:{role}" for role in fast), shown=", ".join(f"{r} {pace[r]:.0%}" for r in fast)))
     if facts.complex and goal in COMPLEX and not any(one.what == SAID["complex"].what for one in found):
         found.append(line("leave", "complex", ", ".join(e.name for e in facts.complex[:2]), facts.complex))
-    lines = [*_first(facts), *found, *(_measured(facts, seen, found) if seen is not None else []), *_known(facts, seen, goal)]
+    lines = [*_first(facts), *found, *(_measured(facts, seen, recipe, found) if seen is not None else []), *_known(facts, seen, goal)]
     recipe, lines = _fitting(facts, recipe, lines)
     lines.sort(key=lambda one: ("do", "leave", "know").index(one.verdict))
     policy = Policy([rule for one in lines for call in one.rules for rule in call.rules()])
@@ -144,8 +146,8 @@ def _known(facts: Facts, seen: Probe | None, goal: str) -> list[Line]:
 # --------------------------------------------------------------------------------------------------- from measurements
 
 
-def _measured(facts: Facts, seen: Probe, found: Sequence[Line]) -> list[Line]:
-    """What follows from the probe."""
+def _measured(facts: Facts, seen: Probe, recipe: Recipe, found: Sequence[Line]) -> list[Line]:
+    """What follows from the probe, and agrees with the optimizer and the rules that are advised."""
     lines: list[Line] = []
     if seen.nonfinite:
         worst = max(seen.nonfinite, key=lambda name: seen.nonfinite[name])
@@ -162,16 +164,35 @@ def _measured(facts: Facts, seen: Probe, found: Sequence[Line]) -> list[Line]:
         lines.append(line("leave", "no spikes", "gradients", basis="probe", clipping=clipping, batches=seen.batches))
     if seen.noise is not None:
         lines.append(_noise(seen.noise))
-    fast = {role: grown for role, grown in seen.growth.items() if grown > seen.walked / 2 and role not in ("bias", "gain")}
-    if fast:
-        shown = ", ".join(f"{role} {grown:+.0%}" for role, grown in fast.items())
-        on = ", ".join(f"role:{role}" for role in fast)
-        lines.append(line("know", "growth", on, basis="probe", walked=f"{seen.walked:.0%}", shown=shown))
+    lines += _growth(facts, seen, found)
     low = min((lowest for lowest, _, _ in seen.ratios.values()), default=0.0)
     high = max((highest for _, _, highest in seen.ratios.values()), default=0.0)
     if low > 0 and high / low >= SPREAD:
-        lines.append(line("know", "spread", "role:matrix", basis="probe", low=low, high=high))
+        lines.append(line("know", "spread, sgd" if recipe.name == "SGD" else "spread", "role:matrix", basis="probe", low=low, high=high))
     return [*lines, *_grown_logits(facts, seen)]
+
+
+def _growth(facts: Facts, seen: Probe, found: Sequence[Line]) -> list[Line]:
+    """The roles whose norms grow, those that an advised rule holds apart from the others."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for role, grown in seen.growth.items():
+        if grown > seen.walked / 2 and role not in ("bias", "gain"):
+            lines[_held_by(facts, role, found)].append(role)
+    made = []
+    for rules, roles in lines.items():
+        shown = ", ".join(f"{role} {seen.growth[role]:+.0%}" for role in roles)
+        on, key = ", ".join(f"role:{role}" for role in roles), "growth, held" if rules else "growth"
+        made.append(line("know", key, on, basis="probe", walked=f"{seen.walked:.0%}", shown=shown, held=rules))
+    return made
+
+
+def _held_by(facts: Facts, role: str, found: Sequence[Line]) -> str:
+    """The advised rules that work against longer weights of this role, "" where one of these goes free."""
+    names = {e.name for e in facts.inventory.weights if e.role == role and e.trained}
+    calls = [call for one in found for call in one.rules if call.name in HOLDING]
+    reached = [{e.name for rule in call.rules() for e in rule.targets(facts.inventory.weights)} & names for call in calls]
+    acting = dict.fromkeys(f"nw.{call.name}" for call, those in zip(calls, reached, strict=True) if those)
+    return " and ".join(acting) if names <= set().union(*reached) else ""
 
 
 def _noise(noise: float) -> Line:

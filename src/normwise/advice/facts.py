@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from normwise.errors import PolicyError, a_kind_of
 from normwise.optim.presets import MATRICES
 from normwise.parameters import forward_source
 from normwise.parameters.attention_logits import Attention, find_attentions
+from normwise.parameters.forward_source.passage import LEAST_THRESHOLD
 from normwise.parameters.inventory import Entry, Inventory
 from normwise.parameters.names import ADAPTED, carries_adapter, class_of
 from normwise.parameters.roles import is_normalisation, normalises
@@ -137,7 +139,8 @@ class Facts:
         """How many modules multiply activations by each other, attentions and normalisations aside; guessed."""
         attending = {id(a.module) for a in self.attentions}
         others = (module for module in self._unadapted if id(module) not in attending and not is_normalisation(module))
-        return sum(forward_source.multiplies(class_of(module)) for module in others)
+        asked = frozenset().union(*(forward_source.asked_of_others(class_of(module)) for module in self.model.modules()))
+        return sum(forward_source.multiplies(class_of(module), asked) for module in others)
 
     @cached_property
     def chained(self) -> bool:
@@ -194,10 +197,19 @@ class Facts:
         return [e for e in self.inventory.weights if e.role in roles and e.adapter in whole and e.trained and not _is_complex(e)]
 
     @cached_property
+    def shares(self) -> dict[str, float]:
+        """Why `auto` steps weights of two or more dimensions as no matrices, "" for those that it does -> their share of the trainable
+        ones; the largest first."""
+        sized: dict[str, int] = defaultdict(int)
+        for e in self.trainable:
+            if e.param.ndim >= 2:
+                sized[_unstepped(e)] += e.param.numel()
+        whole = max(sum(sized.values()), 1)
+        return {why: n / whole for why, n in sorted(sized.items(), key=lambda one: -one[1]) if n}
+
+    @property
     def matrix_share(self) -> float:
-        """Of the trainable weights of two or more dimensions the share that `auto` steps as matrices."""
-        sized = [(e.role in MATRICES and e.layout.certain and not e.aliases, e.param.numel()) for e in self.trainable if e.param.ndim >= 2]
-        return sum(n for takes, n in sized if takes) / max(sum(n for _, n in sized), 1)
+        return self.shares.get("", 0.0)
 
     def pace(self, rate: float) -> dict[str, float]:
         """Role -> by what share of their length AdamW's first steps at this rate move its weights: each entry moves by about the rate."""
@@ -226,6 +238,17 @@ class Facts:
         return "linear layers" if not self.roles & {"conv", "embedding"} else "mixed"
 
 
+def _unstepped(e: Entry) -> str:
+    """Why no matrix step takes a weight, "" where one does."""
+    if e.role in MATRICES and e.layout.certain and not e.aliases:
+        return ""
+    if e.aliases or "parametrizations" in e.name.split("."):    # also what a parametrization adds: a LoRA by hand
+        return "tensors that the layers' weights are computed from"
+    if e.role in ("gain", "bias"):
+        return "gains and biases"
+    return f"{e.role}s" if e.role in ("embedding", "head") else "tensors whose axes nobody states"
+
+
 def _is_packed(module: nn.Module) -> bool:
     """Of torch's quantised layers one with weights: a Linear, a convolution, a recurrent layer, a cell, a table."""
     where = class_of(module).__module__ or ""
@@ -243,23 +266,32 @@ def _cuts_patches(module: nn.Module) -> bool:
 
 
 _BETWEEN = (
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Flatten, nn.Unflatten,
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.LogSigmoid, nn.Flatten, nn.Unflatten,
     nn.modules.dropout._DropoutNd,
 )  # fmt: skip
-"""What brings no two inputs further apart as it comes."""
+"""What brings no two inputs further apart as it comes; torch's own, and what inherits their forward pass."""
 
 
 def _is_chain(module: nn.Module) -> bool:
     """Of linear layers and what may stand between them, one after the other, with no hook that may change what they hand on."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return False
-    if type(module) is nn.Linear or isinstance(module, _BETWEEN):
-        return True
-    if isinstance(module, nn.LeakyReLU | nn.ELU):
-        return abs(module.negative_slope if isinstance(module, nn.LeakyReLU) else module.alpha) <= 1
     cls, children = class_of(module), dict(module._modules)
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or cls.__call__ is not nn.Module.__call__:
+        return False
+    if type(module) is nn.Linear:
+        return True
+    if (cls.forward.__module__ or "").startswith("torch.nn.") and isinstance(module, (*_BETWEEN, nn.LeakyReLU, nn.ELU, nn.Softplus)):
+        return _is_gentle(module)
     if not all(child is not None and _is_chain(child) for child in children.values()):
         return False
     if issubclass(cls, nn.Sequential | nn.ModuleList) and cls.forward in (nn.Sequential.forward, nn.ModuleList.forward):
         return True
-    return forward_source.is_chain(cls) and forward_source.called(cls) <= children.keys() and not module._parameters and not module._buffers
+    through = forward_source.passed_through(cls)
+    return through is not None and through <= children.keys() and not module._parameters and not module._buffers
+
+
+def _is_gentle(module: nn.Module) -> bool:
+    if isinstance(module, nn.Softplus):
+        return module.beta > 0 and module.threshold >= LEAST_THRESHOLD
+    if isinstance(module, nn.LeakyReLU | nn.ELU):
+        return abs(module.negative_slope if isinstance(module, nn.LeakyReLU) else module.alpha) <= 1
+    return True

@@ -62,7 +62,7 @@ def fast_step(facts: Facts) -> Answer:
     """`auto`, where its matrix step has something to do."""
     why = "complex" if facts.complex else "lora" if facts.factors else "few matrices" if facts.matrix_share < 0.5 else ""
     if why or facts.kind == "linear layers":
-        return adamw(facts, f"adamw, {why or 'linear'}", share=f"{facts.matrix_share:.0%}", what=_lora_is(facts))
+        return adamw(facts, f"adamw, {why or 'linear'}", what=_lora_is(facts), **(_shares(facts) if why == "few matrices" else {}))
     raw = {e.name: "adamw" for e in facts.computed}
     recipe = Recipe("auto", {"override": raw} if raw else {})
     raced = "None of its races was on a network like yours: on convolutions, gates, attention, and linear layers, where it missed."
@@ -79,6 +79,18 @@ def fast_step(facts: Facts) -> Answer:
     if raw:
         lines.append(line("know", "auto, raw tensors", ", ".join([*raw][:2]), facts.computed))
     return recipe, lines
+
+
+def _shares(facts: Facts) -> dict[str, Any]:
+    """Words for "{takes} ... would take{others}"."""
+    others = [f"{_percent(share)} are {why}" for why, share in facts.shares.items() if why]
+    takes = f"Only {_percent(facts.matrix_share)} of the weights are matrices" if facts.matrix_share else "None of the weights is a matrix"
+    return {"takes": takes, "others": f": {', '.join(others)}" if others else ""}
+
+
+def _percent(share: float) -> str:
+    """Of something that is there: 0.2% is no 0%, and what is not all is no 100%."""
+    return "under 1%" if share < 0.01 else "over 99%" if 0.99 < share < 1 else f"{share:.0%}"
 
 
 def _lora_is(facts: Facts) -> str:
@@ -165,7 +177,7 @@ def lipschitz(facts: Facts) -> Answer:
         lines.append(line("leave", "no caps", "scale-free weights", left, basis="probe" if measured else "guess"))
     if still := [*facts.packed, *_names(facts.frozen)]:
         lines.append(line("know", "frozen", ", ".join(still[:2]) + (" ..." if len(still) > 2 else ""), facts.frozen))
-    if capped:
+    if capped or facts.products:
         return recipe, [*lines, *_beyond_caps(facts)]
     return recipe, [*lines, *([] if left or facts.factors or facts.complex else [line("leave", "nothing to cap", "everything")])]
 

@@ -51,8 +51,7 @@ SAID: dict[str, Said] = {
     ),
     "adamw, few matrices": Said(
         "{recipe}",
-        "Only {share} of the weights are matrices that a matrix step would take; the others are tables, heads or tensors whose axes nobody "
-        f"states. {TUNE}", "docs/optimizers.md#routing", STATE,
+        f"{{takes}} that a matrix step would take{{others}}. {TUNE}", "docs/optimizers.md#routing", STATE,
     ),
     "adamw, linear": Said(
         "{recipe}",
@@ -289,7 +288,7 @@ SAID: dict[str, Said] = {
     ),
     "scale-free": Said(
         "decay of scale-free weights sets their step, not their size",
-        "A normalisation divides their length out. Keep a decay, but do not tune it as a regulariser: it sets how far a step turns them.",
+        "A normalisation divides their length out. If you use a decay, do not tune it as a regulariser: it sets how far a step turns them.",
         "van Laarhoven, 2017; Zhang et al., 2019",
     ),
     "not scale-free": Said(
@@ -353,8 +352,22 @@ SAID: dict[str, Said] = {
     ),
     "growth": Said(
         "the loss itself makes weights longer",
-        "In steps of {walked} of their length together they grew: {shown}. Harmless at the start of a run; a decay or nw.max_norm ends it.",
+        "In steps of {walked} of their length together they grew: {shown}. Harmless at the start of a run, and no reason for a bound yet. "
+        "Where it still goes on late in yours, a decay ends it.",
         "the probe",
+    ),
+    "growth, held": Said(
+        "the loss itself makes weights longer",
+        "In steps of {walked} of their length together they grew: {shown}. What is advised above works against it ({held}): there is "
+        "nothing to add.",
+        "the probe",
+    ),
+    "spread, sgd": Said(
+        "search the rate: one for all matrices is a compromise",
+        "‖gradient‖ / ‖weight‖ lies between {low:.1g} and {high:.1g}, so that a rate which one matrix bears moves another little. Keep "
+        "SGD: the lasso's strength is meant for it. Lower the rate where the loss jumps, and train longer. The lasso shortens by rate "
+        "times strength: raise the strength as you lower the rate.",
+        "the probe; docs/pruning.md; You et al., 2017 (LARS)", needs="SGD",
     ),
     "spread": Said(
         "plain SGD has no rate that suits all matrices",

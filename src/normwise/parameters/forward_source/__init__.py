@@ -4,14 +4,14 @@ A class without readable source (compiled, typed into a prompt, traced) says not
 """
 
 from normwise.parameters.forward_source.flow import Flow, outputs
-from normwise.parameters.forward_source.multiplications import multiplies
-from normwise.parameters.forward_source.passage import called, handed_on, is_chain
+from normwise.parameters.forward_source.multiplications import asked_of_others, multiplies
+from normwise.parameters.forward_source.passage import called, handed_on, passed_through
 from normwise.parameters.forward_source.products import contractions, uses
 from normwise.parameters.forward_source.splits import Split, number, splits
 from normwise.parameters.forward_source.sums import adds_to_stream
 from normwise.parameters.forward_source.trees import functions, name_of
 
 __all__ = [
-    "Flow", "Split", "adds_to_stream", "called", "contractions", "functions", "handed_on", "is_chain", "multiplies", "name_of", "number",
-    "outputs", "splits", "uses",
+    "Flow", "Split", "adds_to_stream", "asked_of_others", "called", "contractions", "functions", "handed_on", "multiplies", "name_of",
+    "number", "outputs", "passed_through", "splits", "uses",
 ]  # fmt: skip

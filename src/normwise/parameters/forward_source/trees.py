@@ -42,11 +42,34 @@ def functions(cls: type) -> tuple[ast.FunctionDef, ...]:
 
 @cached
 def tree_of(function: FunctionType) -> ast.FunctionDef | None:
+    """Of a method, whose module is called ``self``."""
+    parsed = _parsed(function)
+    return None if parsed is None else _with_self(parsed)
+
+
+@cached
+def plain_tree_of(function: FunctionType) -> ast.FunctionDef | None:
+    """Of a function that belongs to no module."""
+    return _parsed(function)
+
+
+def _parsed(function: FunctionType) -> ast.FunctionDef | None:
     try:
         parsed = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndentationError, IndexError):
         return None
-    return _with_self(parsed) if isinstance(parsed, ast.FunctionDef) else None
+    return parsed if isinstance(parsed, ast.FunctionDef) else None
+
+
+def written(member: object) -> FunctionType | None:
+    """The function that an author wrote, within decorators, ``torch.jit.script`` and ``torch.compile``; None for torch's own, and for what
+    is no function."""
+    if isinstance(member, staticmethod | classmethod):
+        member = member.__func__
+    for kept in ("_torchdynamo_inline", "_torchdynamo_orig_callable"):
+        member = getattr(member, kept, None) or member
+    function = inspect.unwrap(member) if callable(member) else None
+    return function if isinstance(function, FunctionType) and (function.__module__ or "").partition(".")[0] != "torch" else None
 
 
 def _with_self(method: ast.FunctionDef) -> ast.FunctionDef:

@@ -6,7 +6,8 @@ import ast
 from collections.abc import Iterable
 
 ABOUT = (
-    "shape", "size", "device", "dtype", "ndim", "dim", "numel", "new_zeros", "new_ones", "new_tensor", "requires_grad", "is_cuda",
+    "shape", "size", "device", "dtype", "ndim", "dim", "numel", "new_empty", "new_full", "new_zeros", "new_ones", "new_tensor",
+    "requires_grad", "is_cuda",
 )  # fmt: skip
 """What is asked of a tensor without its numbers."""
 Way = frozenset[object]
@@ -14,8 +15,16 @@ Way = frozenset[object]
 Term = tuple[ast.expr, Way]
 
 
+def root_of(node: ast.AST) -> str:
+    """The name that an expression takes an entry of: ``out`` of ``out``, ``out[:, k]``; "" for anything else."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 class Ways:
-    """``held`` has the ways by name. A subclass says what an expression's are (``of``) and sets ``found`` where it meets what it looks for.
+    """``held`` has the ways by name, ``returned`` those of what is returned. A subclass says what an expression's are (``of``) and sets
+    ``found`` where it meets what it looks for.
 
     Args:
         function: the method to read.
@@ -25,6 +34,7 @@ class Ways:
     def __init__(self, function: ast.FunctionDef, inputs: Iterable[str]) -> None:
         self.held: dict[str, Way] = {name: frozenset([name]) for name in inputs}
         self.found = False
+        self.returned: Way = frozenset()
         self.read(function.body)
 
     def read(self, body: Iterable[ast.stmt]) -> None:
@@ -40,18 +50,22 @@ class Ways:
             elif isinstance(node, ast.For):
                 self.assign(node.target, node.iter)
             else:
-                for child in ast.iter_child_nodes(node):
-                    if isinstance(child, ast.expr):
-                        self.of(child)
-            for part in ("body", "orelse", "finalbody"):
-                self.read(getattr(node, part, ()))
+                ways = [self.of(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+                self.returned |= frozenset().union(*ways) if isinstance(node, ast.Return) else frozenset()
+            self.inner(node)
+
+    def inner(self, node: ast.stmt) -> None:
+        """What stands within a statement."""
+        for part in ("body", "orelse", "finalbody"):
+            self.read(getattr(node, part, ()))
 
     def augmented(self, node: ast.AugAssign) -> None:
         way = self.of(node.value)
-        if isinstance(node.target, ast.Name):
-            before = self.held.get(node.target.id, frozenset())
+        name = root_of(node.target)    # of out[:, k] += y, too
+        if name:
+            before = self.held.get(name, frozenset())
             self.operate(node.op, (node.target, before), (node.value, way))
-            self.held[node.target.id] = before | way
+            self.held[name] = before | way
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
         each = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts)    # x, skip = f(x), x
