@@ -13,7 +13,7 @@ from normwise.errors import NormError
 from normwise.norms.linalg import ridge, ridge_inverse
 from normwise.norms.linalg.checks import by_peak
 
-SHAPES = [(3, 40, 40), (2, 96, 24), (2, 24, 96), (2, 7, 1), (2, 1, 7)]
+SHAPES = [(3, 40, 40), (2, 96, 24), (2, 24, 96), (2, 7, 1), (2, 1, 7), (2, 128, 200), (1, 300, 256)]
 ERRORS = {torch.float64: 1e-11, torch.float32: 4e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -30,7 +30,8 @@ def test_it_maps_singular_values_as_stated(shape: tuple[int, int, int], damping:
     x = log_uniform(shape, 1e-4).to(dtype)
     got, want = ridge_inverse(x, damping), by_svd(x, damping)
     assert got.dtype == dtype and got.shape == x.shape
-    assert float((got.double() - want).norm() / want.norm()) < ERRORS[dtype]    # fp32: rounding of the Gram matrix over the damping
+    error = ERRORS[dtype] * max(1.0, min(shape[1:]) / 40)    # fp32: rounding of the Gram matrix over the damping, which grows with its size
+    assert float((got.double() - want).norm() / want.norm()) < error
     assert float(torch.linalg.matrix_norm(got.double(), 2).max()) <= (1 + 10 * ERRORS[dtype]) / (2 * math.sqrt(damping))
 
 
@@ -60,14 +61,15 @@ def test_no_scale_matters(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ridge_inverse(x * power, 0.03), ridge_inverse(x, 0.03), rtol=1e-2, atol=1e-2)
 
 
-def test_zero_stays_zero_and_what_is_not_finite_is_nan_alone() -> None:
-    x = gaussian(4, 5, 3).float()
+@pytest.mark.parametrize("size", [3, 128])
+def test_zero_stays_zero_and_what_is_not_finite_is_nan_alone(size: int) -> None:
+    x = gaussian(4, size + 2, size).float()
     x[1], x[2, 0, 0], x[3, 1, 1] = 0, math.nan, math.inf
     got = ridge_inverse(x, 0.03)
     torch.testing.assert_close(got[0], ridge_inverse(x[:1], 0.03)[0])    # a batch of another size may be rounded otherwise
-    assert torch.equal(got[1], torch.zeros(5, 3))
+    assert torch.equal(got[1], torch.zeros(size + 2, size))
     assert bool(got[2].isnan().all() and got[3].isnan().all())
-    assert ridge_inverse(x[:0], 0.03).shape == (0, 5, 3)
+    assert ridge_inverse(x[:0], 0.03).shape == (0, size + 2, size)
 
 
 def test_what_it_refuses() -> None:

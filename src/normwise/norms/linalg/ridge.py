@@ -7,12 +7,17 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from normwise.errors import NormError
 from normwise.norms.decompose import svd
 from normwise.norms.linalg import paths
 from normwise.norms.linalg.checks import as_batch, by_peak, like_input, positive
 from normwise.norms.reduce import may_branch, wide
+
+EVICTS_FROM, APART = 128, 8
+"""torch clears the upper triangle of a factor row by row though it stores columns. Columns that lie a multiple of 512 bytes apart evict each
+other from the cache meanwhile, from 128 on: at 256 that is most of the factorisation. Some rows and columns more move them apart."""
 
 
 def ridge_inverse(x: Tensor, damping: float) -> Tensor:
@@ -68,14 +73,16 @@ def _inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
     The inverse is formed, though its solution for many columns is all that is wanted: products are several times as fast as triangular
     solutions, and the damping bounds the condition number by m/δ.
     """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    square = positive(diagonal.mean(-1, keepdim=True))
-    diagonal.add_(damping * square)
+    size = gram.shape[-1]
+    square = positive(gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))
+    if gram.device.type == "cpu" and size >= EVICTS_FROM and size * gram.itemsize % 512 == 0:
+        gram = pad(gram, (0, APART, 0, APART))    # of zeros: with the damping, a matrix beside this one that is factored by itself
+    gram.diagonal(dim1=-2, dim2=-1).add_(damping * square)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if may_branch(gram) and not any(failed.view(-1).tolist()) and all(map(math.isfinite, square.view(-1).tolist())):
-        return torch.cholesky_inverse(factor).mul_(square.sqrt()[..., None]), None
+        return torch.cholesky_inverse(factor)[..., :size, :size].mul_(square.sqrt()[..., None]), None
     wrong = (failed != 0) | ~square[..., 0].isfinite()
     scale = torch.where(wrong[..., None], torch.nan, square.sqrt())
     # cholesky_inverse raises on a factor with a zero on its diagonal
     factor = torch.where(wrong[..., None, None], torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), factor)
-    return torch.cholesky_inverse(factor).mul_(scale[..., None]), wrong
+    return torch.cholesky_inverse(factor)[..., :size, :size].mul_(scale[..., None]), wrong
