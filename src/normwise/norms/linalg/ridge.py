@@ -16,8 +16,8 @@ from normwise.norms.linalg.checks import as_batch, by_peak, like_input, positive
 from normwise.norms.reduce import may_branch, wide
 
 EVICTS_FROM, APART = 128, 8
-"""torch clears the upper triangle of a factor row by row though it stores columns. Columns that lie a multiple of 512 bytes apart evict each
-other from the cache meanwhile, from 128 on: at 256 that is most of the factorisation. Some rows and columns more move them apart."""
+"""torch clears the upper triangle of a factor row by row though it stores columns. Columns that lie a multiple of 512 bytes apart evict
+each other from the cache meanwhile, from 128 on: at 256 that is most of the factorisation. Some rows and columns more move them apart."""
 
 
 def ridge_inverse(x: Tensor, damping: float) -> Tensor:
