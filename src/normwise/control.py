@@ -25,7 +25,7 @@ from normwise.engine.detached_control import Detached, yaml_of
 from normwise.engine.nonfinite import OnNonFinite
 from normwise.engine.norm_log import NormLog
 from normwise.engine.norm_report import NormReport, Radii, Zeros, unit_norms
-from normwise.engine.optimizer_state import Part, Traveller, carries, fold, unfold
+from normwise.engine.optimizer_state import Attached, Part, Traveller, carries, fold, unfold
 from normwise.engine.pack import Look, versions, witnesses
 from normwise.engine.program import check_model, check_ranks, optimizers_of
 from normwise.engine.rules.base import BoundRule
@@ -46,7 +46,7 @@ VERSION = 1
 """Of the form of the control's state."""
 UNHEARD = 3
 """Changes of the weights between backward passes, without a hook that ran, after which the user is told."""
-_AT_WORK: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[Control]]] = weakref.WeakKeyDictionary()
+_AT_WORK: Attached[Control] = Attached()
 """The controls of each optimizer, so that a second one does not act beside the first without a word."""
 
 
@@ -159,7 +159,7 @@ class Control:
             other.remove()
         self._handles = [h for k, o in enumerate(optimizers) for h in (*self._hook(k, o), *self._listen(k))]
         for o in optimizers:
-            _AT_WORK.setdefault(o, []).append(weakref.ref(self))
+            _AT_WORK.add(o, self)
 
     def _bind(self, log: bool, resting: bool) -> None:
         """Finds the parameters of the rules; nothing is changed where that is refused."""
@@ -801,7 +801,7 @@ class Control:
         for o in self.optimizers:
             if hasattr(o, "_offered"):
                 o._offered = None    # to a step that was never taken
-            _AT_WORK[o] = [one for one in _AT_WORK.get(o, []) if one() not in (None, self)]
+            _AT_WORK.remove(o, self)
 
     def __copy__(self) -> Detached:
         return Detached.of(repr(self), self.policy)
@@ -828,7 +828,7 @@ class Control:
 
 def controls_of(optimizers: Iterable[Optimizer]) -> list[Control]:
     """The controls that are attached to any of these optimizers."""
-    found = {id(c): c for o in optimizers for ref in _AT_WORK.get(o, ()) if (c := ref()) is not None and c._handles}
+    found = {id(c): c for o in optimizers for c in _AT_WORK.of(o) if c._handles}
     return list(found.values())
 
 

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 from normwise.errors import DataError, OutputError, a_kind_of
 
 __all__ = [
-    "append_to", "cache_folder", "check_apart", "check_file", "check_folder", "check_unread", "content", "inside", "names_in", "opened",
-    "replace", "what_is", "whole",
+    "append_to", "cache_folder", "check_apart", "check_file", "check_folder", "check_path", "check_unread", "content", "inside", "names_in",
+    "opened", "replace", "what_is", "whole",
 ]  # fmt: skip
 
 FILE, FOLDER, NOTHING = "a file", "a folder", "nothing"

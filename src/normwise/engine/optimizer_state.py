@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -30,8 +30,26 @@ KEY = "normwise"
 only the keys that the groups of the optimizer have."""
 OWN_SHAPE = ("center", CARRY)
 """Of what is stored and found the names of what has the shape of its parameter."""
+T = TypeVar("T")
 Part = dict[str, Any]
 Group = MutableMapping[str, Any]
+
+
+class Attached(Generic[T]):
+    """What is attached to each optimizer, in order. Weak: it holds the optimizer, which would never be freed; the optimizer's hooks hold
+    it."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[Optimizer, list[ref[T]]] = WeakKeyDictionary()
+
+    def of(self, optimizer: Optimizer) -> list[T]:
+        return [one for known in self._known.get(optimizer, ()) if (one := known()) is not None]
+
+    def add(self, optimizer: Optimizer, one: T) -> None:
+        self._known[optimizer] = [ref(other) for other in (*self.of(optimizer), one)]
+
+    def remove(self, optimizer: Optimizer, one: T) -> None:
+        self._known[optimizer] = [ref(other) for other in self.of(optimizer) if other is not one]
 
 
 _HOOKS = ("state_dict_post_hook", "load_state_dict_pre_hook", "load_state_dict_post_hook")
@@ -41,6 +59,10 @@ def carries(optimizer: Any) -> bool:
     """Whether a state can travel in the optimizer's: not in a wrapper's that sets up its step hooks by itself and knows no others."""
     kept = isinstance(optimizer, Optimizer)
     return all(hasattr(optimizer, f"_optimizer_{hook}s" if kept else f"register_{hook}") for hook in _HOOKS)
+
+
+_ATTACHED: Attached[Traveller] = Attached()
+"""In the order in which their hooks run."""
 
 
 class Traveller:
@@ -57,7 +79,7 @@ class Traveller:
         self._pending: Callable[[], None] | None = None
         self._warned = False
         self._adopt()
-        _ATTACHED.setdefault(optimizer, []).append(ref(self))
+        _ATTACHED.add(optimizer, self)
         _mark(optimizer)
         self._handles = [
             optimizer.register_state_dict_post_hook(self._save),
@@ -70,10 +92,9 @@ class Traveller:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        left = [one for one in _attached(self.optimizer) if one is not self]
-        _ATTACHED[self.optimizer] = [ref(one) for one in left]
+        _ATTACHED.remove(self.optimizer, self)
         group = _home(self.optimizer.param_groups)
-        if not left and group is not None and group.get(KEY) == []:
+        if not _ATTACHED.of(self.optimizer) and group is not None and group.get(KEY) == []:
             del group[KEY]
 
     def _adopt(self) -> None:
@@ -88,7 +109,7 @@ class Traveller:
         group = _home(state["param_groups"])
         if group is not None:
             parts = list(group.get(KEY) or [])
-            parts.insert(_attached(optimizer).index(self), self._pack())
+            parts.insert(_ATTACHED.of(optimizer).index(self), self._pack())
             group[KEY] = parts
 
     def _before_load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -115,15 +136,6 @@ class Traveller:
             self._pending()
             self._pending = None
         _mark(optimizer)
-
-
-_ATTACHED: WeakKeyDictionary[Optimizer, list[ref[Traveller]]] = WeakKeyDictionary()
-"""The travellers of each optimizer, in the order in which their hooks run. Weak: they hold the optimizer, which would never be freed. Its
-hooks hold them."""
-
-
-def _attached(optimizer: Optimizer) -> list[Traveller]:
-    return [one for known in _ATTACHED.get(optimizer, ()) if (one := known()) is not None]
 
 
 def waiting(optimizer: Optimizer) -> list[Part]:

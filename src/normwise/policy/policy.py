@@ -120,8 +120,7 @@ class Policy:
         return cls.from_yaml(text, str(path))
 
     def save(self, path: str | Path) -> None:
-        """Writes :meth:`to_yaml` to a file, whole or not at all."""
-        files.check_path(path)
+        """Writes :meth:`to_yaml` to a file, whole or not at all. DataError for what is no path."""
         text = self.to_yaml()
         try:
             with files.whole(path) as file:

@@ -57,7 +57,11 @@ def _bytes(t: Tensor) -> int:
 
 def group_of(mesh: Any, dims: tuple[int, ...]) -> Any:
     """The process group of the ranks that differ from this one in the mesh dimensions ``dims`` alone. Made once; every rank of the mesh
-    must ask."""
+    must ask.
+
+    Raises:
+        PolicyError: for a mesh of two or more dimensions and a part of the ranks, where ``init_process_group`` was given a ``device_id``.
+    """
     if len(dims) == 1:
         return mesh.get_group(dims[0])
     # Making a group takes a collective of its own; the world's is there already.
@@ -80,7 +84,7 @@ def _exists(group: Any) -> bool:
 def _made(mesh: Any, dims: tuple[int, ...]) -> Any:
     """Meshes need no names of their dimensions, and may be of a part of all ranks, of which the others know nothing."""
     others = [d for d in range(mesh.ndim) if d not in dims]
-    groups = mesh.mesh.permute(*others, *dims).flatten(len(others)).view(-1, math.prod(mesh.size(d) for d in dims)).tolist()
+    groups = mesh.mesh.permute(*others, *dims).reshape(-1, math.prod(mesh.size(d) for d in dims)).tolist()
     if mesh.size() == dist.get_world_size():
         made = [dist.new_group(ranks) for ranks in groups]    # all ranks make all of them
         return next(group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)

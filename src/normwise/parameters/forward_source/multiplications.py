@@ -17,11 +17,10 @@ _CALLS = (
     "mul", "mul_", "multiply", "multiply_", "matmul", "mm", "mv", "bmm", "dot", "vdot", "vecdot", "inner", "outer", "ger", "kron", "cross",
     "tensordot", "einsum", "bilinear", "scaled_dot_product_attention",
 )  # fmt: skip
-_ADDED = ("addcmul", "addcmul_", "addmm", "addmm_", "addmv", "addr", "addbmm", "baddbmm", "baddbmm_")
+_ADDED = ("addcmul", "addcmul_", "addmm", "addmm_", "addmv", "addr", "addbmm", "baddbmm", "baddbmm_", "lerp", "lerp_")
 """Functions that add the product of their last two arguments."""
 _WEIGHED = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 """Functions of torch that multiply their first argument by their second, which a layer may have made."""
-_MIXED = ("lerp", "lerp_")
 _NO_FACTORS = ("value", "alpha", "beta", "bias", "out", "attn_mask", "training", "inplace")
 """Keywords of these functions that are not multiplied by."""
 _GATED = (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.Bilinear, nn.GLU)
@@ -97,7 +96,6 @@ class _Products(Ways):
         self.followed: dict[object, Way] = {}
         self.local: dict[str, list[Code]] = {}
         self.asked: set[str] = set()
-        self.losses = False
         names = _inputs(code)
         self.same: dict[str, frozenset[object]] = {name: self.fresh() for name in names}
         super().__init__(code.tree, names)
@@ -111,9 +109,6 @@ class _Products(Ways):
         body = list(body)
         self.local |= {node.name: [Code(node)] for node in body if isinstance(node, ast.FunctionDef)}
         super().read(body)
-
-    def begin(self, node: ast.stmt) -> None:
-        self.losses = not hasattr(node, "body") and "loss" in ast.unparse(node)    # a product within a loss is none of the network's
 
     def inner(self, node: ast.stmt) -> None:
         """A loop is read twice: the second round sees what the first has left."""
@@ -246,8 +241,6 @@ class _Products(Ways):
             self.product(terms)
         elif name in _ADDED:
             self.product(terms[-2:])
-        elif name in _MIXED:
-            self.product([terms[-1], terms[-2]] if terms[-1][1] else [])
         elif name in _WEIGHED and not ast.unparse(node.func).startswith("self."):
             self.product(terms[1:3] if terms and isinstance(node.func, ast.Attribute) else terms[:2])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from normwise.parameters.forward_source.statements import MOVED, Statement, chain, statements
-from normwise.parameters.forward_source.trees import cached, forward_of, is_self, name_of
+from normwise.parameters.forward_source.trees import cached, forward_of, is_self, name_of, written
 from normwise.parameters.forward_source.ways import ABOUT
 
 # f(s·x) = s·f(x) for s > 0.
@@ -80,12 +79,13 @@ _LISTS = ("enumerate", "zip", "range", "reversed", "len", "list", "tuple")
 def passed_through(cls: type[nn.Module]) -> frozenset[str] | None:
     """The attributes of the module that its forward pass hands one tensor through, one after the other, with nothing between but `MOVED`
     and what brings no two inputs further apart: a bound on each is then a bound on all. None where that is not plain to see."""
-    function = forward_of(cls)
-    if function is None or len(function.args.args) != 2 or function.args.vararg or function.args.kwarg or function.args.kwonlyargs:
+    function, author = forward_of(cls), written(cls.forward)
+    if function is None or author is None:
         return None
-    if any(isinstance(n, ast.NamedExpr) for n in ast.walk(function)):
+    spec = function.args
+    if len(spec.args) != 2 or spec.vararg or spec.kwarg or spec.kwonlyargs or any(isinstance(n, ast.NamedExpr) for n in ast.walk(function)):
         return None
-    chain = _Chain(function.args.args[1].arg, inspect.unwrap(cls.forward).__globals__)
+    chain = _Chain(spec.args[1].arg, author.__globals__)
     return frozenset(chain.attributes) if chain.runs(function.body) else None
 
 

@@ -32,12 +32,8 @@ def adds_to_stream(cls: type[nn.Module]) -> bool:
 class _Sums(Ways):
     def __init__(self, function: ast.FunctionDef) -> None:
         self.layers: set[str] = set()
-        self.losses = False
         given = (*function.args.posonlyargs, *function.args.args[1:], *function.args.kwonlyargs)
         super().__init__(function, (a.arg for a in given))
-
-    def begin(self, node: ast.stmt) -> None:
-        self.losses = not hasattr(node, "body") and "loss" in ast.unparse(node)    # a sum of losses is no branch
 
     def operate(self, op: ast.operator, left: Term, right: Term) -> None:
         if isinstance(op, ast.Add):

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import ParamSpec, TypeVar
 
-from torch import nn
-
 # Methods of a tensor that change neither the order nor the number of its axes.
 KEPT = (
     "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach", "requires_grad_", "cuda", "cpu",
@@ -47,18 +45,16 @@ def tree_of(function: FunctionType) -> ast.FunctionDef | None:
     return None if parsed is None else _with_self(parsed)
 
 
-@cached
-def plain_tree_of(function: FunctionType) -> ast.FunctionDef | None:
-    """Of a function that belongs to no module."""
-    return _parsed(function)
-
-
 def _parsed(function: FunctionType) -> ast.FunctionDef | None:
     try:
         parsed = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndentationError, IndexError):
         return None
     return parsed if isinstance(parsed, ast.FunctionDef) else None
+
+
+plain_tree_of = cached(_parsed)
+"""Of a function that belongs to no module."""
 
 
 def written(member: object) -> FunctionType | None:
@@ -85,18 +81,13 @@ def _with_self(method: ast.FunctionDef) -> ast.FunctionDef:
 
 def forward_of(cls: type) -> ast.FunctionDef | None:
     """The syntax tree of the forward pass; None for torch's own classes and where there is no source."""
-    forward = inspect.unwrap(getattr(cls, "forward", nn.Module.forward))
-    if not isinstance(forward, FunctionType) or (forward.__module__ or "").partition(".")[0] == "torch":
-        return None
-    return tree_of(forward)
+    return method_of(cls, "forward")
 
 
 def method_of(cls: type, name: str) -> ast.FunctionDef | None:
-    static = isinstance(inspect.getattr_static(cls, name, None), staticmethod)
-    member = inspect.unwrap(getattr(cls, name)) if hasattr(cls, name) and not static else None
-    if not isinstance(member, FunctionType) or (member.__module__ or "").partition(".")[0] == "torch":
-        return None
-    return tree_of(member)
+    member = inspect.getattr_static(cls, name, None)
+    function = None if isinstance(member, staticmethod | classmethod | property) else written(member)
+    return None if function is None else tree_of(function)
 
 
 def is_self(node: ast.AST | None) -> bool:

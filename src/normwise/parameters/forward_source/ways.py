@@ -24,7 +24,8 @@ def root_of(node: ast.AST) -> str:
 
 class Ways:
     """``held`` has the ways by name, ``returned`` those of what is returned. A subclass says what an expression's are (``of``) and sets
-    ``found`` where it meets what it looks for.
+    ``found`` where it meets what it looks for. ``losses``: whether the statement is about a loss, whose sums and products are none of the
+    network's.
 
     Args:
         function: the method to read.
@@ -33,7 +34,7 @@ class Ways:
 
     def __init__(self, function: ast.FunctionDef, inputs: Iterable[str]) -> None:
         self.held: dict[str, Way] = {name: frozenset([name]) for name in inputs}
-        self.found = False
+        self.found = self.losses = False
         self.returned: Way = frozenset()
         self.read(function.body)
 
@@ -41,7 +42,7 @@ class Ways:
         for node in body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 continue
-            self.begin(node)
+            self.losses = not hasattr(node, "body") and "loss" in ast.unparse(node)
             if isinstance(node, ast.AugAssign):
                 self.augmented(node)
             elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
@@ -78,9 +79,6 @@ class Ways:
         names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         self.held |= dict.fromkeys(names, way)
         return names
-
-    def begin(self, node: ast.stmt) -> None:
-        """Before a statement is read."""
 
     def of(self, node: ast.AST) -> Way:
         """The ways to an expression."""
